@@ -1,0 +1,36 @@
+# Everything runs in .venv, made on first use; a second run reuses it until pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help venv quickstart quickstart-full test lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+venv: $(READY)  ## make the environment
+
+# torch first, alone: the same line takes a CPU or a CUDA build, whichever fits the machine; the rest is then held to it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	( grep -v '^torch==' constraints.txt; $(BIN)/pip freeze | grep '^torch==' ) > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,deepspeed]'
+	touch $(READY)
+
+quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resumed -> videos and a report
+	$(BIN)/latte-scale quickstart
+
+quickstart-full: $(READY)  ## the same, trained until colour, shape and direction are right
+	$(BIN)/latte-scale quickstart --full
+
+test: $(READY)  ## all tests that need no root
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+
+clean:  ## remove runs and caches, keep the environment
+	rm -rf runs .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,173 @@
+"""The strict YAML reader: a file and `key.sub=value` overrides in, a frozen dataclass out.
+
+Settings are plain frozen dataclasses that live beside the code that reads them; this module imports none of them and
+they import nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
+is an error that says what was expected and what came, and `__post_init__` of a dataclass judges what one section can.
+Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text).
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """A configuration that cannot be used; the message says where, what was expected, what came, what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 1e-4 as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise SettingsError(f"key {key!r} stands twice{node.start_mark}; keep one of the two")
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def parse_yaml(text: str, where: str = "the text") -> Any:
+    """Plain Python values of a YAML text; SettingsError with the place where it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is not YAML: {error}") from error
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The top-level mapping of a YAML file (empty file: empty mapping)."""
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"no configuration file at {path}; see configs/ for ready ones")
+    mapping = parse_yaml(path.read_text(), str(path))
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise SettingsError(f"{path}: expected a mapping of sections, came {type(mapping).__name__}")
+    return mapping
+
+
+def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file into the dataclass `cls` and apply `key.sub=value` overrides (values are YAML)."""
+    return from_mapping(cls, apply_overrides(read_mapping(path), overrides), where=str(path))
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of the nested mapping with `key.sub=value` assignments applied in order."""
+    result = json.loads(json.dumps(mapping))
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals or not dotted:
+            raise SettingsError(f"override {override!r}: expected key.sub=value, as in train.steps=100")
+        *parents, leaf = dotted.strip().split(".")
+        target = result
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise SettingsError(f"override {override!r}: {parent!r} is a value, not a section")
+        target[leaf] = parse_yaml(value, f"the value of {dotted}")
+    return result
+
+
+def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", prefix: str = "") -> T:
+    """Build the dataclass `cls` from nested plain values, strictly.
+
+    Raises SettingsError naming the file, the dotted key, what was expected and what came.
+    """
+    if not isinstance(mapping, dict):
+        raise SettingsError(
+            f"{where}: {prefix or 'top level'}: expected a section with keys, came {mapping!r}"
+        )
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in fields:
+            raise SettingsError(_unknown_key(where, prefix, str(key), list(fields)))
+    values = {}
+    for name, field in fields.items():
+        dotted = f"{prefix}{name}"
+        if name in mapping:
+            values[name] = _value(hints[name], mapping[name], where, dotted)
+        elif field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING:
+            continue
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = from_mapping(hints[name], {}, where, f"{dotted}.")
+        else:
+            raise SettingsError(
+                f"{where}: {dotted} is required ({_name_of(hints[name])}); add it to the file "
+                f"or pass {dotted}=VALUE"
+            )
+    try:
+        return cls(**values)
+    except ValueError as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"{where}: {prefix.rstrip('.') or 'config'}: {error}") from error
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """Nested plain values of a settings dataclass (JSON types only), the inverse of `from_mapping`."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def dump_yaml(settings: Any) -> str:
+    """The settings as YAML text that `load` reads back."""
+    return yaml.safe_dump(to_mapping(settings), sort_keys=False, width=110)
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; what differences between two configs are taken over."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value if value is not None else {}, where, f"{dotted}.")
+    try:
+        # JSON mode lets a YAML list fill a tuple while every scalar stays strictly typed.
+        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        raise SettingsError(
+            f"{where}: {dotted}: expected {_name_of(hint)}, came {value!r} ({error.errors()[0]['msg']})"
+        ) from error
+    except TypeError as error:
+        raise SettingsError(f"{where}: {dotted}: expected {_name_of(hint)}, came {value!r}") from error
+
+
+def _unknown_key(where: str, prefix: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    hint = f"did you mean {prefix}{near[0]}? " if near else ""
+    return f"{where}: nothing reads the key {prefix}{key}; {hint}(known here: {', '.join(sorted(known))})"
+
+
+def _name_of(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
