@@ -1,0 +1,182 @@
+"""The training loss: clean latents, a timestep and noise in, one loss a clip out. Pure: all randomness is an argument.
+
+Three objectives. "epsilon" predicts the noise, and if the model has twice as many output channels also the variance
+(improved DDPM, arXiv 2102.09672), which is how Latte is trained; "v" predicts the velocity of arXiv 2202.00512; "flow"
+is rectified flow (arXiv 2209.03003). Arithmetic is float32 whatever the model computes in.
+
+Shape legend: B batch, C latent channels, F frames, H W latent height and width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latte_scale.diffusion.schedule import Schedule, gather, linear_betas, make_schedule
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], timestep [B]) -> output
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """What the model learns to predict and from which noise; the defaults are Latte's."""
+
+    objective: Literal["epsilon", "v", "flow"] = "epsilon"
+    num_timesteps: int = 1000  # timesteps of training; flow's time runs over 0 .. num_timesteps as well
+    beta_start: float = 1e-4  # first beta of the linear schedule (epsilon and v)
+    beta_end: float = 0.02  # last beta of the linear schedule (epsilon and v)
+    flow_shift: float = 1.0  # flow: time is moved to shift s / (1 + (shift - 1) s); above 1 means more noise
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("epsilon", "v", "flow"):
+            raise ValueError(f"objective: expected epsilon, v or flow, came {self.objective!r}")
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps: expected at least 2, came {self.num_timesteps}; Latte uses 1000")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, "
+                f"came {self.beta_start}, {self.beta_end}; Latte uses 1e-4, 0.02"
+            )
+        if self.flow_shift <= 0:
+            raise ValueError(f"flow_shift: expected above 0, came {self.flow_shift}; 1 leaves time as it is")
+
+
+class LossTerms(NamedTuple):
+    """Per clip, float32: `loss_B` is what to average and minimise, the others are its parts."""
+
+    loss_B: Tensor
+    mse_B: Tensor
+    vb_B: Tensor | None  # bits per dimension; None when the model does not learn the variance
+
+
+def schedule_of(settings: DiffusionSettings, device: torch.device | str = "cpu") -> Schedule:
+    """The noise schedule of the settings (flow does not look at it), with its tables on `device`."""
+    betas_S = linear_betas(settings.num_timesteps, settings.beta_start, settings.beta_end)
+    return make_schedule(betas_S.to(device))
+
+
+def draw_timestep(u_B: Tensor | float, settings: DiffusionSettings) -> Tensor:
+    """Uniform numbers in [0, 1) -> timesteps: int64 in 0 .. num_timesteps - 1, or for flow float32 shifted time.
+
+    Flow's timestep is num_timesteps x sigma, in [0, num_timesteps], as diffusers' flow schedulers hand it to the model.
+    """
+    u_B = torch.as_tensor(u_B, dtype=torch.float64)
+    if settings.objective == "flow":
+        sigma_B = settings.flow_shift * u_B / (1 + (settings.flow_shift - 1) * u_B)
+        return (settings.num_timesteps * sigma_B).float()
+    return (settings.num_timesteps * u_B).long()
+
+
+def diffusion_loss(
+    model_fn: ModelFn,
+    latents_BCFHW: Tensor,
+    t_B: Tensor,
+    noise_BCFHW: Tensor,
+    settings: DiffusionSettings,
+    schedule: Schedule,
+) -> LossTerms:
+    """Noise the latents, run the model once and compare.
+
+    latents_BCFHW: clean latents in model units. t_B: timesteps as `draw_timestep` gives them, on the same device.
+    noise_BCFHW: standard normal, of the latents' shape. schedule: `schedule_of(settings)` on the same device.
+    Returns float32 terms [B]. Raises ValueError when the model's channels do not fit the objective.
+    """
+    x0, noise = latents_BCFHW.float(), noise_BCFHW.float()
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise: expected the latents' shape {list(x0.shape)}, came {list(noise.shape)}")
+    signal_B, sigma_B = _signal_and_noise(t_B, x0.ndim, settings, schedule)
+    xt = signal_B * x0 + sigma_B * noise
+    out = model_fn(xt, t_B).float()
+    prediction, variance = _split_channels(out, x0, settings)
+    if settings.objective == "epsilon":
+        target = noise
+    elif settings.objective == "v":
+        target = signal_B * noise - sigma_B * x0  # arXiv 2202.00512, section 4
+    else:
+        target = noise - x0  # arXiv 2209.03003, equation 1, with time running from data to noise
+    mse_B = _mean((prediction - target) ** 2)
+    if variance is None:
+        return LossTerms(mse_B, mse_B, None)
+    vb_B = variational_bound(prediction.detach(), variance, x0, xt, t_B, schedule)
+    return LossTerms(mse_B + vb_B, mse_B, vb_B)
+
+
+def variational_bound(
+    epsilon: Tensor, variance: Tensor, x0: Tensor, xt: Tensor, t_B: Tensor, schedule: Schedule
+) -> Tensor:
+    """The term of the variational bound for step t in bits per dimension, float32 [B].
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0 and the discretised log likelihood for t = 0 (arXiv
+    2006.11239, equations 5 and 13). `variance` in [-1, 1] interpolates between beta-tilde and beta on a log scale
+    (arXiv 2102.09672, equation 15). The caller detaches epsilon: this term trains the variance only.
+    """
+    alphas_cumprod_B = gather(schedule.alphas_cumprod_S, t_B, x0.ndim)
+    x0_hat = (xt - (1 - alphas_cumprod_B).sqrt() * epsilon) / alphas_cumprod_B.sqrt()
+    mean_x0_B = gather(schedule.posterior_mean_x0_S, t_B, x0.ndim)
+    mean_xt_B = gather(schedule.posterior_mean_xt_S, t_B, x0.ndim)
+    true_mean, mean = mean_x0_B * x0 + mean_xt_B * xt, mean_x0_B * x0_hat + mean_xt_B * xt
+    low_B = gather(schedule.posterior_log_variance_S, t_B, x0.ndim)
+    high_B = gather(schedule.betas_S.log(), t_B, x0.ndim)
+    log_variance = low_B + (variance + 1) / 2 * (high_B - low_B)
+    kl_B = _mean(_normal_kl(true_mean, low_B, mean, log_variance))
+    nll_B = -_mean(_discretised_log_likelihood(x0, mean, 0.5 * log_variance))
+    return torch.where(t_B == 0, nll_B, kl_B) / math.log(2)
+
+
+def _signal_and_noise(t_B: Tensor, ndim: int, settings: DiffusionSettings, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """The coefficients of x_0 and of the noise in x_t, each [B, 1, ..., 1]."""
+    if settings.objective == "flow":
+        sigma_B = (t_B.float() / settings.num_timesteps).view(-1, *[1] * (ndim - 1))
+        return 1 - sigma_B, sigma_B
+    return (
+        gather(schedule.alphas_cumprod_S.sqrt(), t_B, ndim),
+        gather((1 - schedule.alphas_cumprod_S).sqrt(), t_B, ndim),
+    )
+
+
+def _split_channels(out: Tensor, x0: Tensor, settings: DiffusionSettings) -> tuple[Tensor, Tensor | None]:
+    """Prediction and variance coefficient; None when the model's output has just the latents' channels."""
+    channels = x0.shape[1]
+    if out.shape == x0.shape:
+        return out, None
+    if settings.objective == "epsilon" and out.shape == (x0.shape[0], 2 * channels, *x0.shape[2:]):
+        return out[:, :channels], out[:, channels:]
+    wanted = f"{channels} or {2 * channels}" if settings.objective == "epsilon" else f"{channels}"
+    raise ValueError(
+        f"model output for latents {list(x0.shape)}: objective {settings.objective} expects {wanted} channels on "
+        f"axis 1, came {list(out.shape)}; set model.out_channels"
+    )
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over every axis but the batch."""
+    return x.flatten(1).mean(1)
+
+
+def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) elementwise, in nats."""
+    return 0.5 * (
+        log_variance2 - log_variance1 - 1
+        + (log_variance1 - log_variance2).exp()
+        + (mean1 - mean2) ** 2 * (-log_variance2).exp()
+    )  # fmt: skip
+
+
+def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log mass of the bin of width 2/255 around x, open beyond +-0.999, in nats (arXiv 2006.11239, equation 13).
+
+    Latents are no 8-bit pixels, but the released model was trained with this term at t = 0, so it stays. The normal
+    distribution function is the tanh approximation of that training code (at most 4e-4 off).
+    """
+    inverse_scale = (-log_scale).exp()
+    upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))
+    lower = _normal_cdf(inverse_scale * (x - mean - 1 / 255))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,0 +1,192 @@
+"""The loss against closed forms: an untrained model, an oracle, and the published bits of the first timesteps."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from latte_scale.diffusion.loss import (
+    DiffusionSettings,
+    diffusion_loss,
+    draw_timestep,
+    schedule_of,
+    variational_bound,
+)
+
+EPSILON, V, FLOW = (DiffusionSettings(objective=name) for name in ("epsilon", "v", "flow"))
+SCHEDULE = schedule_of(EPSILON)
+
+
+def batch(num: int, size: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num, 4, 2, size, size)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def zeros(channels: int):
+    return lambda x, t: torch.zeros(x.shape[0], channels, *x.shape[2:])
+
+
+def test_a_zero_output_costs_1_016() -> None:
+    """Latte's step 0: mean squared noise 1, and 0.01614 bits per dimension averaged over all timesteps."""
+    latents, noise = batch(1000, size=16)
+    terms = diffusion_loss(zeros(8), latents, torch.arange(1000), noise, EPSILON, SCHEDULE)
+    assert terms.loss_B.mean().item() == pytest.approx(1.016, abs=2e-3)
+    assert terms.vb_B.mean().item() == pytest.approx(0.01614, abs=1e-4)
+    assert torch.equal(terms.loss_B, terms.mse_B + terms.vb_B)
+    torch.testing.assert_close(terms.mse_B, noise.square().flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(("t", "bits", "tolerance"), [(0, 1.986, 0.01), (1, 0.636, 0.01), (2, 0.377, 0.005)])
+def test_published_bits_of_the_first_timesteps(t, bits, tolerance) -> None:
+    latents, noise = batch(64, size=32)
+    terms = diffusion_loss(zeros(8), latents, torch.full((64,), t), noise, EPSILON, SCHEDULE)
+    assert terms.vb_B.mean().item() == pytest.approx(bits, abs=tolerance)
+
+
+@pytest.mark.parametrize("t", [1, 2, 300, 999])
+@pytest.mark.parametrize("variance", [-1.0, 0.0, 0.7])
+def test_bound_in_closed_form(t, variance) -> None:
+    """KL of two Gaussians in float64, for an epsilon that is wrong by a known vector."""
+    latents, noise = batch(3)
+    wrong = noise + 0.3 * latents
+    tables = {name: table[t] for name, table in vars(SCHEDULE).items()}
+    low, high = tables["posterior_log_variance_S"].exp(), tables["betas_S"]
+    model_variance = high ** ((variance + 1) / 2) * low ** (1 - (variance + 1) / 2)
+    alpha_bar = tables["alphas_cumprod_S"]
+    mean_gap = tables["posterior_mean_x0_S"] * ((1 - alpha_bar) / alpha_bar).sqrt() * 0.3 * latents.double()
+    kl = 0.5 * ((model_variance / low).log() + (low + mean_gap**2) / model_variance - 1) / math.log(2)
+    xt = alpha_bar.sqrt().float() * latents + (1 - alpha_bar).sqrt().float() * noise
+    actual = variational_bound(wrong, torch.full_like(noise, variance), latents, xt, torch.full((3,), t), SCHEDULE)
+    torch.testing.assert_close(actual.double(), kl.flatten(1).mean(1), rtol=2e-3, atol=1e-5)
+
+
+def test_an_oracle_costs_nothing_and_its_variance_is_the_posteriors() -> None:
+    latents, noise = batch(4)
+    t = torch.tensor([1, 10, 500, 999])
+    oracle = lambda x, t: torch.cat([noise, -torch.ones_like(noise)], dim=1)  # noqa: E731
+    terms = diffusion_loss(oracle, latents, t, noise, EPSILON, SCHEDULE)
+    assert terms.mse_B.max() == 0
+    assert terms.vb_B.abs().max() < 2e-3  # float32 cancellation in x_0; 0 in exact arithmetic
+
+
+def test_the_bound_trains_the_variance_only() -> None:
+    latents, noise = batch(2)
+    out = torch.zeros(2, 8, 2, 4, 4, requires_grad=True)
+    terms = diffusion_loss(lambda x, t: out, latents, torch.tensor([0, 700]), noise, EPSILON, SCHEDULE)
+    (gradient,) = torch.autograd.grad(terms.vb_B.sum(), out, retain_graph=True)
+    assert gradient[:, :4].abs().max() == 0
+    assert gradient[:, 4:].abs().amax((1, 2, 3, 4)).min() > 0
+    (gradient,) = torch.autograd.grad(terms.mse_B.sum(), out)
+    assert gradient[:, 4:].abs().max() == 0
+
+
+def test_the_first_timestep_is_a_likelihood() -> None:
+    """t = 0 gives -log2 of the mass of the bin around x_0; all bins of a line together have mass 1."""
+    centres = torch.linspace(-1, 1, 256).view(1, 1, 1, 1, 256)
+    t, variance = torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, 1, 1, 1)
+    xt = torch.zeros(1, 1, 1, 1, 1)
+    bits = [
+        variational_bound(torch.zeros_like(xt), variance, centres[..., i : i + 1], xt, t, SCHEDULE) for i in range(256)
+    ]
+    assert torch.cat(bits).mul(-math.log(2)).exp().sum().item() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [V, FLOW], ids=["v", "flow"])
+def test_velocity_in_closed_form(settings) -> None:
+    latents, noise = batch(3)
+    t = torch.tensor([0, 400, 999]) if settings is V else torch.tensor([0.5, 400.25, 999.0])
+    seen = {}
+
+    def model_fn(x, timestep):
+        seen.update(x=x, t=timestep)
+        return torch.zeros_like(x)
+
+    terms = diffusion_loss(model_fn, latents, t, noise, settings, SCHEDULE)
+    if settings is V:
+        alpha_bar = SCHEDULE.alphas_cumprod_S[t].float().view(3, 1, 1, 1, 1)
+        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        target = signal * noise - sigma * latents
+    else:
+        sigma = (t / 1000).view(3, 1, 1, 1, 1)
+        signal, target = 1 - sigma, noise - latents
+    torch.testing.assert_close(seen["x"], signal * latents + sigma * noise)
+    assert torch.equal(seen["t"], t)
+    torch.testing.assert_close(terms.loss_B, target.square().flatten(1).mean(1))
+    assert terms.vb_B is None
+    oracle = diffusion_loss(lambda x, t: target, latents, t, noise, settings, SCHEDULE)
+    assert oracle.loss_B.max() < 1e-10
+
+
+def test_plain_epsilon_has_no_bound() -> None:
+    latents, noise = batch(2)
+    terms = diffusion_loss(zeros(4), latents, torch.tensor([0, 999]), noise, EPSILON, SCHEDULE)
+    assert terms.vb_B is None
+    torch.testing.assert_close(terms.loss_B, noise.square().flatten(1).mean(1))
+
+
+def test_clips_do_not_mix() -> None:
+    latents, noise = batch(4)
+    t = torch.tensor([0, 3, 500, 999])
+    model_fn = lambda x, t: torch.cat([x, x.sin()], dim=1)  # noqa: E731
+    whole = diffusion_loss(model_fn, latents, t, noise, EPSILON, SCHEDULE)
+    for i in range(4):
+        alone = diffusion_loss(model_fn, latents[i : i + 1], t[i : i + 1], noise[i : i + 1], EPSILON, SCHEDULE)
+        torch.testing.assert_close(alone.loss_B[0], whole.loss_B[i])
+
+
+def test_float32_whatever_the_model_gives_back() -> None:
+    latents, noise = batch(2)
+    t = torch.tensor([0, 999])
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = diffusion_loss(lambda x, t: zeros(8)(x, t).bfloat16(), latents.half(), t, noise, EPSILON, SCHEDULE)
+    exact = diffusion_loss(zeros(8), latents.half().float(), t, noise, EPSILON, SCHEDULE)
+    assert terms.loss_B.dtype == torch.float32
+    assert torch.equal(terms.loss_B, exact.loss_B)
+
+
+def test_timesteps_cover_their_range_evenly() -> None:
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    assert torch.equal(draw_timestep(u, EPSILON).bincount(), torch.full((1000,), 10))
+    assert draw_timestep(float(np.nextafter(1.0, 0.0)), V).item() == 999
+    assert draw_timestep(0.0, V).dtype == torch.int64
+    torch.testing.assert_close(draw_timestep(u, FLOW), (u * 1000).float())
+
+
+def test_flow_shift_moves_time_towards_noise() -> None:
+    shifted = dataclasses.replace(FLOW, flow_shift=3.0)
+    assert draw_timestep(0.0, shifted).item() == 0
+    assert draw_timestep(0.5, shifted).item() == pytest.approx(750.0)
+    assert draw_timestep(float(np.nextafter(1.0, 0.0)), shifted).item() <= 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "channels", "message"),
+    [(V, 8, "objective v expects 4 channels.*model.out_channels"), (EPSILON, 5, "expects 4 or 8 channels")],
+)
+def test_channels_that_do_not_fit(settings, channels, message) -> None:
+    latents, noise = batch(1)
+    with pytest.raises(ValueError, match=message):
+        diffusion_loss(zeros(channels), latents, torch.tensor([5]), noise, settings, SCHEDULE)
+
+
+def test_noise_of_another_shape() -> None:
+    latents, noise = batch(2)
+    with pytest.raises(ValueError, match="noise: expected the latents' shape"):
+        diffusion_loss(zeros(8), latents, torch.tensor([5, 6]), noise[:1], EPSILON, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "eps"}, "expected epsilon, v or flow, came 'eps'"),
+        ({"num_timesteps": 1}, "at least 2"),
+        ({"beta_start": 0.1}, "beta_start <= beta_end"),
+        ({"flow_shift": 0.0}, "flow_shift"),
+    ],
+)
+def test_settings_say_what_to_do(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionSettings(**change)

@@ -1,0 +1,188 @@
+"""The folder format against diffusers, round trips, and what a broken or foreign folder is told."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LatteTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
+from latte_scale.model.transformer_folder import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    pad_variance,
+    read_transformer,
+    transformer_config,
+    write_transformer,
+)
+
+TINY = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=12, sample_size=8, num_frames=5)
+
+
+def random_state(settings: LatteT2VSettings) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state = LatteT2V(settings).state_dict()
+    return {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in state.items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_transformer(tmp_path, TINY, random_state(TINY))
+    return tmp_path
+
+
+def edit_config(folder: Path, **change) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_round_trip(folder: Path) -> None:
+    settings, state = read_transformer(folder)
+    assert settings == TINY
+    assert_same(state, random_state(TINY))
+
+
+def test_diffusers_loads_it_with_no_key_left(folder: Path) -> None:
+    port, info = LatteTransformer3DModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same(dict(port.state_dict()), random_state(TINY))
+    assert port.config.video_length == 5
+
+
+def test_config_writes_every_field_of_the_port_and_equals_the_released_one() -> None:
+    config = transformer_config(LatteT2VSettings())
+    released = {
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": 72,
+        "caption_channels": 4096,
+        "cross_attention_dim": 1152,
+        "dropout": 0.0,
+        "in_channels": 4,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "norm_type": "ada_norm_single",
+        "num_attention_heads": 16,
+        "num_embeds_ada_norm": 1000,
+        "num_layers": 28,
+        "out_channels": 8,
+        "patch_size": 2,
+        "sample_size": 64,
+    }
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    assert own == released | {"video_length": 16}
+
+
+@pytest.mark.parametrize("shards", ["100KB", "8KB"], ids=["one file", "sharded"])
+def test_reads_what_diffusers_writes(tmp_path: Path, shards: str) -> None:
+    config = {key: value for key, value in transformer_config(TINY).items() if not key.startswith("_")}
+    port = LatteTransformer3DModel(**config)
+    port.half().save_pretrained(tmp_path / "transformer", max_shard_size=shards)
+    assert (tmp_path / "transformer" / INDEX).exists() == (shards == "8KB")
+    (tmp_path / "model_index.json").write_text("{}")
+    settings, state = read_transformer(tmp_path)
+    assert settings == TINY
+    assert_same(state, {name: tensor.float() for name, tensor in port.state_dict().items()})
+
+
+def test_released_config_has_no_video_length(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["video_length"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert read_transformer(folder / WEIGHTS)[0] == dataclasses.replace(TINY, num_frames=16)
+
+
+def test_an_old_null_caption_table_is_dropped(folder: Path) -> None:
+    save_file(load_file(folder / WEIGHTS) | {"caption_projection.y_embedding": torch.zeros(120, 12)}, folder / WEIGHTS)
+    assert_same(read_transformer(folder)[1], random_state(TINY))
+
+
+def test_padding_changes_no_number_and_comes_off(tmp_path: Path) -> None:
+    narrow = dataclasses.replace(TINY, out_channels=4)
+    state = random_state(narrow)
+    settings, padded = pad_variance(narrow, state)
+    assert settings == TINY
+    inputs = torch.randn(1, 4, 5, 8, 8), torch.tensor([7]), torch.randn(1, 3, 12)
+    models = [LatteT2V(narrow), LatteT2V(settings)]
+    for model, weights in zip(models, (state, padded), strict=True):
+        model.load_state_dict(weights)
+    with torch.no_grad():
+        small, large = (model(*inputs) for model in models)
+    torch.testing.assert_close(large[:, :4], small)
+    assert large[:, 4:].abs().max() == 0
+    write_transformer(tmp_path, settings, padded)
+    read_settings, read_state = read_transformer(tmp_path)
+    assert read_settings == narrow
+    assert_same(read_state, state)
+
+
+def test_a_fresh_models_zeros_are_not_padding(tmp_path: Path) -> None:
+    write_transformer(tmp_path, TINY, LatteT2V(TINY).state_dict())
+    assert read_transformer(tmp_path)[0] == TINY
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "PixArtTransformer2DModel"}, "expected _class_name LatteTransformer3DModel, came 'PixArt"),
+        ({"norm_type": "layer_norm"}, "expected norm_type 'ada_norm_single', came 'layer_norm'"),
+        ({"cross_attention_dim": 99}, "expected cross_attention_dim 16, came 99"),
+        ({"caption_channels": None}, "expected a number under caption_channels, came None"),
+        ({"num_layers": 2}, "tensors do not fit.*missing transformer_blocks.1"),
+        ({"patch_size": 4}, r"pos_embed.proj.weight: expected \[16, 4, 4, 4\], came \[16, 4, 2, 2\]"),
+    ],
+)
+def test_a_config_that_does_not_fit(folder: Path, change: dict, message: str) -> None:
+    edit_config(folder, **change)
+    with pytest.raises(ValueError, match=message):
+        read_transformer(folder)
+
+
+def test_keys_that_do_not_fit(folder: Path) -> None:
+    state = random_state(TINY)
+    state["extra.weight"] = state.pop("proj_out.bias")
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"2 tensors.*missing proj_out.bias \[32\]; unexpected extra.weight"):
+        read_transformer(folder)
+    with pytest.raises(ValueError, match=r"the state dict to write: 2 tensors"):
+        write_transformer(folder / "other", TINY, state)
+    assert not (folder / "other").exists()
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names b.safetensors, which is not there"):
+        read_transformer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [(WEIGHTS, b"short", "not a whole safetensors file"), (CONFIG, b"{", "is not JSON")],
+)
+def test_a_broken_file(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_transformer(folder)
+
+
+def test_pickles_and_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected safetensors, came a pickle"):
+        read_transformer(tmp_path / "latte.pt")
+    with pytest.raises(ValueError, match=r"expected a diffusers folder.*found \[\]"):
+        read_transformer(tmp_path)
+    with pytest.raises(ValueError, match="found no folder"):
+        read_transformer(tmp_path / "nowhere")
+    (tmp_path / CONFIG).write_text(json.dumps(transformer_config(TINY)))
+    (tmp_path / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"found \['config.json', 'diffusion_pytorch_model.bin'\]"):
+        read_transformer(tmp_path)
