@@ -1,0 +1,129 @@
+"""`latte-data verify`: read a whole data set again and list every fault.
+
+    latte-data verify shards
+
+In: the folder or URL of a data set with a manifest. Checked: size and sha256 of each tar, sha256 and row count of each
+index, counts per bucket, crc32c and names of every sample's fields, shapes and finite numbers of latents and
+embeddings, the null embedding. Out: one line a fault on standard error, then counts; exit code 1 if there is a fault.
+Files that the manifest does not name (a killed writer's, a foreign tar) are listed but are no fault.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from latte_scale.data.arrays import read_arrays
+from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
+from latte_scale.data.schema import MANIFEST, ManifestError, ShardEntry
+from latte_scale.store import Store, StoreError
+
+CHUNK = 8 << 20  # bytes read at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `latte-data verify`."""
+    parser.add_argument("url", help="folder or URL of the data set")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; 0 if the data set is sound, 1 if not. Raises ManifestError if there is none."""
+    from rich.console import Console
+    from rich.progress import track
+
+    dataset = open_dataset(args.url)
+    manifest = dataset.manifest
+    faults: list[str] = []
+    console = Console(stderr=True)
+    numbers = range(len(manifest.shards))
+    for number in track(numbers, "verifying", console=console, disable=not console.is_terminal):
+        faults += shard_faults(dataset, number)
+    faults += null_text_faults(dataset)
+    for fault in faults:
+        print(f"fault {fault}", file=sys.stderr)
+    for name in unnamed_files(dataset):
+        print(f"not in the manifest: {dataset.store.join(name)}", file=sys.stderr)
+    where = f"{manifest.count} samples, {len(manifest.shards)} shards of {dataset.store.url}"
+    print(f"{len(faults)} faults in {where}")
+    return 1 if faults else 0
+
+
+def shard_faults(dataset: Dataset, number: int) -> Iterator[str]:
+    """Every fault of one shard, its index and its samples."""
+    store, entry = dataset.store, dataset.manifest.shards[number]
+    where = store.join(entry.name)
+    try:
+        yield from _tar_faults(store, entry)
+        index = dataset.index(number)
+    except (StoreError, ManifestError) as error:
+        yield str(error)
+        return
+    counts = {name: count for name, count in index.counts().items() if count}
+    if counts != entry.buckets:
+        yield f"{where}: samples per bucket: the manifest says {entry.buckets}, the index {counts}"
+    for position in range(len(index)):
+        try:
+            sample = dataset.read(number, position, cached=False)
+        except (DamagedError, ManifestError, StoreError) as error:
+            yield str(error)
+            continue
+        if dataset.manifest.kind == "latents":
+            bucket = index.row(position).bucket
+            yield from (f"{where}: sample {sample.key!r}: {fault}" for fault in _array_faults(dataset, sample, bucket))
+
+
+def null_text_faults(dataset: Dataset) -> Iterator[str]:
+    """What is wrong with the null embedding of a latents set."""
+    if dataset.manifest.null_text is None:
+        return
+    text = dataset.manifest.text
+    try:
+        null = dataset.null_text()
+    except (ManifestError, StoreError) as error:
+        yield str(error)
+        return
+    if text is not None and null.shape != (text.max_length, text.dim):
+        yield f"null embedding: expected shape {(text.max_length, text.dim)}, came {null.shape}"
+
+
+def unnamed_files(dataset: Dataset) -> list[str]:
+    """Files below the root that the manifest does not name."""
+    manifest = dataset.manifest
+    named = {MANIFEST} | {name for shard in manifest.shards for name in (shard.name, shard.index)}
+    if manifest.null_text is not None:
+        named.add(manifest.null_text.name)
+    return [name for name in dataset.store.list() if name not in named]
+
+
+def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
+    size_bytes = store.size(entry.name)
+    if size_bytes != entry.size_bytes:
+        yield f"{store.join(entry.name)}: size: expected {entry.size_bytes} bytes, came {size_bytes}"
+    digest = hashlib.sha256()
+    for offset in range(0, size_bytes, CHUNK):
+        digest.update(store.read(entry.name, offset, min(CHUNK, size_bytes - offset)))
+    if digest.hexdigest() != entry.sha256:
+        yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., came {digest.hexdigest()[:16]}..."
+
+
+def _array_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[str]:
+    """Shapes and finite numbers of a latents sample."""
+    latents, text = dataset.manifest.latents, dataset.manifest.text
+    assert latents is not None and text is not None
+    frames, height, width = (int(part) for part in bucket.split("x"))
+    expected = {"mean": (frames, latents.channels, height, width)}
+    if latents.kind == "mean_std":
+        expected["std"] = expected["mean"]
+    arrays, _ = read_arrays(sample.fields["latents"])
+    for name, shape in expected.items():
+        if name not in arrays or arrays[name].shape != shape:
+            came = arrays[name].shape if name in arrays else "nothing"
+            yield f"{name}: expected shape {shape}, came {came}"
+    embedding = read_arrays(sample.fields["text"])[0]["embedding"]
+    if embedding.ndim != 2 or embedding.shape[1] != text.dim or not 1 <= len(embedding) <= text.max_length:
+        yield f"embedding: expected [1 to {text.max_length}, {text.dim}], came {embedding.shape}"
+    for name, array in {**arrays, "embedding": embedding}.items():
+        if not np.isfinite(array).all():
+            yield f"{name}: {int((~np.isfinite(array)).sum())} numbers are NaN or infinite; encode the clip again"

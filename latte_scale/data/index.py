@@ -1,0 +1,215 @@
+"""The sidecar index: what is where in a tar, with checksums, so that any sample is one ranged read away.
+
+In: a tar's members (from the shard writer or a walk over a foreign tar). Out: `NAME.index.safetensors`, columns over
+the samples of the tar, and `ShardIndex`, which reads them back as numpy views without copying. A column is a few
+bytes a sample, keys are one text blob, and no Python object is made per sample, so a worker's memory stays flat.
+The hash of each key is stored too: which samples are held out of training is then one comparison over a column.
+
+Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash, caption_hash u64 [n]; bucket i32 [n] (names in the
+metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field f.offset,
+f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "video" set; latents, json, text in a
+"latents" set, where text lies in a member that samples with the same caption share.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from latte_scale.data.arrays import read_arrays
+from latte_scale.data.schema import ManifestError, ShardEntry
+from latte_scale.rng import hash64
+from latte_scale.store import Store
+
+FIELDS = {"video": ("video", "txt", "json"), "latents": ("latents", "json", "text")}
+Side = Literal["train", "held_out"]
+
+
+class IndexFileError(ManifestError):
+    """A sidecar index that is damaged or is not the one that the manifest names."""
+
+
+class Span(NamedTuple):
+    """One field of one sample: where its bytes are in the tar and what they must hash to."""
+
+    offset: int
+    size: int
+    crc32c: int
+
+
+class Row(NamedTuple):
+    """One sample of a tar."""
+
+    key: str
+    bucket: str
+    start: int
+    end: int
+    fields: dict[str, Span]
+
+
+def index_name(shard: str) -> str:
+    """The name of the sidecar of a tar: "a/b.tar" -> "a/b.index.safetensors"."""
+    return f"{shard.removesuffix('.tar')}.index.safetensors"
+
+
+def caption_hash(caption: str) -> int:
+    """64 bits of a caption, equal for equal captions."""
+    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "little")
+
+
+@dataclass
+class IndexBuilder:
+    """Collects the rows of one tar in order and turns them into the sidecar's bytes."""
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        self._rows: list[Row] = []
+        self._keys: set[str] = set()
+        self._captions: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: Row, caption: str) -> None:
+        """Append a sample. Raises ValueError for a key that is already there."""
+        if row.key in self._keys:
+            raise ValueError(f"sample key {row.key!r} stands twice in one shard; keys must differ")
+        self._keys.add(row.key)
+        self._rows.append(row)
+        self._captions.append(caption_hash(caption))
+
+    def buckets(self) -> dict[str, int]:
+        """Samples per bucket, names sorted."""
+        names = [row.bucket for row in self._rows]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+    def to_bytes(self, shard: str, size_bytes: int, sha256: str) -> bytes:
+        """The sidecar of the tar `shard`, whose size and hash it records. The same rows give the same bytes."""
+        from safetensors.numpy import save
+
+        rows, buckets = self._rows, list(self.buckets())
+        keys = [row.key.encode() for row in rows]
+        columns = {
+            "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
+            "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
+            "key_hash": np.array([hash64(key) for key in keys], np.uint64),
+            "caption_hash": np.array(self._captions, np.uint64),
+            "bucket": np.array([buckets.index(row.bucket) for row in rows], np.int32),
+            "start": np.array([row.start for row in rows], np.int64),
+            "end": np.array([row.end for row in rows], np.int64),
+        }
+        for name in FIELDS[self.kind]:
+            spans = [row.fields.get(name, Span(-1, -1, 0)) for row in rows]
+            columns[f"{name}.offset"] = np.array([span.offset for span in spans], np.int64)
+            columns[f"{name}.size"] = np.array([span.size for span in spans], np.int64)
+            columns[f"{name}.crc32c"] = np.array([span.crc32c for span in spans], np.uint32)
+        about = {
+            "kind": self.kind,
+            "shard": shard,
+            "size_bytes": size_bytes,
+            "sha256": sha256,
+            "buckets": buckets,
+        }
+        # One metadata key only: safetensors does not keep the order of several, and the bytes must repeat.
+        return save(columns, metadata={"latte_scale": json.dumps(about, sort_keys=True)})
+
+
+class ShardIndex:
+    """A sidecar in memory: numpy views over its bytes, rows made on demand."""
+
+    def __init__(self, data: bytes, where: str = "index") -> None:
+        try:
+            columns, metadata = read_arrays(data)
+            about = json.loads(metadata["latte_scale"])
+            self.kind: str = about["kind"]
+            self.shard: str = about["shard"]
+            self.size_bytes: int = about["size_bytes"]
+            self.sha256: str = about["sha256"]
+            self.bucket_names: list[str] = about["buckets"]
+            self._columns = columns
+            self._ends = columns["key_ends"]
+            self.key_hash = columns["key_hash"]
+            self.caption_hash = columns["caption_hash"]
+            self._bucket = columns["bucket"]
+            self._fields = [name for name in FIELDS[self.kind] if f"{name}.offset" in columns]
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise IndexFileError(f"{where}: damaged index ({error}); write it again with `latte-data index`") from error
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def key(self, position: int) -> str:
+        """The key of the sample at `position`, counted over the whole tar."""
+        begin = int(self._ends[position - 1]) if position else 0
+        return self._columns["key_bytes"][begin : int(self._ends[position])].tobytes().decode()
+
+    def row(self, position: int) -> Row:
+        """Everything about the sample at `position`."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.shard}: sample {position} of {len(self)}")
+        fields = {}
+        for name in self._fields:
+            offset = int(self._columns[f"{name}.offset"][position])
+            if offset >= 0:
+                size, crc = self._columns[f"{name}.size"][position], self._columns[f"{name}.crc32c"][position]
+                fields[name] = Span(offset, int(size), int(crc))
+        bucket = self.bucket_names[self._bucket[position]]
+        start, end = self._columns["start"][position], self._columns["end"][position]
+        return Row(self.key(position), bucket, int(start), int(end), fields)
+
+    def rows(self) -> Iterator[Row]:
+        """All samples in the tar's order."""
+        return map(self.row, range(len(self)))
+
+    def counts(self, holdout: float = 0.0, side: Side = "train") -> dict[str, int]:
+        """Samples per bucket on one side of the holdout."""
+        return {name: len(self.positions(name, holdout, side)) for name in self.bucket_names}
+
+    def positions(self, bucket: str, holdout: float = 0.0, side: Side = "train") -> np.ndarray:
+        """Positions int64, ascending, of the samples of `bucket` on one side of the holdout."""
+        if bucket not in self.bucket_names:
+            return np.zeros(0, np.int64)
+        chosen = self._bucket == self.bucket_names.index(bucket)
+        held_out = is_held_out(self.key_hash, holdout)
+        return np.flatnonzero(chosen & (held_out if side == "held_out" else ~held_out))
+
+    def entry(self, data: bytes) -> ShardEntry:
+        """The manifest entry of this tar; `data` is this index as stored."""
+        return ShardEntry(
+            name=self.shard,
+            size_bytes=self.size_bytes,
+            sha256=self.sha256,
+            index=index_name(self.shard),
+            index_sha256=hashlib.sha256(data).hexdigest(),
+            count=len(self),
+            buckets={name: count for name, count in self.counts().items() if count},
+        )
+
+
+def is_held_out(key_hash: np.ndarray, share: float) -> np.ndarray:
+    """Which keys belong to the held-out share in [0, 1): those whose hash lies below it. bool, as key_hash."""
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"data.holdout must be a share in [0, 1), came {share}")
+    return key_hash < np.uint64(int(share * 2.0**64))
+
+
+def load_index(store: Store, entry: ShardEntry) -> ShardIndex:
+    """Read the sidecar that a manifest names and hold it to the manifest's hash.
+
+    Raises IndexFileError if it is not that file, MissingError if it is absent.
+    """
+    where, data = store.join(entry.index), store.read(entry.index)
+    found = hashlib.sha256(data).hexdigest()
+    if found != entry.index_sha256:
+        raise IndexFileError(
+            f"{where}: index_sha256: expected {entry.index_sha256[:16]}..., came {found[:16]}...: it was damaged "
+            "or replaced after the manifest was written; restore it, or write it again with `latte-data index`"
+        )
+    index = ShardIndex(data, where)
+    if len(index) != entry.count:
+        raise IndexFileError(f"{where}: expected {entry.count} samples, came {len(index)}; write the index again")
+    return index

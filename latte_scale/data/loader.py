@@ -1,0 +1,229 @@
+"""The loader: from the plan's sample ids to a rank's micro-batches of CPU tensors, in order, step after step.
+
+In: data sets, the plan, a rank and a step to start from. Out: (step, micro-batches) for ever. Micro-batches are made
+by worker processes (torch's DataLoader keeps their order) or in this process with `num_workers` 0; nothing about one
+depends on which worker made it, how many there are, or what was read before, so the step is the whole state. What a
+micro-batch holds, and what happens to samples that cannot be read, is in data/batches.py.
+"""
+
+import atexit
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import multiprocessing.process
+import signal
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch.utils.data import DataLoader
+
+from latte_scale.data.batches import LoaderError, MicroBatch, MicroBatches
+from latte_scale.data.index import Side
+from latte_scale.data.plan import (
+    Plan,
+    PlanData,
+    micro_batch_shape,
+    rank_range,
+    resolve_shuffle_window,
+)
+from latte_scale.data.samples import Dataset, open_dataset
+from latte_scale.data.schema import ManifestError, VideoSettings
+
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One data set of a mixture."""
+
+    url: str  # folder path or file:// URL with a manifest.json
+    weight: float | None = None  # share of samples relative to the others; none: its number of samples
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by the settings reader, not a field)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where samples come from and how they are read; `shuffle_window` and `holdout` decide which and in what order."""
+
+    url: str | tuple[str | SourceSettings, ...]  # one data set, or a list: "URL" or {url: URL, weight: 0.7}
+    num_workers: int = 2  # processes per rank that read and decode; 0: this process does
+    prefetch: int = 2  # micro-batches that each worker makes ahead
+    holdout: float = 0.0  # share in [0, 1) of samples, by a hash of their keys, kept out of training
+    shuffle_window: int | None = None  # samples shuffled together; none: 65,536, at most all; written out once resolved
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, came {self.num_workers}")
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1 micro-batch, came {self.prefetch}")
+        if not 0.0 <= self.holdout < 1.0:
+            raise ValueError(f"holdout must be a share in [0, 1), came {self.holdout}")
+        if self.shuffle_window is not None and self.shuffle_window < 1:
+            raise ValueError(f"shuffle_window must be at least 1 sample, came {self.shuffle_window}")
+        if not self.sources():
+            raise ValueError("url is empty: give the folder of a data set, or a list of them")
+
+    def sources(self) -> tuple[SourceSettings, ...]:
+        """The data sets of `url`, one form for all ways of writing it."""
+        given = (self.url,) if isinstance(self.url, str) else self.url
+        return tuple(SourceSettings(each) if isinstance(each, str) else each for each in given if each)
+
+
+def open_datasets(settings: DataSettings) -> tuple[Dataset, ...]:
+    """Open every data set of `data.url`. Raises ManifestError if one is missing or they cannot be mixed."""
+    datasets = tuple(open_dataset(source.url) for source in settings.sources())
+    first = datasets[0].manifest
+    for dataset in datasets[1:]:
+        other = dataset.manifest
+        for name in ("kind", "video", "latents", "caption_cleaning"):
+            if getattr(other, name) != getattr(first, name):
+                raise ManifestError(
+                    f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {name}: "
+                    f"{getattr(first, name)} and {getattr(other, name)}; encode both with one config"
+                )
+        for name in ("vae", "text"):
+            mine, its = getattr(first, name), getattr(other, name)
+            if mine is not None and mine.sha256 != its.sha256:
+                raise ManifestError(
+                    f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {name}.sha256: "
+                    f"{mine.sha256[:16]}... and {its.sha256[:16]}...; encode both with one config"
+                )
+    return datasets
+
+
+def plan_data(settings: DataSettings, datasets: Sequence[Dataset], side: Side = "train") -> tuple[PlanData, ...]:
+    """What the plan needs of each data set. The held-out side ignores weights: each of its samples comes once."""
+    return tuple(
+        PlanData(
+            counts=dataset.counts(settings.holdout, side),
+            fingerprint=f"{dataset.manifest.fingerprint()}/{side}/{settings.holdout!r}",
+            weight=source.weight if side == "train" else None,
+        )
+        for source, dataset in zip(settings.sources(), datasets, strict=True)
+    )
+
+
+def resolve_settings(settings: DataSettings, datasets: Sequence[Dataset]) -> DataSettings:
+    """The settings with the shuffle window that this data gets: what the run writes down and keeps."""
+    num_samples = sum(data.num_samples for data in plan_data(settings, datasets))
+    return dataclasses.replace(settings, shuffle_window=resolve_shuffle_window(settings.shuffle_window, num_samples))
+
+
+def make_plan(
+    settings: DataSettings, datasets: Sequence[Dataset], seed: int, global_batch: int, side: Side = "train"
+) -> Plan:
+    """The plan of a run, or of its validation (`side="held_out"`, where one epoch is every held-out sample once)."""
+    return Plan(plan_data(settings, datasets, side), seed, global_batch, settings.shuffle_window)
+
+
+class Loader:
+    """An endless iterator of (step, micro-batches of this rank) from `start_step`. Close it, or use it in `with`.
+
+    Every rank gets the same number of micro-batches of the same number of slots (`micro_batch_shape`).
+    Raises ValueError for a global batch smaller than the ranks; while iterating, StoreError or LoaderError with
+    rank, step, shard and sample.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        datasets: Sequence[Dataset],
+        video: VideoSettings,
+        plan: Plan,
+        *,
+        seed: int,
+        micro_batch: int,
+        rank: int = 0,
+        size: int = 1,
+        start_step: int = 0,
+        caption_drop: float = 0.0,
+        side: Side = "train",
+        pin_memory: bool = False,
+    ) -> None:
+        rank_range(plan.global_batch, rank, size)
+        self.num_micro_batches, _ = micro_batch_shape(plan.global_batch, size, micro_batch)
+        self.step = start_step
+        source = MicroBatches(
+            tuple(datasets), video, plan, settings.holdout, side, seed, caption_drop, rank, size, micro_batch
+        )
+        workers: dict[str, Any] = {}
+        if settings.num_workers:
+            workers = {"prefetch_factor": settings.prefetch, "worker_init_fn": _init_worker}
+        self._loader: DataLoader | None = DataLoader(
+            source,
+            batch_size=None,
+            sampler=_CountFrom(start_step * self.num_micro_batches),
+            num_workers=settings.num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else the loader would draw from torch's global generator
+            **workers,
+        )
+        self._iterator: Iterator[MicroBatch] | None = None
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        self._at_exit = functools.partial(_close_if_alive, weakref.ref(self))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, list[MicroBatch]]:
+        """The next step and its micro-batches."""
+        if self._iterator is None:
+            self._start()
+        micro_batches = [next(self._iterator) for _ in range(self.num_micro_batches)]
+        step, self.step = self.step, self.step + 1
+        return step, micro_batches
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. The loader cannot be used again."""
+        atexit.unregister(self._at_exit)
+        self._loader, iterator = None, self._iterator
+        if self._workers and iterator is not None:
+            # Private, but there is no other way to end them while a traceback still refers to the iterator.
+            iterator._shutdown_workers()
+            for worker in self._workers:  # one that hangs in a read has not seen the request, and ignores SIGTERM
+                worker.kill()
+                worker.join()
+        self._iterator, self._workers = None, []
+
+    def _start(self) -> None:
+        if self._loader is None:
+            raise LoaderError("the loader is closed; make a new one with start_step")
+        others = multiprocessing.active_children()
+        self._iterator = iter(self._loader)
+        self._workers = [child for child in multiprocessing.active_children() if child not in others]
+        # At exit multiprocessing sends SIGTERM, which workers ignore, and waits for them: end them before.
+        atexit.register(self._at_exit)
+
+
+def _close_if_alive(reference: "weakref.ref[Loader]") -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
+
+
+class _CountFrom:
+    """An endless sampler of micro-batch numbers."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def _init_worker(worker: int) -> None:
+    """Workers outlive the signals that ask the trainer to stop: it still needs the batches of the step it is in."""
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,230 @@
+"""Reading samples: (shard, position) in, the checked bytes of its fields out.
+
+A sample is one ranged read: its members lie side by side, and the caption's embedding usually lies just before them.
+Nothing is believed from the index alone. The key is taken from the tar headers that were read with the sample, every
+field is held to its crc32c, and an embedding must carry the name that the sample's .json gives it. Bytes that do not
+fit raise DamagedError, which a loader may answer with a replacement; a tar that is another than the indexed one
+raises ManifestError, which it may not.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from latte_scale.data.arrays import read_arrays
+from latte_scale.data.index import Row, ShardIndex, Side, Span, load_index
+from latte_scale.data.schema import Manifest, ManifestError, ShardEntry, load_manifest
+from latte_scale.data.tar import BLOCK, TarError, padded, split_name, walk
+from latte_scale.store import ShortReadError, Store, open_store
+
+NUM_CACHED_INDICES = 256
+NUM_CACHED_TEXTS = 64
+
+
+class DamagedError(ValueError):
+    """The stored bytes of one sample are not those that were written; the message names shard and sample."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was read: the key from the tar's own headers, and every field's checked bytes."""
+
+    key: str
+    fields: dict[str, bytes]
+    about: dict[str, Any]  # the .json, {} if there is none
+
+    @property
+    def caption(self) -> str:
+        """The .txt if there is one, else the .json's "caption", else ""."""
+        if "txt" in self.fields:
+            return self.fields["txt"].decode("utf-8", "replace").strip()
+        caption = self.about.get("caption")
+        return caption.strip() if isinstance(caption, str) else ""
+
+
+class Dataset:
+    """A finished data set: its manifest, indices read when first needed, and samples.
+
+    Holds small caches only (indices, shared embeddings), so that a copy in every worker process is cheap.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store, self.manifest = store, manifest
+        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._positions: OrderedDict[tuple, np.ndarray] = OrderedDict()
+        self._texts: OrderedDict[tuple[int, int], tuple[str, bytes]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["store"], state["manifest"])
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of shard number `shard` of the manifest. Raises ManifestError or StoreError."""
+        if shard not in self._indices:
+            self._indices[shard] = load_index(self.store, self.manifest.shards[shard])
+            _trim(self._indices, NUM_CACHED_INDICES)
+        return self._indices[shard]
+
+    def positions(self, shard: int, bucket: str, holdout: float, side: Side) -> np.ndarray:
+        """Positions of the samples of a bucket on one side of the holdout (see ShardIndex.positions), cached."""
+        key = (shard, bucket, holdout, side)
+        if key not in self._positions:
+            self._positions[key] = self.index(shard).positions(bucket, holdout, side)
+            _trim(self._positions, NUM_CACHED_INDICES)
+        return self._positions[key]
+
+    def counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
+        """Bucket -> samples per shard, int64 [num_shards], on one side of the holdout.
+
+        Without a holdout the manifest knows them; with one every index is read once.
+        """
+        shards = self.manifest.shards
+        if holdout == 0.0 and side == "train":
+            per_shard = [shard.buckets for shard in shards]
+        else:
+            per_shard = [load_index(self.store, shard).counts(holdout, side) for shard in shards]
+        return {
+            bucket: np.array([counts.get(bucket, 0) for counts in per_shard], np.int64)
+            for bucket in self.manifest.buckets
+        }
+
+    def read(self, shard: int, position: int, cached: bool = True) -> Sample:
+        """The sample at `position` of a shard. `cached=False` reads a shared embedding from the store again.
+
+        Raises DamagedError (this sample's bytes are wrong), ManifestError (the tar is not the indexed one) or
+        StoreError (the tar is missing or cannot be read).
+        """
+        entry, row = self.manifest.shards[shard], self.index(shard).row(position)
+        text_span = row.fields.get("text")
+        known = self._texts.get((shard, text_span.offset)) if cached and text_span else None
+        try:
+            window = _window(row, text_span if known is None else None)
+            data = self.store.read(entry.name, window[0], window[1] - window[0])
+            sample = _own_fields(entry, row, data, window[0], self.store.join(entry.name))
+            if text_span is None:
+                return sample
+            name, text = known or self._read_text(entry, text_span, data, window[0])
+        except (ShortReadError, TarError) as error:
+            raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
+        except _Mismatch as error:
+            raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
+        if name != sample.about.get("text"):
+            raise ManifestError(
+                f"{self.store.join(entry.name)}: sample {row.key!r} needs the embedding {sample.about.get('text')!r}, "
+                f"its index points at {name!r}; write the data set again"
+            )
+        self._texts[shard, text_span.offset] = name, text
+        _trim(self._texts, NUM_CACHED_TEXTS)
+        return Sample(sample.key, {**sample.fields, "text": text}, sample.about)
+
+    def samples(self, shard: int) -> Iterator[Sample]:
+        """Every sample of a shard in order; raises like `read` at the first that is wrong."""
+        for position in range(len(self.index(shard))):
+            yield self.read(shard, position)
+
+    def null_text(self) -> np.ndarray:
+        """The embedding of the empty caption, [Lmax, D] float16, held to the manifest's hash."""
+        info = self.manifest.null_text
+        if info is None:
+            raise ManifestError(f"{self.store.url}: no null embedding; run `latte-data encode` again")
+        data = self.store.read(info.name)
+        found = hashlib.sha256(data).hexdigest()
+        if found != info.sha256:
+            raise ManifestError(
+                f"{self.store.join(info.name)}: sha256: expected {info.sha256[:16]}..., came {found[:16]}...; "
+                "restore it, or run `latte-data encode` again"
+            )
+        return read_arrays(data)[0]["embedding"]
+
+    def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int) -> tuple[str, bytes]:
+        """(name, bytes) of a shared embedding, out of `data` if it lies there."""
+        first = span.offset - BLOCK
+        if not begin <= first <= begin + len(data) - BLOCK - span.size:
+            data, begin = self.store.read(entry.name, first, BLOCK + span.size), first
+        where = self.store.join(entry.name)
+        member = next(walk(_reader(data, begin), where, first, span.offset + span.size), None)
+        if member is None or (member.offset, member.size) != (span.offset, span.size):
+            raise _Mismatch("no embedding where the index says")
+        payload = data[span.offset - begin : span.offset - begin + span.size]
+        _check_crc("text", payload, span)
+        return member.name.removesuffix(".safetensors"), payload
+
+
+def open_dataset(url: str) -> Dataset:
+    """Open the data set at a URL. Raises ManifestError if there is none, ValueError for a scheme that is not read."""
+    store = open_store(url)
+    return Dataset(store, load_manifest(store))
+
+
+class _Mismatch(ValueError):
+    """A field is not what the index says."""
+
+
+def _window(row: Row, text: Span | None) -> tuple[int, int]:
+    """Bytes to read: the sample's own members, and the embedding if it lies just before them."""
+    if text is not None and text.offset + padded(text.size) == row.start:
+        return text.offset - BLOCK, row.end
+    return row.start, row.end
+
+
+def _own_fields(entry: ShardEntry, row: Row, data: bytes, begin: int, where: str) -> Sample:
+    """Walk the sample's own members and check each field."""
+    members = {member.offset: member for member in walk(_reader(data, begin), where, row.start, row.end)}
+    keys = {named[0] for member in members.values() if (named := split_name(member.name))}
+    if not keys:
+        raise _Mismatch(f"no member at byte {row.start}")
+    if keys != {row.key}:
+        raise ManifestError(
+            f"{where}: bytes {row.start} to {row.end} hold {sorted(keys)}, the index says {row.key!r}: this is not the "
+            f"tar that was indexed (sha256 {entry.sha256[:16]}...); restore it, or run `latte-data index` on the folder"
+        )
+    fields = {}
+    for name, span in row.fields.items():
+        if name == "text":
+            continue
+        member = members.get(span.offset)
+        if member is None or member.size != span.size:
+            raise _Mismatch(f"field {name!r} is not at byte {span.offset}")
+        fields[name] = data[span.offset - begin : span.offset - begin + span.size]
+        _check_crc(name, fields[name], span)
+    return Sample(keys.pop(), fields, _parse_json(fields.get("json")))
+
+
+def _parse_json(data: bytes | None) -> dict[str, Any]:
+    """The .json member; its bytes are known to be those that were written."""
+    if data is None:
+        return {}
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise _Mismatch(f"its .json cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _reader(data: bytes, begin: int) -> Callable[[int, int], bytes]:
+    """`read(offset, size)` for `walk` over bytes that start at `begin` of the tar."""
+    return lambda offset, size: data[offset - begin : offset - begin + size]
+
+
+def _check_crc(name: str, payload: bytes, span: Span) -> None:
+    found = google_crc32c.value(payload)
+    if len(payload) != span.size or found != span.crc32c:
+        raise _Mismatch(f"field {name!r}: crc32c: expected {span.crc32c:08x}, came {found:08x}")
+
+
+def _damaged(store: Store, entry: ShardEntry, key: str, reason: str) -> str:
+    return f"{store.join(entry.name)}: sample {key!r} is damaged: {reason}"
+
+
+def _trim(cache: OrderedDict, limit: int) -> None:
+    """Drop the oldest entries."""
+    while len(cache) > limit:
+        cache.popitem(last=False)

@@ -1,0 +1,230 @@
+"""Writing shards: samples in, tars of bounded size with their sidecar indices and manifest entries out.
+
+One code path serves `latte-data shard` (clips) and `latte-data encode` (latents). A tar is built under a temporary
+name, hashed while it is written, renamed, and then its index is written: an index therefore proves a whole tar, which
+is how an interrupted run knows what it has (`finished_entry`). The same samples in the same order give the same bytes
+on any machine and day: members carry no time and no owner, and .json members have sorted keys.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import google_crc32c
+
+from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name
+from latte_scale.data.schema import RAW_BUCKET, Kind, ShardEntry
+from latte_scale.data.tar import END, header, padded, split_name
+from latte_scale.store import Store, explained
+
+VIDEO_EXTENSIONS = ("mp4", "mkv", "avi", "mov", "webm", "m4v", "mpg", "ts")
+
+
+@dataclass(frozen=True)
+class VideoSample:
+    """A whole clip as it came, with its caption."""
+
+    key: str
+    caption: str
+    video: bytes
+    extension: str  # the container's own: "mp4", "mkv", ...
+    info: dict[str, Any] = field(default_factory=dict)  # more for the .json: "source", frames, fps, ...
+
+
+@dataclass(frozen=True)
+class LatentSample:
+    """Encoded latents and text, both as safetensors bytes."""
+
+    key: str
+    caption: str  # as the text encoder was given it
+    bucket: str  # "FxHxW" in latent units
+    latents: bytes  # `mean` [F, C, h, w] float16 raw, and `std` for latent kind "mean_std"
+    text: bytes  # `embedding` [L, D] float16, real tokens only
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def shard_name(number: int) -> str:
+    """shard-000012.tar"""
+    return f"shard-{number:06d}.tar"
+
+
+def text_name(caption: str) -> str:
+    """The key of the member that holds a caption's embedding: "text-" and 32 hex digits of its sha256."""
+    return f"text-{hashlib.sha256(caption.encode()).hexdigest()[:32]}"
+
+
+def sample_json(sample: VideoSample | LatentSample) -> bytes:
+    """The .json member: facts of `info` and the fields that readers rely on, keys sorted."""
+    content = {
+        **sample.info,
+        "key": sample.key,
+        "caption": sample.caption,
+        "caption_sha": hashlib.sha256(sample.caption.encode()).hexdigest(),
+        "bucket": sample.bucket if isinstance(sample, LatentSample) else RAW_BUCKET,
+    }
+    if isinstance(sample, LatentSample):
+        content["text"] = text_name(sample.caption)
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def finished_entry(store: Store, name: str) -> ShardEntry | None:
+    """The manifest entry of a shard that an earlier run finished, or None if it must be written.
+
+    The index is written after its tar, so it and a tar of the recorded size prove a finished shard.
+    """
+    if not store.exists(index_name(name)) or not store.exists(name):
+        return None
+    data = store.read(index_name(name))
+    try:
+        index = ShardIndex(data)
+    except ValueError:
+        return None
+    return index.entry(data) if index.shard == name and store.size(name) == index.size_bytes else None
+
+
+class ShardFile:
+    """One tar in the making. Use as a context manager: an exception leaves nothing behind."""
+
+    def __init__(self, store: Store, name: str, kind: Kind) -> None:
+        self.store, self.name, self.kind = store, name, kind
+        self.size_bytes = 0
+        self._index = IndexBuilder(kind)
+        self._texts: dict[str, tuple[bytes, Span]] = {}  # member key -> (sha256 of the bytes, where they are)
+        self._sha256 = hashlib.sha256()
+        self._path = store.scratch(name)
+        with explained(store.join(name), "creating it"):
+            self._file = self._path.open("wb")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __enter__(self) -> "ShardFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    def add(self, sample: VideoSample | LatentSample) -> None:
+        """Append a sample. Raises ValueError for a key or extension that readers would not find again."""
+        _check_key(sample.key)
+        if isinstance(sample, VideoSample) != (self.kind == "video"):
+            raise ValueError(f"{self.name}: a {self.kind} shard cannot hold a {type(sample).__name__}")
+        fields = {}
+        if isinstance(sample, LatentSample):
+            fields["text"] = self._add_text(sample)  # before the sample, so that both are often one read
+        start = self.size_bytes
+        for name, extension, data in self._members(sample):
+            fields[name] = self._append(f"{sample.key}.{extension}", data)
+        bucket = sample.bucket if isinstance(sample, LatentSample) else RAW_BUCKET
+        self._index.add(Row(sample.key, bucket, start, self.size_bytes, fields), sample.caption)
+
+    def close(self) -> ShardEntry:
+        """Finish the tar, put it and then its index in place, and return the manifest entry."""
+        if not len(self):
+            raise ValueError(f"{self.store.join(self.name)}: a shard needs at least one sample")
+        self._write(END)
+        with explained(self.store.join(self.name), "writing"):
+            self._file.close()
+        self.store.put_file(self.name, self._path)
+        data = self._index.to_bytes(self.name, self.size_bytes, self._sha256.hexdigest())
+        self.store.write(index_name(self.name), data)
+        return ShardIndex(data).entry(data)
+
+    def abandon(self) -> None:
+        """Remove the unfinished tar, if it is one."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _members(self, sample: VideoSample | LatentSample) -> list[tuple[str, str, bytes]]:
+        """(field, extension, bytes) of the sample's own members in the order of their names."""
+        about = sample_json(sample)
+        if isinstance(sample, LatentSample):
+            return [("json", "json", about), ("latents", "latents.safetensors", sample.latents)]
+        extension = sample.extension.lower().lstrip(".")
+        if extension not in VIDEO_EXTENSIONS:
+            raise ValueError(f"{sample.key}: .{extension} is not a known container: {', '.join(VIDEO_EXTENSIONS)}")
+        members = [("video", extension, sample.video), ("txt", "txt", sample.caption.encode()), ("json", "json", about)]
+        return sorted(members, key=lambda member: member[1])
+
+    def _add_text(self, sample: LatentSample) -> Span:
+        name, digest = text_name(sample.caption), hashlib.sha256(sample.text).digest()
+        if name not in self._texts:
+            self._texts[name] = digest, self._append(f"{name}.safetensors", sample.text)
+        known, span = self._texts[name]
+        if known != digest:
+            raise ValueError(
+                f"{self.name}: sample {sample.key!r} has another embedding than an earlier sample with the same "
+                f"caption {sample.caption[:60]!r}; encode a caption once per shard and reuse it"
+            )
+        return span
+
+    def _append(self, name: str, data: bytes) -> Span:
+        self._write(header(name, len(data)))
+        offset = self.size_bytes
+        self._write(data)
+        self._write(b"\0" * (padded(len(data)) - len(data)))
+        return Span(offset, len(data), google_crc32c.value(data))
+
+    def _write(self, data: bytes) -> None:
+        with explained(self.store.join(self.name), f"writing {len(data)} bytes"):
+            self._file.write(data)
+        self._sha256.update(data)
+        self.size_bytes += len(data)
+
+
+class ShardWriter:
+    """Samples in, numbered shards out; a new shard begins when a limit would be passed."""
+
+    def __init__(
+        self, store: Store, kind: Kind, max_samples: int = 1000, max_bytes: int = 1 << 30, first: int = 0
+    ) -> None:
+        if max_samples < 1 or max_bytes < 1:
+            raise ValueError(f"max_samples and max_bytes must be at least 1, came {max_samples} and {max_bytes}")
+        self.store, self.kind = store, kind
+        self.max_samples, self.max_bytes = max_samples, max_bytes
+        self._number = first
+        self._entries: list[ShardEntry] = []
+        self._shard: ShardFile | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shard is not None:
+            self._shard.abandon()
+
+    def add(self, sample: VideoSample | LatentSample) -> None:
+        """Append a sample to the current shard or the next one. Keys must differ over the whole data set."""
+        new_bytes = len(sample.video if isinstance(sample, VideoSample) else sample.latents + sample.text)
+        shard = self._shard
+        if shard and (len(shard) == self.max_samples or shard.size_bytes + new_bytes > self.max_bytes):
+            self._finish()
+        if self._shard is None:
+            self._shard = ShardFile(self.store, shard_name(self._number), self.kind)
+        self._shard.add(sample)
+
+    def close(self) -> tuple[ShardEntry, ...]:
+        """Finish the last shard. The entries of all shards, for the manifest, which the caller writes last."""
+        if self._shard is not None:
+            self._finish()
+        return tuple(self._entries)
+
+    def _finish(self) -> None:
+        assert self._shard is not None
+        self._entries.append(self._shard.close())
+        self._shard = None
+        self._number += 1
+
+
+def _check_key(key: str) -> None:
+    """A key must come back whole from webdataset's rule and from a file system."""
+    if not key or key.startswith("/") or ".." in key.split("/") or split_name(f"{key}.json") != (key, "json"):
+        raise ValueError(
+            f"sample key {key!r}: expected a relative name without dots in its last part, as in 'city/000123'"
+        )

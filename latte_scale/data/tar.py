@@ -1,0 +1,157 @@
+"""Tar members by byte offset: the header walk that indexing and reading share, and the header that writing uses.
+
+In: bytes of a tar (ustar, GNU long names, pax). Out: members with the offsets of their headers and payloads, or the
+512-byte-aligned bytes of a new member. Members that could leave the archive's own names (absolute paths, "..", links,
+devices) are refused by name. The walk is our own because Python's tarfile hides a member's first header block, which
+a sample is read from, and reports a cut archive without the last sound member.
+"""
+
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+BLOCK = 512
+END = b"\0" * (2 * BLOCK)
+"""Two zero blocks end an archive."""
+
+_REGULAR = (b"0", b"\0", b"7")
+_SAMPLE_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]*)$")
+_META_NAME = re.compile(r"(^|/)__[^/]*__($|/)")
+
+
+class TarError(ValueError):
+    """An archive that is cut, damaged or hostile; the message names the member."""
+
+
+class Member(NamedTuple):
+    """One regular file of an archive: byte offsets from the archive's start."""
+
+    name: str
+    start: int  # first header block, long-name headers included
+    offset: int  # payload
+    size: int  # payload bytes
+
+
+def padded(size: int) -> int:
+    """A payload's size on the tape: the next multiple of 512."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) by webdataset's rule: the file name is cut at its first dot, the folder stays in the key.
+
+    None for a name that webdataset skips: without a dot, beginning with a dot, or a __meta__ member.
+    """
+    match = _SAMPLE_NAME.match(name.removeprefix("./"))
+    if match is None or _META_NAME.search(name):
+        return None
+    return match.group(1), match.group(2).lower()
+
+
+def header(name: str, size: int) -> bytes:
+    """The header blocks of a regular file, the same bytes on every machine and day (no times, no owner)."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8")
+
+
+def walk(
+    read: Callable[[int, int], bytes], where: str, start: int = 0, end: int | None = None, total: int | None = None
+) -> Iterator[Member]:
+    """Regular members from byte `start` until the end blocks or byte `end`, in the archive's order.
+
+    `read(offset, size)` may return fewer bytes only at the end of the data. Payloads are not read, so a walk over
+    an object store costs one small read a member; given the archive's size `total`, a member whose payload is cut is
+    not handed out. `where` is the archive's URL for messages.
+    Raises TarError for a damaged, cut or hostile archive.
+    """
+    position, last = start, "none"
+    while end is None or position < end:
+        member_start, long_name, pax = position, None, {}
+        while True:
+            block = read(position, BLOCK)
+            if len(block) < BLOCK:
+                raise TarError(_cut(where, last, position + len(block) if total is None else total))
+            if block == b"\0" * BLOCK:
+                return
+            fields = _parse(block, where, position, last)
+            position += BLOCK
+            if fields.kind not in (b"L", b"K", b"x", b"g"):
+                break
+            payload = read(position, fields.size)
+            if len(payload) < fields.size:
+                raise TarError(_cut(where, last, position + len(payload) if total is None else total))
+            position += padded(fields.size)
+            if fields.kind == b"L":
+                long_name = payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif fields.kind == b"x":
+                pax = _parse_pax(payload, where, member_start)
+        name = pax.get("path", long_name if long_name is not None else fields.name)
+        size = int(pax.get("size", fields.size))
+        if fields.kind != b"5":
+            _refuse_hostile(name, fields.kind, where)
+            if total is not None and position + size > total:
+                raise TarError(_cut(where, last, total))
+            yield Member(name, member_start, position, size)
+            last = name
+        position += padded(size)
+
+
+class _Header(NamedTuple):
+    name: str
+    size: int
+    kind: bytes
+
+
+def _parse(block: bytes, where: str, position: int, last: str) -> _Header:
+    """One header block; its checksum must fit."""
+    try:
+        stored = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        stored = -1
+    if stored != sum(block) - sum(block[148:156]) + 8 * 32:
+        raise TarError(
+            f"{where}: no sound tar header at byte {position}; the last sound member is {last!r}: the file is damaged "
+            "or is not an uncompressed tar; copy it again or unpack it first"
+        )
+    name = block[:100].split(b"\0")[0]
+    if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0")[0]):
+        name = prefix + b"/" + name
+    return _Header(name.decode("utf-8", "surrogateescape"), _number(block[124:136]), block[156:157])
+
+
+def _number(field: bytes) -> int:
+    """A size field: octal digits, or base 256 when the top bit is set (GNU, files of 8 GiB and more)."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _parse_pax(payload: bytes, where: str, position: int) -> dict[str, str]:
+    """Records "LENGTH KEY=VALUE\\n" of a pax header."""
+    records = {}
+    while payload:
+        digits, _, _ = payload.partition(b" ")
+        if not digits.isdigit() or not 0 < int(digits) <= len(payload):
+            raise TarError(f"{where}: damaged pax header at byte {position}; copy the file again")
+        key, _, value = payload[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        payload = payload[int(digits) :]
+    return records
+
+
+def _refuse_hostile(name: str, kind: bytes, where: str) -> None:
+    """A name or type that an honest dataset does not hold."""
+    if kind not in _REGULAR:
+        what = {b"1": "a hard link", b"2": "a symbolic link"}.get(kind, f"a special file (type {kind!r})")
+        raise TarError(f"{where}: member {name!r} is {what}; only regular files are read: repack the tar without it")
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise TarError(f"{where}: member {name!r} points outside the archive; repack the tar with relative names")
+
+
+def _cut(where: str, last: str, position: int) -> str:
+    return (
+        f"{where}: the archive is cut at byte {position}; the last sound member is {last!r}: copy the file again, or "
+        "repack the samples before it"
+    )

@@ -1,0 +1,33 @@
+"""Runs the loader over a few steps: what the batch and loader tests share."""
+
+import itertools
+
+from latte_scale.data.batches import MicroBatch
+from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
+from latte_scale.data.schema import VideoSettings
+
+from .making import VIDEO
+
+GLOBAL_BATCH = 7
+SEED = 5
+
+
+def load(url, steps: int = 4, num_workers: int = 0, video: VideoSettings = VIDEO, **options) -> list[list[MicroBatch]]:
+    """The micro-batches of the first steps, [step][micro-batch]."""
+    holdout, side = options.pop("holdout", 0.0), options.get("side", "train")
+    global_batch = options.pop("global_batch", GLOBAL_BATCH)
+    settings = DataSettings(url if isinstance(url, tuple) else str(url), num_workers, holdout=holdout)
+    datasets = open_datasets(settings)
+    plan = make_plan(settings, datasets, SEED, global_batch, side)
+    options = {"seed": SEED, "micro_batch": 3, **options}
+    with Loader(settings, datasets, video, plan, **options) as loader:
+        return [micro_batches for _, micro_batches in itertools.islice(loader, steps)]
+
+
+def ids(steps: list[list[MicroBatch]]) -> list[list[str]]:
+    """The sample ids of each step, without the empty slots."""
+    return [[name for batch in step for name in batch.sample_ids if name] for step in steps]
+
+
+def keys(steps: list[list[MicroBatch]]) -> list[list[int]]:
+    return [[int(name.rpartition("/")[2]) for name in step] for step in ids(steps)]

@@ -1,0 +1,155 @@
+"""The loader: the plan's samples in order, whatever reads them; the settings; workers that come and go."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from latte_scale import settings as settings_reader
+from latte_scale.data.batches import LoaderError
+from latte_scale.data.loader import DataSettings, Loader, SourceSettings, make_plan, open_datasets, resolve_settings
+from latte_scale.data.schema import ManifestError
+
+from .loading import GLOBAL_BATCH, SEED, ids, keys, load
+from .making import VIDEO, make_latents, make_videos
+
+
+def test_the_order_is_the_plans_for_any_workers_ranks_micro_batch_and_start(tmp_path):
+    make_latents(tmp_path, every_other_bucket=3)
+    golden = ids(load(tmp_path, 6))
+    assert len({name for step in golden for name in step}) == 20
+    assert ids(load(tmp_path, 6, num_workers=1)) == ids(load(tmp_path, 6, num_workers=2)) == golden
+    assert ids(load(tmp_path, 6, micro_batch=1)) == ids(load(tmp_path, 6, micro_batch=100)) == golden
+    assert ids(load(tmp_path, 2, start_step=4, num_workers=2)) == golden[4:]
+    for size in (2, 3, 7):
+        ranks = [load(tmp_path, 6, rank=rank, size=size, micro_batch=2) for rank in range(size)]
+        assert len({len(step) for rank in ranks for step in rank}) == 1
+        joined = [[name for rank in ranks for name in ids(rank)[step]] for step in range(6)]
+        assert joined == golden
+
+
+def test_the_two_sides_of_the_holdout_are_disjoint_and_whole(tmp_path):
+    make_latents(tmp_path, num_samples=40)
+    train = {key for step in keys(load(tmp_path, 12, holdout=0.3)) for key in step}
+    held_out = {key for step in keys(load(tmp_path, 12, holdout=0.3, side="held_out")) for key in step}
+    assert train | held_out == set(range(40)) and not train & held_out
+    assert 4 < len(held_out) < 20
+
+
+def test_weighted_data_sets(tmp_path):
+    make_latents(tmp_path / "a", num_samples=6)
+    manifest = make_latents(tmp_path / "b", num_samples=20)
+    urls = (SourceSettings(str(tmp_path / "a"), 1.0), SourceSettings(str(tmp_path / "b"), 3.0))
+    for step in ids(load(urls, 5, global_batch=8)):
+        assert sum(name.startswith(manifest.fingerprint()[:8]) for name in step) == 6
+    plain = ids(load((str(tmp_path / "a"), str(tmp_path / "b")), 13, global_batch=2))
+    assert len({name for step in plain for name in step}) == 26
+
+
+def test_data_sets_that_do_not_fit_together_are_refused(tmp_path):
+    make_latents(tmp_path / "a")
+    make_latents(tmp_path / "b", with_std=True)
+    make_videos(tmp_path / "c", num_samples=1)
+    for other, what in (("b", "latents"), ("c", "kind")):
+        with pytest.raises(ManifestError, match=rf"/a and .*/{other} cannot be mixed: {what}: "):
+            open_datasets(DataSettings((str(tmp_path / "a"), str(tmp_path / other))))
+
+
+def test_settings_read_every_form_and_judge_themselves(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_text("url:\n- a\n- {url: b}\nholdout: 0.1\n")
+    found = settings_reader.load(DataSettings, path)
+    assert found.sources() == (SourceSettings("a"), SourceSettings("b"))
+    assert settings_reader.from_mapping(DataSettings, settings_reader.to_mapping(found)) == found
+    path.write_text("url: a\n")
+    assert settings_reader.load(DataSettings, path).sources() == (SourceSettings("a"),)
+    path.write_text("url:\n- {url: a, wait: 0.5}\n")
+    with pytest.raises(ValueError, match=r"data\.yaml: url"):
+        settings_reader.load(DataSettings, path)
+    for wrong in ({"num_workers": -1}, {"prefetch": 0}, {"holdout": 1.0}, {"shuffle_window": 0}, {"url": ""}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            DataSettings(**{"url": "a", **wrong})
+
+
+def test_the_shuffle_window_is_resolved_once(tmp_path):
+    make_latents(tmp_path)
+    settings = DataSettings(str(tmp_path), holdout=0.2)
+    datasets = open_datasets(settings)
+    resolved = resolve_settings(settings, datasets)
+    assert resolved.shuffle_window == make_plan(settings, datasets, 0, 4).num_samples < 20
+    assert resolve_settings(resolved, datasets) == resolved
+    chosen = dataclasses.replace(settings, shuffle_window=5)
+    assert resolve_settings(chosen, datasets).shuffle_window == 5
+    plans = [make_plan(each, datasets, 0, 4).fingerprint for each in (settings, resolved, chosen)]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_batch_smaller_than_the_world_is_refused(tmp_path):
+    make_latents(tmp_path)
+    with pytest.raises(ValueError, match="global_batch 7 is smaller than the 8 data-parallel ranks"):
+        load(tmp_path, size=8, rank=3)
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(tmp_path):
+    make_latents(tmp_path)
+    settings = DataSettings(str(tmp_path), 2)
+    datasets = open_datasets(settings)
+    plan = make_plan(settings, datasets, SEED, GLOBAL_BATCH)
+    with Loader(settings, datasets, VIDEO, plan, seed=SEED, micro_batch=3) as loader:
+        found = [next(loader)[1]]
+        pids = [worker.pid for worker in loader._iterator._workers]
+        for pid in pids:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(pid, number)
+        found += [next(loader)[1] for _ in range(5)]
+    assert ids(found) == ids(load(tmp_path, 6))
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_loader_that_is_never_closed_does_not_hold_up_the_end_of_the_program(tmp_path):
+    """Workers ignore SIGTERM, which is what Python sends them at exit before it waits for them."""
+    make_latents(tmp_path)
+    program = f"""
+from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
+from tests.data.making import VIDEO
+settings = DataSettings({str(tmp_path)!r}, 2)
+datasets = open_datasets(settings)
+loader = Loader(settings, datasets, VIDEO, make_plan(settings, datasets, 5, 7), seed=5, micro_batch=3)
+next(loader)
+kept = iter(loader._iterator)
+raise SystemExit(7)
+"""
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, timeout=60).returncode == 7
+
+
+def test_a_closed_loader_says_so(tmp_path):
+    make_latents(tmp_path)
+    settings = DataSettings(str(tmp_path), 1)
+    datasets = open_datasets(settings)
+    loader = Loader(settings, datasets, VIDEO, make_plan(settings, datasets, SEED, 7), seed=SEED, micro_batch=3)
+    next(loader)
+    (worker,) = loader._workers
+    loader.close()
+    loader.close()
+    assert not worker.is_alive()
+    with pytest.raises(LoaderError, match="closed"):
+        next(loader)
+
+
+def test_the_global_generator_is_left_alone(tmp_path):
+    make_latents(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    load(tmp_path, 1, num_workers=1)
+    assert torch.rand(1) == expected

@@ -1,0 +1,142 @@
+"""Reading samples: one read each, nothing believed unchecked."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latte_scale.data.arrays import read_arrays
+from latte_scale.data.index import load_index
+from latte_scale.data.samples import DamagedError, Dataset, open_dataset
+from latte_scale.data.schema import NULL_TEXT, ManifestError
+from latte_scale.store import MissingError
+
+from .making import BUCKET, NULL, OTHER_BUCKET, make_latents, make_videos
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> Dataset:
+    make_latents(tmp_path)
+    return open_dataset(str(tmp_path))
+
+
+def damage(dataset: Dataset, shard: int, offset: int, flip: int = 1) -> None:
+    name = dataset.manifest.shards[shard].name
+    data = bytearray(dataset.store.read(name))
+    data[offset] ^= flip
+    dataset.store.write(name, bytes(data))
+
+
+def test_every_sample_comes_back(latents):
+    numbers = []
+    for shard in range(4):
+        for sample in latents.samples(shard):
+            number = int(sample.key)
+            arrays, _ = read_arrays(sample.fields["latents"])
+            text, _ = read_arrays(sample.fields["text"])
+            assert (arrays["mean"] == number).all() and (text["embedding"] == number % 5 + 1).all()
+            assert sample.caption == f"caption {number % 5}" and sample.about["source"] == "made"
+            assert len(text["embedding"]) == 1 + number % 5
+            numbers.append(number)
+    assert numbers == list(range(20))
+
+
+def test_a_sample_and_its_own_caption_are_one_read(tmp_path, monkeypatch):
+    make_latents(tmp_path, num_samples=6, num_captions=6)
+    dataset = open_dataset(str(tmp_path))
+    reads = []
+    read = type(dataset.store).read
+    monkeypatch.setattr(type(dataset.store), "read", lambda *args: (reads.append(args[1]), read(*args))[1])
+    list(dataset.samples(0))
+    assert reads.count("shard-000000.tar") == 6
+
+
+def test_a_shared_embedding_is_read_once_but_again_on_demand(latents, monkeypatch):
+    reads = []
+    read = type(latents.store).read
+    monkeypatch.setattr(type(latents.store), "read", lambda *args: (reads.append(args[2:]), read(*args))[1])
+    latents.read(0, 0)
+    latents.read(0, 5)  # the caption of sample 0
+    assert len([args for args in reads if args]) == 2
+    latents.read(0, 5, cached=False)
+    assert len([args for args in reads if args]) == 4
+
+
+def test_any_flipped_bit_of_a_sample_is_seen(latents):
+    """Every byte that belongs to sample 3: headers and payloads; padding is nobody's."""
+    row = load_index(latents.store, latents.manifest.shards[0]).row(3)
+    data = latents.store.read("shard-000000.tar")
+    spans = [(span.offset, span.offset + span.size) for span in row.fields.values()]
+    text = row.fields["text"]
+    offsets = [o for begin, end in spans for o in range(begin, end, 37)] + [row.start + 2, text.offset - 510]
+    for offset in offsets:
+        damage(latents, 0, offset, 0x10)
+        with pytest.raises((DamagedError, ManifestError), match=r"shard-000000\.tar.*'000003'"):
+            open_dataset(latents.store.url).read(0, 3)
+        latents.store.write("shard-000000.tar", data)
+    assert open_dataset(latents.store.url).read(0, 3).key == "000003"
+
+
+def test_a_truncated_tar_gives_what_lies_before_the_cut(latents):
+    index = load_index(latents.store, latents.manifest.shards[0])
+    row = index.row(3)
+    data = latents.store.read("shard-000000.tar")
+    for cut in (row.start, row.start + 100, row.start + 512, row.end - 1):
+        latents.store.write("shard-000000.tar", data[:cut])
+        dataset = open_dataset(latents.store.url)
+        assert dataset.read(0, 2).key == "000002"
+        for position in (3, 4):
+            with pytest.raises(DamagedError, match=r"shard-000000\.tar: sample '00000[34]' is damaged: .*ends at"):
+                dataset.read(0, position)
+
+
+def test_zeros_where_a_sample_was_are_damage(latents):
+    row = load_index(latents.store, latents.manifest.shards[0]).row(3)
+    data = bytearray(latents.store.read("shard-000000.tar"))
+    data[row.start : row.end] = bytes(row.end - row.start)
+    latents.store.write("shard-000000.tar", bytes(data))
+    with pytest.raises(DamagedError, match="no member at byte"):
+        latents.read(0, 3)
+
+
+def test_another_tar_under_the_right_name_is_refused(latents):
+    other = latents.store.read("shard-000001.tar")
+    latents.store.write("shard-000000.tar", other)
+    with pytest.raises(ManifestError, match=r"hold \['000006'\], the index says '000000': this is not the tar"):
+        latents.read(0, 0)
+
+
+def test_a_missing_tar_is_a_store_error(latents):
+    latents.store.delete("shard-000002.tar")
+    with pytest.raises(MissingError, match=r"shard-000002\.tar.*no such file"):
+        latents.read(2, 0)
+
+
+def test_the_null_embedding_is_checked(latents):
+    assert latents.null_text().shape == (6, 5) and (latents.null_text() == NULL).all()
+    data = bytearray(latents.store.read(NULL_TEXT))
+    data[-1] ^= 1
+    latents.store.write(NULL_TEXT, bytes(data))
+    with pytest.raises(ManifestError, match=r"null-text\.safetensors: sha256: expected"):
+        latents.null_text()
+
+
+def test_counts_agree_with_positions(tmp_path):
+    make_latents(tmp_path, num_samples=40, every_other_bucket=4)
+    dataset = open_dataset(str(tmp_path))
+    whole = dataset.counts(0.0, "train")
+    assert whole[BUCKET].sum() == 30 and whole[OTHER_BUCKET].sum() == 10
+    train, held_out = dataset.counts(0.4, "train"), dataset.counts(0.4, "held_out")
+    for bucket, counts in whole.items():
+        np.testing.assert_array_equal(train[bucket] + held_out[bucket], counts)
+        for shard, count in enumerate(train[bucket]):
+            assert len(dataset.positions(shard, bucket, 0.4, "train")) == count
+    assert held_out[BUCKET].sum() > 0
+
+
+def test_clips_come_back_with_their_captions(tmp_path):
+    make_videos(tmp_path)
+    samples = [sample for shard in range(2) for sample in open_dataset(str(tmp_path)).samples(shard)]
+    assert [sample.caption for sample in samples] == [f"caption {number}" for number in range(5)]
+    assert all(json.loads(sample.fields["json"])["key"] == sample.key for sample in samples)

@@ -1,0 +1,122 @@
+"""The shard writer: bounded, repeatable tars that webdataset reads, and nothing half written."""
+
+import json
+import tarfile
+
+import pytest
+import webdataset
+
+from latte_scale.data.samples import open_dataset
+from latte_scale.data.schema import RAW_BUCKET
+from latte_scale.data.shards import LatentSample, ShardFile, ShardWriter, VideoSample, finished_entry, shard_name
+from latte_scale.store import open_store
+
+from .making import BUCKET, latent_sample, make_latents, make_videos
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    assert make_latents(tmp_path / "a") == make_latents(tmp_path / "b")
+    names = open_store(tmp_path / "a").list()
+    assert len(names) == 2 * 4 + 2
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_shards_are_bounded_by_samples_and_bytes(tmp_path):
+    assert [shard.count for shard in make_latents(tmp_path / "a", 20, 6).shards] == [6, 6, 6, 2]
+    clip = bytes(10_000)
+    with ShardWriter(open_store(tmp_path / "b"), "video", max_samples=100, max_bytes=35_000) as writer:
+        for number in range(7):
+            writer.add(VideoSample(f"{number}", "", clip, "mp4"))
+        entries = writer.close()
+    assert [entry.count for entry in entries] == [3, 3, 1] and all(entry.size_bytes < 40_000 for entry in entries)
+    assert entries[0].buckets == {RAW_BUCKET: 3}
+
+
+def test_equal_captions_share_one_embedding_which_comes_before_its_first_sample(tmp_path):
+    make_latents(tmp_path, num_samples=12, per_shard=6, num_captions=2)
+    for number in range(2):
+        with tarfile.open(tmp_path / shard_name(number)) as archive:
+            names = archive.getnames()
+        texts = [name for name in names if name.startswith("text-")]
+        assert len(texts) == 2 and names[0] == texts[0] and names[3] == texts[1]
+
+
+def test_webdataset_reads_our_shards(tmp_path):
+    make_videos(tmp_path / "v", num_samples=3)
+    samples = list(webdataset.WebDataset(str(tmp_path / "v" / shard_name(0)), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == ["000000", "000001", "000002"]
+    assert samples[1]["txt"] == b"caption 1" and json.loads(samples[1]["json"])["caption"] == "caption 1"
+    assert samples[1]["mp4"][4:8] == b"ftyp"
+    make_latents(tmp_path / "l", num_samples=3, num_captions=1)
+    samples = list(webdataset.WebDataset(str(tmp_path / "l" / shard_name(0)), shardshuffle=False))
+    text, *rest = samples
+    assert text["__key__"].startswith("text-") and "safetensors" in text
+    assert [sample["__key__"] for sample in rest] == ["000000", "000001", "000002"]
+    assert all(json.loads(sample["json"])["text"] == text["__key__"] for sample in rest)
+    assert all("latents.safetensors" in sample for sample in rest)
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    store = open_store(tmp_path)
+    with pytest.raises(RuntimeError), ShardWriter(store, "latents") as writer:
+        writer.add(latent_sample(0))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_shard_is_known_by_its_index_and_size(tmp_path):
+    entry = make_latents(tmp_path).shards[0]
+    store = open_store(tmp_path)
+    assert finished_entry(store, entry.name) == entry
+    assert finished_entry(store, "shard-000099.tar") is None
+    whole = store.read(entry.name)
+    store.write(entry.name, whole[:-512])
+    assert finished_entry(store, entry.name) is None
+    store.write(entry.name, whole)
+    store.write(entry.index, b"junk")
+    assert finished_entry(store, entry.name) is None
+    store.delete(entry.index)
+    assert finished_entry(store, entry.name) is None
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "/a", "../a", "a/../b", "a/.b", "__x__/a"])
+def test_keys_that_readers_would_not_find_again_are_refused(tmp_path, key):
+    with ShardFile(open_store(tmp_path), "x.tar", "video") as shard, pytest.raises(ValueError, match="sample key"):
+        shard.add(VideoSample(key, "", b"", "mp4"))
+
+
+def test_what_a_shard_cannot_hold_is_refused(tmp_path):
+    store = open_store(tmp_path)
+    with ShardFile(store, "x.tar", "video") as shard:
+        with pytest.raises(ValueError, match="cannot hold a LatentSample"):
+            shard.add(latent_sample(0))
+        with pytest.raises(ValueError, match=r"\.pkl is not a known container"):
+            shard.add(VideoSample("a", "", b"", "pkl"))
+        with pytest.raises(ValueError, match="at least one sample"):
+            shard.close()
+    with ShardFile(store, "y.tar", "latents") as shard:
+        shard.add(latent_sample(0))
+        other = LatentSample("b", "caption 0", BUCKET, b"", b"another embedding")
+        with pytest.raises(ValueError, match="another embedding than an earlier sample"):
+            shard.add(other)
+        with pytest.raises(ValueError, match="'000000' stands twice"):
+            shard.add(latent_sample(0))
+    with pytest.raises(ValueError, match="at least 1"):
+        ShardWriter(store, "video", max_samples=0)
+
+
+def test_keys_may_hold_folders_and_any_letters(tmp_path):
+    store = open_store(tmp_path)
+    keys = ["a/b/c", "ключ ü", "x" * 150]
+    with ShardFile(store, "x.tar", "video") as shard:
+        for key in keys:
+            shard.add(VideoSample(key, "c", b"data", "mkv", {"source": key}))
+        entry = shard.close()
+    from latte_scale.data.schema import Manifest, save_manifest
+
+    save_manifest(store, Manifest("video", (entry,), caption_cleaning="none"))
+    samples = list(open_dataset(str(tmp_path)).samples(0))
+    assert [sample.key for sample in samples] == keys
+    assert [sample.about["key"] for sample in samples] == keys
+    assert all(sample.fields["video"] == b"data" for sample in samples)

@@ -1,0 +1,179 @@
+"""`latte-data index`: tars of other tools become data sets; hostile and broken ones do not."""
+
+import argparse
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from data_tools import index, verify
+from latte_scale.data.samples import open_dataset
+from latte_scale.data.schema import MANIFEST
+from latte_scale.data.tar import TarError
+from latte_scale.store import open_store
+from tests.data.making import make_clip, make_latents, make_videos
+
+CLIP = make_clip(4, 16, 16)
+
+
+def run(tool, *argv: object) -> int:
+    parser = argparse.ArgumentParser()
+    tool.add_arguments(parser)
+    return tool.main(parser.parse_args([str(arg) for arg in argv]))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def stored(folder: Path) -> list[tuple[str, str]]:
+    dataset = open_dataset(str(folder))
+    samples = [sample for number in range(len(dataset.manifest.shards)) for sample in dataset.samples(number)]
+    assert all(sample.fields["video"] == CLIP for sample in samples)
+    return [(sample.key, sample.caption) for sample in samples]
+
+
+def test_our_own_tars_get_the_index_that_the_writer_gave_them(tmp_path):
+    manifest = make_videos(tmp_path)
+    before = {name: open_store(tmp_path).read(name) for name in open_store(tmp_path).list()}
+    for entry in manifest.shards:
+        open_store(tmp_path).delete(entry.index)
+    open_store(tmp_path).delete(MANIFEST)
+    assert run(index, tmp_path) == 0
+    after = {name: open_store(tmp_path).read(name) for name in open_store(tmp_path).list()}
+    assert open_dataset(str(tmp_path)).manifest.fingerprint() == manifest.fingerprint()
+    assert {n: d for n, d in after.items() if n != MANIFEST} == {n: d for n, d in before.items() if n != MANIFEST}
+
+
+def test_tars_of_webdataset(tmp_path, capsys):
+    with webdataset.ShardWriter(str(tmp_path / "clips-%03d.tar"), maxcount=2, verbose=0) as writer:
+        for number in range(3):
+            writer.write({"__key__": f"part/{number}", "mp4": CLIP, "txt": f"caption {number}", "json": {"n": number}})
+    assert run(index, tmp_path) == 0
+    assert "done 3, skipped 0, failed 0, members refused 0; 2 shards" in capsys.readouterr().out
+    assert stored(tmp_path) == [(f"part/{number}", f"caption {number}") for number in range(3)]
+    assert run(verify, tmp_path) == 0
+
+
+def test_tars_of_video2dataset(tmp_path):
+    """KEY.json with "caption" and "key", KEY.mp4, KEY.txt; a clip that failed to download has a .json only."""
+    about = {"caption": "a dog", "key": "000000000", "status": "success", "error_message": None}
+    members = [("000000000.json", json.dumps(about).encode()), ("000000000.mp4", CLIP), ("000000000.txt", b"a dog\n")]
+    failed = [("000000001.json", json.dumps({"caption": None, "status": "failed_to_download"}).encode())]
+    write_tar(tmp_path / "00000.tar", members + failed)
+    assert run(index, tmp_path) == 0
+    assert stored(tmp_path) == [("000000000", "a dog")]
+
+
+def test_tars_of_cosmos_curate(tmp_path, capsys):
+    """KEY.mp4 and KEY.json and pickled T5 embeddings: the sample is used, the pickles are never opened."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    bomb = pickle.dumps(Bomb())
+    members = []
+    for number in range(2):
+        about = json.dumps({"caption": f"window {number}"}).encode()
+        members += [(f"v{number}.json", about), (f"v{number}.mp4", CLIP), (f"v{number}.t5_xxl.pickle", bomb)]
+    write_tar(tmp_path / "part_0.tar", [*members, ("weights.pt", bomb)])
+    assert run(index, tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "done 2, skipped 1, failed 0, members refused 3" in out
+    assert "member 'v1.t5_xxl.pickle': pickled, never opened" in err and "member 'weights.pt'" in err
+    assert stored(tmp_path) == [("v0", "window 0"), ("v1", "window 1")]
+    assert run(verify, tmp_path) == 0
+    assert not (tmp_path / "opened").exists()
+
+
+def test_long_names_folders_and_missing_captions(tmp_path, capsys):
+    long = "d" * 120 + "/" + "k" * 90
+    (tmp_path / "sub").mkdir()
+    write_tar(tmp_path / "sub" / "x.tar", [("README", b"hi"), (f"{long}.MP4", CLIP), ("b.mkv", CLIP), ("b.wav", b"")])
+    assert run(index, tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "done 2, skipped 1" in out and "2 samples have no caption" in err and "'README': not part of a sample" in err
+    assert stored(tmp_path) == [(long, ""), ("b", "")]
+    assert open_dataset(str(tmp_path)).manifest.shards[0].index == "sub/x.index.safetensors"
+
+
+@pytest.mark.parametrize("name", ["/abs/a.mp4", "../a.mp4"])
+def test_members_that_leave_the_tar_are_refused_by_name(tmp_path, name):
+    write_tar(tmp_path / "x.tar", [("ok.mp4", CLIP), (name, CLIP)])
+    with pytest.raises(TarError, match=rf"x\.tar: member '{name}' points outside"):
+        run(index, tmp_path)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_links_are_refused_by_name(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        info = tarfile.TarInfo("a.mp4")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(TarError, match=r"member 'a\.mp4' is a symbolic link"):
+        run(index, tmp_path)
+
+
+def test_a_cut_tar_names_the_last_sound_member(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.mp4", CLIP), ("a.txt", b"x"), ("b.mp4", CLIP), ("b.txt", b"y")])
+    whole = (tmp_path / "x.tar").read_bytes()
+    first = 512 + -(-len(CLIP) // 512) * 512
+    for cut, last in [(first + 1024, "a.txt"), (first + 1500, "a.txt"), (2 * first + 1024, "b.mp4"), (700, "none")]:
+        (tmp_path / "x.tar").write_bytes(whole[:cut])
+        expected = rf"x\.tar: the archive is cut at byte {cut}; the last sound member is '{last}'"
+        with pytest.raises(TarError, match=expected):
+            run(index, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.mp4", CLIP), ("b.mp4", CLIP), ("a.mp4", CLIP)], "'a' stands twice"),
+        ([("a.mp4", CLIP), ("a.mkv", CLIP)], "'a.mkv' is a second video of sample 'a'"),
+        ([("a.mp4", CLIP), ("a.json", b"{")], "sample 'a': its .json cannot be read"),
+        ([("a.latents.safetensors", b"")], "holds latents"),
+    ],
+)
+def test_what_cannot_be_indexed_is_named(tmp_path, members, message):
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(TarError, match=message):
+        run(index, tmp_path)
+
+
+def test_nothing_to_index(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"holds no \.tar file"):
+        run(index, tmp_path)
+    write_tar(tmp_path / "x.tar", [("a.txt", b"only text")])
+    assert run(index, tmp_path) == 1
+    assert "no sample with a video" in capsys.readouterr().err
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_latents_are_left_to_encode(tmp_path):
+    make_latents(tmp_path)
+    with pytest.raises(ValueError, match=r"latents data set.*latte-data encode"):
+        run(index, tmp_path)
+
+
+def test_a_tar_larger_than_the_window_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CHUNK", 700)
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            (f"{number}.{end}", data)
+            for number in range(3)
+            for end, data in (("mp4", CLIP), ("txt", b"words " * 300), ("bin", bytes(3000)))
+        ],
+    )
+    assert run(index, tmp_path) == 0
+    assert [caption for _, caption in stored(tmp_path)] == [("words " * 300).strip()] * 3
+    assert run(verify, tmp_path) == 0

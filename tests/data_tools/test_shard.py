@@ -1,0 +1,216 @@
+"""`latte-data shard`: what is stored, what is refused, and what a second run does."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_tools import shard, verify
+from latte_scale.data.samples import open_dataset
+from latte_scale.data.schema import MANIFEST
+from latte_scale.store import open_store
+from tests.data.making import make_clip
+
+CLIPS = Path(os.environ.get("LATTE_TEST_CLIPS", "../shared/clips"))
+
+
+def run(tool, *argv: object) -> int:
+    parser = argparse.ArgumentParser()
+    tool.add_arguments(parser)
+    return tool.main(parser.parse_args([str(arg) for arg in argv]))
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """Four sound clips in three containers, one of them in a folder, with a captions.jsonl."""
+    folder = tmp_path / "clips"
+    (folder / "more").mkdir(parents=True)
+    files = ["a.mp4", "b.mkv", "c.avi", "more/d.mp4"]
+    for number, name in enumerate(files):
+        container = name.rpartition(".")[2]
+        data = make_clip(3 + number, container=container, codec="mpeg4" if container == "avi" else "libx264")
+        (folder / name).write_bytes(data)
+    write_captions(folder, files)
+    return folder
+
+
+def write_captions(folder: Path, files: list[str]) -> None:
+    lines = [json.dumps({"file": name, "text": f"this is {name}"}) for name in files]
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def stored(folder: Path) -> dict[str, str]:
+    dataset = open_dataset(str(folder))
+    samples = [sample for number in range(len(dataset.manifest.shards)) for sample in dataset.samples(number)]
+    return {sample.key: sample.caption for sample in samples}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+
+
+def test_clips_of_every_container_are_stored_as_they_are(clips, tmp_path, capsys):
+    assert run(shard, "--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 3) == 0
+    assert capsys.readouterr().out == f"done 4, skipped 0, failed 0; 2 shards in {tmp_path / 'out'}\n"
+    assert stored(tmp_path / "out") == {
+        "a": "this is a.mp4",
+        "b": "this is b.mkv",
+        "c": "this is c.avi",
+        "more/d": "this is more/d.mp4",
+    }
+    sample = open_dataset(str(tmp_path / "out")).read(0, 1)
+    assert sample.fields["video"] == (clips / "b.mkv").read_bytes()
+    facts = {"source": "b.mkv", "frames": 4, "fps": 10.0, "height": 48, "width": 64, "codec": "h264", "bucket": "raw"}
+    assert facts.items() <= sample.about.items()
+    assert run(verify, tmp_path / "out") == 0
+
+
+def test_the_captions_file_itself_and_text_files_work_too(clips, tmp_path):
+    assert run(shard, "--input", clips / "captions.jsonl", "--output", tmp_path / "list") == 0
+    (clips / "captions.jsonl").unlink()
+    for name in ("a", "b", "c", "more/d"):
+        (clips / f"{name}.txt").write_text(f" this is {name}\n")
+    assert run(shard, "--input", clips, "--output", tmp_path / "texts") == 0
+    assert stored(tmp_path / "list").keys() == stored(tmp_path / "texts").keys()
+    assert stored(tmp_path / "texts")["more/d"] == "this is more/d"
+
+
+def test_what_cannot_be_stored_is_named_and_counted(clips, tmp_path, capsys):
+    (clips / "broken.mp4").write_bytes(make_clip(9)[:700])
+    (clips / "uncaptioned.mp4").write_bytes(make_clip(2))
+    (clips / "page.mp4").write_bytes(b"<html>not found</html>" * 50)
+    write_captions(clips, ["a.mp4", "b.mkv", "broken.mp4", "page.mp4", "gone.mp4", "notes.pdf"])
+    assert run(shard, "--input", clips, "--output", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 2, skipped 3, failed 4; 1 shards")
+    for line in (
+        "failed broken.mp4: corrupt: ",
+        "failed page.mp4: corrupt: ",
+        "failed gone.mp4: listed in captions.jsonl, but there is no such file",
+        "failed notes.pdf: .pdf is not a known video container",
+        "skipped uncaptioned.mp4: not in captions.jsonl",
+    ):
+        assert line in err
+    assert stored(tmp_path / "out").keys() == {"a", "b"}
+
+
+def test_no_clip_at_all_is_an_error(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no videos \(looked for \.mp4"):
+        run(shard, "--input", tmp_path / "empty", "--output", tmp_path / "out")
+    with pytest.raises(ValueError, match="no such folder"):
+        run(shard, "--input", tmp_path / "gone", "--output", tmp_path / "out")
+    (tmp_path / "empty" / "a.mp4").write_bytes(b"junk")
+    (tmp_path / "empty" / "a.txt").write_text("a caption")
+    assert run(shard, "--input", tmp_path / "empty", "--output", tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert "done 0, skipped 0, failed 1" in out and "no clip of" in err
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", 'line 1: expected {"file"'),
+        ('{"file": "a.mp4"}', "line 1: expected"),
+        ('{"file": "../a.mp4", "text": "x"}', "leaves the folder"),
+        ('{"file": "a.mp4", "text": "x"}\n{"file": "a.mp4", "text": "y"}', "line 2: 'a.mp4' has a second"),
+    ],
+)
+def test_a_bad_captions_file_names_its_line(clips, tmp_path, line, message):
+    (clips / "captions.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        run(shard, "--input", clips, "--output", tmp_path / "out")
+
+
+def test_a_dry_run_checks_and_writes_nothing(clips, tmp_path, capsys):
+    (clips / "a.mp4").write_bytes(b"junk")
+    assert run(shard, "--input", clips, "--output", tmp_path / "out", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 3, skipped 0, failed 1; 1 shards would be in") and "failed a.mp4" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_command_again_changes_nothing(clips, tmp_path, capsys):
+    (clips / "b.mkv").write_bytes(b"junk")
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 2)
+    assert run(shard, *command) == 0
+    before, said = snapshot(tmp_path / "out"), capsys.readouterr()
+    assert run(shard, *command) == 0
+    assert snapshot(tmp_path / "out") == before and capsys.readouterr() == said
+
+
+def test_an_interrupted_run_is_picked_up(clips, tmp_path, monkeypatch):
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 1)
+    assert run(shard, "--input", clips, "--output", tmp_path / "whole", "--samples-per-shard", 1) == 0
+    load, loaded = shard._load, []
+
+    def dying(clip):
+        loaded.append(clip.key)
+        if len(loaded) == 3:
+            raise KeyboardInterrupt
+        return load(clip)
+
+    monkeypatch.setattr(shard, "_load", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(shard, *command)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"shard-00000{n}{end}" for n in (0, 1) for end in (".tar", ".index.safetensors")}
+    assert run(shard, *command) == 0
+    assert loaded == ["a", "b", "c", "c", "more/d"]
+    contents = [{name: data for name, (data, _) in snapshot(tmp_path / each).items()} for each in ("out", "whole")]
+    assert contents[0] == contents[1]
+
+
+def test_a_finished_data_set_of_other_clips_is_kept_unless_forced(clips, tmp_path):
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 1)
+    assert run(shard, *command) == 0
+    before = snapshot(tmp_path / "out")
+    write_captions(clips, ["a.mp4", "b.mkv"])
+    with pytest.raises(ValueError, match=r"a finished data set of 4 clips; these make 2.*--force"):
+        run(shard, *command)
+    (clips / "a.mp4").write_bytes(make_clip(8))
+    with pytest.raises(ValueError, match=r"shard-000000\.tar is not what these clips make.*--force"):
+        run(shard, *command)
+    assert snapshot(tmp_path / "out") == before
+    assert run(shard, *command, "--force") == 0
+    assert stored(tmp_path / "out").keys() == {"a", "b"}
+    assert open_store(tmp_path / "out").list() == [
+        "manifest.json",
+        "shard-000000.index.safetensors",
+        "shard-000000.tar",
+        "shard-000001.index.safetensors",
+        "shard-000001.tar",
+    ]
+    assert run(verify, tmp_path / "out") == 0
+
+
+def test_names_make_distinct_keys(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    names = ["a.mp4", "a.mkv", "a.b.mp4", "a_b.mp4", ".hidden.mp4"]
+    for name in names:
+        container = name.rpartition(".")[2]
+        (folder / name).write_bytes(make_clip(2, container=container))
+    write_captions(folder, names)
+    assert run(shard, "--input", folder, "--output", tmp_path / "out") == 0
+    assert sorted(stored(tmp_path / "out").values()) == sorted(f"this is {name}" for name in names)
+    assert run(verify, tmp_path / "out") == 0
+
+
+def test_shards_are_bounded_in_bytes(clips, tmp_path):
+    size = max(path.stat().st_size for path in clips.rglob("*.*") if path.suffix != ".jsonl")
+    assert run(shard, "--input", clips, "--output", tmp_path / "out", "--bytes-per-shard", size) == 0
+    shards = open_dataset(str(tmp_path / "out")).manifest.shards
+    assert len(shards) >= 3 and sum(each.count for each in shards) == 4
+
+
+@pytest.mark.clips
+@pytest.mark.skipif(not (CLIPS / "captions.jsonl").is_file(), reason=f"no clips at {CLIPS} (LATTE_TEST_CLIPS)")
+def test_real_clips(tmp_path, capsys):
+    assert run(shard, "--input", CLIPS, "--output", tmp_path / "out", "--samples-per-shard", 3) == 0
+    lines = [json.loads(line) for line in (CLIPS / "captions.jsonl").read_text().splitlines()]
+    assert capsys.readouterr().out.startswith(f"done {len(lines)}, skipped 0, failed 0")
+    assert sorted(stored(tmp_path / "out").values()) == sorted(line["text"] for line in lines)

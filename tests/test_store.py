@@ -1,0 +1,108 @@
+"""The store: ranges, complete-or-absent writes, and errors that say what to do."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from latte_scale import store as store_module
+from latte_scale.store import LocalStore, MissingError, ShortReadError, StoreError, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "root")
+
+
+def test_a_write_can_be_read_whole_and_by_range(store):
+    store.write("a/b.bin", bytes(range(100)))
+    assert store.read("a/b.bin") == bytes(range(100))
+    assert store.read("a/b.bin", 10, 5) == bytes(range(10, 15))
+    assert store.read("a/b.bin", 90) == bytes(range(90, 100))
+    assert store.read("a/b.bin", 100, 0) == b""
+    assert store.size("a/b.bin") == 100 and store.exists("a/b.bin") and not store.exists("a")
+
+
+@pytest.mark.parametrize(("offset", "size"), [(95, 6), (100, 1), (101, None), (101, 0)])
+def test_a_range_past_the_end_is_a_short_read_that_names_it(store, offset, size):
+    store.write("x", bytes(100))
+    with pytest.raises(ShortReadError, match=rf"root/x: asked for bytes {offset} .*ends at 100.*verify"):
+        store.read("x", offset, size)
+
+
+def test_a_missing_file_is_named(store):
+    for call in (lambda: store.read("gone.tar", 0, 5), lambda: store.size("gone.tar")):
+        with pytest.raises(MissingError, match=r"root/gone\.tar: reading .*no such file; check"):
+            call()
+    store.delete("gone.tar")
+
+
+def test_listing_is_sorted_filtered_and_hides_unfinished_writes(store):
+    assert store.list() == []
+    for name in ("b", "a/z", "a/b", "c.tar"):
+        store.write(name, b"")
+    store.scratch("d.tar").write_bytes(b"half")
+    assert store.list() == ["a/b", "a/z", "b", "c.tar"]
+    assert store.list("a/") == ["a/b", "a/z"]
+
+
+def test_names_cannot_leave_the_root(store):
+    for name in ("../x", "/etc/passwd", "a/../../x", ""):
+        with pytest.raises(ValueError, match="not a name inside"):
+            store.read(name)
+
+
+def test_a_failed_write_leaves_the_old_bytes_and_no_rubbish(store, monkeypatch):
+    store.write("x", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store_module.os, "fsync", full)
+    with pytest.raises(StoreError, match=r"root/x: .*disk is full: free some space"):
+        store.write("x", b"new")
+    monkeypatch.undo()
+    assert store.read("x") == b"old"
+    assert os.listdir(store.root) == ["x"]
+
+
+def test_the_file_is_flushed_before_it_is_renamed(store, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(store_module.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(store_module.os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    store.write("x", b"1")
+    assert calls == ["fsync", "rename", "fsync"]  # file, rename, folder
+
+
+def test_put_file_moves_also_across_file_systems(store, tmp_path):
+    source = tmp_path / "built"
+    source.write_bytes(b"tar")
+    store.put_file("x.tar", source)
+    assert store.read("x.tar") == b"tar" and not source.exists()
+    shm = Path("/dev/shm")
+    if shm.is_dir() and shm.stat().st_dev != tmp_path.stat().st_dev:
+        other = shm / f"latte-scale-test-{os.getpid()}"
+        other.write_bytes(b"far")
+        store.put_file("y.tar", other)
+        assert store.read("y.tar") == b"far" and not other.exists()
+
+
+def test_urls(tmp_path):
+    assert open_store(f"file://{tmp_path}").url == str(tmp_path)
+    assert open_store(tmp_path).join("a/b") == f"{tmp_path}/a/b"
+    with pytest.raises(ValueError, match="s3://bucket/x: s3:// comes with the next release"):
+        open_store("s3://bucket/x")
+    with pytest.raises(ValueError, match="unknown scheme 'gs'"):
+        open_store("gs://bucket")
+    with pytest.raises(ValueError, match="empty store URL"):
+        open_store("")
+
+
+def test_stores_and_their_errors_cross_processes(store):
+    store.write("x", b"1")
+    assert pickle.loads(pickle.dumps(store)).read("x") == b"1"
+    error = pickle.loads(pickle.dumps(MissingError("a: no such file")))
+    assert isinstance(error, MissingError) and "no such file" in str(error)
