@@ -1,0 +1,57 @@
+"""`latte-data VERB ...`: one door to the tools that make data sets. Each verb's module is imported only when called."""
+
+import argparse
+import importlib
+import sys
+
+VERBS = {
+    "shapes": "short captioned clips of moving shapes, made up, to learn on a laptop",
+    "shard": "a folder of captioned clips -> tar shards with indices and a manifest",
+    "index": "tars of another tool -> indices and a manifest beside them",
+    "verify": "read a data set again and hold every byte to its checksums",
+    "encode": "shards of clips -> shards of VAE latents and text embeddings",
+}
+WRONG_INPUT = 2  # the exit code of a user's mistake; a verb returns 1 when nothing at all could be done
+
+
+def usage() -> str:
+    """The help text: one line a verb."""
+    lines = ["usage: latte-data VERB [options]     (latte-data VERB --help for its manual)", ""]
+    lines += [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
+    lines += [
+        "",
+        "In this order: shapes or your own clips, then shard (or index), then encode.",
+        "See data_tools/README.md.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. A user's mistake (ValueError, OSError) is one message on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"latte-data: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        return WRONG_INPUT
+    module = importlib.import_module(f"data_tools.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"latte-data {verb}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    try:
+        return module.main(parser.parse_args(rest))
+    except (ValueError, OSError) as error:
+        print(f"latte-data {verb}: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print(f"latte-data {verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
