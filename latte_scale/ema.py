@@ -1,0 +1,93 @@
+"""Exponential moving averages of the weights, each rank on its own pieces.
+
+In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors,
+one a shard.
+The decision worth knowing: the average moves by subtract, multiply, add, three roundings without a fused multiply-add,
+so its bits do not depend on where the shards are cut and equal those computed on regathered weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latte_scale.engine.base import LocalShard
+
+CHUNK_BYTES = 256 * 2**20
+"""Weights updated at a time: what the temporary difference may take."""
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    """Which averages of the weights to keep; an empty tuple keeps none."""
+
+    decays: tuple[float, ...] = (0.9999,)  # share of the old average that an applied update keeps
+
+    def __post_init__(self) -> None:
+        if not all(0.0 < decay < 1.0 for decay in self.decays):
+            raise ValueError(f"ema.decays must lie between 0 and 1, got {self.decays}; the usual value is 0.9999")
+        if len(set(self.decays)) != len(self.decays):
+            raise ValueError(f"ema.decays names a value twice: {self.decays}; drop one")
+
+
+def tree_name(decay: float) -> str:
+    """The name under which a checkpoint holds the average of this decay: "ema/0.9999"."""
+    return f"ema/{decay}"
+
+
+class Ema:
+    """Averages of the weights, with the number of updates they have seen."""
+
+    def __init__(self, shards: Sequence[LocalShard], settings: EmaSettings) -> None:
+        """Start from the weights as they are: build it after the model's weights are final."""
+        self._params = [shard.param for shard in shards]
+        self._averages = {
+            decay: [param.clone(memory_format=torch.contiguous_format) for param in self._params]
+            for decay in settings.decays
+        }
+        devices = {param.device for param in self._params}
+        self._num_updates = torch.zeros((), dtype=torch.float32, device=devices.pop() if len(devices) == 1 else "cpu")
+
+    @property
+    def num_updates(self) -> int:
+        """Updates seen so far. Waits for the device: for checkpoints, not for every step."""
+        return int(self._num_updates.item())
+
+    @property
+    def trees(self) -> dict[str, list[Tensor]]:
+        """Tree name -> one 1-D fp32 tensor a shard, in the order of the shards; a load writes into them."""
+        return {tree_name(decay): averages for decay, averages in self._averages.items()}
+
+    def after_load(self, num_updates: int) -> None:
+        """Set the number of updates that the loaded averages have seen."""
+        self._num_updates.fill_(num_updates)
+
+    @torch.no_grad()
+    def update(self, applied: Tensor) -> None:
+        """average += (1 - decay) * (weight - average), if `applied` (0-d) is 1; nothing moves if it is 0.
+
+        Call it after the engine's step. No host waits for `applied`.
+        """
+        applied = applied.to(self._num_updates.device, torch.float32)
+        for decay, averages in self._averages.items():
+            weight = applied * (1.0 - decay)
+            for chunk in _chunks(self._params):
+                lerp_(averages[chunk], self._params[chunk], weight)
+        self._num_updates += applied
+
+
+def lerp_(averages: list[Tensor], params: list[Tensor], weight: Tensor) -> None:
+    """averages += weight * (params - averages), in place, for lists of tensors and a 0-d weight."""
+    difference = torch._foreach_sub(params, averages)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(averages, difference)
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    first, size = 0, 0
+    for index, tensor in enumerate(tensors):
+        size += tensor.numel() * tensor.element_size()
+        if size >= CHUNK_BYTES or index == len(tensors) - 1:
+            yield slice(first, index + 1)
+            first, size = index + 1, 0

@@ -1,0 +1,203 @@
+"""What every engine is: a model and its sharded optimizer behind one seam, and this rank's pieces of their state.
+
+In: a plain fp32 nn.Module, equal on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train loop
+calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it.
+The decision worth knowing: bf16 is torch.autocast around model.forward in every engine, with fp32 weights, gradients
+and reductions, so that all engines compute the same function.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latte_scale.engine.dist import Ranks
+from latte_scale.optim import is_decayed
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the model is sharded and run. Nothing here changes what is computed: all of it may change on resume."""
+
+    kind: Literal["single", "fsdp2", "zero"] = "single"  # one device | PyTorch FSDP2 | DeepSpeed ZeRO
+    zero_stage: Literal[1, 2, 3] = 2  # zero: 1 shards the optimizer, 2 also gradients, 3 also weights
+    cpu_offload: bool = False  # zero: master weights and moments in host memory
+    reshard_after_forward: Literal["auto", "yes", "no"] = "auto"  # fsdp2: free gathered weights; auto: large models
+    blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"  # full: recompute each block
+    compile: bool = False  # torch.compile each block
+    timeout_s: float = 600.0  # a collective that waits longer ends the job
+
+    def __post_init__(self) -> None:
+        if self.activation_checkpointing in ("selective", "offload"):
+            raise ValueError(
+                f"engine.activation_checkpointing={self.activation_checkpointing} is not available in this release; "
+                "use none or full"
+            )
+        if self.cpu_offload and self.kind != "zero":
+            raise ValueError(f"engine.cpu_offload needs engine.kind=zero, got {self.kind}; set kind or drop the key")
+        if self.compile and self.kind == "zero" and self.zero_stage == 3:
+            raise ValueError(
+                "engine.compile does not work with ZeRO stage 3, whose hooks gather weights inside the blocks; "
+                "use zero_stage 1 or 2, or engine.kind=fsdp2"
+            )
+        if self.blocks_per_unit < 1:
+            raise ValueError(f"engine.blocks_per_unit must be 1 or more, got {self.blocks_per_unit}")
+        if not self.timeout_s > 0.0:
+            raise ValueError(f"engine.timeout_s must be positive, got {self.timeout_s}")
+
+
+class StepResult(NamedTuple):
+    """What a step did, as 0-d fp32 tensors: read them a step later and no host waits for the device."""
+
+    grad_norm: Tensor  # global L2 norm before clipping; not finite when nothing was applied
+    applied: Tensor  # 1.0, or 0.0 if the norm was not finite: then weights, moments and counters did not move
+
+
+class LocalShard(NamedTuple):
+    """This rank's piece of one parameter: the range [start, stop) of the flattened whole, possibly empty."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int
+    stop: int
+    param: Tensor  # 1-D fp32 master weights; writing into it and calling Engine.after_load changes the model
+    state: dict[str, Tensor]  # exp_avg and exp_avg_sq: 1-D fp32, same range
+
+
+class Engine(Protocol):
+    """A model and its optimizer on some number of ranks. Every method is called by all ranks, in the same order."""
+
+    module: nn.Module  # the model that was handed in
+    device: torch.device
+    ranks: Ranks
+    dp_rank: int  # which share of the global batch is this rank's
+    dp_size: int
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """What to call for the forward pass, in place of the module."""
+        ...
+
+    @property
+    def num_updates(self) -> int:
+        """Updates applied since the beginning of the run, those before a resume included. Waits for the device."""
+        ...
+
+    def backward(self, loss: Tensor, last_microbatch: bool) -> None:
+        """Add the gradient of `loss`, 0-d: this rank's share. The step's gradient is the sum over ranks and shares."""
+        ...
+
+    def step(self, lr: float) -> StepResult:
+        """Clip and apply the summed gradient, after the backward with last_microbatch=True; clears it."""
+        ...
+
+    def local_shards(self) -> list[LocalShard]:
+        """This rank's piece of every parameter, in the order of named_parameters, empty pieces included."""
+        ...
+
+    def after_load(self, num_updates: int) -> None:
+        """Make the model and the step counters follow what was written into the local shards."""
+        ...
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for what no engine can train and save exactly, naming the tensor."""
+    names = [name for name, _ in model.named_parameters()]
+    if not names:
+        raise ValueError("the model has no parameters: nothing to train")
+    for name, param in model.named_parameters():
+        if param.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name} is {param.dtype}; master weights are float32: build the model in float32"
+            )
+        if not param.requires_grad:
+            raise ValueError(f"parameter {name} is frozen; make it a buffer with persistent=False or train it")
+        if param.dim() == 0:
+            raise ValueError(f"parameter {name} is a scalar, which cannot be sharded; give it the shape (1,)")
+    persistent = sorted(set(model.state_dict()) - set(names) - _tied_names(model))
+    if persistent:
+        raise ValueError(
+            f"persistent buffers {persistent[:3]} would be missing from checkpoints; "
+            "register them with persistent=False"
+        )
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+@torch.no_grad()
+def check_equal_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Raise ValueError on all ranks if the weights differ between ranks: each rank is about to keep only its piece."""
+    total = torch.zeros((), dtype=torch.int64)
+    for param in model.parameters():  # a sum over bits as integers: exact in any order
+        total += param.detach().contiguous().view(torch.int32).sum(dtype=torch.int64).to("cpu")
+    totals = ranks.all_gather_object(int(total))
+    if len(set(totals)) > 1:
+        odd = [rank for rank, other in enumerate(totals) if other != totals[0]]
+        raise ValueError(f"the initial weights of ranks {odd} differ from rank 0's; build the model from one seed")
+
+
+def decay_flags(model: nn.Module) -> list[bool]:
+    """Whether weight decay applies, for each parameter in order. Must run before sharding, which changes shapes."""
+    return [is_decayed(param.shape) for param in model.parameters()]
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Size of the fp32 weights in bytes."""
+    return sum(4 * math.prod(param.shape) for param in model.parameters())
+
+
+def set_precision(model: nn.Module, precision: Precision, device_type: str) -> None:
+    """Replace model.forward by itself under autocast when `precision` is bf16.
+
+    Wrapped here and not around the call: DeepSpeed's engine refuses a surrounding autocast. The cast cache is off: with
+    it, bf16 copies of all weights live until the end of the forward pass, and recomputed blocks see other tensors.
+    """
+    if precision == "fp32":
+        return
+    if precision != "bf16":
+        raise ValueError(f"train.precision must be fp32 or bf16, got {precision!r}")
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast_forward
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Make each block keep only its inputs and run its forward again in backward.
+
+    Replaces block.forward, so names and hooks stay. Random states are not kept: models here draw nothing in forward.
+    """
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
+    """torch.compile each block in place: equal blocks share one compilation, and names stay."""
+    for block in blocks:
+        block.compile(backend=backend)
+
+
+def prepare(
+    model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, precision: Precision, device_type: str
+) -> None:
+    """What all engines do to the model before sharding it, in the order in which the wrappers must nest."""
+    check_model(model)
+    if settings.activation_checkpointing == "full":
+        checkpoint_blocks(blocks)
+    if settings.compile:
+        compile_blocks(blocks)
+    set_precision(model, precision, device_type)

@@ -1,0 +1,135 @@
+"""Process groups: from a launcher's environment to `Ranks`, the only way the rest of the code talks across ranks.
+
+In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun and the deepspeed launcher set them, or
+none of them. Out: `Ranks`. The decision worth knowing: without a launcher there is a process group of one, made without
+network or files, so one rank and many run the same code.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process of a job."""
+
+    rank: int
+    size: int
+    local_rank: int  # index of this process on its machine: picks the GPU
+    init_method: str  # env:// | tcp://HOST:PORT | file://PATH
+
+
+def launch_from_env(environ: Mapping[str, str] | None = None) -> Launch | None:
+    """What a launcher said in the environment; None if no launcher did.
+
+    Raises ValueError if only some of the variables are set: half a launch would become many jobs of one process.
+    """
+    environ = os.environ if environ is None else environ
+    missing = [name for name in LAUNCHER_VARIABLES if not environ.get(name)]
+    present = [name for name in LAUNCHER_VARIABLES if name not in missing]
+    if present in ([], ["LOCAL_RANK"]):  # the zero engine sets LOCAL_RANK for DeepSpeed, whoever started the process
+        return None
+    if missing:
+        raise ValueError(
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun or the "
+            f"deepspeed launcher, which set all of them, or unset {', '.join(present)} to run one process"
+        )
+    try:
+        rank, size, local_rank = (int(environ[name]) for name in LAUNCHER_VARIABLES[:3])
+    except ValueError as error:
+        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+    if not 0 <= rank < size or local_rank < 0:
+        raise ValueError(
+            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, got {rank} {size} {local_rank}"
+        )
+    return Launch(rank, size, local_rank, "env://")
+
+
+class Ranks:
+    """The ranks of the job. Every method is a collective: all ranks call it, in the same order.
+
+    A single rank needs no process group for them.
+    """
+
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.device = device
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """`obj` of every rank, in rank order."""
+        if self.size == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, obj)
+        return gathered
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        """`obj` of rank `src`; what the other ranks pass is ignored."""
+        if self.size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a float32, float64 or int64 tensor over the ranks, in place; on CPU or this rank's device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.sum_(torch.zeros(1, dtype=torch.int64))
+
+
+def init_distributed(launch: Launch | None = None, device: str | None = None, timeout_s: float = 600.0) -> Ranks:
+    """Join the job's process group: gloo for CPU tensors, and nccl for CUDA tensors where there are GPUs.
+
+    Args:
+        launch: which process this is; None: from the environment, one process if that says nothing.
+        device: "cpu" or "cuda"; None: cuda where there is one.
+        timeout_s: seconds after which a collective that waits for a lost rank raises.
+
+    Raises ValueError for half a launcher environment or a local rank without a GPU.
+    """
+    launch = launch or launch_from_env()
+    local_rank = launch.local_rank if launch else 0
+    torch_device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if launch is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return Ranks(0, 1, 0, torch_device)
+    dist.init_process_group(
+        backend, init_method=launch.init_method, rank=launch.rank, world_size=launch.size, timeout=timeout
+    )
+    return Ranks(launch.rank, launch.size, launch.local_rank, torch_device)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start at most that "
+            "many processes on it, or correct CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def shutdown() -> None:
+    """Leave the process group; nothing happens if there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

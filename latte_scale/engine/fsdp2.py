@@ -1,0 +1,114 @@
+"""PyTorch FSDP2: weights, gradients and moments sharded by rows over all ranks.
+
+The decision worth knowing: the optimizer works on plain 1-D views of each rank's rows (DTensor Shard(0)), not on
+DTensors, so it is the same code as on one device and the gradient norm costs one all-reduce of one number.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from latte_scale.engine.base import (
+    EngineSettings,
+    LocalShard,
+    Precision,
+    StepResult,
+    check_equal_weights,
+    decay_flags,
+    num_bytes,
+    prepare,
+)
+from latte_scale.engine.dist import Ranks
+from latte_scale.optim import GuardedAdamW, OptimSettings
+
+RESHARD_ABOVE_BYTES = 8 * 2**30
+"""fp32 weights beyond which `auto` frees gathered weights after the forward pass; below, one all-gather is saved."""
+
+
+class Fsdp2Engine:
+    """The model under fully_shard, one unit a group of blocks, with GuardedAdamW over this rank's rows."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        optim: OptimSettings,
+        precision: Precision,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        ranks: Ranks,
+    ) -> None:
+        prepare(model, blocks, settings, precision, ranks.device.type)
+        check_equal_weights(model, ranks)
+        self.device, self.ranks, self.dp_rank, self.dp_size = ranks.device, ranks, ranks.rank, ranks.size
+        decayed = decay_flags(model)
+        self.module = shard(model, blocks, settings, ranks)
+        self._params = list(model.named_parameters())
+        pieces = [param.to_local().detach().view(-1) for _, param in self._params]
+        self._optimizer = GuardedAdamW(pieces, decayed, optim, self.device)
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        return self.module
+
+    @property
+    def num_updates(self) -> int:
+        return self._optimizer.num_updates
+
+    def backward(self, loss: Tensor, last_microbatch: bool) -> None:
+        self.module.set_requires_gradient_sync(last_microbatch)  # reduced once a step, not once a micro-batch
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        grads = [None if param.grad is None else param.grad.to_local() for _, param in self._params]
+        result = self._optimizer.step(grads, lr, self.ranks.sum_)
+        for _, param in self._params:
+            param.grad = None
+        return StepResult(*result)
+
+    def local_shards(self) -> list[LocalShard]:
+        shards = []
+        for index, ((name, param), piece) in enumerate(zip(self._params, self._optimizer.pieces, strict=True)):
+            start = row_range(param.shape[0], self.ranks.rank, self.ranks.size)[0] * param.shape[1:].numel()
+            moments = self._optimizer.moments(index)
+            shards.append(LocalShard(name, tuple(param.shape), start, start + piece.numel(), piece, moments))
+        return shards
+
+    @torch.no_grad()
+    def after_load(self, num_updates: int) -> None:
+        self.module.reshard()  # weights still gathered from before the load would be stale
+        for block in self.module.modules():
+            if isinstance(block, FSDPModule):
+                block.reshard()
+        self._optimizer.set_num_updates(num_updates)
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, ranks: Ranks) -> FSDPModule:
+    """fully_shard groups of `blocks_per_unit` blocks and then the rest, with gradients summed over ranks in fp32."""
+    # Each step would warn that the model's output is a view; the loss does nothing in place on it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("data",))
+    reshard = settings.reshard_after_forward == "yes" or (
+        settings.reshard_after_forward == "auto" and num_bytes(model) > RESHARD_ABOVE_BYTES
+    )
+    model.to(ranks.device)
+    for first in range(0, len(blocks), settings.blocks_per_unit):
+        unit = list(blocks[first : first + settings.blocks_per_unit])
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # before the factor: 1.0 then means a plain sum
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def row_range(num_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """Rows [start, stop) of a tensor that Shard(0) gives to `rank`: torch.chunk's split, empty for late ranks."""
+    rows = -(-num_rows // size)
+    return min(rank * rows, num_rows), min((rank + 1) * rows, num_rows)

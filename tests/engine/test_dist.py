@@ -1,0 +1,92 @@
+"""Launcher environments, Ranks on one and two ranks, and failing together."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from latte_scale.engine.dist import Launch, Ranks, init_distributed, launch_from_env, shutdown
+from tests.engine.toy import on_one, on_ranks
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_no_launcher_and_a_whole_one() -> None:
+    assert launch_from_env({}) is None
+    assert launch_from_env({"LOCAL_RANK": "0", "MASTER_ADDR": ""}) is None
+    assert launch_from_env(WHOLE) == Launch(rank=1, size=2, local_rank=0, init_method="env://")
+
+
+@pytest.mark.parametrize("missing", list(WHOLE))
+def test_half_a_launcher_is_refused(missing: str) -> None:
+    partial = {name: value for name, value in WHOLE.items() if name != missing}
+    with pytest.raises(ValueError, match=f"but not {missing}; start with torchrun"):
+        launch_from_env(partial)
+
+
+def test_an_exported_address_alone_is_refused() -> None:
+    """What a Slurm script exports: without a launcher each task would train alone."""
+    with pytest.raises(ValueError, match=r"has MASTER_ADDR, MASTER_PORT but not RANK, WORLD_SIZE, LOCAL_RANK"):
+        launch_from_env({"MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "2"), ("RANK", "-1"), ("WORLD_SIZE", "two")])
+def test_impossible_ranks_are_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match="WORLD_SIZE"):
+        launch_from_env({**WHOLE, name: value})
+
+
+def talk(ranks: Ranks) -> dict:
+    ranks.barrier()
+    mine = torch.full((2,), 2.0**53 + 2 * ranks.rank, dtype=torch.float64)
+    return {
+        "gathered": ranks.all_gather_object({"rank": ranks.rank}),
+        "from_0": ranks.broadcast_object(f"of {ranks.rank}"),
+        "float64": ranks.sum_(mine).tolist(),
+        "int64": ranks.sum_(torch.tensor(2**60 + ranks.rank)).item(),
+        "device": ranks.device.type,
+    }
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ranks_talk(size: int) -> None:
+    for results in on_ranks(size, talk):
+        assert results["gathered"] == [{"rank": rank} for rank in range(size)]
+        assert results["from_0"] == "of 0" and results["device"] == "cpu"
+        assert results["float64"] == [size * 2.0**53 + size * (size - 1)] * 2
+        assert results["int64"] == size * 2**60 + size * (size - 1) // 2
+
+
+def fail_on_rank_1(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        raise RuntimeError("only here")
+    ranks.barrier()
+
+
+def test_an_error_on_one_rank_ends_all() -> None:
+    with pytest.raises(Exception, match=r"only here|terminated|Connection closed"):
+        on_ranks(2, fail_on_rank_1)
+
+
+def alone(ranks: Ranks) -> int:
+    """One process without a launcher, as `python -m` would start it."""
+    shutdown()
+    own = init_distributed(device="cpu")
+    return own.size + int(own.sum_(torch.ones((), dtype=torch.int64)))
+
+
+def test_without_a_launcher_there_is_a_group_of_one() -> None:
+    assert on_one(alone) == 2
+
+
+def test_torchrun_starts_two_ranks(tmp_path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "from latte_scale.engine.dist import init_distributed, shutdown\n"
+        "ranks = init_distributed(device='cpu', timeout_s=60)\n"
+        "assert ranks.all_gather_object(ranks.local_rank) == [0, 1]\n"
+        "shutdown()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=120)

@@ -1,0 +1,45 @@
+"""Which rows FSDP2 gives to a rank, and what its options do; equality with the other engines is in test_engines.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from latte_scale.engine import Ranks
+from latte_scale.engine.fsdp2 import row_range
+from tests.engine.toy import build, on_ranks, toy, train
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 48])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
+def test_row_ranges_are_those_of_chunk(num_rows: int, size: int) -> None:
+    ranges = [row_range(num_rows, rank, size) for rank in range(size)]
+    expected = [chunk.tolist() for chunk in torch.arange(num_rows).chunk(size)]
+    assert [list(range(*span)) for span in ranges] == expected + [[]] * (size - len(expected))
+
+
+def layout(ranks: Ranks) -> dict[str, Any]:
+    """Pieces of one engine, and how it is cut into units."""
+    engine = build("fsdp2", ranks, blocks_per_unit=2)
+    shards = engine.local_shards()
+    pointers = [shard.param.data_ptr() for shard in shards]
+    train(engine, 2)
+    return {
+        "pieces": {shard.name: (shard.shape, shard.start, shard.param.tolist()) for shard in shards},
+        "alive": pointers == [param.to_local().data_ptr() for _, param in engine.module.named_parameters()],
+        "units": [name for name, module in engine.module.named_modules() if isinstance(module, FSDPModule)],
+        "moved": not torch.equal(shards[0].state["exp_avg"], torch.zeros_like(shards[0].state["exp_avg"])),
+        "empty": [shard.name for shard in shards if shard.start == shard.stop],
+    }
+
+
+def test_shards_are_live_rows_and_late_ranks_hold_none() -> None:
+    results = on_ranks(3, layout)
+    assert [result["alive"] for result in results] == [True] * 3
+    assert results[0]["empty"] == [] and "table" in results[1]["empty"] and "table" in results[2]["empty"]
+    shape, start, values = results[1]["pieces"]["odd"]
+    assert shape == (5, 3) and start == 6 and len(values) == 6 and results[0]["moved"]
+    assert len(results[2]["pieces"]["odd"][2]) == 3
+    assert results[0]["units"] == ["", "blocks.0", "blocks.1", "blocks.2"]
+    assert set(results[0]["pieces"]) == dict(toy().named_parameters()).keys()

@@ -1,0 +1,88 @@
+"""What engine/zero.py takes from DeepSpeed's inside, pinned to the versions it was seen in."""
+
+import importlib.metadata
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from latte_scale.engine import EngineSettings, OptimSettings, Ranks
+from latte_scale.engine.zero import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, deepspeed_config
+from tests.engine.toy import build, full_weights, on_ranks, toy, train, train_step
+
+pytest.importorskip("deepspeed")
+
+SEEN_VERSIONS = ("0.19.",)
+
+
+def test_the_version_is_one_whose_private_attributes_were_checked() -> None:
+    version = importlib.metadata.version("deepspeed")
+    assert version.startswith(SEEN_VERSIONS), (
+        f"deepspeed {version}: run tests/engine, look at _fragment_shards, _partition_shards, _make_states and "
+        "after_load of engine/zero.py against its sources, then add it here"
+    )
+
+
+def test_deepspeed_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError, match=r"pip install 'latte_scale\[deepspeed\]', or set engine.kind=fsdp2"):
+        build("zero1", Ranks(0, 1, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_configuration(stage: int) -> None:
+    config = deepspeed_config(EngineSettings(kind="zero", zero_stage=stage), OptimSettings(clip_norm=None), 10**9)
+    assert config["gradient_clipping"] == 0.0 and config["zero_optimization"]["reduce_bucket_size"] == BUCKET_ELEMENTS
+    assert not {"bf16", "fp16", "torch_autocast"} & set(config)
+    assert "offload_optimizer" not in config["zero_optimization"]
+    offloading = deepspeed_config(EngineSettings(kind="zero", cpu_offload=True), OptimSettings(), 10)
+    assert offloading["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert offloading["zero_optimization"]["reduce_bucket_size"] == 10
+
+
+def inside(ranks: Ranks) -> list[dict[str, Any]]:
+    """What the private attributes hold, before and after a step and after a load."""
+    facts, linear = [], torch.nn.functional.linear
+    for kind in ("zero1", "zero2", "zero3", "zero3+offload"):
+        kind, _, offload = kind.partition("+")
+        engine = build(kind, ranks, cpu_offload=bool(offload))
+        initial = {name: param.detach() for name, param in toy().named_parameters()}
+        same = all(torch.equal(full_weights(engine)[name], param) for name, param in initial.items())
+        steps = sorted({float(state["step"]) for state in engine._adamw.state.values()})
+        views = engine.local_shards()
+        loss = train(engine, 3)[0]
+        live = all(torch.equal(a.param, b.param) for a, b in zip(views, engine.local_shards(), strict=True))
+        moved = any(bool(view.state["exp_avg"].any()) for view in views)
+        for view in views:  # back to the beginning, through the views alone
+            flat = initial[view.name].reshape(-1)
+            view.param.copy_(flat[view.start : view.stop])
+            for moment in view.state.values():
+                moment.zero_()
+        engine.after_load(0)
+        again = train_step(engine, 0)[0]
+        facts.append(
+            {
+                "same": same,
+                "steps": steps,
+                "live": live,
+                "moved": moved,
+                "again": loss == again,
+                "next": engine.num_updates,
+                "linear": torch.nn.functional.linear is linear,
+            }
+        )
+    return facts
+
+
+def test_shards_are_live_views_and_a_load_reaches_the_model() -> None:
+    for facts in on_ranks(2, inside):
+        for fact in facts:
+            expected = {"same": True, "live": True, "moved": True, "again": True, "linear": True}
+            assert fact == expected | {"steps": [0.0], "next": 1}
+
+
+def test_stage_3_gathers_and_keeps_parameters() -> None:
+    """The toy has parameters on both sides of the threshold, so both paths of a load are taken."""
+    sizes = [param.numel() for param in toy().parameters()]
+    assert min(sizes) <= PERSISTENT_ELEMENTS < max(sizes)
