@@ -96,9 +96,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
     Raises SettingsError naming the file, the dotted key, what was expected and what came.
     """
     if not isinstance(mapping, dict):
-        raise SettingsError(
-            f"{where}: {prefix or 'top level'}: expected a section with keys, came {mapping!r}"
-        )
+        raise SettingsError(f"{where}: {prefix or 'top level'}: expected a section with keys, came {mapping!r}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in mapping:
@@ -115,8 +113,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
             values[name] = from_mapping(hints[name], {}, where, f"{dotted}.")
         else:
             raise SettingsError(
-                f"{where}: {dotted} is required ({_name_of(hints[name])}); add it to the file "
-                f"or pass {dotted}=VALUE"
+                f"{where}: {dotted} is required ({_name_of(hints[name])}); add it to the file or pass {dotted}=VALUE"
             )
     try:
         return cls(**values)

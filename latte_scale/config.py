@@ -1,0 +1,153 @@
+"""The configuration of a training run: every section's settings class, composed, with the checks that span sections.
+
+A section's dataclass lives beside the code that reads it; this file only puts them together, so owners never import
+it. `load_config` reads a YAML file and overrides; `check_against_manifest` in train.py holds the config against data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from latte_scale import settings
+from latte_scale.checkpoint import CheckpointSettings
+from latte_scale.data.loader import DataSettings
+from latte_scale.data.schema import VideoSettings
+from latte_scale.diffusion.loss import DiffusionSettings
+from latte_scale.ema import EmaSettings
+from latte_scale.encoders import EncoderSettings
+from latte_scale.engine.base import EngineSettings
+from latte_scale.model.latte_t2v import LatteT2VSettings
+from latte_scale.optim import OptimSettings
+
+# Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
+FREE_ON_RESUME = (
+    "engine.",
+    "log.",
+    "checkpoint.",
+    "train.micro_batch",
+    "train.steps",
+    "data.num_workers",
+    "data.prefetch",
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run lives and the one seed that every random number derives from."""
+
+    dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, came {self.seed}")
+
+
+@dataclass(frozen=True)
+class ModelSettings(LatteT2VSettings):
+    """The architecture, and where the weights of step 0 come from."""
+
+    # None: random. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999` for one
+    # decay) or a folder with a diffusers transformer (what `latte-scale import` and `export` write).
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The optimization run."""
+
+    steps: int  # optimizer steps, skipped ones included
+    global_batch: int  # samples a step, over all ranks; need not divide by the number of ranks
+    micro_batch: int = 1  # samples a forward pass on one rank (memory); free to change on resume
+    lr: float = 1e-4  # peak learning rate (Latte: 1e-4)
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0 at train.steps
+    warmup_steps: int = 0  # linear from 0, in applied updates
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: fp32 master weights, autocast, fp32 reduction
+    deterministic: bool = False  # ask torch for deterministic kernels (bitwise resume on a GPU)
+    caption_drop: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    max_skipped: int = 8  # non-finite updates in a row that are skipped before the run stops with exit code 78
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, came {getattr(self, name)}")
+        if not 0 <= self.caption_drop <= 1:
+            raise ValueError(f"train.caption_drop must lie in [0, 1], came {self.caption_drop}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"train.warmup_steps must lie in [0, train.steps={self.steps}], came {self.warmup_steps}")
+        if self.lr <= 0:
+            raise ValueError(f"train.lr must be positive, came {self.lr}")
+        if self.max_skipped < 0:
+            raise ValueError(f"train.max_skipped must be >= 0, came {self.max_skipped}")
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is written while training."""
+
+    every_steps: int = 10  # one line in metrics.jsonl and on the console per so many steps
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"log.every_steps must be at least 1, came {self.every_steps}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    run: RunSettings
+    data: DataSettings
+    video: VideoSettings
+    encoders: EncoderSettings
+    model: ModelSettings
+    train: TrainSettings
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        if self.model.num_frames != self.video.frames and self.video.frames != 1:
+            raise ValueError(
+                f"model.num_frames is {self.model.num_frames} but video.frames is {self.video.frames}: the temporal "
+                f"table has one row a frame; make them equal (or train images with video.frames=1)"
+            )
+        learned_sigma = self.model.out_channels == 2 * self.model.in_channels
+        if learned_sigma and self.diffusion.objective != "epsilon":
+            raise ValueError(
+                f"diffusion.objective={self.diffusion.objective} predicts {self.model.in_channels} channels, but "
+                f"model.out_channels is {self.model.out_channels}; set model.out_channels={self.model.in_channels}"
+            )
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """The folder that holds step-XXXXXXXX/ folders."""
+        return self.checkpoint.dir or str(Path(self.run.dir) / "checkpoints")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a training YAML and `key.sub=value` overrides; SettingsError (a ValueError) says what is wrong and where."""
+    return settings.load(Config, path, overrides)
+
+
+def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, object]]:
+    """Keys that differ between two configs (as nested mappings) and may not change on resume: {key: (saved, current)}.
+
+    Everything is guarded but `FREE_ON_RESUME` and `run.dir`; a cosine schedule depends on train.steps, which makes
+    that key guarded too.
+    """
+    old, new = settings.flatten(saved), settings.flatten(current)
+    free = tuple(
+        key for key in FREE_ON_RESUME if not (key == "train.steps" and old.get("train.lr_schedule") == "cosine")
+    )
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key != "run.dir"
+        and not any(key.startswith(f) if f.endswith(".") else key == f for f in free)
+    }

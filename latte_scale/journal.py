@@ -1,0 +1,199 @@
+"""What a step reports, from device to `metrics.jsonl`: one small sum over the ranks a step, read one step late.
+
+`Tally` collects this rank's numbers of one step without waiting for the device and sums them over the ranks in one
+all-reduce, which also carries the stop request of any rank. `Journal` takes the summed numbers, the same on all ranks,
+and turns them into metrics, a console line and the decisions that all ranks must take alike: stop, or give up.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from latte_scale.conditioning import NUM_BANDS, ModelInputs, band_of
+from latte_scale.engine.base import StepResult
+from latte_scale.engine.dist import Ranks
+from latte_scale.metrics import MetricsFile, Throughput, memory_bytes, peak_flops
+from latte_scale.run import StopRunError
+
+logger = logging.getLogger("latte_scale")
+
+HALF = 2**31  # the digest travels as two numbers that a float64 sum keeps exact
+HOST_FIELDS = ("samples", "tokens", "flops", "data_wait_s", "stop", "digest_low", "digest_high")
+FIELDS = (
+    "loss",
+    *(f"band_loss_{band}" for band in range(NUM_BANDS)),
+    *(f"band_count_{band}" for band in range(NUM_BANDS)),
+    *HOST_FIELDS,
+    "grad_norm",
+    "applied",
+)
+
+
+@dataclass
+class Tally:
+    """This rank's numbers of one step."""
+
+    device: torch.device
+    host: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HOST_FIELDS, 0.0))
+    losses: list[Tensor] = field(default_factory=list)  # a micro-batch: [1 + 2 NUM_BANDS] fp64 on the device
+
+    def add(self, inputs: ModelInputs, loss_B: Tensor, tokens: int, flops: float) -> None:
+        """Count one micro-batch; `tokens` and `flops` (of a step without recompute) are those of its real samples."""
+        one_hot = np.eye(NUM_BANDS)[band_of(inputs.uniform_B)]
+        weight_B = inputs.weight_B.double()
+        band_BK = torch.from_numpy(one_hot).to(self.device, non_blocking=True) * weight_B[:, None]
+        weighted_B = loss_B.detach().double() * weight_B
+        self.losses.append(torch.cat([weighted_B.sum()[None], weighted_B @ band_BK, band_BK.sum(0)]))
+        low, high = inputs.digest % HALF, inputs.digest // HALF
+        added = {"samples": inputs.num_samples, "tokens": tokens, "flops": flops}
+        for name, value in (added | {"digest_low": low, "digest_high": high}).items():
+            self.host[name] += value
+
+    def reduce(self, ranks: Ranks, result: StepResult) -> Tensor:
+        """The step's numbers summed over the ranks, then norm and flag: [len(FIELDS)] fp64 on the device."""
+        host = torch.tensor([self.host[name] for name in HOST_FIELDS], dtype=torch.float64)
+        numbers = torch.cat([torch.stack(self.losses).sum(0), host.to(self.device, non_blocking=True)])
+        ranks.sum_(numbers)
+        return torch.cat([numbers, torch.stack([result.grad_norm, result.applied]).to(self.device, torch.float64)])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All the state a run has besides its tensors: a few integers."""
+
+    step: int = 0  # the next step to run
+    skipped_steps: tuple[int, ...] = ()  # steps whose update was not finite and was not applied
+
+    def updates_before(self, step: int) -> int:
+        """Updates that the learning rate of `step` stands on.
+
+        Whether step - 1 was applied is not known when `step` begins (its flag is read one step late), so it counts as
+        applied: the schedule is the same function of the history with and without a resume in between.
+        """
+        return step - sum(skipped < step - 1 for skipped in self.skipped_steps)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many steps without an applied update end at the newest finished one."""
+        skipped, row = set(self.skipped_steps), 0
+        while self.step - 1 - row in skipped:
+            row += 1
+        return row
+
+
+class Journal:
+    """Turns the summed numbers of each step into a record; equal on all ranks, written by rank 0."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        file: MetricsFile | None,
+        console: Console,
+        device: torch.device,
+        num_devices: int,
+        every_steps: int,
+        total_steps: int,
+        recompute_share: float,
+        max_skipped: int,
+    ) -> None:
+        """`file`: where to write, None on ranks that do not. `recompute_share`: recomputed over model FLOPs."""
+        self.progress, self.stop_requested = progress, False
+        self._file, self._console, self._device, self._num_devices = file, console, device, num_devices
+        self._every, self._total, self._max_skipped = every_steps, total_steps, max_skipped
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._recompute_share = recompute_share
+        self._known: dict[int, dict[str, float]] = {}
+        self._began_at_s: dict[int, float] = {}
+        self._first_step, self._started_at_s = progress.step, time.perf_counter()
+        self.throughput = Throughput(self._started_at_s)
+
+    def begin(self, step: int, lr: float, epoch: float, samples_seen: int) -> None:
+        """Keep what the host knows of a step until its numbers come back; `samples_seen` includes this step."""
+        self._known[step] = {"samples_seen": samples_seen, "epoch": epoch, "lr": lr}
+        self._began_at_s[step] = time.perf_counter()
+
+    def take(self, step: int, numbers: list[float]) -> None:
+        """Account for one finished step. Raises StopRunError after too many skipped updates in a row."""
+        values = dict(zip(FIELDS, numbers, strict=True))
+        known = self._known.pop(step)
+        ended_at_s = self._began_at_s.get(step + 1, time.perf_counter())  # a step lasts until the next one begins
+        self._began_at_s.pop(step)
+        skipped = self.progress.skipped_steps
+        if not values["applied"]:
+            skipped = (*skipped, step)
+            logger.warning("step %d: gradient norm %s, update skipped on all ranks", step, values["grad_norm"])
+        self.progress = Progress(step + 1, skipped)
+        self.stop_requested |= values["stop"] > 0
+        self._count(values)
+        if (step + 1) % self._every == 0 or step + 1 == self._total:
+            self._write(self._record(step, values, known, ended_at_s))
+        if self.progress.skipped_in_a_row > self._max_skipped:
+            raise StopRunError(
+                f"{self.progress.skipped_in_a_row} updates in a row were not finite, the last at step {step} "
+                f"(train.max_skipped is {self._max_skipped}); lower train.lr, or look at the samples of these steps"
+            )
+
+    def _count(self, values: dict[str, float]) -> None:
+        window = self.throughput
+        window.samples += int(values["samples"])
+        window.tokens += int(values["tokens"])
+        window.model_flops += values["flops"]
+        window.recomputed_flops += values["flops"] * self._recompute_share
+        window.data_wait_s += values["data_wait_s"] / self._num_devices
+
+    def _record(
+        self, step: int, values: dict[str, float], known: dict[str, float], ended_at_s: float
+    ) -> dict[str, Any]:
+        digest = (int(values["digest_low"]) + int(values["digest_high"]) * HALF) % 2**62
+        bands = [
+            _finite(values[f"band_loss_{k}"] / count) if (count := values[f"band_count_{k}"]) else None
+            for k in range(NUM_BANDS)
+        ]
+        record = {
+            "step": step,
+            "loss": _finite(values["loss"] / values["samples"]),
+            "loss_by_band": bands,
+            "grad_norm": _finite(values["grad_norm"]),
+            "applied": bool(values["applied"]),
+            **known,
+            "sample_ids_sha": f"{digest:016x}",
+            "num_skipped": len(self.progress.skipped_steps),
+            "memory_gib": memory_bytes(self._device) / 2**30,
+            **self.throughput.summary(ended_at_s, self._num_devices, self._peak),
+            "time": time.time(),
+        }
+        self.throughput = Throughput(ended_at_s)
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        self._file.append(record)
+        done = record["step"] + 1
+        seconds_a_step = (time.perf_counter() - self._started_at_s) / max(1, done - self._first_step)
+        self._console.print(console_line(record, done, self._total, seconds_a_step))
+
+
+def console_line(record: dict[str, Any], done: int, total: int, seconds_a_step: float) -> str:
+    """One line a person reads while the run goes on."""
+    loss = "  nan " if record["loss"] is None else f"{record['loss']:.4f}"
+    norm = "nan" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+    minutes, seconds = divmod(int(seconds_a_step * (total - done)), 60)
+    mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    return (
+        f"step {done:>{len(str(total))}}/{total}  loss [bold]{loss}[/]  grad {norm}  lr {record['lr']:.2e}  "
+        f"{record['samples_per_s']:.1f} samples/s{mfu}  data wait {record['data_wait_share']:.0%}  "
+        f"left {minutes}:{seconds:02d}"
+    )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a number that is not finite becomes null."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,167 @@
+"""What a run reports about itself: the metrics file, MFU, and host copies of device numbers read one step late.
+
+In: small device tensors and wall-clock times from train.py. Out: one JSON line a logged step in `metrics.jsonl`.
+The decision worth knowing: nothing here waits for the device. `Readback` copies a step's numbers to pinned memory and
+hands them out while the next step already runs, so a logged line is written one step after it happened.
+"""
+
+import json
+import os
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Dense bf16 tensor-core peaks in FLOP/s, without sparsity, by a part of torch.cuda.get_device_name(); from the vendor's
+# data sheets. First match wins, so longer names stand first. A device that is not here gets no MFU.
+PEAK_BF16_FLOPS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362.05e12,
+    "RTX 4090": 165.2e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s, None where it is not known (then no MFU is printed, never a guess)."""
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name), None)
+
+
+def utilization(flops: float, seconds: float, num_devices: int, peak: float | None) -> float | None:
+    """Share of the devices' peak that `flops` in `seconds` make: MFU if recompute is left out, HFU if it is counted in.
+
+    Raises ValueError above 1: such a figure means that the FLOPs or the peak are wrong.
+    """
+    if peak is None:
+        return None
+    share = flops / seconds / (num_devices * peak)
+    if share > 1:
+        raise ValueError(
+            f"utilization of {share:.2f} is impossible: {flops / seconds / 1e12:.1f} TFLOP/s on {num_devices} devices "
+            f"of {peak / 1e12:.1f} TFLOP/s; the FLOP count or the device's peak is wrong"
+        )
+    return share
+
+
+class Readback:
+    """Device tensors in, Python numbers out one step later, without making the host wait for the device.
+
+    `push` starts a copy to pinned memory; `pop` gives the oldest pushed step and waits only for that copy.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def push(self, step: int, numbers: Tensor) -> None:
+        """Take a 1-D float64 tensor of the step."""
+        if numbers.device.type != "cuda":
+            self._pending.append((step, numbers.clone(), None))
+            return
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((step, host, event))
+
+    def pop(self) -> tuple[int, list[float]]:
+        """The oldest step that was pushed and its numbers."""
+        step, host, event = self._pending.popleft()
+        if event is not None:
+            event.synchronize()
+        return step, host.tolist()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed, rewound to the step a run resumes from."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def rewind(self, step: int, keep_in: str | Path) -> list[int]:
+        """Move every line of a step >= `step` to the file `keep_in`; returns those steps.
+
+        They were logged by an attempt that ended before its next checkpoint and will be logged again.
+        """
+        if not self.path.exists():
+            return []
+        kept, moved = [], []
+        for line in self.path.read_text().splitlines():
+            try:
+                target = moved if json.loads(line)["step"] >= step else kept
+            except (json.JSONDecodeError, KeyError):  # a line cut by a kill: its step is logged again
+                target = moved
+            target.append(line)
+        if moved:
+            with open(keep_in, "a") as file:
+                file.writelines(line + "\n" for line in moved)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.path)
+        return [record["step"] for record in map(_parse_or_none, moved) if record is not None]
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line; it has left the process when this returns, so a kill cannot take it back."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _parse_or_none(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut by a kill is left out."""
+    path = Path(path)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(_parse_or_none, lines) if record is not None]
+
+
+@dataclass
+class Throughput:
+    """Work done since the last logged line. Times are those of time.perf_counter."""
+
+    started_at_s: float
+    samples: int = 0
+    tokens: int = 0
+    model_flops: float = 0.0  # 3 x forward of real tokens
+    recomputed_flops: float = 0.0  # what activation checkpointing runs again
+    data_wait_s: float = 0.0
+    checkpoint_stall_s: float = 0.0
+
+    def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float]:
+        """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known."""
+        seconds = max(until_s - self.started_at_s, 1e-9)
+        rates = {
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "tflops_per_s": self.model_flops / seconds / 1e12,
+            "data_wait_share": min(self.data_wait_s / seconds, 1.0),
+            "checkpoint_stall_s": self.checkpoint_stall_s,
+        }
+        if peak is not None:
+            rates["mfu"] = utilization(self.model_flops, seconds, num_devices, peak)
+            rates["hfu"] = utilization(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
+        return rates
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the device, or resident on the host where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return 0
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024

@@ -1,0 +1,278 @@
+"""The whole path on this machine: `latte-scale quickstart [--out runs/quickstart] [--clips DIR] [--full]`.
+
+Clips and captions -> tar shards -> latents and text embeddings -> LatteT2V trained on 2 ranks under FSDP2, killed with
+SIGKILL between two checkpoints and resumed by the same command -> videos for held-out prompts -> scores -> report.html.
+Every stage is the command that a user would type, run as a process of its own and printed before it starts. Without
+--clips the clips show moving coloured shapes, and the score says whether the sampled object has the prompted colour,
+shape and direction; with --clips the model is overfitted to the given ones, and the score is the PSNR to them.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from latte_scale import settings
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import read_random_clip, write_mp4
+from latte_scale.metrics import read_metrics
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NUM_RANKS = 2
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the kinds of quickstart."""
+
+    train_config: str  # file in configs/
+    encode_config: str
+    num_clips: int  # moving shapes to draw
+    samples_per_shard: int  # two shards or more keep both encode workers busy
+    num_prompts: int
+    guidance: float
+    sampling_steps: int
+
+
+SHAPES = Recipe(
+    "shapes_cpu.yaml", "encode_tiny.yaml", 960, 240, num_prompts=32, guidance=3.0, sampling_steps=25
+)  # fmt: skip
+SHAPES_FULL = Recipe(
+    "shapes_cpu_full.yaml", "encode_tiny.yaml", 960, 240, num_prompts=64, guidance=3.0, sampling_steps=25
+)  # fmt: skip
+CLIPS = Recipe(
+    "overfit_cpu.yaml", "encode_tiny_64.yaml", 0, 4, num_prompts=0, guidance=1.0, sampling_steps=50
+)  # fmt: skip
+
+
+class StageError(RuntimeError):
+    """A stage's process failed; the message names the command and its exit code."""
+
+
+@dataclass
+class Stages:
+    """Runs the stages one after another and keeps how long each took."""
+
+    out: Path
+    seconds: dict[str, float]
+
+    def run(self, name: str, command: list[str]) -> None:
+        """Print and run one command to its end; its output goes to the terminal."""
+        self._announce(name, command)
+        began = time.perf_counter()
+        code = subprocess.run(command, check=False, env=environment()).returncode
+        self.seconds[name] = time.perf_counter() - began
+        if code != 0:
+            raise StageError(f"stage {name!r} ended with exit code {code}: {shlex.join(command)}")
+
+    def _announce(self, name: str, command: list[str]) -> None:
+        shown = [Path(command[0]).name, *command[1:]] if command[0] != sys.executable else ["python", *command[1:]]
+        console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/]\n[dim]$ {shlex.join(shown)}[/]")
+
+    def train_with_a_kill(self, command: list[str], run: Path, every_steps: int, total_steps: int) -> None:
+        """Train, kill every process with SIGKILL halfway between two checkpoints, and run the same command again."""
+        self._announce("train, be killed, resume", command)
+        began = time.perf_counter()
+        kill_after = every_steps + every_steps // 2
+        if self._attempt(command, run, total_steps, kill_after) == 0:
+            console.print("[yellow]the run had already finished: nothing to kill[/]")
+        else:
+            console.print(f"[bold red]killed with SIGKILL[/] after step {kill_after}; the same command again:")
+            code = self._attempt(command, run, total_steps, None)
+            if code != 0:
+                log = run.parent / "train.log"
+                raise StageError(f"training ended with exit code {code}; its output is in {log}")
+        self.seconds["train, be killed, resume"] = time.perf_counter() - began
+
+    def _attempt(self, command: list[str], run: Path, total_steps: int, kill_after: int | None) -> int:
+        """Run the trainer, with a bar that follows metrics.jsonl; SIGKILL to its group once past `kill_after`."""
+        with open(run.parent / "train.log", "a") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+            )
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        try:
+            with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+                task = bar.add_task("starting", total=total_steps)
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    records = read_metrics(run / "metrics.jsonl")
+                    if records:
+                        step, loss = records[-1]["step"] + 1, records[-1]["loss"]
+                        bar.update(task, completed=step, description=f"loss {loss:.4f}")
+                        if kill_after is not None and step >= kill_after and list_steps(run):
+                            kill_group(process)
+                if process.returncode == 0:
+                    bar.update(task, completed=total_steps)
+        finally:
+            kill_group(process)
+        return process.returncode
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """SIGKILL to every process of the attempt's session, and wait for its leader."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def list_steps(run: Path) -> list[Path]:
+    """The finished checkpoints of a run."""
+    return sorted((run / "checkpoints").glob("step-*/manifest.json"))
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, no look-ups in a network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def script(name: str) -> str:
+    """The installed console script beside this Python."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        raise StageError(f"{name} is not installed beside {sys.executable}; run pip install -e . in the repository")
+    return str(path)
+
+
+def choose_prompts(clips: Path, count: int) -> list[dict[str, Any]]:
+    """`count` prompts, half of them combinations that no clip shows, in turn."""
+    vocabulary = json.loads((clips / "shapes.json").read_text())
+    kinds = [(vocabulary["held_out_prompts"], True), (vocabulary["seen_prompts"], False)]
+    return [
+        {"text": texts[(number // 2) % len(texts)], "held_out": held_out}
+        for number in range(count)
+        for texts, held_out in [kinds[number % 2]]
+    ]
+
+
+def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[dict[str, Any]]:
+    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show beside the sample."""
+    originals.mkdir(parents=True)
+    prompts = []
+    for number, record in enumerate(read_metrics(clips / "captions.jsonl")):
+        pixels_FCHW, _ = read_random_clip(clips / record["file"], video, u=0.5)  # the frames that encode took
+        path = originals / f"{number:05d}.mp4"
+        write_mp4(path, pixels_FCHW.transpose(0, 2, 3, 1), fps=8)
+        original = os.path.relpath(path, originals.parent)
+        prompts.append({"text": record["text"], "clip": record["file"], "original": original})
+    return prompts
+
+
+def prepare_out(out: Path, clips: Path | None) -> None:
+    """An empty folder, or the folder of an earlier quickstart, which is emptied."""
+    known = {"clips", "shards", "latents", "run", "samples", "prompts.jsonl", "scores.json", "report.html", "train.log"}
+    if out.exists():
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
+        if foreign:
+            raise StageError(
+                f"{out} holds {', '.join(foreign[:5])}, which no quickstart wrote; choose an empty folder with --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    if clips is not None:
+        if not (clips / "captions.jsonl").exists():
+            raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
+        (out / "clips").symlink_to(clips.resolve(), target_is_directory=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """All stages in order; returns the exit code."""
+    out, began = args.out, time.perf_counter()
+    recipe = CLIPS if args.clips else SHAPES_FULL if args.full else SHAPES
+    data, scale, python = script("latte-data"), script("latte-scale"), sys.executable
+    prepare_out(out, args.clips)
+    stages = Stages(out, {})
+
+    if not args.clips:
+        stages.run("draw clips", [data, "shapes", "--output", f"{out}/clips", "--count", str(recipe.num_clips)])
+    stages.run("pack shards", [data, "shard", "--input", f"{out}/clips", "--output", f"{out}/shards",
+                               "--samples-per-shard", str(recipe.samples_per_shard)])  # fmt: skip
+    stages.run("encode", [data, "encode", "--input", f"{out}/shards", "--output", f"{out}/latents",
+                          "--config", str(CONFIGS / recipe.encode_config), "--workers", "2"])  # fmt: skip
+
+    config = settings.read_mapping(CONFIGS / recipe.train_config)
+    stages.train_with_a_kill(
+        [python, "-m", "torch.distributed.run", "--nproc_per_node", str(NUM_RANKS), "--standalone",
+         "-m", "latte_scale.train", "--config", str(CONFIGS / recipe.train_config),
+         f"data.url={out}/latents", f"run.dir={out}/run", "engine.kind=fsdp2"],
+        out / "run", config["checkpoint"]["every_steps"], config["train"]["steps"],
+    )  # fmt: skip
+
+    if args.clips:
+        video = settings.from_mapping(VideoSettings, config["video"], recipe.train_config, "video.")
+        prompts = caption_prompts(out / "clips", out / "samples" / "originals", video)
+    else:
+        prompts = choose_prompts(out / "clips", recipe.num_prompts)
+    (out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    stages.run("sample", [scale, "sample", "--checkpoint", f"{out}/run", "--prompts", f"{out}/prompts.jsonl",
+                          "--out", f"{out}/samples", "--steps", str(recipe.sampling_steps),
+                          "--guidance", str(recipe.guidance), "--batch-size", "16"])  # fmt: skip
+    metric = "psnr" if args.clips else "shapes"
+    stages.run("score", [scale, "evaluate", "--metrics", metric, "--real", f"{out}/clips", "--fake", f"{out}/samples",
+                         "--out", f"{out}/scores.json"])  # fmt: skip
+    if args.clips:
+        add_loss(out)
+    stages.run("report", [scale, "report", f"{out}/run", "--samples", f"{out}/samples",
+                          "--scores", f"{out}/scores.json", "--out", f"{out}/report.html",
+                          "--title", "latte_scale quickstart"])  # fmt: skip
+    summarize(out, stages.seconds, time.perf_counter() - began)
+    return 0
+
+
+def add_loss(out: Path) -> None:
+    """Put the loss of the overfitted model, the mean of its last 20 logged steps, beside the PSNR."""
+    scores = json.loads((out / "scores.json").read_text())
+    last = [record["loss"] for record in read_metrics(out / "run" / "metrics.jsonl")][-20:]
+    scores["loss"] = sum(last) / len(last)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+
+
+def summarize(out: Path, seconds: dict[str, float], total_s: float) -> None:
+    """What a person reads last: times, the resume, the scores, the page."""
+    times = "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"\n[bold]done in {total_s / 60:.1f} min[/] ({times})")
+    for restart in read_metrics(out / "run" / "logs" / "restarts.jsonl"):
+        replayed = restart["replayed_steps"]
+        again = f"steps {replayed[0]} to {replayed[-1]}" if replayed else "no logged step"
+        console.print(f"resumed at step {restart['step']}, {again} run again")
+    scores = json.loads((out / "scores.json").read_text())
+    console.print("scores: " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, int | float)))
+    console.print(f"report: {out / 'report.html'}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
+    parser.add_argument("--clips", type=Path, help="folder of real clips with captions.jsonl, instead of shapes")
+    parser.add_argument("--full", action="store_true", help="train until shape and direction are right, too")
+    args = parser.parse_args(argv)
+    if args.full and args.clips:
+        parser.error("--full is about the moving shapes; drop it, or drop --clips")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 1 and one line when a stage fails."""
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except (StageError, ValueError, OSError) as error:
+        console.print(f"[bold red]error:[/] {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

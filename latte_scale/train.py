@@ -1,0 +1,395 @@
+"""Train Latte: `latte-scale train --config configs/X.yaml [key.sub=value ...] [--allow-change KEY]`.
+
+The same module runs alone, under torchrun and under the deepspeed launcher, with the same arguments:
+
+    torchrun --nproc_per_node 2 -m latte_scale.train --config configs/tiny_cpu.yaml engine.kind=fsdp2
+
+Resume is the same command: the newest sound checkpoint of the run folder is loaded, and since data, noise and schedule
+are functions of the step, nothing else has to be restored. Exit codes: 0 done; 75 stopped by a signal and saved
+("requeue me"); 78 do not requeue (configuration, data that does not fit, too many non-finite updates in a row); 1
+anything else. Rank 0 also writes code and reason to `exit.json`, because launchers turn every failure into 1.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, find_newest_sound, load_into, state_trees
+from latte_scale.checkpoint_save import Checkpointer
+from latte_scale.conditioning import Conditioner, ModelInputs
+from latte_scale.config import Config, guarded_differences, load_config
+from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets, resolve_settings
+from latte_scale.data.plan import Plan
+from latte_scale.data.samples import Dataset
+from latte_scale.data.schema import Expected, ManifestError, check_manifest
+from latte_scale.diffusion.loss import diffusion_loss, draw_timestep, schedule_of
+from latte_scale.diffusion.schedule import Schedule
+from latte_scale.ema import Ema
+from latte_scale.encoders import CAPTION_CLEANING, are_local, encoder_facts, load_encoders
+from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, shutdown
+from latte_scale.journal import Journal, Progress, Tally
+from latte_scale.metrics import MetricsFile, Readback
+from latte_scale.model.flops import num_flops
+from latte_scale.model.latte_t2v import LatteT2V
+from latte_scale.optim import lr_at
+from latte_scale.run import DONE, FAILED, REQUEUE, STOP, RunFolder, StopRequest, StopRunError
+from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.weights import load_weights
+
+logger = logging.getLogger("latte_scale")
+console = Console(soft_wrap=True, highlight=False)
+
+
+def train(config: Config, ranks: Ranks, folder: RunFolder, stop: StopRequest, allow_change: Sequence[str]) -> int:
+    """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
+    make_deterministic(config)
+    found, broken = find_newest_sound(config.checkpoint_dir, ranks)
+
+    # Data: what is stored, whether it fits the model, and which samples form step k.
+    datasets = open_datasets(config.data)
+    check_data(config, datasets)
+    config = replace(config, data=resolve_data_settings(config, datasets, found))
+    plan = make_plan(config.data, datasets, config.run.seed, config.train.global_batch)
+    conditioner = make_conditioner(config, datasets, ranks.device)
+
+    # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
+    model = initial_model(config)
+    engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
+    ema = Ema(engine.local_shards(), config.ema)
+
+    # Resume: everything but tensors is a function of the step.
+    trees = state_trees(engine.local_shards(), ema.trees)
+    progress = Progress() if found is None else resume(config, plan, found, trees, engine, ema, allow_change)
+    rewind_log(folder, progress, found, broken)
+    folder.write_config(config)
+    checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, [path for path, _ in broken])
+    journal = make_journal(config, progress, folder, ranks)
+    announce(config, plan, datasets, engine, progress)
+
+    readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
+    with make_loader(config, datasets, plan, ranks, progress.step) as loader:
+        for step in range(progress.step, config.train.steps):
+            lr = learning_rate(config, journal.progress.updates_before(step))
+            journal.begin(step, lr, plan.epoch(step + 1), (step + 1) * config.train.global_batch)
+            tally = Tally(ranks.device)
+            waiting_since_s = time.perf_counter()
+            _, micro_batches = next(loader)
+            tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
+            tally.host["stop"] = float(stop.signal_name is not None)
+
+            # ---- one optimizer step: nothing in here makes the host wait for the device ----
+            for number, micro_batch in enumerate(micro_batches, 1):
+                inputs = conditioner(micro_batch, step)
+                loss_B = loss_of(config, engine, schedule, inputs)
+                share = (loss_B * inputs.weight_B).sum() / config.train.global_batch
+                engine.backward(share, last_microbatch=number == len(micro_batches))
+                tally.add(inputs, loss_B, *cost_of(config, inputs))
+            result = engine.step(lr)
+            ema.update(result.applied)
+            readback.push(step, tally.reduce(ranks, result))
+            # ---------------------------------------------------------------------------------
+
+            if len(readback) > 1:
+                journal.take(*readback.pop())  # the step before this one; this one may still be running
+            for replacement in (r for micro_batch in micro_batches for r in micro_batch.replaced):
+                folder.note_replacement(replacement)
+            checkpointer.poll()
+            is_last = step + 1 == config.train.steps
+            if is_last or journal.stop_requested or (step + 1) % config.checkpoint.every_steps == 0:
+                journal.take(*readback.pop())
+                counters = counters_of(journal.progress)
+                stall_s = checkpointer.save(step + 1, trees, counters, to_mapping(config), plan.fingerprint)
+                journal.throughput.checkpoint_stall_s += stall_s
+            if journal.stop_requested:
+                break
+    checkpointer.finish()  # the last save is complete before the exit code says so
+    return DONE if journal.progress.step == config.train.steps else REQUEUE
+
+
+def make_deterministic(config: Config) -> None:
+    """Ask torch for deterministic kernels when train.deterministic is set; bitwise resume on a GPU needs it."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Checkpoint | None) -> DataSettings:
+    """The data section with its shuffle window written out: resolved once, then kept by the checkpoints."""
+    if config.data.shuffle_window is None and found is not None:
+        return replace(config.data, shuffle_window=found.manifest.config["data"]["shuffle_window"])
+    return resolve_settings(config.data, datasets)
+
+
+def check_data(config: Config, datasets: Sequence[Dataset]) -> None:
+    """Refuse data or encoders that do not fit the model: ManifestError lists every difference.
+
+    Latents are held to the files of the config's encoders where these lie on this machine, else to their names: a
+    node that trains from latents needs no encoder.
+    """
+    kind = datasets[0].manifest.kind
+    facts = encoder_facts(config.encoders) if kind == "video" or are_local(config.encoders) else None
+    channels, text_dim = config.model.in_channels, config.model.caption_channels
+    if facts is not None and (facts.channels, facts.text_dim) != (channels, text_dim):
+        raise ManifestError(
+            f"the encoders give latents of {facts.channels} channels and text of width {facts.text_dim}, but "
+            f"model.in_channels is {channels} and model.caption_channels {text_dim}; make them equal"
+        )
+    expected = Expected(
+        video=config.video,
+        vae_sha256=facts and facts.vae_sha256,
+        latent_channels=config.model.in_channels,
+        latent_downscale=facts and facts.downscale,
+        latent_scale=facts and facts.scale,
+        latent_shift=facts and facts.shift,
+        text_sha256=facts and facts.text_sha256,
+        text_max_length=config.encoders.text_max_length,
+        text_dim=config.model.caption_channels,
+        caption_cleaning=CAPTION_CLEANING,
+    )
+    for dataset in datasets:
+        check_manifest(dataset.manifest, expected, dataset.store.url)
+        if facts is None:
+            check_names(config, dataset)
+    downscale = facts.downscale if facts is not None else datasets[0].manifest.latents.downscale
+    sides = [config.video.height // downscale, config.video.width // downscale]
+    if any(side % config.model.patch_size for side in sides):
+        raise ManifestError(
+            f"latents of {sides[0]} x {sides[1]} do not divide into patches of model.patch_size="
+            f"{config.model.patch_size}; change it, or video.height and video.width"
+        )
+
+
+def check_names(config: Config, dataset: Dataset) -> None:
+    """Hold a latents data set to the names of encoders whose files are not here."""
+    for key, wanted, info in (
+        ("vae", config.encoders.vae, dataset.manifest.vae),
+        ("text", config.encoders.text, dataset.manifest.text),
+    ):
+        if info.name != wanted:
+            raise ManifestError(
+                f"{dataset.store.url}: encoders.{key}: expected {wanted}, came {info.name}; set it to what encoded the "
+                "data, or to a folder with the same weights"
+            )
+
+
+def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.device) -> Conditioner:
+    """The step's input side; loads the frozen encoders only where the shards hold pixels and raw text."""
+    manifest = datasets[0].manifest
+    if manifest.kind == "latents":
+        return Conditioner(config.run.seed, device, manifest.latents.scale, manifest.latents.shift)
+    vae, text = load_encoders(config.encoders, device)
+    return Conditioner(config.run.seed, device, vae.scale, vae.shift, vae, text)
+
+
+def initial_model(config: Config) -> LatteT2V:
+    """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank."""
+    model = LatteT2V(config.model, torch.Generator().manual_seed(config.run.seed))
+    if config.model.init is not None:
+        model.load_state_dict(load_weights(config.model.init).state_dict, strict=True)
+    return model
+
+
+def make_loader(config: Config, datasets: Sequence[Dataset], plan: Plan, ranks: Ranks, start_step: int) -> Loader:
+    return Loader(
+        config.data,
+        datasets,
+        config.video,
+        plan,
+        seed=config.run.seed,
+        micro_batch=config.train.micro_batch,
+        rank=ranks.rank,
+        size=ranks.size,
+        start_step=start_step,
+        caption_drop=config.train.caption_drop,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def make_journal(config: Config, progress: Progress, folder: RunFolder, ranks: Ranks) -> Journal:
+    recompute = config.engine.activation_checkpointing == "full"
+    return Journal(
+        progress,
+        MetricsFile(folder.metrics_path) if ranks.rank == 0 else None,
+        console,
+        ranks.device,
+        num_devices=ranks.size,
+        every_steps=config.log.every_steps,
+        total_steps=config.train.steps,
+        recompute_share=1 / 3 if recompute else 0.0,  # one more forward beside forward and backward
+        max_skipped=config.train.max_skipped,
+    )
+
+
+def learning_rate(config: Config, updates: int) -> float:
+    return lr_at(
+        updates,
+        lr=config.train.lr,
+        schedule=config.train.lr_schedule,
+        warmup_steps=config.train.warmup_steps,
+        total_steps=config.train.steps,
+    )
+
+
+def loss_of(config: Config, engine: Engine, schedule: Schedule, inputs: ModelInputs) -> Tensor:
+    """The loss of every slot of a micro-batch, [B] fp32."""
+    uniform_B = torch.from_numpy(inputs.uniform_B)
+    t_B = draw_timestep(uniform_B, config.diffusion).to(engine.device, non_blocking=True)
+    return diffusion_loss(
+        lambda noisy_BCFHW, t_B: engine.model(noisy_BCFHW, t_B, inputs.text_BLD, inputs.mask_BL),
+        inputs.latents_BCFHW,
+        t_B,
+        inputs.noise_BCFHW,
+        config.diffusion,
+        schedule,
+    ).loss_B
+
+
+def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
+    """Latent tokens, and FLOPs of forward and backward (3 x forward), of a micro-batch's real samples."""
+    frames, height, width = inputs.latents_BCFHW.shape[2:]
+    tokens = inputs.num_samples * frames * height * width // config.model.patch_size**2
+    lengths = [length for length in inputs.num_tokens_B if length]
+    return tokens, 3.0 * sum(num_flops(config.model, frames, height, width, length) for length in lengths)
+
+
+def counters_of(progress: Progress) -> dict:
+    """What a checkpoint holds besides tensors and its step."""
+    skipped = list(progress.skipped_steps)
+    return {"skipped_steps": skipped, "updates": progress.step - len(skipped)}
+
+
+def resume(
+    config: Config,
+    plan: Plan,
+    found: Checkpoint,
+    trees: Trees,
+    engine: Engine,
+    ema: Ema,
+    allow_change: Sequence[str],
+) -> Progress:
+    """Load a sound checkpoint into this rank's shards.
+
+    Raises StopRunError when the config or the data differ from the checkpoint's in a way that would change the run.
+    """
+    manifest = found.manifest
+    check_changes(manifest.config, to_mapping(config), allow_change)
+    if manifest.data_fingerprint != plan.fingerprint:
+        if "data" not in allow_change:
+            raise StopRunError(
+                f"{found.path} was trained on other data, or in another order: expected plan "
+                f"{manifest.data_fingerprint[:16]}, came {plan.fingerprint[:16]}. Restore the data set (latte-data "
+                f"verify), start a new run with model.init={found.path}, or pass --allow-change data to go on with it"
+            )
+        logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, plan.fingerprint)
+    load_into(found, trees)
+    engine.after_load(manifest.counters["updates"])
+    ema.after_load(manifest.counters["updates"])
+    return Progress(manifest.step, tuple(manifest.counters["skipped_steps"]))
+
+
+def rewind_log(
+    folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[Path, str]]
+) -> None:
+    """Take back the logged steps after the checkpoint, which run again, and say so (rank 0)."""
+    if folder.rank != 0 or found is None:
+        return
+    replayed = MetricsFile(folder.metrics_path).rewind(progress.step, folder.logs / "rewound.jsonl")
+    again = f", steps {replayed[0]} to {replayed[-1]} are run again" if replayed else ""
+    console.print(f"resumed at step {progress.step} from {found.path}{again}")
+    problems = [f"{path}: {problem}" for path, problem in broken]
+    for problem in problems:
+        console.print(f"broken checkpoint set aside: {problem}", markup=False)
+    folder.note_restart(progress.step, str(found.path), replayed, problems)
+
+
+def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:
+    """Refuse a changed config key that would make this another run; `--allow-change KEY` lets one through, logged."""
+    changed = guarded_differences(saved, current)
+    refused = {key: values for key, values in changed.items() if key not in allow_change}
+    for key in changed.keys() - refused.keys():
+        logger.warning("config key %s changed from %r to %r (--allow-change)", key, *changed[key])
+    if refused:
+        listing = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in refused.items())
+        raise StopRunError(
+            f"the config differs from that of the checkpoint:\n{listing}\nset the old values, choose another run.dir, "
+            f"or pass --allow-change {next(iter(refused))} if the change is meant"
+        )
+
+
+def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: Engine, progress: Progress) -> None:
+    """What runs where on what, before the first step (rank 0)."""
+    if engine.ranks.rank != 0:
+        return
+    parameters = sum(torch.Size(shard.shape).numel() for shard in engine.local_shards())
+    kind = f"zero-{config.engine.zero_stage}" if config.engine.kind == "zero" else config.engine.kind
+    console.print(
+        f"[bold]LatteT2V[/] {parameters:,} parameters, {kind} on {engine.dp_size} x {engine.device.type}, "
+        f"{config.train.precision}, {config.diffusion.objective}; global batch {config.train.global_batch}"
+    )
+    for dataset in datasets:
+        buckets = ", ".join(f"{name}: {count}" for name, count in dataset.manifest.buckets.items())
+        console.print(f"data {dataset.store.url}: {dataset.manifest.count} samples ({buckets})")
+    console.print(
+        f"{plan.num_samples} samples in training, shuffled in windows of {plan.shuffle_window}; steps {progress.step} "
+        f"to {config.train.steps} are {plan.epoch(config.train.steps) - plan.epoch(progress.step):.2f} epochs"
+    )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a guarded key that may differ",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one attempt and turn whatever ends it into an exit code, `exit.json` and a line that says what to do."""
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+    except SettingsError as error:
+        console.print(f"error: {error}", markup=False)
+        return STOP
+    stop = StopRequest()
+    stop.install()
+    ranks = init_distributed(timeout_s=config.engine.timeout_s)
+    folder = RunFolder(config.run.dir, ranks.rank)
+    code, reason = FAILED, ""
+    try:
+        folder.open()
+        code = train(config, ranks, folder, stop, args.allow_change)
+        reason = "finished" if code == DONE else f"stopped by {stop.signal_name or 'a signal on another rank'}, saved"
+    except (StopRunError, ManifestError, CheckpointError, ValueError) as error:
+        code, reason = STOP, str(error)
+        logger.exception("stopped")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.exception("failed")
+        raise
+    finally:
+        folder.write_exit(code, reason)
+        if folder.rank == 0:
+            console.print(f"exit {code}: {reason}", markup=False)
+    shutdown()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

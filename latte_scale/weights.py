@@ -1,0 +1,99 @@
+"""Weights from wherever they lie: a run's checkpoint, or a folder with a diffusers transformer.
+
+In: a path, optionally `PATH#TREE` to choose among a checkpoint's trees ("model" for the raw weights, "ema/0.999" for
+one decay; by default the first EMA). Out: what the model is and a full fp32 state dict on the host. For sampling,
+export and the start of a new run (`model.init`); a resume reads its own shards instead and never comes here.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from latte_scale import checkpoint, settings
+from latte_scale.diffusion.loss import DiffusionSettings
+from latte_scale.diffusion.sampler import settings_of_scheduler
+from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
+from latte_scale.model.transformer_folder import read_transformer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights and what they are."""
+
+    source: str  # for messages: the path and the tree
+    architecture: LatteT2VSettings
+    state_dict: dict[str, Tensor]  # fp32, whole
+    diffusion: DiffusionSettings  # the objective and schedule that the weights were trained with
+    config: dict | None  # the run's config as nested values; None for a diffusers folder
+
+    def build(self) -> LatteT2V:
+        """The model with these weights, in eval mode."""
+        model = LatteT2V(self.architecture)
+        model.load_state_dict(self.state_dict, strict=True)
+        return model.eval()
+
+
+def load_weights(source: str, tree: str | None = None) -> Weights:
+    """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a diffusers folder.
+
+    tree: "raw", "ema" (the first decay) or a tree's own name; overrides the one after "#".
+    Raises ValueError naming what was found there instead.
+    """
+    path, _, named = source.partition("#")
+    tree = tree or named or "ema"
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{root}: expected a run, a checkpoint or a diffusers folder; no such folder")
+    step_folder = find_step_folder(root)
+    if step_folder is None:
+        architecture, state_dict = read_transformer(root)
+        return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
+    manifest = checkpoint.open_checkpoint(step_folder).manifest
+    name = _tree_name(tree, manifest.trees, step_folder)
+    config = manifest.config
+    known = {field.name for field in fields(LatteT2VSettings)}
+    section = {key: value for key, value in config["model"].items() if key in known}
+    architecture = settings.from_mapping(LatteT2VSettings, section, str(step_folder), "model.")
+    state_dict = checkpoint.load_full(step_folder, name)
+    diffusion = settings.from_mapping(DiffusionSettings, config["diffusion"], str(step_folder), "diffusion.")
+    return Weights(f"{step_folder}#{name}", architecture, state_dict, diffusion, config)
+
+
+def _diffusion_of(root: Path) -> DiffusionSettings:
+    """What a pipeline's scheduler says; Latte's own settings for a transformer folder that has none beside it."""
+    for folder in (root, root.parent):
+        path = folder / "scheduler" / "scheduler_config.json"
+        if path.is_file():
+            return settings_of_scheduler(json.loads(path.read_text()), str(path))
+    return DiffusionSettings()
+
+
+def find_step_folder(root: Path) -> Path | None:
+    """The step folder that `root` is, or the newest sound one of a run or checkpoints folder; None if there is none.
+
+    Raises CheckpointError if checkpoints are there and none is sound.
+    """
+    if (root / checkpoint.MANIFEST).exists():
+        return root
+    problems = []
+    for folder in (root, root / "checkpoints"):
+        for path in reversed(checkpoint.step_folders(folder)):
+            found = checkpoint.verify(path)
+            if not found:
+                return path
+            problems += [f"  {path}: {problem}" for problem in found]
+    if problems:
+        raise checkpoint.CheckpointError(f"{root} holds checkpoints and none is sound:\n" + "\n".join(problems))
+    return None
+
+
+def _tree_name(wanted: str, trees: list[str], where: Path) -> str:
+    averages = [name for name in trees if name.startswith("ema/")]
+    if wanted == "ema" and not averages:
+        raise ValueError(f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights")
+    name = {"raw": "model", "ema": averages[0] if averages else ""}.get(wanted, wanted)
+    if name not in trees:
+        raise ValueError(f"{where}: expected weights {name!r}, it holds {', '.join(['model', *averages])}")
+    return name

@@ -1,0 +1,102 @@
+"""Data sets and runs that several tests share: real clips drawn, packed and encoded once a session."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """The stages of one small data set of moving shapes."""
+
+    clips: Path
+    shards: Path
+    latents: Path
+
+
+@pytest.fixture(scope="session")
+def data_sets(tmp_path_factory) -> DataSets:
+    """60 clips of moving shapes as files, as video shards (3 of them) and as latents of the shipped encoders."""
+    from data_tools.cli import main
+
+    root = tmp_path_factory.mktemp("shapes")
+    sets = DataSets(root / "clips", root / "shards", root / "latents")
+    config = str(ROOT / "configs" / "encode_tiny.yaml")
+    for command in (
+        ["shapes", "--output", str(sets.clips), "--count", "60"],
+        ["shard", "--input", str(sets.clips), "--output", str(sets.shards), "--samples-per-shard", "20"],
+        ["encode", "--input", str(sets.shards), "--output", str(sets.latents), "--config", config],
+    ):
+        assert main(command) == 0, command
+    return sets
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or stopped training process and its folder."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.metrics]
+
+    @property
+    def digests(self) -> list[str]:
+        return [record["sample_ids_sha"] for record in self.metrics]
+
+    @property
+    def exit(self) -> dict:
+        return json.loads((self.folder / "exit.json").read_text())
+
+
+def train_command(
+    config: Path, folder: Path, data: Path, overrides: tuple[str, ...], ranks: int, launcher: str
+) -> list[str]:
+    """The command line that a user would type."""
+    module = ["latte_scale.train", "--config", str(config), f"data.url={data}", f"run.dir={folder}", *overrides]
+    if launcher == "deepspeed":
+        return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--module", *module]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        return [*torchrun, "-m", *module]
+    return [sys.executable, "-m", *module]
+
+
+@pytest.fixture
+def train(data_sets, tmp_path):
+    """Call `train("name", "key=value", ..., ranks=2)` to run configs/tiny_cpu.yaml as a process of its own."""
+
+    def run(name: str, *overrides: str, ranks: int = 1, data: Path | None = None, launcher: str = "torchrun") -> Run:
+        folder = tmp_path / name
+        config = ROOT / "configs" / "tiny_cpu.yaml"
+        command = train_command(config, folder, data or data_sets.latents, overrides, ranks, launcher)
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+        return Run(done.returncode, done.stdout + done.stderr, folder)
+
+    return run
+
+
+def run_in_process(folder: Path, data: Path, *overrides: str) -> int:
+    """Train configs/tiny_cpu.yaml here, without the imports and the launch of another process; the exit code."""
+    from latte_scale import train as module
+
+    config = str(ROOT / "configs" / "tiny_cpu.yaml")
+    return module.main(["--config", config, f"data.url={data}", f"run.dir={folder}", "data.num_workers=0", *overrides])

@@ -1,0 +1,150 @@
+"""Kill, rerun, change the number of ranks: the run goes on as if nothing had happened."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from latte_scale import checkpoint
+from latte_scale.metrics import read_metrics
+from tests.conftest import ROOT, Run, run_in_process, train_command
+from tests.integration.test_engines_agree import largest_difference
+
+TREES = ("model", "ema/0.99", "optim/exp_avg", "optim/exp_avg_sq")
+
+
+@pytest.fixture(scope="module")
+def unbroken(data_sets, tmp_path_factory):
+    """The run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert run_in_process(folder, data_sets.latents) == 0
+    return Run(0, "", folder)
+
+
+def final_state(run):
+    return {tree: checkpoint.load_full(run.folder / "checkpoints" / "step-00000020", tree) for tree in TREES}
+
+
+def assert_bitwise_equal(run, other):
+    assert run.losses == other.losses
+    assert run.digests == other.digests
+    for tree, tensors in final_state(other).items():
+        for name, tensor in final_state(run)[tree].items():
+            assert torch.equal(tensor, tensors[name]), (tree, name)
+
+
+def kill_at(step, folder, command):
+    """Start the command in a session of its own and SIGKILL all of it once `step` is logged."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, start_new_session=True, env=environ, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        records = read_metrics(folder / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            break
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2"])
+def test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run(train, data_sets, tmp_path, engine):
+    ranks = 1 if engine == "single" else 2
+    options = (f"engine.kind={engine}", "checkpoint.every_steps=4")
+    whole = train("whole", *options, ranks=ranks)
+    step = random.Random().randrange(5, 19)  # after the first checkpoint, so that something is there to resume
+    folder = tmp_path / "killed"
+    config = ROOT / "configs" / "tiny_cpu.yaml"
+    kill_at(step, folder, train_command(config, folder, data_sets.latents, options, ranks, "torchrun"))
+    assert not (folder / "exit.json").exists(), "the run ended before it was killed"
+    resumed = train("killed", *options, ranks=ranks)
+    assert resumed.code == 0, resumed.output
+    assert "resumed at step" in resumed.output, f"killed at step {step}: {resumed.output}"
+    assert_bitwise_equal(resumed, whole)
+    rewound = {record["step"]: record["loss"] for record in read_metrics(folder / "logs" / "rewound.jsonl")}
+    assert all(resumed.losses[step] == loss for step, loss in rewound.items())
+    (restart,) = read_metrics(folder / "logs" / "restarts.jsonl")
+    assert set(restart["replayed_steps"]) == set(rewound)
+
+
+def test_two_to_one_to_two_ranks_across_engines(train, unbroken):
+    """8 steps under fsdp2 on 2 ranks, 6 more on one process, the last 6 under ZeRO-3 on 2 ranks."""
+    first = train("run", "engine.kind=fsdp2", "train.steps=8", ranks=2)
+    second = train("run", "engine.kind=single", "train.steps=14", "train.micro_batch=5")
+    third = train("run", "engine.kind=zero", "engine.zero_stage=3", "train.steps=20", ranks=2)
+    assert (first.code, second.code, third.code) == (0, 0, 0), first.output + second.output + third.output
+    assert third.digests == unbroken.digests  # the same sample ids and the same noise
+    assert largest_difference(third.metrics, unbroken.metrics) < 1e-5
+
+
+def test_a_signal_saves_once_and_asks_for_a_requeue(train, data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    command = train_command(
+        ROOT / "configs" / "tiny_cpu.yaml", folder, data_sets.latents, ("checkpoint.every_steps=1000",), 1, "torchrun"
+    )
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while not read_metrics(folder / "metrics.jsonl"):
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 75
+    (saved,) = (folder / "checkpoints").iterdir()
+    resumed = train("run", "checkpoint.every_steps=1000")
+    assert resumed.code == 0
+    assert f"resumed at step {int(saved.name[5:])}" in resumed.output
+    assert_bitwise_equal(resumed, unbroken)
+
+
+def test_a_broken_checkpoint_is_named_set_aside_and_the_older_one_used(data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    newest = folder / "checkpoints" / "step-00000020"
+    victim = newest / "model.rank-00000.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert run_in_process(folder, data_sets.latents) == 0
+    (restart,) = read_metrics(folder / "logs" / "restarts.jsonl")
+    assert restart["step"] == 10
+    assert "model.rank-00000.safetensors is damaged" in restart["problems"][0]
+    assert_bitwise_equal(Run(0, "", folder), unbroken)
+
+
+def test_never_a_silent_start_from_zero(data_sets, tmp_path, unbroken, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    for path in (folder / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+    assert run_in_process(folder, data_sets.latents) == 78
+    assert "none is sound" in capsys.readouterr().out
+
+
+def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbroken, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    more = ("train.steps=22", "train.lr=2e-3")
+    assert run_in_process(folder, data_sets.latents, *more) == 78
+    output = capsys.readouterr().out
+    assert "train.lr: was 0.001, now 0.002" in output and "--allow-change train.lr" in output
+    assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lr") == 0
+
+
+def test_other_data_is_refused(data_sets, tmp_path, unbroken, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    changed = ("train.steps=22", "data.holdout=0.2", "--allow-change", "data.holdout")
+    assert run_in_process(folder, data_sets.latents, *changed) == 78
+    assert "was trained on other data" in capsys.readouterr().out
+    assert run_in_process(folder, data_sets.latents, *changed, "--allow-change", "data") == 0
+
+
+def test_a_finished_run_is_done_at_once(data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    assert run_in_process(folder, data_sets.latents) == 0
+    assert Run(0, "", folder).losses == unbroken.losses

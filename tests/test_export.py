@@ -1,0 +1,211 @@
+"""Export and import: LattePipeline loads what we write and walks the path that our sampler walks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, LattePipeline
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from latte_scale import export
+from latte_scale.diffusion.loss import DiffusionSettings
+from latte_scale.diffusion.sampler import sample, settings_of_scheduler
+from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
+from latte_scale.model.transformer_folder import read_transformer
+from latte_scale.weights import Weights
+
+TINY = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=16, sample_size=8, num_frames=3)
+CALL = {"clean_caption": False, "output_type": "latent", "video_length": 3, "height": 16, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random tiny encoders in folders, as diffusers and transformers save them."""
+    root = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).save_pretrained(root / "vae")
+    text_config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5EncoderModel(text_config).save_pretrained(root / "text")
+    ByT5Tokenizer().save_pretrained(root / "text")
+    return {"vae_dir": root / "vae", "text_encoder_dir": root / "text", "tokenizer_dir": root / "text"}
+
+
+def model_of(objective: str) -> LatteT2V:
+    settings = TINY if objective == "epsilon" else replace(TINY, out_channels=4)
+    model, generator = LatteT2V(settings), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "scheduler"),
+    [
+        ("epsilon", "ddim", "DDIMScheduler"),
+        ("v", "ddim", "DDIMScheduler"),
+        ("flow", "dpm++", "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_the_pipelines_latents_are_our_samplers(tmp_path, encoders, objective, sampler, scheduler) -> None:
+    model = model_of(objective)
+    diffusion = DiffusionSettings(objective=objective, flow_shift=2.0 if objective == "flow" else 1.0)
+    export.write_pipeline(tmp_path / "out", model.state_dict(), model.settings, diffusion, **encoders)
+    pipeline = LattePipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler).__name__ == scheduler
+
+    noise = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    theirs = pipeline("a red ball", latents=noise, num_inference_steps=4, guidance_scale=7.5, **CALL).frames
+    text, negative = pipeline.encode_prompt("a red ball", negative_prompt="", clean_caption=False, mask_feature=True)
+    ours = sample(model, noise, text, negative, diffusion, sampler=sampler, num_steps=4, guidance=7.5)
+    assert (ours - noise).abs().max() > 0.1
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()  # an untrained epsilon blows latents up to 150
+
+
+def test_the_folder_names_its_parts(tmp_path, encoders) -> None:
+    model = model_of("epsilon")
+    export.write_pipeline(tmp_path / "out", model.state_dict(), TINY, DiffusionSettings(), **encoders)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "LattePipeline"
+    assert index["tokenizer"] == ["transformers", "ByT5Tokenizer"]
+    assert index["transformer"] == ["diffusers", "LatteTransformer3DModel"]
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    expected = {
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+        "variance_type": "fixed_small",
+    }
+    assert expected.items() <= scheduler.items()
+    assert not list((tmp_path / "out" / "tokenizer").glob("*.safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no temporary folder is left
+
+
+def test_an_image_comes_out_as_well(tmp_path, encoders) -> None:
+    model = model_of("epsilon")
+    export.write_pipeline(tmp_path / "out", model.state_dict(), TINY, DiffusionSettings(), **encoders)
+    pipeline = LattePipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline("a ball", num_inference_steps=1, **CALL | {"video_length": 1, "output_type": "pt"}).frames
+    assert frames.shape[-2:] == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DiffusionSettings(beta_end=0.01, num_timesteps=500),
+        DiffusionSettings(objective="v"),
+        DiffusionSettings(objective="flow", flow_shift=3.0),
+    ],
+    ids=lambda settings: settings.objective,
+)
+def test_the_scheduler_remembers_the_objective(tmp_path, encoders, settings) -> None:
+    model = model_of(settings.objective)
+    export.write_pipeline(tmp_path / "out", model.state_dict(), model.settings, settings, **encoders)
+    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert settings_of_scheduler(config, "here") == settings
+    with pytest.raises(ValueError, match="here: expected prediction_type"):
+        settings_of_scheduler(config | {"prediction_type": "sample"}, "here")
+
+
+def test_import_gives_back_what_export_wrote(tmp_path, encoders, capsys) -> None:
+    model = model_of("v")
+    pipeline, weights = tmp_path / "pipeline", tmp_path / "weights"
+    export.write_pipeline(pipeline, model.state_dict(), model.settings, DiffusionSettings(objective="v"), **encoders)
+    assert export.import_main(["--source", str(pipeline), "--out", str(weights)]) == 0
+    assert f"model.init={weights}" in capsys.readouterr().out
+    settings, state = read_transformer(weights)
+    assert settings == model.settings
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert state.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("tree", ["ema", "raw"])
+def test_export_takes_weights_settings_and_encoders_from_the_run(tmp_path, encoders, monkeypatch, capsys, tree) -> None:
+    model, asked = model_of("flow"), []
+    config = {
+        "encoders": {"vae": str(encoders["vae_dir"]), "text": str(encoders["text_encoder_dir"])},
+        "diffusion": {"objective": "flow", "flow_shift": 3.0},
+    }
+
+    def load_weights(source: str, tree: str) -> Weights:
+        asked.append((source, tree))
+        return Weights("run/step-00000007#it", model.settings, model.state_dict(), config, 7)
+
+    monkeypatch.setattr(export, "load_weights", load_weights)
+    out = tmp_path / "pipeline"
+    assert export.main(["--checkpoint", "run", "--out", str(out), "--weights", tree]) == 0
+    assert asked == [("run", tree)]
+    pipeline = LattePipeline.from_pretrained(out)
+    assert pipeline.scheduler.config.flow_shift == 3.0
+    weights, exported = model.state_dict(), read_transformer(out)[1]
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in weights.items())
+    assert "run/step-00000007#it" in capsys.readouterr().out
+
+
+def test_export_of_a_folder_without_a_run(tmp_path, monkeypatch, capsys) -> None:
+    model = model_of("epsilon")
+    weights = Weights("there", model.settings, model.state_dict(), None, None)
+    monkeypatch.setattr(export, "load_weights", lambda source, tree: weights)
+    assert export.main(["--checkpoint", "there", "--out", str(tmp_path / "out")]) == 2
+    assert "error: there: expected a run or its checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_import_of_nothing(tmp_path, capsys) -> None:
+    assert export.import_main(["--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_folder_is_not_touched(tmp_path, encoders) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ValueError, match="expected a new or an empty folder"):
+        export.write_pipeline(tmp_path / "out", model_of("epsilon").state_dict(), TINY, DiffusionSettings(), **encoders)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, encoders) -> None:
+    state = model_of("epsilon").state_dict()
+    del state["proj_out.bias"]
+    with pytest.raises(ValueError, match=r"missing proj_out.bias"):
+        export.write_pipeline(tmp_path / "out", state, TINY, DiffusionSettings(), **encoders)
+    with pytest.raises(ValueError, match=r"has no tokenizer_config.json"):
+        export.write_pipeline(
+            tmp_path / "out",
+            model_of("epsilon").state_dict(),
+            TINY,
+            DiffusionSettings(),
+            **encoders | {"tokenizer_dir": encoders["vae_dir"]},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_autoencoder_with_a_shift_is_refused(tmp_path, encoders) -> None:
+    (tmp_path / "vae").mkdir()
+    config = json.loads((encoders["vae_dir"] / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1}))
+    with pytest.raises(ValueError, match=r"shift_factor is 0.1"):
+        export.write_pipeline(
+            tmp_path / "out",
+            model_of("epsilon").state_dict(),
+            TINY,
+            DiffusionSettings(),
+            **encoders | {"vae_dir": tmp_path / "vae"},
+        )

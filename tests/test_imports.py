@@ -1,0 +1,104 @@
+"""The architecture, as a table: which module may import which. Change it on purpose, with a reason in the change."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY_POINTS = {"train", "sample", "evaluate", "export", "report", "ckpt", "quickstart"}
+
+# module (or package) -> what it may import of this repository. An entry point may import everything but data_tools and
+# the other entry points; cli imports them lazily, by name.
+MAY_IMPORT = {
+    "store": set(),
+    "rng": set(),
+    "settings": set(),
+    "model": {"model"},
+    "diffusion": {"diffusion"},
+    "data": {"data", "store", "rng"},
+    "encoders": {"store"},
+    "optim": set(),
+    "engine": {"engine", "optim"},
+    "ema": {"engine.base"},
+    "checkpoint": {"engine.base", "store"},
+    "checkpoint_save": {"checkpoint", "engine.base"},
+    "metrics": {"engine.base"},
+    "run": {"settings"},
+    # From a micro-batch to the loss's arguments, and from a step's numbers to the metrics file: parts of the train loop
+    # that have a life of their own. Only entry points import them.
+    "conditioning": {"data", "encoders", "rng"},
+    "journal": {"conditioning", "engine.base", "engine.dist", "metrics", "run"},
+    # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
+    "weights": {"checkpoint", "diffusion", "model", "settings"},
+    "config": {"settings", "checkpoint", "data", "diffusion", "ema", "encoders", "engine.base", "model", "optim"},
+    "cli": set(),
+}
+NEVER = {"model": {"torch.distributed", "deepspeed"}, "diffusion": {"torch.distributed"}, "data": {"torch.distributed"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at the top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def owner(path: Path) -> str:
+    """The row of the table that a file of latte_scale belongs to."""
+    return path.relative_to(ROOT / "latte_scale").with_suffix("").parts[0]
+
+
+def repository_imports(path: Path) -> set[str]:
+    """What a file imports of latte_scale, without the prefix."""
+    found = {name.removeprefix("latte_scale.") for name in imports(path) if name.startswith("latte_scale.")}
+    return {name for name in found if is_module(name)}
+
+
+def is_module(name: str) -> bool:
+    base = ROOT / "latte_scale" / Path(*name.split("."))
+    return base.is_dir() or base.with_suffix(".py").is_file()
+
+
+def allowed(name: str, permitted: set[str]) -> bool:
+    return any(name == entry or name.startswith(entry + ".") for entry in permitted)
+
+
+MODULES = sorted(path for path in (ROOT / "latte_scale").rglob("*.py") if path.stat().st_size)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_the_table_allows(path):
+    row = owner(path)
+    assert row in MAY_IMPORT or row in ENTRY_POINTS, f"{path}: give it a row in tests/test_imports.py"
+    for name in repository_imports(path):
+        if row in ENTRY_POINTS:
+            assert name.split(".")[0] not in ENTRY_POINTS - {row}, f"{row} imports the entry point {name}"
+        else:
+            assert allowed(name, MAY_IMPORT[row]), f"{path.name} imports latte_scale.{name}"
+    for name in imports(path):
+        assert not name.startswith("data_tools"), f"{path}: latte_scale never imports data_tools"
+        assert not any(name == n or name.startswith(n + ".") for n in NEVER.get(row, ())), f"{path} imports {name}"
+
+
+def test_torch_distributed_is_used_in_engine_only():
+    for path in MODULES:
+        if owner(path) != "engine":
+            assert not any(name.startswith("torch.distributed") for name in imports(path)), path
+
+
+def test_deepspeed_is_imported_by_one_file():
+    users = [path.name for path in MODULES if any(name.split(".")[0] == "deepspeed" for name in imports(path))]
+    assert users == ["zero.py"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_tools").glob("*.py")), ids=lambda path: path.name)
+def test_the_toolchain_shares_only_the_shard_format_with_the_trainer(path):
+    shared = {"data", "store", "rng", "encoders", "settings"}
+    for name in repository_imports(path):
+        assert allowed(name, shared), f"{path.name} imports latte_scale.{name}"

@@ -1,0 +1,126 @@
+"""From a step's device numbers to a record, the schedule's counters and the decision to give up."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from latte_scale.conditioning import ModelInputs
+from latte_scale.engine.base import StepResult
+from latte_scale.journal import FIELDS, Journal, Progress, Tally
+from latte_scale.metrics import MetricsFile, read_metrics
+from latte_scale.run import StopRunError
+
+CPU = torch.device("cpu")
+
+
+class OneRank:
+    """Stands for the ranks of a job of one: summing changes nothing."""
+
+    def sum_(self, tensor):
+        return tensor
+
+
+def inputs_of(uniforms, weights, digest=0):
+    size = len(uniforms)
+    return ModelInputs(
+        latents_BCFHW=torch.zeros(size, 4, 2, 4, 4),
+        noise_BCFHW=torch.zeros(size, 4, 2, 4, 4),
+        uniform_B=np.array(uniforms),
+        text_BLD=torch.zeros(size, 1, 8),
+        mask_BL=torch.ones(size, 1, dtype=torch.bool),
+        weight_B=torch.tensor(weights),
+        num_tokens_B=[3 if weight else 0 for weight in weights],
+        digest=digest,
+    )
+
+
+def result_of(norm=1.0, applied=1.0):
+    return StepResult(torch.tensor(norm), torch.tensor(applied))
+
+
+def numbers_of(losses, uniforms, weights, digest=0, **result):
+    tally = Tally(CPU)
+    tally.add(inputs_of(uniforms, weights, digest), torch.tensor(losses), tokens=10, flops=6e9)
+    return tally.reduce(OneRank(), result_of(**result)).tolist()
+
+
+def journal_of(tmp_path, **changes):
+    arguments = {
+        "progress": Progress(), "file": MetricsFile(tmp_path / "m.jsonl"), "console": Console(file=io.StringIO()),
+        "device": CPU, "num_devices": 1, "every_steps": 1, "total_steps": 10, "recompute_share": 0.0, "max_skipped": 2,
+    }  # fmt: skip
+    return Journal(**(arguments | changes))
+
+
+def take(journal, step, numbers):
+    journal.begin(step, 1e-3, 0.5, (step + 1) * 4)
+    journal.take(step, numbers)
+
+
+def test_empty_slots_count_for_nothing():
+    numbers = dict(zip(FIELDS, numbers_of([1.0, 2.0, 9.0], [0.1, 0.9, 0.0], [1.0, 1.0, 0.0]), strict=True))
+    assert numbers["loss"] == 3.0
+    assert numbers["samples"] == 2
+    assert [numbers[f"band_count_{k}"] for k in range(4)] == [1, 0, 0, 1]
+    assert [numbers[f"band_loss_{k}"] for k in range(4)] == [1.0, 0.0, 0.0, 2.0]
+
+
+def test_a_record_holds_the_keys_that_readers_rely_on(tmp_path):
+    journal = journal_of(tmp_path)
+    take(journal, 0, numbers_of([1.0, 2.0, 3.0, 4.0], [0.1, 0.3, 0.6, 0.9], [1.0] * 4, digest=2**61 + 12345))
+    (record,) = read_metrics(tmp_path / "m.jsonl")
+    assert {"step", "samples_seen", "loss", "grad_norm", "lr", "samples_per_s", "data_wait_share", "epoch",
+            "sample_ids_sha"} <= record.keys()  # fmt: skip
+    assert record["loss"] == 2.5
+    assert record["loss_by_band"] == [1.0, 2.0, 3.0, 4.0]
+    assert record["sample_ids_sha"] == f"{2**61 + 12345:016x}"
+    assert "mfu" not in record  # a CPU has no known peak
+
+
+def test_digests_of_ranks_add_modulo_2_62():
+    first, second = 2**62 - 3, 2**61 + 10
+    sums = [a + b for a, b in zip(*(numbers_of([1.0], [0.5], [1.0], digest=d) for d in (first, second)), strict=True)]
+    values = dict(zip(FIELDS, sums, strict=True))
+    assert (int(values["digest_low"]) + int(values["digest_high"]) * 2**31) % 2**62 == (first + second) % 2**62
+
+
+def test_a_skipped_update_holds_back_the_schedule_but_not_the_step(tmp_path):
+    journal = journal_of(tmp_path)
+    take(journal, 0, numbers_of([1.0], [0.5], [1.0]))
+    take(journal, 1, numbers_of([float("nan")], [0.5], [1.0], norm=float("nan"), applied=0.0))
+    assert journal.progress == Progress(2, (1,))
+    assert journal.progress.updates_before(2) == 2  # step 1's flag was not known when step 2 began
+    assert journal.progress.updates_before(3) == 2
+    record = read_metrics(tmp_path / "m.jsonl")[-1]
+    assert record["loss"] is None and record["grad_norm"] is None and record["applied"] is False
+
+
+def test_too_many_skipped_updates_in_a_row_stop_the_run(tmp_path):
+    journal = journal_of(tmp_path, max_skipped=2)
+    bad = numbers_of([1.0], [0.5], [1.0], norm=float("inf"), applied=0.0)
+    for step in (0, 1):
+        take(journal, step, bad)
+    take(journal, 2, numbers_of([1.0], [0.5], [1.0]))  # a good one between: the row starts again
+    for step in (3, 4):
+        take(journal, step, bad)
+    with pytest.raises(StopRunError, match="3 updates in a row"):
+        take(journal, 5, bad)
+
+
+def test_a_stop_request_of_any_rank_reaches_all(tmp_path):
+    journal = journal_of(tmp_path)
+    tally = Tally(CPU)
+    tally.host["stop"] = 1.0
+    tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), tokens=1, flops=1.0)
+    take(journal, 0, tally.reduce(OneRank(), result_of()).tolist())
+    assert journal.stop_requested
+
+
+def test_lines_are_written_every_n_steps_and_at_the_end(tmp_path):
+    journal = journal_of(tmp_path, every_steps=4, total_steps=6)
+    for step in range(6):
+        take(journal, step, numbers_of([1.0], [0.5], [1.0]))
+    assert [record["step"] for record in read_metrics(tmp_path / "m.jsonl")] == [3, 5]

@@ -1,0 +1,68 @@
+"""Metrics: the file survives kills and rewinds, MFU is never a guess, numbers come back one step late."""
+
+import json
+
+import pytest
+import torch
+
+from latte_scale import metrics
+
+
+def test_mfu_with_an_injected_peak():
+    # 3 x 8.409 TFLOP a clip, 10 clips in 2 s on 4 devices of 100 TFLOP/s.
+    assert metrics.utilization(10 * 3 * 8.409e12, 2.0, 4, 100e12) == pytest.approx(10 * 3 * 8.409 / 2 / 400)
+
+
+def test_no_mfu_on_a_device_whose_peak_is_unknown():
+    assert metrics.peak_flops("Some New Accelerator") is None
+    assert metrics.utilization(1e12, 1.0, 1, None) is None
+    window = metrics.Throughput(started_at_s=5.0, samples=4, model_flops=1e12, recomputed_flops=1e12 / 3)
+    assert "mfu" not in window.summary(7.0, 1, None)
+    rates = window.summary(7.0, 1, 1e15)
+    assert rates["samples_per_s"] == 2.0
+    assert rates["mfu"] == pytest.approx(0.5e-3)
+    assert rates["hfu"] == pytest.approx(0.5e-3 * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.4e12)]
+)
+def test_peaks_by_device_name(name, peak):
+    assert metrics.peak_flops(name) == peak
+
+
+def test_a_utilization_above_one_is_an_error():
+    with pytest.raises(ValueError, match="impossible"):
+        metrics.utilization(2e15, 1.0, 1, 1e15)
+
+
+def test_readback_hands_out_steps_in_order():
+    readback = metrics.Readback()
+    numbers = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    readback.push(7, numbers)
+    numbers.zero_()  # the next step reuses its buffers
+    readback.push(8, numbers)
+    assert len(readback) == 2
+    assert readback.pop() == (7, [1.0, 2.0])
+    assert readback.pop() == (8, [0.0, 0.0])
+
+
+def test_rewind_moves_the_steps_that_will_run_again(tmp_path):
+    file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(6):
+        file.append({"step": step, "loss": step / 10})
+    with open(file.path, "a") as cut:
+        cut.write('{"step": 6, "lo')  # a kill in the middle of a line
+    assert file.rewind(4, tmp_path / "rewound.jsonl") == [4, 5]
+    assert [r["step"] for r in metrics.read_metrics(file.path)] == [0, 1, 2, 3]
+    assert [r["step"] for r in metrics.read_metrics(tmp_path / "rewound.jsonl")] == [4, 5]
+    file.append({"step": 4})
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_rewind_of_nothing(tmp_path):
+    assert metrics.MetricsFile(tmp_path / "absent.jsonl").rewind(0, tmp_path / "r.jsonl") == []
+
+
+def test_memory_of_this_process_is_plausible():
+    assert 50e6 < metrics.memory_bytes(torch.device("cpu")) < 1e12
