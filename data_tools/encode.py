@@ -34,6 +34,7 @@ import numpy as np
 from latte_scale.data.index import index_name, load_index
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import (
+    ENCODE_HEADER,
     MANIFEST,
     NULL_TEXT,
     FileInfo,
@@ -60,7 +61,6 @@ from latte_scale.encoders import (
 from latte_scale.settings import flatten, load
 from latte_scale.store import Store, open_store
 
-HEADER = "encode.json"
 _SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")
 NUM_THREADS = 1  # of each process on a CPU: more would change the last bits, and --workers uses the cores better
 FLOAT16_MAX = 6e4  # a little below the largest float16, 65504
@@ -252,8 +252,8 @@ def main(args: argparse.Namespace) -> int:
         finished = sum(finished_entry(store, shard_name(number)) is not None for number in range(num_shards))
         print(f"dry run: {manifest.count} clips in {num_shards} shards, {finished} of them finished; {store.url}")
         return 0
-    if not store.exists(HEADER):
-        store.write(HEADER, (json.dumps(header, indent=1) + "\n").encode())
+    if not store.exists(ENCODE_HEADER):
+        store.write(ENCODE_HEADER, (json.dumps(header, indent=1) + "\n").encode())
     begun = time.monotonic()
     outcomes = _encode_all(encoder, args)
     return _finish(encoder, facts, outcomes, time.monotonic() - begun)
@@ -284,7 +284,7 @@ def _check_folder(store: Store, header: dict[str, Any], force: bool) -> None:
     A data set that this tool did not make is never removed.
     """
     names = store.list()
-    known = json.loads(store.read(HEADER)) if HEADER in names else None
+    known = json.loads(store.read(ENCODE_HEADER)) if ENCODE_HEADER in names else None
     if known is not None and _without_names(known) == _without_names(header):
         return
     if known is None:
@@ -304,7 +304,7 @@ def _check_folder(store: Store, header: dict[str, Any], force: bool) -> None:
     ours = [name for name in names if name in (MANIFEST, NULL_TEXT) or _SHARD_FILE.fullmatch(name)]
     for name in [
         *sorted(ours, key=lambda name: name != MANIFEST),
-        HEADER,
+        ENCODE_HEADER,
     ]:  # the manifest first: nobody may trust the rest
         store.delete(name)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
-from latte_scale.data.schema import MANIFEST, ManifestError, ShardEntry
+from latte_scale.data.schema import ENCODE_HEADER, MANIFEST, ManifestError, ShardEntry
 from latte_scale.store import Store, StoreError
 
 CHUNK = 8 << 20  # bytes read at a time
@@ -91,7 +91,7 @@ def null_text_faults(dataset: Dataset) -> Iterator[str]:
 def unnamed_files(dataset: Dataset) -> list[str]:
     """Files below the root that the manifest does not name."""
     manifest = dataset.manifest
-    named = {MANIFEST} | {name for shard in manifest.shards for name in (shard.name, shard.index)}
+    named = {MANIFEST, ENCODE_HEADER} | {name for shard in manifest.shards for name in (shard.name, shard.index)}
     if manifest.null_text is not None:
         named.add(manifest.null_text.name)
     return [name for name in dataset.store.list() if name not in named]

@@ -1,7 +1,7 @@
 """What a step reports, from device to `metrics.jsonl`: one small sum over the ranks a step, read one step late.
 
 `Tally` collects this rank's numbers of one step without waiting for the device and sums them over the ranks in one
-all-reduce, which also carries the stop request of any rank. `Journal` takes the summed numbers, the same on all ranks,
+all-reduce, which also carries any rank's wish to stop. `Journal` takes the summed numbers, the same on all ranks,
 and turns them into metrics, a console line and the decisions that all ranks must take alike: stop, or give up.
 """
 
@@ -25,7 +25,7 @@ from latte_scale.run import StopRunError
 logger = logging.getLogger("latte_scale")
 
 HALF = 2**31  # the digest travels as two numbers that a float64 sum keeps exact
-HOST_FIELDS = ("samples", "tokens", "flops", "data_wait_s", "stop", "digest_low", "digest_high")
+HOST_FIELDS = ("samples", "tokens", "flops", "data_wait_s", "stop", "lost", "digest_low", "digest_high")
 FIELDS = (
     "loss",
     *(f"band_loss_{band}" for band in range(NUM_BANDS)),
@@ -120,11 +120,19 @@ class Journal:
         self._began_at_s[step] = time.perf_counter()
 
     def take(self, step: int, numbers: list[float]) -> None:
-        """Account for one finished step. Raises StopRunError after too many skipped updates in a row."""
+        """Account for one finished step.
+
+        Raises StopRunError on all ranks after too many skipped updates in a row, or once any rank may not write.
+        """
         values = dict(zip(FIELDS, numbers, strict=True))
         known = self._known.pop(step)
         ended_at_s = self._began_at_s.get(step + 1, time.perf_counter())  # a step lasts until the next one begins
         self._began_at_s.pop(step)
+        if values["lost"]:
+            raise StopRunError(
+                f"stopped at step {step} without a save: the run folder was taken over by another attempt, or the "
+                "launcher of these processes is gone"
+            )
         skipped = self.progress.skipped_steps
         if not values["applied"]:
             skipped = (*skipped, step)

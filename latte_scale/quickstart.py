@@ -98,7 +98,7 @@ class Stages:
         self.seconds["train, be killed, resume"] = time.perf_counter() - began
 
     def _attempt(self, command: list[str], run: Path, total_steps: int, kill_after: int | None) -> int:
-        """Run the trainer, with a bar that follows metrics.jsonl; SIGKILL to its group once past `kill_after`."""
+        """Run the trainer, with a bar that follows metrics.jsonl; SIGKILL to all of it once past `kill_after`."""
         with open(run.parent / "train.log", "a") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
@@ -108,24 +108,35 @@ class Stages:
             with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
                 task = bar.add_task("starting", total=total_steps)
                 while process.poll() is None:
-                    time.sleep(0.2)
+                    time.sleep(0.05)
                     records = read_metrics(run / "metrics.jsonl")
                     if records:
                         step, loss = records[-1]["step"] + 1, records[-1]["loss"]
                         bar.update(task, completed=step, description=f"loss {loss:.4f}")
                         if kill_after is not None and step >= kill_after and list_steps(run):
-                            kill_group(process)
+                            kill_all(process)
                 if process.returncode == 0:
                     bar.update(task, completed=total_steps)
         finally:
-            kill_group(process)
+            kill_all(process)
         return process.returncode
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL to every process of the attempt's session, and wait for its leader."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and all that descend from it, and wait for it.
+
+    Not to its process group: torchrun gives every rank a session of its own, and the ranks would live on.
+    """
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone while we look
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    doomed = {process.pid}
+    while found := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= found
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 

@@ -12,12 +12,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from latte_scale import settings
+from latte_scale.lease import Lease, LeaseError, this_process
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
@@ -40,14 +41,30 @@ class RunFolder:
         self.logs = self.path / "logs"
 
     def open(self) -> None:
-        """Make the folder, drop the exit.json of the last attempt, and begin this rank's log."""
+        """Make the folder and begin this rank's log."""
         self.logs.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(self.logs / f"rank-{self.rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+
+    def take(self, broadcast: Callable[[str | None], str | None]) -> "Fence":
+        """Take the folder's lease on rank 0. A collective: `broadcast` gives every rank what rank 0 passes.
+
+        Raises StopRunError on all ranks if another attempt holds the folder.
+        """
+        lease, refusal = None, None
         if self.rank == 0:
-            (self.path / "exit.json").unlink(missing_ok=True)
+            try:
+                lease = Lease(self.path, this_process())
+            except LeaseError as error:
+                refusal = str(error)
+        refusal = broadcast(refusal)
+        if refusal is not None:
+            raise StopRunError(refusal)
+        if self.rank == 0:
+            (self.path / "exit.json").unlink(missing_ok=True)  # the last attempt's
+        return Fence(lease)
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config (rank 0)."""
@@ -83,6 +100,36 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+class Fence:
+    """Whether this attempt may still write: its launcher lives and, on rank 0, the lease of the folder is its own.
+
+    A rank does not die with its launcher (torchrun starts ranks in sessions of their own), and must not go on beside
+    the attempt that takes its place.
+    """
+
+    def __init__(self, lease: Lease | None) -> None:
+        self._lease = lease
+        self._launcher = os.getppid() if "RANK" in os.environ else None
+
+    def is_lost(self) -> bool:
+        """One look at the parent and, at most, one small file."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            logger.error("the launcher (process %d) is gone", self._launcher)
+            return True
+        try:
+            if self._lease is not None:
+                self._lease.check()
+        except LeaseError as error:
+            logger.error("%s", error)
+            return True
+        return False
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lease is not None:
+            self._lease.release()
 
 
 class StopRequest:

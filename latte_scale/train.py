@@ -41,7 +41,7 @@ from latte_scale.metrics import MetricsFile, Readback
 from latte_scale.model.flops import num_flops
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.optim import lr_at
-from latte_scale.run import DONE, FAILED, REQUEUE, STOP, RunFolder, StopRequest, StopRunError
+from latte_scale.run import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.weights import load_weights
 
@@ -49,7 +49,9 @@ logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
 
 
-def train(config: Config, ranks: Ranks, folder: RunFolder, stop: StopRequest, allow_change: Sequence[str]) -> int:
+def train(
+    config: Config, ranks: Ranks, folder: RunFolder, fence: Fence, stop: StopRequest, allow_change: Sequence[str]
+) -> int:
     """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
     make_deterministic(config)
     found, broken = find_newest_sound(config.checkpoint_dir, ranks)
@@ -85,6 +87,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder, stop: StopRequest, al
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
             tally.host["stop"] = float(stop.signal_name is not None)
+            tally.host["lost"] = float(fence.is_lost())
 
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):
@@ -371,10 +374,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop.install()
     ranks = init_distributed(timeout_s=config.engine.timeout_s)
     folder = RunFolder(config.run.dir, ranks.rank)
-    code, reason = FAILED, ""
+    code, reason, fence = FAILED, "", None
     try:
         folder.open()
-        code = train(config, ranks, folder, stop, args.allow_change)
+        fence = folder.take(ranks.broadcast_object)
+        code = train(config, ranks, folder, fence, stop, args.allow_change)
         reason = "finished" if code == DONE else f"stopped by {stop.signal_name or 'a signal on another rank'}, saved"
     except (StopRunError, ManifestError, CheckpointError, ValueError) as error:
         code, reason = STOP, str(error)
@@ -384,9 +388,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.exception("failed")
         raise
     finally:
-        folder.write_exit(code, reason)
         if folder.rank == 0:
             console.print(f"exit {code}: {reason}", markup=False)
+        if fence is not None:  # else the folder is another attempt's
+            folder.write_exit(code, reason)
+            fence.release()
     shutdown()
     return code
 

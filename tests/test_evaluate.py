@@ -128,7 +128,7 @@ def test_mistakes_are_named(real: Path, fake: Path, tmp_path: Path, capsys: pyte
     assert "is not a vocabulary" in run(real=tmp_path)
     assert "prompts.jsonl; --fake takes a folder" in run(fake=tmp_path)
     write_prompts(tmp_path, [{"file": "x.mp4", "text": "a red cat moves left"}])
-    assert "expected one shape of circle, square, came none" in run(fake=tmp_path)
+    assert "expected one shape of circle, triangle, came none" in run(fake=tmp_path)
     write_prompts(tmp_path, [{"file": "x.mp4", "text": "a red circle moves left"}])
     assert "x.mp4 cannot be read" in run(fake=tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"file": 3}\n')

@@ -14,7 +14,6 @@ from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import sample, settings_of_scheduler
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import read_transformer
-from latte_scale.weights import Weights
 
 TINY = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=16, sample_size=8, num_frames=3)
 CALL = {"clean_caption": False, "output_type": "latent", "video_length": 3, "height": 16, "width": 16}
@@ -133,38 +132,6 @@ def test_import_gives_back_what_export_wrote(tmp_path, encoders, capsys) -> None
     assert settings == model.settings
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert state.keys() == model.state_dict().keys()
-
-
-@pytest.mark.parametrize("tree", ["ema", "raw"])
-def test_export_takes_weights_settings_and_encoders_from_the_run(tmp_path, encoders, monkeypatch, capsys, tree) -> None:
-    model, asked = model_of("flow"), []
-    config = {
-        "encoders": {"vae": str(encoders["vae_dir"]), "text": str(encoders["text_encoder_dir"])},
-        "diffusion": {"objective": "flow", "flow_shift": 3.0},
-    }
-
-    def load_weights(source: str, tree: str) -> Weights:
-        asked.append((source, tree))
-        return Weights("run/step-00000007#it", model.settings, model.state_dict(), config, 7)
-
-    monkeypatch.setattr(export, "load_weights", load_weights)
-    out = tmp_path / "pipeline"
-    assert export.main(["--checkpoint", "run", "--out", str(out), "--weights", tree]) == 0
-    assert asked == [("run", tree)]
-    pipeline = LattePipeline.from_pretrained(out)
-    assert pipeline.scheduler.config.flow_shift == 3.0
-    weights, exported = model.state_dict(), read_transformer(out)[1]
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in weights.items())
-    assert "run/step-00000007#it" in capsys.readouterr().out
-
-
-def test_export_of_a_folder_without_a_run(tmp_path, monkeypatch, capsys) -> None:
-    model = model_of("epsilon")
-    weights = Weights("there", model.settings, model.state_dict(), None, None)
-    monkeypatch.setattr(export, "load_weights", lambda source, tree: weights)
-    assert export.main(["--checkpoint", "there", "--out", str(tmp_path / "out")]) == 2
-    assert "error: there: expected a run or its checkpoint" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_import_of_nothing(tmp_path, capsys) -> None:

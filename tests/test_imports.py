@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "checkpoint": {"engine.base", "store"},
     "checkpoint_save": {"checkpoint", "engine.base"},
     "metrics": {"engine.base"},
-    "run": {"settings"},
+    "lease": set(),
+    "run": {"lease", "settings"},
     # From a micro-batch to the loss's arguments, and from a step's numbers to the metrics file: parts of the train loop
     # that have a life of their own. Only entry points import them.
     "conditioning": {"data", "encoders", "rng"},

@@ -18,6 +18,8 @@ from latte_scale.store import MissingError, Store
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 NULL_TEXT = "null-text.safetensors"
+ENCODE_HEADER = "encode.json"
+"""What `latte-data encode` keeps beside the manifest: the settings and encoders that made a latents data set."""
 RAW_BUCKET = "raw"
 """The one bucket of "video" data sets: the frame policy of the run gives every clip the same shape."""
 

@@ -1,4 +1,4 @@
-"""Writing shards: samples in, tars of bounded size with their sidecar indices and manifest entries out.
+"""Writing shards: samples in, tars with their sidecar indices and manifest entries out.
 
 One code path serves `latte-data shard` (clips) and `latte-data encode` (latents). A tar is built under a temporary
 name, hashed while it is written, renamed, and then its index is written: an index therefore proves a whole tar, which
@@ -174,52 +174,6 @@ class ShardFile:
             self._file.write(data)
         self._sha256.update(data)
         self.size_bytes += len(data)
-
-
-class ShardWriter:
-    """Samples in, numbered shards out; a new shard begins when a limit would be passed."""
-
-    def __init__(
-        self, store: Store, kind: Kind, max_samples: int = 1000, max_bytes: int = 1 << 30, first: int = 0
-    ) -> None:
-        if max_samples < 1 or max_bytes < 1:
-            raise ValueError(f"max_samples and max_bytes must be at least 1, came {max_samples} and {max_bytes}")
-        self.store, self.kind = store, kind
-        self.max_samples, self.max_bytes = max_samples, max_bytes
-        self._number = first
-        self._entries: list[ShardEntry] = []
-        self._shard: ShardFile | None = None
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._shard is not None:
-            self._shard.abandon()
-
-    def add(self, sample: VideoSample | LatentSample) -> None:
-        """Append a sample to the current shard or the next one. Keys must differ over the whole data set."""
-        new_bytes = len(sample.video if isinstance(sample, VideoSample) else sample.latents + sample.text)
-        shard = self._shard
-        if shard and (len(shard) == self.max_samples or shard.size_bytes + new_bytes > self.max_bytes):
-            self._finish()
-        if self._shard is None:
-            self._shard = ShardFile(self.store, shard_name(self._number), self.kind)
-        self._shard.add(sample)
-
-    def close(self) -> tuple[ShardEntry, ...]:
-        """Finish the last shard. The entries of all shards, for the manifest, which the caller writes last."""
-        if self._shard is not None:
-            self._finish()
-        return tuple(self._entries)
-
-    def _finish(self) -> None:
-        assert self._shard is not None
-        self._entries.append(self._shard.close())
-        self._shard = None
-        self._number += 1
 
 
 def _check_key(key: str) -> None:

@@ -5,8 +5,7 @@ import itertools
 from latte_scale.data.batches import MicroBatch
 from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
 from latte_scale.data.schema import VideoSettings
-
-from .making import VIDEO
+from tests.data.making import VIDEO
 
 GLOBAL_BATCH = 7
 SEED = 5

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,15 +13,17 @@ from safetensors.numpy import save
 from latte_scale.data.schema import (
     NULL_TEXT,
     FileInfo,
+    Kind,
     LatentsInfo,
     Manifest,
+    ShardEntry,
     TextInfo,
     VaeInfo,
     VideoSettings,
     save_manifest,
 )
-from latte_scale.data.shards import LatentSample, ShardWriter, VideoSample
-from latte_scale.store import open_store
+from latte_scale.data.shards import LatentSample, ShardFile, VideoSample, shard_name
+from latte_scale.store import Store, open_store
 
 FRAMES, CHANNELS, SIDE, MAX_TOKENS, WIDTH = 2, 4, 3, 6, 5
 BUCKET = f"{FRAMES}x{SIDE}x{SIDE}"
@@ -50,6 +53,19 @@ def latent_sample(
     )
 
 
+def write_shards(
+    store: Store, kind: Kind, samples: Sequence[VideoSample | LatentSample], per_shard: int = 1000
+) -> tuple[ShardEntry, ...]:
+    """The samples in shards of `per_shard`; the entries for a manifest."""
+    entries = []
+    for number, first in enumerate(range(0, len(samples), per_shard)):
+        shard = ShardFile(store, shard_name(number), kind)
+        for sample in samples[first : first + per_shard]:
+            shard.add(sample)
+        entries.append(shard.close())
+    return tuple(entries)
+
+
 def make_latents(
     folder: Path,
     num_samples: int = 20,
@@ -60,12 +76,11 @@ def make_latents(
 ) -> Manifest:
     """A latents data set; every n-th sample goes into OTHER_BUCKET if `every_other_bucket` is n."""
     store = open_store(folder)
-    with ShardWriter(store, "latents", max_samples=per_shard) as writer:
-        for number in range(num_samples):
-            other = every_other_bucket and number % every_other_bucket == 0
-            bucket = OTHER_BUCKET if other else BUCKET
-            writer.add(latent_sample(number, num_captions, bucket, with_std))
-        shards = writer.close()
+    samples = []
+    for number in range(num_samples):
+        other = every_other_bucket and number % every_other_bucket == 0
+        samples.append(latent_sample(number, num_captions, OTHER_BUCKET if other else BUCKET, with_std))
+    shards = write_shards(store, "latents", samples, per_shard)
     null = save({"embedding": np.full((MAX_TOKENS, WIDTH), NULL, np.float16)})
     store.write(NULL_TEXT, null)
     manifest = Manifest(
@@ -124,9 +139,8 @@ def make_videos(folder: Path, num_samples: int = 5, per_shard: int = 3, num_fram
     """A "video" data set of made clips."""
     store = open_store(folder)
     clip = make_clip(num_frames)
-    with ShardWriter(store, "video", max_samples=per_shard) as writer:
-        for number in range(num_samples):
-            writer.add(VideoSample(f"{number:06d}", f"caption {number}", clip, "mp4"))
-        manifest = Manifest("video", writer.close(), caption_cleaning="none", tool_version="test")
+    samples = [VideoSample(f"{number:06d}", f"caption {number}", clip, "mp4") for number in range(num_samples)]
+    shards = write_shards(store, "video", samples, per_shard)
+    manifest = Manifest("video", shards, caption_cleaning="none", tool_version="test")
     save_manifest(store, manifest)
     return manifest

@@ -12,11 +12,10 @@ from latte_scale.data.index import load_index
 from latte_scale.data.loader import DataSettings, open_datasets
 from latte_scale.data.samples import DamagedError, Dataset
 from latte_scale.data.schema import Manifest, VideoSettings, save_manifest
-from latte_scale.data.shards import ShardWriter, VideoSample
+from latte_scale.data.shards import VideoSample
 from latte_scale.store import StoreError, open_store
-
-from .loading import ids, keys, load
-from .making import (
+from tests.data.loading import ids, keys, load
+from tests.data.making import (
     BUCKET,
     CHANNELS,
     FRAMES,
@@ -29,6 +28,7 @@ from .making import (
     make_clip,
     make_latents,
     make_videos,
+    write_shards,
 )
 
 
@@ -224,10 +224,8 @@ def test_clips_are_decoded_and_windows_are_keyed(tmp_path):
 
 def test_a_clip_that_is_too_short_is_replaced(tmp_path):
     store = open_store(tmp_path)
-    with ShardWriter(store, "video") as writer:
-        for number, frames in enumerate((12, 3, 12)):
-            writer.add(VideoSample(f"{number:06d}", "", make_clip(frames), "mp4"))
-        save_manifest(store, Manifest("video", writer.close(), caption_cleaning="none"))
+    samples = [VideoSample(f"{n:06d}", "", make_clip(frames), "mp4") for n, frames in enumerate((12, 3, 12))]
+    save_manifest(store, Manifest("video", write_shards(store, "video", samples), caption_cleaning="none"))
     steps = load(tmp_path, 3, video=VideoSettings(4, 8, 8, 2), caption_drop=1.0)
     reports = [replaced for step in steps for batch in step for replaced in batch.replaced]
     assert reports and all("000001': too short: expected 7 frames" in report.reason for report in reports)

@@ -20,8 +20,7 @@ from latte_scale.data.index import (
 )
 from latte_scale.rng import hash64
 from latte_scale.store import open_store
-
-from .making import BUCKET, OTHER_BUCKET, make_latents
+from tests.data.making import BUCKET, OTHER_BUCKET, make_latents
 
 spans = st.builds(Span, st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 2**32 - 1))
 rows = st.builds(

@@ -15,9 +15,8 @@ from latte_scale import settings as settings_reader
 from latte_scale.data.batches import LoaderError
 from latte_scale.data.loader import DataSettings, Loader, SourceSettings, make_plan, open_datasets, resolve_settings
 from latte_scale.data.schema import ManifestError
-
-from .loading import GLOBAL_BATCH, SEED, ids, keys, load
-from .making import VIDEO, make_latents, make_videos
+from tests.data.loading import GLOBAL_BATCH, SEED, ids, keys, load
+from tests.data.making import VIDEO, make_latents, make_videos
 
 
 def test_the_order_is_the_plans_for_any_workers_ranks_micro_batch_and_start(tmp_path):

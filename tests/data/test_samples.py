@@ -11,8 +11,7 @@ from latte_scale.data.index import load_index
 from latte_scale.data.samples import DamagedError, Dataset, open_dataset
 from latte_scale.data.schema import NULL_TEXT, ManifestError
 from latte_scale.store import MissingError
-
-from .making import BUCKET, NULL, OTHER_BUCKET, make_latents, make_videos
+from tests.data.making import BUCKET, NULL, OTHER_BUCKET, make_latents, make_videos
 
 
 @pytest.fixture

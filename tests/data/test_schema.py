@@ -16,8 +16,7 @@ from latte_scale.data.schema import (
     save_manifest,
 )
 from latte_scale.store import open_store
-
-from .making import VIDEO, make_latents, make_videos
+from tests.data.making import VIDEO, make_latents, make_videos
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ import webdataset
 
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import RAW_BUCKET
-from latte_scale.data.shards import LatentSample, ShardFile, ShardWriter, VideoSample, finished_entry, shard_name
+from latte_scale.data.shards import LatentSample, ShardFile, VideoSample, finished_entry, shard_name
 from latte_scale.store import open_store
-
-from .making import BUCKET, latent_sample, make_latents, make_videos
+from tests.data.making import BUCKET, latent_sample, make_latents, make_videos
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
@@ -22,15 +21,11 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_shards_are_bounded_by_samples_and_bytes(tmp_path):
-    assert [shard.count for shard in make_latents(tmp_path / "a", 20, 6).shards] == [6, 6, 6, 2]
-    clip = bytes(10_000)
-    with ShardWriter(open_store(tmp_path / "b"), "video", max_samples=100, max_bytes=35_000) as writer:
-        for number in range(7):
-            writer.add(VideoSample(f"{number}", "", clip, "mp4"))
-        entries = writer.close()
-    assert [entry.count for entry in entries] == [3, 3, 1] and all(entry.size_bytes < 40_000 for entry in entries)
-    assert entries[0].buckets == {RAW_BUCKET: 3}
+def test_an_entry_counts_its_samples(tmp_path):
+    shards = make_videos(tmp_path, num_samples=7, per_shard=3).shards
+    assert [shard.count for shard in shards] == [3, 3, 1]
+    assert shards[0].buckets == {RAW_BUCKET: 3}
+    assert shards[0].size_bytes == open_store(tmp_path).size(shards[0].name)
 
 
 def test_equal_captions_share_one_embedding_which_comes_before_its_first_sample(tmp_path):
@@ -57,11 +52,10 @@ def test_webdataset_reads_our_shards(tmp_path):
     assert all("latents.safetensors" in sample for sample in rest)
 
 
-def test_an_exception_leaves_nothing(tmp_path):
-    store = open_store(tmp_path)
-    with pytest.raises(RuntimeError), ShardWriter(store, "latents") as writer:
-        writer.add(latent_sample(0))
-        raise RuntimeError
+def test_an_abandoned_shard_leaves_nothing(tmp_path):
+    shard = ShardFile(open_store(tmp_path), shard_name(0), "latents")
+    shard.add(latent_sample(0))
+    shard.abandon()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,8 +96,6 @@ def test_what_a_shard_cannot_hold_is_refused(tmp_path):
             shard.add(other)
         with pytest.raises(ValueError, match="'000000' stands twice"):
             shard.add(latent_sample(0))
-    with pytest.raises(ValueError, match="at least 1"):
-        ShardWriter(store, "video", max_samples=0)
 
 
 def test_keys_may_hold_folders_and_any_letters(tmp_path):

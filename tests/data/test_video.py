@@ -12,8 +12,7 @@ import torch
 
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, probe, read_clip, read_random_clip
-
-from .making import frame_grey, make_clip
+from tests.data.making import frame_grey, make_clip
 
 CLIPS = Path(os.environ.get("LATTE_TEST_CLIPS", "../shared/clips"))
 TOLERANCE = 2.5  # grey levels: what compression leaves of a flat frame

@@ -17,11 +17,12 @@ from data_tools import cli, encode, shapes
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import Manifest, VideoSettings, load_manifest, save_manifest
-from latte_scale.data.shards import ShardWriter, VideoSample
+from latte_scale.data.shards import VideoSample
 from latte_scale.data.video import read_clip, write_mp4
 from latte_scale.encoders import EncoderSettings, clean_caption, load_encoders
 from latte_scale.settings import load
 from latte_scale.store import open_store
+from tests.data.making import write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "encode_tiny.yaml")
@@ -32,14 +33,15 @@ def write_source(folder: Path, num_clips: int = 6, per_shard: int = 3, bad: dict
     """A data set of shapes clips with capitals in the captions; `bad` replaces the videos of some keys."""
     folder.mkdir(parents=True, exist_ok=True)
     store = open_store(folder)
-    with ShardWriter(store, "video", max_samples=per_shard) as writer:
-        for index in range(num_clips):
-            clip, key = shapes.plan_clip(0, index), f"clip{index}"
-            write_mp4(folder / "clip.mp4", shapes.render(clip), shapes.FPS)
-            data = (bad or {}).get(key, (folder / "clip.mp4").read_bytes())
-            caption = shapes.prompt(clip.combination).upper()
-            writer.add(VideoSample(key, caption, data, "mp4", {"source": f"{key}.mp4", "fps": 8.0}))
-        save_manifest(store, Manifest("video", writer.close(), caption_cleaning="none"))
+    samples = []
+    for index in range(num_clips):
+        clip, key = shapes.plan_clip(0, index), f"clip{index}"
+        write_mp4(folder / "clip.mp4", shapes.render(clip), shapes.FPS)
+        data = (bad or {}).get(key, (folder / "clip.mp4").read_bytes())
+        caption = shapes.prompt(clip.combination).upper()
+        samples.append(VideoSample(key, caption, data, "mp4", {"source": f"{key}.mp4", "fps": 8.0}))
+    shards = write_shards(store, "video", samples, per_shard)
+    save_manifest(store, Manifest("video", shards, caption_cleaning="none"))
     (folder / "clip.mp4").unlink()
     return folder
 

@@ -12,6 +12,7 @@ import torch
 
 from latte_scale import checkpoint
 from latte_scale.metrics import read_metrics
+from latte_scale.quickstart import kill_all
 from tests.conftest import ROOT, Run, run_in_process, train_command
 from tests.integration.test_engines_agree import largest_difference
 
@@ -39,17 +40,16 @@ def assert_bitwise_equal(run, other):
 
 
 def kill_at(step, folder, command):
-    """Start the command in a session of its own and SIGKILL all of it once `step` is logged."""
+    """Start the command and SIGKILL it with all that descends from it once `step` is logged."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, start_new_session=True, env=environ, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         records = read_metrics(folder / "metrics.jsonl")
         if records and records[-1]["step"] >= step:
             break
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2"])
@@ -98,6 +98,29 @@ def test_a_signal_saves_once_and_asks_for_a_requeue(train, data_sets, tmp_path, 
     assert resumed.code == 0
     assert f"resumed at step {int(saved.name[5:])}" in resumed.output
     assert_bitwise_equal(resumed, unbroken)
+
+
+def test_ranks_whose_launcher_was_killed_stop_and_a_second_attempt_waits_for_nobody(train, data_sets, tmp_path):
+    """SIGKILL to torchrun alone: its ranks notice, stop without a save, and the rerun is not disturbed by them."""
+    folder, options = tmp_path / "run", ("engine.kind=fsdp2", "checkpoint.every_steps=4", "train.steps=2000")
+    config = ROOT / "configs" / "tiny_cpu.yaml"
+    command = train_command(config, folder, data_sets.latents, options, 2, "torchrun")
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while len(read_metrics(folder / "metrics.jsonl")) < 6:
+        time.sleep(0.01)
+        assert process.poll() is None
+    second = train("run", *options, ranks=2)  # a second attempt beside a living one
+    assert "which is alive; wait for it" in second.output and "exit 78" in second.output
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while not (folder / "exit.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped = Run(0, "", folder)
+    assert stopped.exit["code"] == 78 and "the launcher of these processes is gone" in stopped.exit["reason"]
+    assert not (folder / "lease.json").exists()
+    last = len(stopped.metrics)
+    assert train("run", "engine.kind=fsdp2", f"train.steps={last}", ranks=2).code == 0
 
 
 def test_a_broken_checkpoint_is_named_set_aside_and_the_older_one_used(data_sets, tmp_path, unbroken):

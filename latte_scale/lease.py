@@ -1,0 +1,115 @@
+"""Who may write into a run folder: `lease.json`, held by one attempt of the run at a time.
+
+In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. A dead holder is
+taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
+same job wins over an older one; anybody else stops. The holder looks before it writes and stops once the lease names
+another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STALE_S = 180.0
+"""Seconds without a sign of life after which a holder on another machine counts as dead."""
+TOUCH_EVERY_S = 10.0
+
+
+class LeaseError(RuntimeError):
+    """Another attempt holds the run folder, or has taken it over."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One attempt of a run."""
+
+    host: str
+    pid: int
+    started: str  # start time of the process as the kernel counts it: a pid alone may be somebody else by now
+    job_id: str  # of the scheduler; "" without one
+    restart: int  # how often the scheduler has restarted the job
+    token: str  # random, so that an attempt knows its own lease again
+
+
+def this_process(environ: Mapping[str, str] | None = None) -> Holder:
+    """This attempt, with Slurm's job id and restart count where there are any."""
+    environ = os.environ if environ is None else environ
+    pid = os.getpid()
+    job_id, restart = environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT") or 0)
+    return Holder(socket.gethostname(), pid, process_start(pid) or "", job_id, restart, uuid.uuid4().hex)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in kernel ticks; None if there is none, or only its zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Lease:
+    """The lease of a run folder, taken on construction."""
+
+    def __init__(self, folder: str | Path, holder: Holder) -> None:
+        """Raises LeaseError if another attempt is alive and is not an older restart of the same job."""
+        self.path, self.holder = Path(folder) / "lease.json", holder
+        self._touched_at_s = time.monotonic()
+        current = self._read()
+        if current is not None:
+            reason = self._refusal(current)
+            if reason is not None:
+                raise LeaseError(reason)
+        temporary = self.path.with_name(f"lease.{holder.token}.tmp")
+        temporary.write_text(json.dumps(asdict(holder)) + "\n")
+        os.replace(temporary, self.path)
+
+    def check(self) -> None:
+        """Show a sign of life; call it before every write. Raises LeaseError if another attempt has taken over."""
+        current = self._read()
+        if current is None or current.token != self.holder.token:
+            by = "removed" if current is None else f"taken over by process {current.pid} on {current.host}"
+            raise LeaseError(f"{self.path} was {by}: this attempt stops and writes nothing more")
+        if time.monotonic() - self._touched_at_s > TOUCH_EVERY_S:
+            self._touched_at_s = time.monotonic()
+            os.utime(self.path)
+
+    def release(self) -> None:
+        """Give the folder back, if it is still ours."""
+        current = self._read()
+        if current is not None and current.token == self.holder.token:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self) -> Holder | None:
+        try:
+            return Holder(**json.loads(self.path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # cut by a full disk, or of another version: nobody can hold with it
+            return None
+
+    def _refusal(self, current: Holder) -> str | None:
+        """Why the holder in the file keeps the folder; None if it does not."""
+        mine = self.holder
+        if current.job_id and current.job_id == mine.job_id and mine.restart > current.restart:
+            return None
+        if current.host == mine.host:
+            start = process_start(current.pid)
+            if start is None or (current.started and start != current.started):
+                return None
+            seen = "which is alive"
+        else:
+            silent_s = time.time() - self.path.stat().st_mtime
+            if silent_s > STALE_S:
+                return None
+            seen = f"last seen {silent_s:.0f} s ago (given up for dead after {STALE_S:.0f} s)"
+        job = f", job {current.job_id}" if current.job_id else ""
+        return (
+            f"{self.path.parent} is held by process {current.pid} on {current.host}{job}, {seen}; wait for it, stop it "
+            "or choose another run.dir"
+        )

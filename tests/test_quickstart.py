@@ -1,0 +1,65 @@
+"""The quickstart, whole, at a size that takes a minute: every stage, the kill and the resume are the real ones."""
+
+import json
+
+import pytest
+import yaml
+
+from latte_scale import quickstart
+from latte_scale.metrics import read_metrics
+from tests.conftest import ROOT
+
+
+def test_from_clips_to_a_report_with_a_kill_on_the_way(tmp_path, monkeypatch):
+    config = yaml.safe_load((ROOT / "configs" / "tiny_cpu.yaml").read_text())
+    config["train"]["steps"], config["checkpoint"]["every_steps"] = 240, 60
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(config))
+    recipe = quickstart.Recipe(str(small), "encode_tiny.yaml", 48, 24, num_prompts=4, guidance=3.0, sampling_steps=2)
+    monkeypatch.setattr(quickstart, "SHAPES", recipe)
+    out = tmp_path / "out"
+    assert quickstart.main(["--out", str(out)]) == 0
+
+    (restart,) = read_metrics(out / "run" / "logs" / "restarts.jsonl")
+    assert restart["step"] in (60, 120) and restart["replayed_steps"]
+    records = read_metrics(out / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(240))
+    assert json.loads((out / "run" / "exit.json").read_text())["code"] == 0
+    first = {record["step"]: record["loss"] for record in read_metrics(out / "run" / "logs" / "rewound.jsonl")}
+    assert first and all(records[step]["loss"] == loss for step, loss in first.items())
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["n"] == 4 and {"colour", "shape", "direction"} <= scores.keys()
+    assert len(list((out / "samples").glob("*.mp4"))) == 4
+    assert "equal bit for bit" in (out / "report.html").read_text()
+    assert {"clips", "shards", "latents", "run", "samples", "scores.json", "report.html"} <= {
+        path.name for path in out.iterdir()
+    }
+
+
+def test_half_of_the_prompts_are_combinations_that_no_clip_shows(data_sets):
+    prompts = quickstart.choose_prompts(data_sets.clips, 32)
+    captions = {record["text"] for record in read_metrics(data_sets.clips / "captions.jsonl")}
+    held_out = [prompt for prompt in prompts if prompt["held_out"]]
+    assert len(prompts) == 32 and len(held_out) == 16
+    assert not any(prompt["text"] in captions for prompt in held_out)
+
+
+def test_a_folder_that_holds_something_else_is_not_emptied(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert quickstart.main(["--out", str(tmp_path)]) == 1
+    assert "thesis.txt" in capsys.readouterr().out and (tmp_path / "thesis.txt").exists()
+
+
+def test_clips_without_captions_are_refused(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    assert quickstart.main(["--out", str(tmp_path / "out"), "--clips", str(tmp_path / "clips")]) == 1
+    assert "expected captions.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["shapes_cpu.yaml", "shapes_cpu_full.yaml", "overfit_cpu.yaml"])
+def test_the_recipes_leave_room_for_a_kill_between_two_checkpoints(name):
+    from latte_scale.config import load_config
+
+    config = load_config(ROOT / "configs" / name)
+    assert config.train.steps >= 3 * config.checkpoint.every_steps
+    assert config.log.every_steps * 4 <= config.checkpoint.every_steps
