@@ -69,20 +69,19 @@ class Stages:
     out: Path
     seconds: dict[str, float]
 
-    def run(self, name: str, command: list[str]) -> None:
+    def run(self, name: str, command: str) -> None:
         """Print and run one command to its end; its output goes to the terminal."""
         self._announce(name, command)
         began = time.perf_counter()
-        code = subprocess.run(command, check=False, env=environment()).returncode
+        code = subprocess.run(words_of(command), check=False, env=environment()).returncode
         self.seconds[name] = time.perf_counter() - began
         if code != 0:
-            raise StageError(f"stage {name!r} ended with exit code {code}: {shlex.join(command)}")
+            raise StageError(f"stage {name!r} ended with exit code {code}: {command}")
 
-    def _announce(self, name: str, command: list[str]) -> None:
-        shown = [Path(command[0]).name, *command[1:]] if command[0] != sys.executable else ["python", *command[1:]]
-        console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/]\n[dim]$ {shlex.join(shown)}[/]")
+    def _announce(self, name: str, command: str) -> None:
+        console.print(f"\n[bold]{len(self.seconds) + 1}. {name}[/]\n[dim]$ {command}[/]")
 
-    def train_with_a_kill(self, command: list[str], run: Path, every_steps: int, total_steps: int) -> None:
+    def train_with_a_kill(self, command: str, run: Path, every_steps: int, total_steps: int) -> None:
         """Train, kill every process with SIGKILL halfway between two checkpoints, and run the same command again."""
         self._announce("train, be killed, resume", command)
         began = time.perf_counter()
@@ -97,11 +96,11 @@ class Stages:
                 raise StageError(f"training ended with exit code {code}; its output is in {log}")
         self.seconds["train, be killed, resume"] = time.perf_counter() - began
 
-    def _attempt(self, command: list[str], run: Path, total_steps: int, kill_after: int | None) -> int:
+    def _attempt(self, command: str, run: Path, total_steps: int, kill_after: int | None) -> int:
         """Run the trainer, with a bar that follows metrics.jsonl; SIGKILL to all of it once past `kill_after`."""
         with open(run.parent / "train.log", "a") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+                words_of(command), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
             )
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         try:
@@ -150,12 +149,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def script(name: str) -> str:
-    """The installed console script beside this Python."""
-    path = Path(sys.executable).with_name(name)
+def words_of(command: str) -> list[str]:
+    """The words of a command line, its program the one installed beside this Python."""
+    program, *arguments = shlex.split(command)
+    path = Path(sys.executable).with_name(program)
     if not path.exists():
-        raise StageError(f"{name} is not installed beside {sys.executable}; run pip install -e . in the repository")
-    return str(path)
+        raise StageError(f"{program} is not installed beside {sys.executable}; run pip install -e . in the repository")
+    return [str(path), *arguments]
 
 
 def choose_prompts(clips: Path, count: int) -> list[dict[str, Any]]:
@@ -203,42 +203,52 @@ def run(args: argparse.Namespace) -> int:
     """All stages in order; returns the exit code."""
     out, began = args.out, time.perf_counter()
     recipe = CLIPS if args.clips else SHAPES_FULL if args.full else SHAPES
-    data, scale, python = script("latte-data"), script("latte-scale"), sys.executable
     prepare_out(out, args.clips)
-    stages = Stages(out, {})
+    here, stages = shlex.quote(str(out)), Stages(out, {})
+    train_config, encode_config = (CONFIGS / name for name in (recipe.train_config, recipe.encode_config))
 
     if not args.clips:
-        stages.run("draw clips", [data, "shapes", "--output", f"{out}/clips", "--count", str(recipe.num_clips)])
-    stages.run("pack shards", [data, "shard", "--input", f"{out}/clips", "--output", f"{out}/shards",
-                               "--samples-per-shard", str(recipe.samples_per_shard)])  # fmt: skip
-    stages.run("encode", [data, "encode", "--input", f"{out}/shards", "--output", f"{out}/latents",
-                          "--config", str(CONFIGS / recipe.encode_config), "--workers", "2"])  # fmt: skip
-
-    config = settings.read_mapping(CONFIGS / recipe.train_config)
+        stages.run("draw clips", f"latte-data shapes --output {here}/clips --count {recipe.num_clips}")
+    stages.run(
+        "pack shards",
+        f"latte-data shard --input {here}/clips --output {here}/shards --samples-per-shard {recipe.samples_per_shard}",
+    )
+    stages.run(
+        "encode",
+        f"latte-data encode --input {here}/shards --output {here}/latents --config {encode_config} --workers 2 "
+        "latents.kind=mean",
+    )
+    config = settings.read_mapping(train_config)
     stages.train_with_a_kill(
-        [python, "-m", "torch.distributed.run", "--nproc_per_node", str(NUM_RANKS), "--standalone",
-         "-m", "latte_scale.train", "--config", str(CONFIGS / recipe.train_config),
-         f"data.url={out}/latents", f"run.dir={out}/run", "engine.kind=fsdp2"],
-        out / "run", config["checkpoint"]["every_steps"], config["train"]["steps"],
-    )  # fmt: skip
-
+        f"torchrun --nproc_per_node {NUM_RANKS} --standalone -m latte_scale.train --config {train_config} "
+        f"data.url={here}/latents run.dir={here}/run engine.kind=fsdp2",
+        out / "run",
+        config["checkpoint"]["every_steps"],
+        config["train"]["steps"],
+    )
     if args.clips:
         video = settings.from_mapping(VideoSettings, config["video"], recipe.train_config, "video.")
         prompts = caption_prompts(out / "clips", out / "samples" / "originals", video)
     else:
         prompts = choose_prompts(out / "clips", recipe.num_prompts)
     (out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    stages.run("sample", [scale, "sample", "--checkpoint", f"{out}/run", "--prompts", f"{out}/prompts.jsonl",
-                          "--out", f"{out}/samples", "--steps", str(recipe.sampling_steps),
-                          "--guidance", str(recipe.guidance), "--batch-size", "16"])  # fmt: skip
-    metric = "psnr" if args.clips else "shapes"
-    stages.run("score", [scale, "evaluate", "--metrics", metric, "--real", f"{out}/clips", "--fake", f"{out}/samples",
-                         "--out", f"{out}/scores.json"])  # fmt: skip
+    stages.run(
+        "sample",
+        f"latte-scale sample --checkpoint {here}/run --prompts {here}/prompts.jsonl --out {here}/samples "
+        f"--steps {recipe.sampling_steps} --guidance {recipe.guidance} --batch-size 16",
+    )
+    stages.run(
+        "score",
+        f"latte-scale evaluate --metrics {'psnr' if args.clips else 'shapes'} --real {here}/clips "
+        f"--fake {here}/samples --out {here}/scores.json",
+    )
     if args.clips:
         add_loss(out)
-    stages.run("report", [scale, "report", f"{out}/run", "--samples", f"{out}/samples",
-                          "--scores", f"{out}/scores.json", "--out", f"{out}/report.html",
-                          "--title", "latte_scale quickstart"])  # fmt: skip
+    stages.run(
+        "report",
+        f"latte-scale report {here}/run --samples {here}/samples --scores {here}/scores.json "
+        f"--out {here}/report.html --title 'latte_scale quickstart'",
+    )
     summarize(out, stages.seconds, time.perf_counter() - began)
     return 0
 

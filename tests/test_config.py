@@ -1,0 +1,92 @@
+"""Configs: every file in configs/ loads, sections are held to each other, and what may change on resume."""
+
+import pytest
+
+from latte_scale.config import guarded_differences, load_config
+from latte_scale.settings import SettingsError, apply_overrides, read_mapping, to_mapping
+from tests.conftest import ROOT
+
+TRAINING = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("encode_"))
+ENCODING = sorted((ROOT / "configs").glob("encode_*.yaml"))
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+def test_every_training_config_loads_and_says_how_to_run_it(path):
+    config = load_config(path)
+    assert config.train.micro_batch <= config.train.global_batch
+    text = path.read_text()
+    assert text.startswith("#") and "latte" in text.split("\nrun:\n")[0]
+
+
+@pytest.mark.parametrize("path", ENCODING, ids=lambda path: path.name)
+def test_every_encoding_config_loads(path):
+    from data_tools.encode import EncodeSettings
+    from latte_scale import settings
+
+    assert settings.load(EncodeSettings, path).video.frames in (4, 16)
+
+
+def test_the_tiny_config_is_what_its_users_rely_on():
+    config = load_config(ROOT / "configs" / "tiny_cpu.yaml")
+    assert (config.train.global_batch, config.train.lr_schedule) == (12, "constant")
+    assert config.engine.kind == "single"
+
+
+def test_the_released_model_is_the_default():
+    from latte_scale.model.latte_t2v import LatteT2VSettings
+
+    config = load_config(ROOT / "configs" / "t2v_512.yaml")
+    assert all(getattr(config.model, key) == value for key, value in vars(LatteT2VSettings()).items())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("video.frames=8", "model.num_frames is 4 but video.frames is 8"),
+        ("model.out_channels=8", "set model.out_channels=4"),
+        ("run.seed=-1", "seed must be >= 0"),
+        ("train.caption_drop=1.5", r"caption_drop must lie in \[0, 1\]"),
+        ("engine.activation_checkpointing=selective", "not available in this release"),
+    ],
+)
+def test_what_sections_say_of_each_other(override, words):
+    with pytest.raises(SettingsError, match=words):
+        load_config(ROOT / "configs" / "tiny_cpu.yaml", [override])
+
+
+def changed(*overrides, base=()):
+    path = ROOT / "configs" / "tiny_cpu.yaml"
+    mapping = read_mapping(path)
+    assert apply_overrides(mapping, overrides) != mapping
+    old, new = (to_mapping(load_config(path, [*base, *more])) for more in ((), overrides))
+    return guarded_differences(old, new)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine.kind=zero",
+        "engine.zero_stage=3",
+        "train.micro_batch=3",
+        "train.steps=99",
+        "data.num_workers=7",
+        "log.every_steps=7",
+        "checkpoint.every_steps=7",
+        "run.dir=elsewhere",
+    ],
+)
+def test_free_to_change_on_resume(override):
+    assert changed(override) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("train.lr=2e-3", "train.lr"), ("run.seed=1", "run.seed"), ("ema.decays=[0.9]", "ema.decays"),
+     ("train.global_batch=16", "train.global_batch"), ("model.num_layers=3", "model.num_layers")],
+)  # fmt: skip
+def test_guarded_on_resume(override, key):
+    assert list(changed(override)) == [key]
+
+
+def test_a_cosine_schedule_guards_the_number_of_steps():
+    assert list(changed("train.steps=99", base=["train.lr_schedule=cosine"])) == ["train.steps"]
