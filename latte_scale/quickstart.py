@@ -51,7 +51,7 @@ SHAPES = Recipe(
     "shapes_cpu.yaml", "encode_tiny.yaml", 960, 240, num_prompts=32, guidance=3.0, sampling_steps=25
 )  # fmt: skip
 SHAPES_FULL = Recipe(
-    "shapes_cpu_full.yaml", "encode_tiny.yaml", 960, 240, num_prompts=64, guidance=3.0, sampling_steps=25
+    "shapes_cpu_full.yaml", "encode_tiny.yaml", 960, 240, num_prompts=64, guidance=3.0, sampling_steps=50
 )  # fmt: skip
 CLIPS = Recipe(
     "overfit_cpu.yaml", "encode_tiny_64.yaml", 0, 4, num_prompts=0, guidance=1.0, sampling_steps=50

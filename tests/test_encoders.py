@@ -1,7 +1,6 @@
 """The frozen encoders: units, shapes, quality of the shipped ones, text rules, and errors that say what to do."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,9 +24,9 @@ from latte_scale.encoders import (
     hub_files,
     load_encoders,
 )
+from tests.clips import CLIPS, needs_clips
 
 TINY = EncoderSettings("tiny", "tiny", 48)
-CLIPS = Path(os.environ.get("LATTE_TEST_CLIPS", "../shared/clips"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_the_shipped_vae_reconstructs_unseen_shapes(vae: VideoAutoencoder, pixel
     assert latents.mean(dim=(0, 1, 3, 4)).abs().max() < 0.2
 
 
-@pytest.mark.skipif(not (CLIPS / "captions.jsonl").is_file(), reason=f"no clips at {CLIPS} (LATTE_TEST_CLIPS)")
+@needs_clips
 @pytest.mark.parametrize("side", [32, 64])
 def test_the_shipped_vae_passes_real_clips(vae: VideoAutoencoder, text: TextEncoder, side: int) -> None:
     rows = [json.loads(line) for line in (CLIPS / "captions.jsonl").read_text().splitlines()]

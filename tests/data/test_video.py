@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import av
@@ -12,9 +11,9 @@ import torch
 
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, probe, read_clip, read_random_clip
+from tests.clips import CLIPS, needs_clips
 from tests.data.making import frame_grey, make_clip
 
-CLIPS = Path(os.environ.get("LATTE_TEST_CLIPS", "../shared/clips"))
 TOLERANCE = 2.5  # grey levels: what compression leaves of a flat frame
 
 
@@ -224,8 +223,7 @@ def test_damage_inside_the_stream_is_an_error_or_harmless():
     assert reasons
 
 
-@pytest.mark.clips
-@pytest.mark.skipif(not (CLIPS / "captions.jsonl").is_file(), reason=f"no clips at {CLIPS} (LATTE_TEST_CLIPS)")
+@needs_clips
 def test_real_clips_equal_a_plain_decode_and_another_resize():
     names = [json.loads(line)["file"] for line in (CLIPS / "captions.jsonl").read_text().splitlines()]
     assert {Path(name).suffix for name in names} >= {".mp4", ".mkv", ".avi"}

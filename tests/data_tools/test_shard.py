@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from data_tools import shard, verify
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST
 from latte_scale.store import open_store
+from tests.clips import CLIPS, needs_clips
 from tests.data.making import make_clip
-
-CLIPS = Path(os.environ.get("LATTE_TEST_CLIPS", "../shared/clips"))
 
 
 def run(tool, *argv: object) -> int:
@@ -207,8 +205,7 @@ def test_shards_are_bounded_in_bytes(clips, tmp_path):
     assert len(shards) >= 3 and sum(each.count for each in shards) == 4
 
 
-@pytest.mark.clips
-@pytest.mark.skipif(not (CLIPS / "captions.jsonl").is_file(), reason=f"no clips at {CLIPS} (LATTE_TEST_CLIPS)")
+@needs_clips
 def test_real_clips(tmp_path, capsys):
     assert run(shard, "--input", CLIPS, "--output", tmp_path / "out", "--samples-per-shard", 3) == 0
     lines = [json.loads(line) for line in (CLIPS / "captions.jsonl").read_text().splitlines()]

@@ -24,8 +24,11 @@ def reference(data_sets, tmp_path_factory):
 
 
 def largest_difference(records, reference):
+    """The largest relative difference of the losses; printed, for benchmarks/RESULTS.md (pytest -s)."""
     pairs = [(a["loss"], b["loss"]) for a, b in zip(records, reference, strict=True)]
-    return max(abs(loss - wanted) / wanted for loss, wanted in pairs)
+    largest = max(abs(loss - wanted) / wanted for loss, wanted in pairs)
+    print(f"largest relative difference of {len(pairs)} losses: {largest:.1e}")
+    return largest
 
 
 @pytest.mark.parametrize(("engine", "launcher"), CASES)
