@@ -117,7 +117,9 @@ class VideoAutoencoder:
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.folder = _find_vae(name)
         with _loading(name, self.folder):
-            self.model = AutoencoderKL.from_pretrained(self.folder, torch_dtype=dtype, local_files_only=True)
+            self.model = AutoencoderKL.from_pretrained(
+                self.folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            )
         self.model.eval().requires_grad_(False).to(self.device)
         config = self.model.config
         self.scale = float(config.scaling_factor)
