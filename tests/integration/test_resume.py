@@ -28,15 +28,17 @@ def unbroken(data_sets, tmp_path_factory):
 
 
 def final_state(run):
-    return {tree: checkpoint.load_full(run.folder / "checkpoints" / "step-00000020", tree) for tree in TREES}
+    newest = checkpoint.step_folders(run.folder / "checkpoints")[-1]
+    return {tree: checkpoint.load_full(newest, tree) for tree in TREES}
 
 
 def assert_bitwise_equal(run, other):
     assert run.losses == other.losses
     assert run.digests == other.digests
-    for tree, tensors in final_state(other).items():
-        for name, tensor in final_state(run)[tree].items():
-            assert torch.equal(tensor, tensors[name]), (tree, name)
+    mine, theirs = final_state(run), final_state(other)
+    for tree, tensors in theirs.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(mine[tree][name], tensor), (tree, name)
 
 
 def kill_at(step, folder, command):
@@ -55,9 +57,9 @@ def kill_at(step, folder, command):
 @pytest.mark.parametrize("engine", ["single", "fsdp2"])
 def test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run(train, data_sets, tmp_path, engine):
     ranks = 1 if engine == "single" else 2
-    options = (f"engine.kind={engine}", "checkpoint.every_steps=4")
+    options = (f"engine.kind={engine}", "train.steps=80", "checkpoint.every_steps=10")
     whole = train("whole", *options, ranks=ranks)
-    step = random.Random().randrange(5, 19)  # after the first checkpoint, so that something is there to resume
+    step = random.Random().randrange(25, 55)  # past the first checkpoints, and well before the end
     folder = tmp_path / "killed"
     config = ROOT / "configs" / "tiny_cpu.yaml"
     kill_at(step, folder, train_command(config, folder, data_sets.latents, options, ranks, "torchrun"))
