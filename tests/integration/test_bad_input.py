@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from latte_scale.data.loader import _MicroBatches
+from latte_scale.data.batches import MicroBatches
 from latte_scale.metrics import read_metrics
 from tests.conftest import Run, run_in_process
 
@@ -69,14 +69,14 @@ def test_the_digest_sees_two_samples_swapped_in_a_worker(data_sets, tmp_path, mo
     """The logged digest is made of what was read, not of what was planned."""
     straight, swapped = tmp_path / "straight", tmp_path / "swapped"
     assert run_in_process(straight, data_sets.latents, *FEW, "data.num_workers=1") == 0
-    read = _MicroBatches._item
+    read = MicroBatches._item
 
     def swap(self, step, bucket, slot, replaced):
         if step == 2 and slot.index in (3, 4):
             slot = slot._replace(id=self.plan.batch(step).ids[7 - slot.index])
         return read(self, step, bucket, slot, replaced)
 
-    monkeypatch.setattr(_MicroBatches, "_item", swap)
+    monkeypatch.setattr(MicroBatches, "_item", swap)
     assert run_in_process(swapped, data_sets.latents, *FEW, "data.num_workers=1") == 0
     one, two = Run(0, "", straight), Run(0, "", swapped)
     assert [a == b for a, b in zip(one.digests, two.digests, strict=True)] == [True, True, False, True]
