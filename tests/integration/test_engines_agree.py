@@ -56,8 +56,9 @@ def test_micro_batches_checkpointing_and_workers_change_nothing(train, reference
     assert largest_difference(run.metrics, reference) < 1e-5
 
 
-# Measured on 2026-11-22: single against itself in fp32 6e-4, fsdp2 against single in bf16 below 2e-4 over 20 steps.
-BF16_TOLERANCE = 2e-3
+# benchmarks/RESULTS.md, 2026-11-22, 20 steps: one process against fp32 1.4e-5, two ranks against one 2.4e-5. The toy
+# Transformer of tests/engine, at a higher learning rate, reaches 7.1e-3; its tolerance is stated there.
+BF16_TOLERANCE = 1e-3
 
 
 def test_bf16_stays_within_its_stated_tolerance(train, reference):
