@@ -2,7 +2,8 @@
 
 In: weights (a run, one checkpoint, or a diffusers folder) and prompts. Out: one mp4 a prompt and `prompts.jsonl`, which
 says what each file shows. A prompt's first noise comes from one CPU generator seeded with --seed plus its number, so it
-does not depend on the batch size; sampling 32 prompts at once or one by one gives the same videos.
+does not depend on the batch size: 32 prompts at once or one by one give the same videos. The exception is the sampler
+ddpm, which adds noise at every step and draws it for the whole batch.
 """
 
 import argparse
