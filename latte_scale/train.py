@@ -13,7 +13,6 @@ anything else. Rank 0 also writes code and reason to `exit.json`, because launch
 import argparse
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from latte_scale.diffusion.loss import diffusion_loss, draw_timestep, schedule_o
 from latte_scale.diffusion.schedule import Schedule
 from latte_scale.ema import Ema
 from latte_scale.encoders import CAPTION_CLEANING, are_local, encoder_facts, load_encoders
-from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, shutdown
+from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
 from latte_scale.journal import Journal, Progress, Tally
 from latte_scale.metrics import MetricsFile, Readback
 from latte_scale.model.flops import num_flops
@@ -398,4 +397,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

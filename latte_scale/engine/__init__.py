@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from latte_scale.engine.base import Engine, EngineSettings, LocalShard, Precision, StepResult
-from latte_scale.engine.dist import Ranks, init_distributed, shutdown
+from latte_scale.engine.dist import Ranks, init_distributed, leave, shutdown
 from latte_scale.optim import OptimSettings
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "StepResult",
     "build_engine",
     "init_distributed",
+    "leave",
     "shutdown",
 ]
 

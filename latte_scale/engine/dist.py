@@ -5,11 +5,14 @@ none of them. Out: `Ranks`. The decision worth knowing: without a launcher there
 network or files, so one rank and many run the same code.
 """
 
+import atexit
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -133,3 +136,17 @@ def shutdown() -> None:
     """Leave the process group; nothing happens if there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`: exit handlers run and output is flushed, but the interpreter is not finalized.
+
+    gloo's threads live on after `shutdown`, because DTensor's caches refer to the group for ever. One that drops the
+    last reference to a tensor needs the interpreter, and if that is just being finalized, the process aborts
+    ("terminate called without an active exception", pytorch/pytorch#179291): a finished run would look failed.
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

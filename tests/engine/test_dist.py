@@ -90,3 +90,21 @@ def test_torchrun_starts_two_ranks(tmp_path) -> None:
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     subprocess.run(command, check=True, timeout=120)
+
+
+def test_leave_keeps_the_exit_code_while_native_threads_want_the_interpreter(tmp_path):
+    """With sys.exit in its place this process aborts (SIGABRT): its threads wait for the interpreter as it finalizes."""
+    script = (
+        "import atexit, threading, time\n"
+        "import torch.distributed as dist\n"
+        "from latte_scale.engine.dist import leave\n"
+        "store = dist.HashStore()\n"
+        "def spin():\n"
+        "    while True: store.check(['key'])\n"
+        "for _ in range(4): threading.Thread(target=spin, daemon=True).start()\n"
+        "atexit.register(print, 'exit handler')\n"
+        "time.sleep(0.2)\n"
+        "leave(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "exit handler\n", "")
