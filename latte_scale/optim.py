@@ -25,6 +25,7 @@ class OptimSettings:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # of matrices only: biases, norms and other vectors are never decayed
     clip_norm: float | None = 1.0  # largest global L2 norm of the gradient; None: no clipping
+    clip_from_update: int = 0  # applied updates before clipping begins (Latte's recipe: 20,000 and more)
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -35,6 +36,8 @@ class OptimSettings:
             raise ValueError(f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
         if self.clip_norm is not None and not self.clip_norm > 0.0:
             raise ValueError(f"optim.clip_norm must be positive, got {self.clip_norm}; use null for no clipping")
+        if self.clip_from_update < 0:
+            raise ValueError(f"optim.clip_from_update must be 0 or more, got {self.clip_from_update}")
 
 
 def lr_at(update: int, *, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
@@ -129,7 +132,11 @@ class GuardedAdamW:
 
     @torch.no_grad()
     def step(
-        self, grads: Sequence[Tensor | None], lr: float, sum_: Callable[[Tensor], None] | None = None
+        self,
+        grads: Sequence[Tensor | None],
+        lr: float,
+        clip: bool = True,
+        sum_: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One update.
 
@@ -137,6 +144,7 @@ class GuardedAdamW:
             grads: a gradient for each piece, in order, which may be overwritten; None counts as zero, as in DeepSpeed's
                 flat buffers.
             lr: learning rate of this update.
+            clip: False leaves the gradient as it is, whatever `clip_norm` says.
             sum_: adds a 0-d tensor over the ranks in place; None when this rank holds everything.
 
         Returns:
@@ -148,7 +156,7 @@ class GuardedAdamW:
         norm = self._global_norm(sum_)
         applied = torch.isfinite(norm).to(torch.float32)
         if self.clip_norm is not None:  # fused AdamW divides the gradients by grad_scale: no pass over them of our own
-            self._adamw.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0)
+            self._adamw.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0) if clip else None
         self._adamw.found_inf = 1.0 - applied
         for group in self._adamw.param_groups:
             group["lr"] = lr

@@ -95,8 +95,8 @@ class Engine(Protocol):
         """Add the gradient of `loss`, 0-d: this rank's share. The step's gradient is the sum over ranks and shares."""
         ...
 
-    def step(self, lr: float) -> StepResult:
-        """Clip and apply the summed gradient, after the backward with last_microbatch=True; clears it."""
+    def step(self, lr: float, clip: bool = True) -> StepResult:
+        """Clip (unless told not to) and apply the summed gradient, after the step's last backward; clears it."""
         ...
 
     def local_shards(self) -> list[LocalShard]:

@@ -64,9 +64,9 @@ class Fsdp2Engine:
         loss.backward()
 
     @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, clip: bool = True) -> StepResult:
         grads = [None if param.grad is None else param.grad.to_local() for _, param in self._params]
-        result = self._optimizer.step(grads, lr, self.ranks.sum_)
+        result = self._optimizer.step(grads, lr, clip, self.ranks.sum_)
         for _, param in self._params:
             param.grad = None
         return StepResult(*result)

@@ -43,8 +43,8 @@ class SingleEngine:
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> StepResult:
-        result = self._optimizer.step([param.grad for _, param in self._params], lr)
+    def step(self, lr: float, clip: bool = True) -> StepResult:
+        result = self._optimizer.step([param.grad for _, param in self._params], lr, clip)
         for _, param in self._params:
             param.grad = None
         return StepResult(*result)

@@ -60,6 +60,7 @@ class ZeroEngine:
         )
         self._num_updates = 0
         self._zero = self._engine.optimizer
+        self._clip_norm = optim.clip_norm or 0.0
         self._make_states()
 
     @property
@@ -75,7 +76,8 @@ class ZeroEngine:
         # DeepSpeed averages over ranks (a sum is refused by stage 3): exact for a power of two, one rounding otherwise.
         self._engine.backward(loss * self.dp_size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, clip: bool = True) -> StepResult:
+        self._zero.clip_grad = self._clip_norm if clip else 0.0  # read by its step; 0 is no clipping
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()

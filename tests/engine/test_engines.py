@@ -73,6 +73,7 @@ def everything(ranks: Ranks, cases: list[tuple[str, dict, dict]], kinds: list[st
         "skips": skips(ranks, kinds),
         "bias_corrected": bias_corrected(ranks, kinds),
         "decayed": decayed(ranks, kinds),
+        "clipped_late": clipped_late(ranks, kinds),
     }
 
 
@@ -224,6 +225,24 @@ def test_weight_decay_is_the_same_everywhere(single: dict[str, Any], pair: list[
     assert apart(single["decayed"][0], single["runs"]["plain"]["losses"][:6]) > 1e-4
     for losses in pair[0]["decayed"]:
         assert apart(losses, single["decayed"][0]) < TOLERANCE_FP32
+
+
+def clipped_late(ranks: Ranks, kinds: list[str]) -> list[list[list[float]]]:
+    """Losses of seven steps without clipping, and of three without and four with a limit that bites."""
+    results = []
+    for kind in kinds:
+        optim = OptimSettings(eps=1e-2, clip_norm=0.02)  # a large eps: the size of a gradient shows in the update
+        free = train(build_named(kind, ranks, optim), 7, clip=False)
+        engine = build_named(kind, ranks, optim)
+        results.append([free, train(engine, 3, clip=False) + train(engine, range(3, 7))])
+    return results
+
+
+def test_clipping_can_begin_late(single: dict[str, Any], pair: list[dict[str, Any]]) -> None:
+    ((free, late),) = single["clipped_late"]
+    assert late[:4] == free[:4] and apart(late[4:], free[4:]) > 1e-4
+    for results in pair[0]["clipped_late"]:
+        assert apart(results[0], free) < TOLERANCE_FP32 and apart(results[1], late) < TOLERANCE_FP32
 
 
 def test_blocks_compute_the_same_checkpointed_and_compiled() -> None:

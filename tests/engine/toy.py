@@ -91,7 +91,12 @@ def build(
 
 
 def train_step(
-    engine: Engine, step: int, lr: float = 3e-3, micro_batch: int = GLOBAL_BATCH, poison: int | None = None
+    engine: Engine,
+    step: int,
+    lr: float = 3e-3,
+    micro_batch: int = GLOBAL_BATCH,
+    poison: int | None = None,
+    clip: bool = True,
 ) -> tuple[float, Any]:
     """One step over the keyed global batch, split by rank and micro-batch; its loss over the whole batch.
 
@@ -113,7 +118,7 @@ def train_step(
         share = loss_B.sum() / GLOBAL_BATCH
         engine.backward(share, last_microbatch=micro == num_micro - 1)
         total += share.detach().to("cpu", torch.float64)
-    result = engine.step(lr)
+    result = engine.step(lr, clip=clip)
     return float(engine.ranks.sum_(total)), result
 
 
