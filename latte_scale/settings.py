@@ -3,13 +3,15 @@
 Settings are plain frozen dataclasses that live beside the code that reads them; this module imports none of them and
 they import nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
 is an error that says what was expected and what came, and `__post_init__` of a dataclass judges what one section can.
-Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text).
+Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in several kinds
+is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
 """
 
 import dataclasses
 import difflib
 import json
 import re
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,8 +111,8 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
             values[name] = _value(hints[name], mapping[name], where, dotted)
         elif field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING:
             continue
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = from_mapping(hints[name], {}, where, f"{dotted}.")
+        elif _sections(hints[name]):
+            values[name] = _value(hints[name], {}, where, dotted)
         else:
             raise SettingsError(
                 f"{where}: {dotted} is required ({_name_of(hints[name])}); add it to the file or pass {dotted}=VALUE"
@@ -144,9 +146,32 @@ def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _sections(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a field's section may be read into: one, or those of a union; none for a plain value."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return members if all(dataclasses.is_dataclass(member) for member in members) else ()
+
+
+def _kind(section: type) -> str:
+    """The value of `kind`, the first field of a section that is one of several."""
+    return dataclasses.fields(section)[0].default
+
+
+def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted: str) -> type:
+    """The section that `kind` names; the first one where it is left out."""
+    if len(sections) == 1 or not isinstance(value, dict) or "kind" not in value:
+        return sections[0]
+    by_kind = {_kind(section): section for section in sections}
+    if value["kind"] not in by_kind:
+        raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, came {value['kind']!r}")
+    return by_kind[value["kind"]]
+
+
 def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value if value is not None else {}, where, f"{dotted}.")
+    sections = _sections(hint)
+    if sections:
+        value = value if value is not None else {}
+        return from_mapping(_section_of_kind(sections, value, where, dotted), value, where, f"{dotted}.")
     try:
         # JSON mode lets a YAML list fill a tuple while every scalar stays strictly typed.
         return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)

@@ -78,3 +78,48 @@ def test_a_key_that_stands_twice_and_broken_yaml_are_refused(tmp_path):
         read(tmp_path, "inner: {lr: 1.0}\ncount: 1\ncount: 2")
     with pytest.raises(settings.SettingsError, match="is not YAML"):
         read(tmp_path, "inner: {lr: 1.0")
+
+
+@dataclass(frozen=True)
+class Circle:
+    kind: Literal["circle"] = "circle"
+    radius: int = 1
+
+
+@dataclass(frozen=True)
+class Square:
+    kind: Literal["square"] = "square"
+    side: int = 2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shape: Circle | Square = field(default_factory=Circle)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({}, Drawing(Circle())),
+        ({"shape": {"radius": 3}}, Drawing(Circle(radius=3))),
+        ({"shape": {"kind": "square", "side": 4}}, Drawing(Square(side=4))),
+    ],
+)
+def test_a_section_of_several_kinds_is_chosen_by_kind(mapping, expected):
+    drawing = settings.from_mapping(Drawing, mapping)
+    assert drawing == expected
+    assert settings.from_mapping(Drawing, settings.to_mapping(drawing)) == drawing
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"shape": {"kind": "star"}}, ["shape.kind", "one of circle, square", "'star'"]),
+        ({"shape": {"kind": "square", "radius": 1}}, ["shape.radius", "did you mean shape.side"]),
+        ({"shape": 3}, ["shape", "expected a section", "3"]),
+    ],
+)
+def test_a_wrong_kind_is_refused_in_words(mapping, words):
+    with pytest.raises(settings.SettingsError) as error:
+        settings.from_mapping(Drawing, mapping)
+    assert all(word in str(error.value) for word in words), error.value
