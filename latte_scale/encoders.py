@@ -45,7 +45,9 @@ class EncoderSettings:
     """Which frozen encoders a run or a data set uses."""
 
     vae: str  # "tiny" (shipped), a folder (AutoencoderKL, or one with a vae/ inside), or a hub id
-    text: str  # "tiny" (shipped), a folder (T5EncoderModel, or text_encoder/ and tokenizer/ inside), or a hub id
+    # "tiny" (shipped), a folder (T5EncoderModel, or text_encoder/ and tokenizer/ inside), or a hub id; null: no text,
+    # for models that know a class or nothing (model.kind=latte)
+    text: str | None
     text_max_length: int = 120  # tokens, the end mark included; longer captions are cut (LattePipeline: 120)
 
     def __post_init__(self) -> None:
@@ -62,8 +64,8 @@ class EncoderFacts:
     downscale: int  # pixels a latent, height and width
     scale: float
     shift: float
-    text_sha256: str  # of weights and tokenizer
-    text_dim: int  # width of an embedding
+    text_sha256: str | None  # of weights and tokenizer; None without a text encoder
+    text_dim: int | None  # width of an embedding
 
 
 def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
@@ -71,7 +73,8 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
 
     Raises EncoderError if one is missing.
     """
-    vae, text = _find_vae(settings.vae), _find_text(settings.text)
+    vae = _find_vae(settings.vae)
+    text = None if settings.text is None else _find_text(settings.text)
     config = _read_config(vae)
     return EncoderFacts(
         vae_sha256=_vae_sha256(vae),
@@ -79,28 +82,36 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
         downscale=2 ** (len(config.get("block_out_channels", (64,))) - 1),
         scale=float(config.get("scaling_factor", 0.18215)),
         shift=float(config.get("shift_factor") or 0.0),
-        text_sha256=_text_sha256(text, _tokenizer_folder(settings.text, text)),
-        text_dim=int(_read_config(text)["d_model"]),
+        text_sha256=text and _text_sha256(text, _tokenizer_folder(settings.text, text)),
+        text_dim=text and int(_read_config(text)["d_model"]),
     )
 
 
 def encoder_folders(settings: EncoderSettings) -> tuple[Path, Path, Path]:
     """Folders of the VAE, the text encoder and the tokenizer, without loading them. EncoderError if one is missing."""
+    if settings.text is None:
+        raise EncoderError("encoders.text is null, and a text-to-video pipeline needs a text encoder; name one")
     vae, text = _find_vae(settings.vae), _find_text(settings.text)
     return vae, text, _tokenizer_folder(settings.text, text)
 
 
 def load_encoders(
     settings: EncoderSettings, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple["VideoAutoencoder", "TextEncoder"]:
-    """Both encoders of the settings, frozen, on `device`. Raises EncoderError if one cannot be loaded."""
+) -> tuple["VideoAutoencoder", "TextEncoder | None"]:
+    """The encoders of the settings, frozen, on `device`; no text encoder where `text` is None.
+
+    Raises EncoderError if one cannot be loaded.
+    """
     vae = VideoAutoencoder(settings.vae, device, dtype)
+    if settings.text is None:
+        return vae, None
     return vae, TextEncoder(settings.text, settings.text_max_length, device, dtype)
 
 
 def are_local(settings: EncoderSettings) -> bool:
-    """Whether both encoders can be read without asking a hub."""
-    return all(name == TINY or Path(name).is_dir() for name in (settings.vae, settings.text))
+    """Whether all encoders can be read without asking a hub."""
+    names = (settings.vae, settings.text)
+    return all(name is None or name == TINY or Path(name).is_dir() for name in names)
 
 
 def clean_caption(caption: str) -> str:
