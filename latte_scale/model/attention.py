@@ -4,12 +4,22 @@ In: tokens, and for cross-attention the caption's tokens with an additive bias. 
 of all frames of a clip attend to one set of caption keys and values: every frame has the same caption, so folding the
 frames into the query axis gives the same numbers as repeating keys and values per frame, without the repeats.
 
-Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, D width, N heads, E width of a head.
+Two families, named by the keys of the released weights: `Attention` (LatteT2V: to_q, to_k, to_v, to_out.0; it attends
+over the axis that the caller has laid last) and `SelfAttention`, `SplitAttention` (Latte: qkv, proj; they take
+[B, F, T, D] and know which axes they attend over). Joint image training needs one rule of them: an image frame takes no
+part in attention over time, and what it gets from it is 0.
+
+Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, D width, N heads, E width of a head,
+F frames (video, then images), T tokens of a frame, S the axis that is attended over, R the other one.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Axis = Literal["space", "time"]
 
 # Logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row without a
 # single real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
@@ -17,7 +27,7 @@ MASKED_LOGIT = -10000.0
 
 
 class Linear(nn.Linear):
-    """nn.Linear that leaves its weights unset: LatteT2V.init_weights draws each once, from one generator."""
+    """nn.Linear that leaves its weights unset: the model's init_weights draws each once, from one generator."""
 
     def reset_parameters(self) -> None:
         pass
@@ -31,9 +41,9 @@ def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, bias_B11K: Tensor | N
 
 
 def mask_to_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, L] with 1 or True for a real token -> additive bias [B, 1, 1, L], 0 or MASKED_LOGIT."""
+    """[..., L] with 1 or True for a real token -> additive bias [..., 1, 1, L], 0 or MASKED_LOGIT."""
     bias_BL = (1.0 - mask_BL.to(dtype)) * MASKED_LOGIT
-    return bias_BL[:, None, None, :]
+    return bias_BL[..., None, None, :]
 
 
 class Attention(nn.Module):
@@ -59,3 +69,68 @@ class Attention(nn.Module):
 
     def _split_heads(self, x_BQD: Tensor) -> Tensor:
         return x_BQD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of [B, F, T, D] over one axis, all heads alike; q, k and v come out of one projection."""
+
+    def __init__(self, width: int, num_heads: int, axis: Axis) -> None:
+        super().__init__()
+        self.num_heads, self.axis = num_heads, axis
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x_BFTD: Tensor, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
+        """`rotary_2FE`: turns q and k by the frame, over time only. The last num_images frames get 0 over time."""
+        if self.axis == "space":
+            return self.proj(_self_attend(self._heads(x_BFTD), None))
+        video_BTFD = x_BFTD[:, : x_BFTD.shape[1] - num_images].transpose(1, 2).contiguous()
+        out_BTFD = self.proj(_self_attend(self._heads(video_BTFD), rotary_2FE))
+        return _zeros_for_images(out_BTFD.transpose(1, 2), num_images)
+
+    def _heads(self, x_BRSD: Tensor) -> Tensor:
+        return self.qkv(x_BRSD).unflatten(-1, (3, self.num_heads, -1))
+
+
+class SplitAttention(nn.Module):
+    """Self-attention of [B, F, T, D] whose first half of heads attends over space while the second attends over time.
+
+    One output projection reads both halves side by side. That is the sum of two attentions of half the heads, each
+    with its own output projection, in one product (Latte, arXiv 2401.03048, section 3.2, variant 4).
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x_BFTD: Tensor, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
+        """As SelfAttention.forward; for an image the temporal half of the heads gives 0."""
+        qkv_BFT3NE = self.qkv(x_BFTD).unflatten(-1, (3, self.num_heads, -1))
+        space_BFT3ME, time_BFT3ME = qkv_BFT3NE.chunk(2, dim=-2)
+        video_BTF3ME = time_BFT3ME[:, : x_BFTD.shape[1] - num_images].transpose(1, 2)
+        time_BFTd = _self_attend(video_BTF3ME, rotary_2FE).transpose(1, 2)
+        halves = _self_attend(space_BFT3ME, None), _zeros_for_images(time_BFTd, num_images)
+        return self.proj(torch.cat(halves, dim=-1))
+
+
+def rotate(x_BNSE: Tensor, rotary_2SE: Tensor) -> Tensor:
+    """Turn each pair of channels by its angle; a product of two turned vectors depends on the distance alone."""
+    cosine_SE, sine_SE = rotary_2SE
+    first, second = x_BNSE.chunk(2, dim=-1)
+    return (x_BNSE * cosine_SE + torch.cat([-second, first], dim=-1) * sine_SE).to(x_BNSE.dtype)
+
+
+def _self_attend(qkv_BRS3NE: Tensor, rotary_2SE: Tensor | None) -> Tensor:
+    """Attention over the third axis -> [B, R, S, N E]."""
+    batch, rows = qkv_BRS3NE.shape[:2]
+    q_bNSE, k_bNSE, v_bNSE = qkv_BRS3NE.flatten(0, 1).permute(2, 0, 3, 1, 4)
+    if rotary_2SE is not None:
+        q_bNSE, k_bNSE = rotate(q_bNSE, rotary_2SE), rotate(k_bNSE, rotary_2SE)
+    return attend(q_bNSE, k_bNSE, v_bNSE, None).transpose(1, 2).flatten(2).unflatten(0, (batch, rows))
+
+
+def _zeros_for_images(video_BFTD: Tensor, num_images: int) -> Tensor:
+    """The video's frames, then a frame of zeros for each image."""
+    return F.pad(video_BFTD, (0, 0, 0, 0, 0, num_images)) if num_images else video_BFTD

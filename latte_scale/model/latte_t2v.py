@@ -6,11 +6,10 @@ diffusers' LatteTransformer3DModel, so released weights load strictly and ours l
 knowing: tokens keep the layout [B, F, T, D] between blocks, and `reshard` is called on it before every block, which is
 all that sequence parallelism needs to move a rank's share from frames to tokens and back.
 
-Shape legend: B batch, F frames, C channels, H W latent height and width, T tokens of a frame, D width, L text length,
-P patch size, O output channels.
+Shape legend: B batch, F frames (video, then n images), C channels, H W latent height and width, T tokens of a frame,
+D width, L text length, N = 1 + n captions, G rows of conditions (blocks.py), P patch size, O output channels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -18,15 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from latte_scale.model.attention import Linear, mask_to_bias
-from latte_scale.model.layers import AdaLNSingle, Block, PatchEmbed, TwoLayer, frame_positions, modulate
-
-Reshard = Callable[[Tensor, Literal["space", "time"]], Tensor]
+from latte_scale.model.blocks import Reshard, T2VBlock, identity_reshard, on_video, video_rows
+from latte_scale.model.inputs import (
+    check_contrastive,
+    check_cut,
+    check_frames,
+    check_out_channels,
+    check_positive,
+    check_sides,
+    check_timestep,
+)
+from latte_scale.model.layers import (
+    AdaLNSingle,
+    Contrastive,
+    PatchEmbed,
+    TwoLayer,
+    frame_positions,
+    modulate,
+    unpatchify,
+)
 
 
 @dataclass(frozen=True)
 class LatteT2VSettings:
     """The shape of the model; the defaults are the released Latte-1 (1,057,246,880 parameters)."""
 
+    kind: Literal["latte_t2v"] = "latte_t2v"
     in_channels: int = 4  # latent channels
     out_channels: int = 8  # in_channels, or twice that: predicted noise and its variance
     num_layers: int = 28  # pairs of a spatial and a temporal block
@@ -35,18 +51,13 @@ class LatteT2VSettings:
     caption_channels: int = 4096  # channels of a text embedding (T5 v1.1-XXL)
     patch_size: int = 2  # latent pixels on a side of a patch
     sample_size: int = 64  # latent side that positions refer to (64: 512 px); any other side is mapped onto it
-    num_frames: int = 16  # most frames of a clip (video_length)
+    num_frames: int = 16  # most frames of a clip (video_length), images of joint training not counted
+    contrastive_width: int = 0  # channels of the contrastive space; 0: no contrastive projections
 
     def __post_init__(self) -> None:
-        for field in fields(LatteT2VSettings):
-            value = getattr(self, field.name)
-            if value < 1:
-                raise ValueError(f"{field.name}: expected at least 1, came {value}; set model.{field.name}")
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise ValueError(
-                f"out_channels: expected in_channels ({self.in_channels}) or twice that, came {self.out_channels}; "
-                f"use {2 * self.in_channels} to learn the variance (objective epsilon only), else {self.in_channels}"
-            )
+        optional = ("kind", "contrastive_width")
+        check_positive(self, [field.name for field in fields(LatteT2VSettings) if field.name not in optional])
+        check_out_channels(self.in_channels, self.out_channels)
         if self.width % 4:
             raise ValueError(
                 f"num_heads x head_dim: expected a multiple of 4 (2-D positions use sine and cosine of two axes), "
@@ -57,16 +68,13 @@ class LatteT2VSettings:
                 f"sample_size: expected a multiple of patch_size {self.patch_size}, came {self.sample_size}; "
                 f"use {-(-self.sample_size // self.patch_size) * self.patch_size}"
             )
+        if self.contrastive_width < 0:
+            raise ValueError(f"contrastive_width: expected 0 (none) or more, came {self.contrastive_width}")
 
     @property
     def width(self) -> int:
         """Channels of a token."""
         return self.num_heads * self.head_dim
-
-
-def identity_reshard(x_BFTD: Tensor, whole: Literal["space", "time"]) -> Tensor:
-    """The reshard of a model that one device holds whole clips of: nothing to move."""
-    return x_BFTD
 
 
 class LatteT2V(nn.Module):
@@ -81,10 +89,13 @@ class LatteT2V(nn.Module):
         self.pos_embed = PatchEmbed(settings.in_channels, width, settings.patch_size, settings.sample_size)
         self.adaln_single = AdaLNSingle(width)
         self.caption_projection = TwoLayer(settings.caption_channels, width, nn.GELU(approximate="tanh"))
-        self.transformer_blocks = nn.ModuleList(Block(width, num_heads, cross_attention=True) for _ in layers)
-        self.temporal_transformer_blocks = nn.ModuleList(Block(width, num_heads, cross_attention=False) for _ in layers)
+        self.transformer_blocks = nn.ModuleList(T2VBlock(width, num_heads, cross_attention=True) for _ in layers)
+        self.temporal_transformer_blocks = nn.ModuleList(
+            T2VBlock(width, num_heads, cross_attention=False) for _ in layers
+        )
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = Linear(width, settings.patch_size**2 * settings.out_channels)
+        self.contrastive = Contrastive(width, settings.contrastive_width) if settings.contrastive_width else None
         if not self.scale_shift_table.is_meta:
             self.init_weights(generator)
 
@@ -117,53 +128,86 @@ class LatteT2V(nn.Module):
     def forward(
         self,
         latents_BCFHW: Tensor,
-        timestep_B: Tensor,
-        text_BLD: Tensor,
-        mask_BL: Tensor | None = None,
+        timestep: Tensor,
+        text: Tensor,
+        mask: Tensor | None = None,
         reshard: Reshard = identity_reshard,
-    ) -> Tensor:
+        *,
+        num_images: int = 0,
+        features: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Predict the noise (first in_channels output channels) and, if learned, the variance coefficient (the rest).
 
-        latents_BCFHW: [B, C, F, H, W] in model units; F = 1 is an image and gets no temporal position.
-        timestep_B: [B], integer or float, 0 .. 1000. text_BLD: [B, L, caption_channels]. mask_BL: [B, L], 1 or True
-        for a real token; None: all are real. A masked token has no effect, as if the caption were cut.
+        latents_BCFHW: [B, C, F, H, W] in model units; a video of one frame is an image and gets no temporal position.
+        timestep: [B], integer or float, 0 .. 1000, or [B, F], one a frame (a frame known to be clean has 0).
+        text: [B, L, caption_channels], one caption for all frames, or [B, N, L, caption_channels], the clip's and then
+        one for each image. mask: [B, L] or [B, N, L], 1 or True for a real token; None: all are real. A masked token
+        has no effect, as if the caption were cut.
         reshard: called as reshard(x_BFTD, "space" or "time") before each block and the output layer; returns x with
-        that axis whole. Returns [B, O, F, H, W]. Raises ValueError naming the argument whose shape does not fit.
+        that axis whole. num_images: the last n frames are images, which temporal blocks and positions pass over
+        (joint training, arXiv 2401.03048).
+        Returns [B, O, F, H, W]. With `features` also two [B, contrastive_width], of the video and of its caption: the
+        mean token of the video half way through the blocks, and of the projected caption, through `contrastive`.
+        Raises ValueError naming the argument whose shape does not fit.
         """
-        self._check_inputs(latents_BCFHW, timestep_B, text_BLD, mask_BL)
+        self._check_inputs(latents_BCFHW, timestep, text, mask, num_images)
+        check_contrastive(features, self.settings.contrastive_width)
+        if reshard is not identity_reshard:
+            check_cut(timestep.ndim == 1 and text.ndim == 3, features)
         height, width = latents_BCFHW.shape[-2:]
-        x_BFTD = self.pos_embed(latents_BCFHW)
-        modulation_B6D, embedded_BD = self.adaln_single(timestep_B)
-        text_BLD = self.caption_projection(text_BLD)
-        bias_B11L = None if mask_BL is None else mask_to_bias(mask_BL, text_BLD.dtype)
+        x_BFTD = self.pos_embed(latents_BCFHW.transpose(1, 2))
+        modulation_BG6D, embedded_BGD = self.adaln_single(timestep if timestep.ndim == 2 else timestep[:, None])
+        of_video_BG6D = video_rows(modulation_BG6D, num_images)
+        captions = self._captions(text, mask)
 
-        for index, (spatial, temporal) in enumerate(
-            zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
-        ):
-            x_BFTD = spatial(reshard(x_BFTD, "space"), modulation_B6D, text_BLD, bias_B11L)
-            x_BTFD = reshard(x_BFTD, "time").transpose(1, 2)
-            if index == 0 and x_BTFD.shape[2] > 1:
-                x_BTFD = x_BTFD + self._frame_table(x_BTFD)
-            x_BFTD = temporal(x_BTFD.contiguous(), modulation_B6D).transpose(1, 2).contiguous()
+        pairs, pooled = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True), ()
+        for index, (spatial, temporal) in enumerate(pairs):
+            x_BFTD = spatial(reshard(x_BFTD, "space"), modulation_BG6D, *captions)
+            x_BFTD = self._over_time(index, temporal, reshard(x_BFTD, "time"), of_video_BG6D, num_images)
+            if features and index + 1 == (self.settings.num_layers + 1) // 2:
+                video_BFTD = x_BFTD[:, : x_BFTD.shape[1] - num_images]
+                pooled = self.contrastive(video_BFTD, _mean_caption(captions[0], mask))
 
         x_BFTD = reshard(x_BFTD, "space")
-        shift_BD, scale_BD = (self.scale_shift_table + embedded_BD[:, None]).unbind(1)
-        x_BFTD = modulate(x_BFTD, shift_BD[:, None, None], scale_BD[:, None, None])
-        return self._unpatchify(self.proj_out(x_BFTD), height, width)
+        shift_BG1D, scale_BG1D = (self.scale_shift_table + embedded_BGD[:, :, None]).split(1, dim=2)
+        x_BFTD = self.proj_out(modulate(x_BFTD, shift_BG1D, scale_BG1D))
+        out_BOFHW = unpatchify(x_BFTD, self.settings.patch_size, height, width).transpose(1, 2).contiguous()
+        return (out_BOFHW, *pooled) if features else out_BOFHW
+
+    def _captions(self, text: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+        """Projected tokens and mask bias of the clip's caption; behind them those of the images', if they have any.
+
+        The clip's go through a product of their own, so that its numbers are those without images.
+        """
+        parts = [(text, mask)]
+        if text.ndim == 4:
+            rows = (0, slice(1, None)) if text.shape[1] > 1 else (0,)
+            parts = [(text[:, row], None if mask is None else mask[:, row]) for row in rows]
+        captions = []
+        for part, real in parts:
+            tokens = self.caption_projection(part.contiguous())
+            captions += [tokens, None if real is None else mask_to_bias(real, tokens.dtype)]
+        return captions
+
+    def _over_time(
+        self, index: int, temporal: nn.Module, x_BFTD: Tensor, modulation_BG6D: Tensor, num_images: int
+    ) -> Tensor:
+        """A temporal block over the video's frames; the first one adds their positions."""
+
+        def run(video_BFTD: Tensor) -> Tensor:
+            x_BTFD = video_BFTD.transpose(1, 2)
+            if index == 0 and x_BTFD.shape[2] > 1:
+                x_BTFD = x_BTFD + self._frame_table(x_BTFD)
+            return temporal(x_BTFD.contiguous(), modulation_BG6D).transpose(1, 2)
+
+        return on_video(x_BFTD, num_images, run).contiguous()
 
     def _frame_table(self, x_BTFD: Tensor) -> Tensor:
         return frame_positions(x_BTFD.shape[2], x_BTFD.shape[3], x_BTFD.device).to(x_BTFD.dtype)
 
-    def _unpatchify(self, x_BFTc: Tensor, height: int, width: int) -> Tensor:
-        """[B, F, T, P P O] -> [B, O, F, H, W]; a token holds its patch as (row, column, channel)."""
-        patch = self.settings.patch_size
-        x_BFhwPPO = x_BFTc.unflatten(3, (patch, patch, -1)).unflatten(2, (height // patch, width // patch))
-        return x_BFhwPPO.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4).contiguous()
-
     def _check_inputs(
-        self, latents_BCFHW: Tensor, timestep_B: Tensor, text_BLD: Tensor, mask_BL: Tensor | None
+        self, latents_BCFHW: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, num_images: int
     ) -> None:
-        """Shapes only: nothing here reads a value, so nothing waits for the device."""
         settings = self.settings
         if latents_BCFHW.ndim != 5 or latents_BCFHW.shape[1] != settings.in_channels:
             raise ValueError(
@@ -171,24 +215,26 @@ class LatteT2V(nn.Module):
                 f"came {list(latents_BCFHW.shape)}; permute [B, F, C, H, W] with .transpose(1, 2)"
             )
         batch, _, frames, height, width = latents_BCFHW.shape
-        if height % settings.patch_size or width % settings.patch_size:
+        check_sides(height, width, settings.patch_size)
+        check_frames(frames, num_images, settings.num_frames)
+        check_timestep(timestep, batch, frames)
+        leading = (batch,) if text.ndim == 3 else (batch, 1 + num_images)
+        if text.shape != (*leading, *text.shape[-2:-1], settings.caption_channels):
+            of_images = f" or [{batch}, {1 + num_images}, length, {settings.caption_channels}]" if num_images else ""
             raise ValueError(
-                f"latents: expected height and width that are multiples of patch_size {settings.patch_size}, "
-                f"came {height} x {width}; crop the clips or change model.patch_size"
-            )
-        if frames > settings.num_frames:
-            raise ValueError(
-                f"latents: expected at most {settings.num_frames} frames, came {frames}; "
-                f"cut the clips or set model.num_frames={frames}"
-            )
-        if timestep_B.shape != (batch,):
-            raise ValueError(f"timestep: expected [{batch}], one for each clip, came {list(timestep_B.shape)}")
-        if text_BLD.ndim != 3 or text_BLD.shape[::2] != (batch, settings.caption_channels):
-            raise ValueError(
-                f"text: expected [{batch}, length, {settings.caption_channels}], came {list(text_BLD.shape)}; "
+                f"text: expected [{batch}, length, {settings.caption_channels}]{of_images}, came {list(text.shape)}; "
                 f"model.caption_channels must be the width of the text encoder"
             )
-        if mask_BL is not None and mask_BL.shape != text_BLD.shape[:2]:
+        if mask is not None and mask.shape != text.shape[:-1]:
             raise ValueError(
-                f"mask: expected {list(text_BLD.shape[:2])}, one number a text token, came {list(mask_BL.shape)}"
+                f"mask: expected {list(text.shape[:-1])}, one number a text token, came {list(mask.shape)}"
             )
+
+
+def _mean_caption(text_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean real token of the clip's caption, [B, D]; 0 for a caption without one (an empty slot)."""
+    if mask is None:
+        return text_BLD.mean(1)
+    mask_BL = mask if mask.ndim == 2 else mask[:, 0]
+    real_BL1 = mask_BL[..., None].to(text_BLD.dtype)
+    return (text_BLD * real_BL1).sum(1) / real_BL1.sum(1).clamp(min=1)

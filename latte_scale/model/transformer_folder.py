@@ -1,28 +1,39 @@
-"""LatteT2V on disk as diffusers keeps it: a folder with config.json and diffusion_pytorch_model.safetensors.
+"""A model on disk as diffusers keeps one: a folder with config.json and diffusion_pytorch_model.safetensors.
 
-In and out: settings and a full state dict on the host. It is the format of Latte-1's transformer/ folder, of what
-`latte-scale import` and `export` write and of what `model.init` reads; weights may lie in one safetensors file or in
-shards with an index. Reading is strict: every tensor is there, with its shape, and nothing else is; a config that asks
-for another architecture is refused. No pickle is read.
+In and out: settings and a full state dict on the host. LatteT2V's folder is Latte-1's transformer/, which diffusers'
+LatteTransformer3DModel loads; Latte's has the class name "Latte" and our settings, because diffusers has no such class.
+It is what `latte-scale import` and `export` write and what `model.init` reads; weights may lie in one safetensors file
+or in shards with an index. Reading is strict: every tensor is there, with its shape, and nothing else is; a config that
+asks for another architecture is refused. No pickle is read. Tensors stay in the mapped file until they are used.
 """
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
+from latte_scale.model.build import build_model
+from latte_scale.model.latte_settings import LatteSettings
+from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.layers import NORM_EPS
 
-CLASS_NAME = "LatteTransformer3DModel"
+T2V_CLASS = "LatteTransformer3DModel"
+T2V_CLASSES = (T2V_CLASS, "Transformer2DModel")  # the second: as the first published revisions named themselves
+LATTE_CLASS = "Latte"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+SIDE = "_latent_side"  # in config.json: the latent side that an imported class model was made for
 
 # Our setting -> (key in config.json, value where the key is absent: the default of diffusers' constructor).
 _SETTINGS: dict[str, tuple[str, int | None]] = {
@@ -46,47 +57,75 @@ _FIXED: dict[str, tuple[Any, Any]] = {
     "norm_type": ("ada_norm_single", "layer_norm"),
 }
 # Checkpoints older than the diffusers port hold this unused table (the null caption's); it is the one key we drop.
-_UNUSED = "caption_projection.y_embedding"
+UNUSED = "caption_projection.y_embedding"
 
 
-def transformer_config(settings: LatteT2VSettings) -> dict[str, Any]:
-    """config.json of diffusers' LatteTransformer3DModel: every field written out, because its defaults differ."""
-    config: dict[str, Any] = {"_class_name": CLASS_NAME, "_diffusers_version": version("diffusers")}
+@contextmanager
+def complete_or_absent(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends without an error."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: expected a new or an empty folder, it holds something; pass another --out")
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def transformer_config(settings: LatteSettings | LatteT2VSettings) -> dict[str, Any]:
+    """config.json: Latte's settings; for LatteT2V every field of diffusers' class, because its defaults differ."""
+    if isinstance(settings, LatteSettings):
+        values = {field.name: getattr(settings, field.name) for field in fields(LatteSettings)}
+        return {"_class_name": LATTE_CLASS} | values
+    config: dict[str, Any] = {"_class_name": T2V_CLASS, "_diffusers_version": version("diffusers")}
     config |= {key: getattr(settings, name) for name, (key, _) in _SETTINGS.items()}
     config |= {key: value for key, (value, _) in _FIXED.items()}
     return config | {"cross_attention_dim": settings.width, "num_embeds_ada_norm": 1000}
 
 
-def write_transformer(folder: Path, settings: LatteT2VSettings, state: dict[str, Tensor]) -> None:
+def write_transformer(
+    folder: Path,
+    settings: LatteSettings | LatteT2VSettings,
+    state: dict[str, Tensor],
+    latent_side: int | None = None,
+) -> None:
     """Write config.json and the weights into `folder` (made if missing), the config last.
 
-    Raises ValueError naming the tensors when the state dict is not that of `settings`.
+    latent_side: noted under SIDE, which export to the official layout reads. Raises ValueError naming the tensors when
+    the state dict is not that of `settings`.
     """
+    if isinstance(settings, LatteT2VSettings) and settings.contrastive_width:
+        raise ValueError("diffusers' class has no contrastive projections; take them off with without_contrastive")
     check_state(settings, state, "the state dict to write")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(transformer_config(settings), indent=2, sort_keys=True) + "\n")
+    config = transformer_config(settings) | ({} if latent_side is None else {SIDE: latent_side})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def read_transformer(source: str | Path) -> tuple[LatteT2VSettings, dict[str, Tensor]]:
-    """Settings and float32 state dict of a diffusers pipeline folder, its transformer/ folder, or a file in it.
+def read_transformer(source: str | Path) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor]]:
+    """Settings and float32 state dict of a pipeline's folder, its transformer/ folder, or a file in it.
 
     A pipeline needs a variance half in the output, so export pads one of zeros where the model has none; padding is
     taken off again. Raises ValueError that names the file, what was expected, what came and what to do.
     """
-    folder = _transformer_folder(Path(source))
-    settings = settings_from_config(_read_json(folder / CONFIG), str(folder / CONFIG))
-    state = {name: tensor.float() for name, tensor in _read_weights(folder).items() if name != _UNUSED}
+    folder = model_folder(Path(source))
+    settings = settings_from_config(read_config(folder), str(folder / CONFIG))
+    state = {name: tensor.float() for name, tensor in read_weights(folder).items() if name != UNUSED}
     check_state(settings, state, str(folder))
-    return _without_padding(settings, state)
+    return (settings, state) if isinstance(settings, LatteSettings) else _without_padding(settings, state)
 
 
-def settings_from_config(config: dict[str, Any], where: str) -> LatteT2VSettings:
-    """The settings that a transformer's config.json stands for; ValueError when it describes another model."""
-    if config.get("_class_name") != CLASS_NAME:
+def settings_from_config(config: dict[str, Any], where: str) -> LatteSettings | LatteT2VSettings:
+    """The settings that a config.json stands for; ValueError when it describes another model."""
+    if config.get("_class_name") == LATTE_CLASS:
+        return _latte_settings(config, where)
+    if config.get("_class_name") not in T2V_CLASSES:
         raise ValueError(
-            f"{where}: expected _class_name {CLASS_NAME}, came {config.get('_class_name')!r}; "
-            f"pass a Latte-1 folder, its transformer/ folder or what latte-scale export wrote"
+            f"{where}: expected _class_name {T2V_CLASS} or {LATTE_CLASS}, came {config.get('_class_name')!r}; "
+            f"pass a Latte-1 folder, its transformer/ folder or what latte-scale import or export wrote"
         )
     values = {name: config.get(key, default) for name, (key, default) in _SETTINGS.items()}
     if values["out_channels"] is None:
@@ -104,10 +143,28 @@ def settings_from_config(config: dict[str, Any], where: str) -> LatteT2VSettings
     return settings
 
 
-def check_state(settings: LatteT2VSettings, state: dict[str, Tensor], where: str) -> None:
+def _latte_settings(config: dict[str, Any], where: str) -> LatteSettings:
+    """Latte's config.json holds its settings as they are; every key must be one, with a value of its type."""
+    defaults = {field.name: field.default for field in fields(LatteSettings)}
+    hints = get_type_hints(LatteSettings)
+    values = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key, value in values.items():
+        if key not in defaults:
+            raise ValueError(f"{where}: nothing reads the key {key}; expected {', '.join(defaults)}")
+        choices, kind = get_args(hints[key]), type(defaults[key])
+        if value not in choices if choices else type(value) is not kind:
+            wanted = " or ".join(map(repr, choices)) or kind.__name__
+            raise ValueError(f"{where}: {key}: expected {wanted}, came {value!r}; import the weights again")
+    try:
+        return LatteSettings(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_state(settings: LatteSettings | LatteT2VSettings, state: dict[str, Tensor], where: str) -> None:
     """Raise ValueError unless the state dict has exactly the tensors of `settings`, in name and shape."""
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in LatteT2V(settings).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in build_model(settings).state_dict().items()}
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     problems += [
@@ -118,9 +175,26 @@ def check_state(settings: LatteT2VSettings, state: dict[str, Tensor], where: str
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"{where}: {len(problems)} tensors do not fit the model of {settings.num_layers} layers, width "
-            f"{settings.width}: {'; '.join(problems[:8])}{more}; is this config of these weights?"
+            f"{where}: {len(problems)} tensors do not fit {describe(settings)}: {'; '.join(problems[:8])}{more}; "
+            f"is this config of these weights?"
         )
+
+
+def describe(settings: LatteSettings | LatteT2VSettings) -> str:
+    """The model in a few words, for messages."""
+    if isinstance(settings, LatteSettings):
+        labels = f"{settings.num_classes} classes" if settings.num_classes else "unconditional"
+        return f"the model Latte ({settings.variant}, {labels}) of depth {settings.depth}, width {settings.width}"
+    return f"the model LatteT2V of {settings.num_layers} layers, width {settings.width}"
+
+
+def without_contrastive(
+    settings: LatteSettings | LatteT2VSettings, state: dict[str, Tensor]
+) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor], list[str]]:
+    """The same model without the projections that only its training used, and the names of what was taken off."""
+    dropped = [name for name in state if name.startswith("contrastive.")]
+    kept = {name: tensor for name, tensor in state.items() if name not in dropped}
+    return replace(settings, contrastive_width=0), kept, dropped
 
 
 def pad_variance(settings: LatteT2VSettings, state: dict[str, Tensor]) -> tuple[LatteT2VSettings, dict[str, Tensor]]:
@@ -159,10 +233,11 @@ def _with_out_channels(settings: LatteT2VSettings, out_channels: int) -> LatteT2
     return LatteT2VSettings(**{name: getattr(settings, name) for name in _SETTINGS} | {"out_channels": out_channels})
 
 
-def _transformer_folder(source: Path) -> Path:
+def model_folder(source: Path) -> Path:
+    """The folder with config.json that `source` is, holds as transformer/, or lies in."""
     if source.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(
-            f"{source}: expected safetensors, came a pickle; pass the diffusers folder of the same weights"
+            f"{source}: expected safetensors, came a pickle; bring it in with latte-scale import --source {source}"
         )
     folder = source.parent if source.is_file() else source
     if (folder / "model_index.json").is_file():
@@ -175,7 +250,13 @@ def _transformer_folder(source: Path) -> Path:
     return folder
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model's folder as it is."""
+    return _read_json(folder / CONFIG)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model's folder under the name and in the dtype that it has there, mapped from the files."""
     if (folder / INDEX).is_file():
         files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
     elif (folder / WEIGHTS).is_file():

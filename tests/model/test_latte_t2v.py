@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import LatteTransformer3DModel
 
+from latte_scale.engine.base import checkpoint_blocks
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 
 TINY = LatteT2VSettings(
@@ -256,9 +257,131 @@ def test_bf16_weights_run_without_autocast() -> None:
         assert model(*inputs(TINY, frames=5), torch.ones(2, 7)).dtype == torch.bfloat16
 
 
+# ---- images beside the video ----
+
+
+def joint_inputs(own_captions: bool = True, masked: bool = True):
+    """Two images behind a video of five frames, with a caption each or the clip's."""
+    latents, timestep, _ = inputs(TINY, frames=7)
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(2, 3, 7, TINY.caption_channels, generator=generator)
+    mask = torch.rand(2, 3, 7, generator=generator) > 0.3
+    mask[..., 0] = True
+    text, mask = (text, mask) if own_captions else (text[:, 0], mask[:, 0])
+    return latents, timestep, text, mask if masked else None
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("own_captions", [True, False], ids=["own", "shared"])
+def test_images_and_video_do_not_see_each_other(own_captions, masked) -> None:
+    """Exactly 0.0, in training as in evaluation, with and without checkpointing (upstream's training path fails)."""
+    latents, timestep, text, mask = joint_inputs(own_captions, masked)
+    clip_text = text[:, 0] if own_captions else text
+    clip_mask = mask[:, 0] if own_captions and masked else mask
+    other_video, other_images = latents.clone(), latents.clone()
+    other_video[:, :, :6] += 1.0  # everything but the last image
+    other_images[:, :, 5:] += 1.0
+    model = randomised(TINY)
+    for wrap in (lambda blocks: None, checkpoint_blocks):
+        wrap(model.repeated_blocks())
+        for training in (False, True):
+            model.train(training)
+            joint = model(latents, timestep, text, mask, num_images=2)
+            assert torch.equal(joint[:, :, :5], model(latents[:, :, :5], timestep, clip_text, clip_mask))
+            assert torch.equal(joint[:, :, 6], model(other_video, timestep, text, mask, num_images=2)[:, :, 6])
+            of_other_images = model(other_images, timestep, text, mask, num_images=2)
+            assert torch.equal(joint[:, :, :5], of_other_images[:, :, :5])
+            assert (joint[:, :, 5:] - of_other_images[:, :, 5:]).abs().max() > 1e-3
+
+
+def test_no_gradient_passes_between_images_and_video() -> None:
+    latents, timestep, text, mask = joint_inputs()
+    latents.requires_grad_()
+    text.requires_grad_()
+    out = randomised(TINY)(latents, timestep, text, mask, num_images=2)
+    video = torch.autograd.grad(out[:, :, :5].square().sum(), (latents, text), retain_graph=True)
+    image = torch.autograd.grad(out[:, :, 5].square().sum(), (latents, text))
+    assert not video[0][:, :, 5:].any() and video[0][:, :, :5].any()
+    assert not video[1][:, 1:].any() and video[1][:, 0].any()
+    assert not image[0][:, :, [0, 1, 2, 3, 4, 6]].any() and image[0][:, :, 5].any()
+    assert not image[1][:, [0, 2]].any() and image[1][:, 1].any()
+
+
+def test_an_image_is_what_spatial_blocks_alone_make_of_it() -> None:
+    model = randomised(TINY)
+    latents, timestep, text, mask = joint_inputs()
+    with torch.no_grad():
+        joint = model(latents, timestep, text, mask, num_images=2)
+        model.temporal_transformer_blocks = torch.nn.ModuleList(PassThrough() for _ in range(TINY.num_layers))
+        for image in (0, 1):
+            alone = model(latents[:, :, 5 + image, None], timestep, text[:, 1 + image], mask[:, 1 + image])
+            torch.testing.assert_close(joint[:, :, 5 + image, None], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_one_caption_for_all_frames_is_that_caption_repeated() -> None:
+    model = randomised(TINY)
+    latents, timestep, text, mask = joint_inputs(own_captions=False)
+    with torch.no_grad():
+        repeated = model(
+            latents, timestep, text[:, None].repeat(1, 3, 1, 1), mask[:, None].repeat(1, 3, 1), num_images=2
+        )
+        shared = model(latents, timestep, text, mask, num_images=2)
+        torch.testing.assert_close(shared, repeated, atol=1e-5, rtol=1e-5)
+        video = model(latents[:, :, :5], timestep, text, mask)
+        assert torch.equal(model(latents[:, :, :5], timestep, text[:, None], mask[:, None]), video)  # no images: N = 1
+
+
+# ---- timesteps of frames, features ----
+
+
+def test_a_timestep_a_frame() -> None:
+    """All alike they are the clip's; a frame given clean is told apart from the others."""
+    model = randomised(TINY)
+    latents, timestep, text, mask = joint_inputs()
+    frames = timestep[:, None].repeat(1, 7)
+    with torch.no_grad():
+        out = model(latents, timestep, text, mask, num_images=2)
+        same = model(latents, frames, text, mask, num_images=2)
+        torch.testing.assert_close(same, out, atol=1e-5, rtol=1e-5)
+        frames[:, 0] = 0
+        changed = (model(latents, frames, text, mask, num_images=2) - out)[0].abs().amax((0, 2, 3))
+    assert changed[:5].min() > 1e-4 and changed[5:].max() < 1e-5
+
+
+@pytest.mark.parametrize("own_captions", [True, False], ids=["own", "shared"])
+def test_features_are_the_videos_mean_token_and_the_captions(own_captions) -> None:
+    settings = dataclasses.replace(TINY, contrastive_width=6)
+    model, halfway, projected = randomised(settings), [], []
+    model.temporal_transformer_blocks[0].register_forward_hook(lambda _, __, out: halfway.append(out))
+    model.caption_projection.register_forward_hook(lambda _, __, out: projected.append(out))
+    latents, timestep, text, mask = joint_inputs(own_captions)
+    with torch.no_grad():
+        out, video, caption = model(latents, timestep, text, mask, num_images=2, features=True)
+        assert torch.equal(out, model(latents, timestep, text, mask, num_images=2))
+        expected = halfway[0].flatten(1, 2).mean(1) @ model.contrastive.video.weight.T
+        torch.testing.assert_close(video, expected, atol=1e-5, rtol=1e-5)
+        clip, clip_mask = projected[0], mask[:, 0] if own_captions else mask
+        means = torch.stack([tokens[real].mean(0) for tokens, real in zip(clip, clip_mask, strict=True)])
+        torch.testing.assert_close(caption, means @ model.contrastive.condition.weight.T, atol=1e-5, rtol=1e-5)
+        empty = model(latents, timestep, text, torch.zeros_like(mask), num_images=2, features=True)[2]
+        assert torch.equal(empty, torch.zeros_like(empty))
+
+
+def test_projections_change_nothing_else() -> None:
+    """Neither the other weights that the generator draws, nor the state dict's other keys."""
+    plain = LatteT2V(TINY, torch.Generator().manual_seed(0)).state_dict()
+    settings = dataclasses.replace(TINY, contrastive_width=6)
+    more = LatteT2V(settings, torch.Generator().manual_seed(0)).state_dict()
+    assert set(more) - set(plain) == {"contrastive.video.weight", "contrastive.condition.weight"}
+    assert all(torch.equal(more[name], tensor) for name, tensor in plain.items())
+    with pytest.raises(ValueError, match=r"features.*set model\.contrastive_width"):
+        LatteT2V(TINY)(*inputs(TINY, frames=5), features=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"contrastive_width": -1}, "contrastive_width.*came -1"),
         ({"out_channels": 5}, "out_channels.*came 5"),
         ({"num_heads": 3, "head_dim": 6}, "multiple of 4.*use head_dim 8"),
         ({"num_layers": 0}, "num_layers.*at least 1"),
@@ -284,3 +407,19 @@ def test_settings_say_what_to_do(change, message) -> None:
 def test_forward_says_which_argument_does_not_fit(change, message) -> None:
     with pytest.raises(ValueError, match=message):
         LatteT2V(TINY)(*change(*inputs(TINY, frames=5)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x, t, y, k: m(x, t, y, k, num_images=7), "num_images: expected 0 .. 6 of 7 frames, came 7"),
+        (lambda m, x, t, y, k: m(x, t, y, k, num_images=1), "at most 5 frames, came 6"),
+        (lambda m, x, t, y, k: m(x, t, y[:, :2], k, num_images=2), "text.* or \\[2, 3, length, 24\\], came \\[2, 2"),
+        (lambda m, x, t, y, k: m(x, t, y, k[:, 0], num_images=2), "mask: expected \\[2, 3, 7\\].*came \\[2, 7\\]"),
+        (lambda m, x, t, y, k: m(x, t[:, None].expand(2, 5), y, k, num_images=2), "or \\[2, 7\\], one for each frame"),
+        (lambda m, x, t, y, k: m(x, t, y, k, lambda x, axis: x, num_images=2), "reshard: expected one timestep"),
+    ],
+)
+def test_joint_forward_says_which_argument_does_not_fit(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(LatteT2V(TINY), *joint_inputs())

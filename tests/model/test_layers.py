@@ -1,4 +1,4 @@
-"""Fixed tables against diffusers' and their stated properties; the block's broadcasting."""
+"""Fixed tables against diffusers' and their stated properties; patches back into pixels."""
 
 import pytest
 import torch
@@ -8,7 +8,16 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 
-from latte_scale.model.layers import Block, frame_positions, modulate, patch_positions, timestep_sinusoid
+from latte_scale.model.layers import (
+    Contrastive,
+    frame_positions,
+    modulate,
+    patch_positions,
+    rotary_table,
+    sincos_1d,
+    timestep_sinusoid,
+    unpatchify,
+)
 
 CPU = torch.device("cpu")
 
@@ -63,30 +72,41 @@ def test_modulate_normalises_then_scales_and_shifts() -> None:
     torch.testing.assert_close(out.std(-1, correction=0), torch.full((2, 3, 4), 1.5), atol=1e-4, rtol=0)
 
 
-def test_block_modulates_each_clip_by_its_own_time() -> None:
-    generator = torch.Generator().manual_seed(0)
-    block = Block(width=16, num_heads=2, cross_attention=False)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-        x = torch.randn(2, 3, 4, 16, generator=generator)
-        modulation = torch.randn(2, 6, 16, generator=generator)
-        out = block(x, modulation)
-        for clip in range(2):
-            alone = block(x[clip : clip + 1], modulation[clip : clip + 1])
-            torch.testing.assert_close(out[clip : clip + 1], alone, atol=1e-5, rtol=1e-5)
-        assert (block(x, modulation.flip(0)) - out).abs().max() > 0.1
+def test_patch_positions_without_a_base_count_rows_and_columns_as_they_are() -> None:
+    table = patch_positions(3, 5, 16, None, 1, CPU).view(3, 5, 16)
+    assert torch.equal(table[0, :, :8], sincos_1d(torch.arange(5.0, dtype=torch.float64), 8).float())
+    assert torch.equal(table[:, 0, 8:], sincos_1d(torch.arange(3.0, dtype=torch.float64), 8).float())
+    assert torch.equal(table, patch_positions(9, 9, 16, None, 1, CPU).view(9, 9, 16)[:3, :5])
+    assert torch.equal(table[:, :3], patch_positions(3, 3, 16, 3, 1, CPU).view(3, 3, 16))
 
 
-def test_block_attends_over_the_third_axis_only() -> None:
-    generator = torch.Generator().manual_seed(0)
-    block = Block(width=16, num_heads=2, cross_attention=False)
+def test_rotary_table_holds_cosines_and_sines_twice() -> None:
+    cosine, sine = rotary_table(5, 8, CPU)
+    assert torch.equal(cosine[:, :4], cosine[:, 4:]) and torch.equal(sine[:, :4], sine[:, 4:])
+    assert cosine[3, 1] == pytest.approx(torch.tensor(3 / 10000 ** (1 / 4)).cos().item())
+    assert sine[3, 1] == pytest.approx(torch.tensor(3 / 10000 ** (1 / 4)).sin().item())
+
+
+def test_timesteps_of_frames_are_those_of_clips() -> None:
+    timestep = torch.tensor([[0, 3], [999, 500]])
+    assert torch.equal(timestep_sinusoid(timestep), timestep_sinusoid(timestep.flatten()).unflatten(0, (2, 2)))
+
+
+def test_unpatchify_puts_row_column_and_channel_in_place() -> None:
+    frame = torch.arange(2 * 6 * 4).view(1, 1, 2, 6, 4)  # [B, F, O, H, W]
+    tokens = frame.unflatten(4, (2, 2)).unflatten(3, (3, 2)).permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(2, 3)
+    assert tokens.shape == (1, 1, 6, 8)
+    assert tokens[0, 0, 0].tolist() == [frame[0, 0, o, h, w].item() for h in (0, 1) for w in (0, 1) for o in (0, 1)]
+    assert torch.equal(unpatchify(tokens, 2, 6, 4), frame)
+
+
+def test_contrastive_projects_the_mean_token() -> None:
+    layer, generator = Contrastive(8, 3), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-        x, modulation = torch.randn(1, 3, 4, 16, generator=generator), torch.randn(1, 6, 16, generator=generator)
-        changed = x.clone()
-        changed[:, 1, 2] += torch.randn(16, generator=generator)  # a constant would vanish in the norm
-        moved = (block(changed, modulation) - block(x, modulation)).abs().amax((0, 3)) > 1e-6
-    assert moved.any(1).tolist() == [False, True, False]
-    assert moved[1].all()
+        for parameter in layer.parameters():
+            parameter.normal_(generator=generator)
+    tokens, condition = torch.randn(2, 3, 4, 8, generator=generator), torch.randn(2, 8, generator=generator)
+    video, of_condition = layer(tokens, condition)
+    torch.testing.assert_close(video, tokens.flatten(1, 2).mean(1) @ layer.video.weight.T)
+    torch.testing.assert_close(of_condition, condition @ layer.condition.weight.T)
+    assert not [name for name, _ in layer.named_parameters() if "bias" in name]

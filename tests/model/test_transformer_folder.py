@@ -9,23 +9,36 @@ import torch
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from latte_scale.model.build import build_model
+from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import (
     CONFIG,
     INDEX,
+    SIDE,
     WEIGHTS,
+    complete_or_absent,
     pad_variance,
+    read_config,
     read_transformer,
     transformer_config,
+    without_contrastive,
     write_transformer,
 )
 
+CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, mlp_ratio=3.5)
+VARIETY = [
+    CLASSES,
+    dataclasses.replace(CLASSES, variant="late_fusion", num_classes=0, patch_size=4, temporal_position="learnable"),
+    dataclasses.replace(CLASSES, variant="sequential", depth=3, tubelet_size=2, temporal_position="rotary"),
+    dataclasses.replace(CLASSES, variant="parallel", injection="all_tokens", contrastive_width=8),
+]
 TINY = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=12, sample_size=8, num_frames=5)
 
 
-def random_state(settings: LatteT2VSettings) -> dict[str, torch.Tensor]:
+def random_state(settings: LatteSettings | LatteT2VSettings) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    state = LatteT2V(settings).state_dict()
+    state = build_model(settings).state_dict()
     return {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in state.items()}
 
 
@@ -133,7 +146,10 @@ def test_a_fresh_models_zeros_are_not_padding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "PixArtTransformer2DModel"}, "expected _class_name LatteTransformer3DModel, came 'PixArt"),
+        (
+            {"_class_name": "PixArtTransformer2DModel"},
+            "expected _class_name LatteTransformer3DModel or Latte, came 'PixArt",
+        ),
         ({"norm_type": "layer_norm"}, "expected norm_type 'ada_norm_single', came 'layer_norm'"),
         ({"cross_attention_dim": 99}, "expected cross_attention_dim 16, came 99"),
         ({"caption_channels": None}, "expected a number under caption_channels, came None"),
@@ -175,8 +191,72 @@ def test_a_broken_file(folder: Path, name: str, content: bytes, message: str) ->
         read_transformer(folder)
 
 
+@pytest.mark.parametrize("settings", VARIETY, ids=lambda settings: settings.variant)
+def test_the_class_models_round_trip(tmp_path: Path, settings: LatteSettings) -> None:
+    write_transformer(tmp_path, settings, random_state(settings))
+    read_settings, state = read_transformer(tmp_path)
+    assert read_settings == settings
+    assert_same(state, random_state(settings))
+    config = read_config(tmp_path)
+    assert config.pop("_class_name") == "Latte" and config == dataclasses.asdict(settings)
+
+
+def test_a_noted_side_is_no_setting(tmp_path: Path) -> None:
+    write_transformer(tmp_path, CLASSES, random_state(CLASSES), latent_side=64)
+    assert read_transformer(tmp_path)[0] == CLASSES and read_config(tmp_path)[SIDE] == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widht": 16}, r"nothing reads the key widht; expected kind, in_channels"),
+        ({"width": "16"}, r"width: expected int, came '16'"),
+        ({"num_classes": True}, r"num_classes: expected int, came True"),
+        ({"depth": 3}, r"depth: variant interleaved"),
+        ({"variant": "nested"}, r"variant: expected 'interleaved' or .* came 'nested'"),
+        ({"kind": "latte_t2v"}, r"kind: expected 'latte', came 'latte_t2v'"),
+        ({"num_classes": 4}, r"do not fit the model Latte \(interleaved, 4 classes\) of depth 2, width 16: y_embedder"),
+        ({"temporal_position": "learnable"}, r"missing temp_embed \[1, 4, 16\]"),
+    ],
+)
+def test_a_class_models_config_that_does_not_fit(tmp_path: Path, change: dict, message: str) -> None:
+    write_transformer(tmp_path, CLASSES, random_state(CLASSES))
+    edit_config(tmp_path, **change)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
+        read_transformer(tmp_path)
+
+
+def test_the_first_published_class_name_is_known(folder: Path) -> None:
+    edit_config(folder, _class_name="Transformer2DModel", attention_type="default")
+    assert read_transformer(folder)[0] == TINY
+
+
+def test_contrastive_projections_come_off(tmp_path: Path) -> None:
+    settings = dataclasses.replace(TINY, contrastive_width=8)
+    state = random_state(settings)
+    with pytest.raises(ValueError, match="without_contrastive"):
+        write_transformer(tmp_path, settings, state)
+    bare_settings, bare, dropped = without_contrastive(settings, state)
+    assert bare_settings == TINY and bare.keys() == random_state(TINY).keys()
+    assert dropped and dropped == [name for name in state if name not in bare]
+    write_transformer(tmp_path, bare_settings, bare)
+    assert without_contrastive(TINY, bare)[2] == []
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), complete_or_absent(tmp_path / "out") as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with complete_or_absent(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+    with pytest.raises(ValueError, match="expected a new or an empty folder"), complete_or_absent(tmp_path / "out"):
+        pass
+
+
 def test_pickles_and_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected safetensors, came a pickle"):
+    with pytest.raises(ValueError, match="came a pickle; bring it in with latte-scale import --source"):
         read_transformer(tmp_path / "latte.pt")
     with pytest.raises(ValueError, match=r"expected a diffusers folder.*found \[\]"):
         read_transformer(tmp_path)

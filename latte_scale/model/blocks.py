@@ -1,0 +1,200 @@
+"""The blocks of both models, put together from one vocabulary.
+
+A block is a few residual layers in a row: `residual(x, layer, modulation)`. What can differ is
+  - the layers: attention over space, over time, one after the other or by halves of the heads (attention.py),
+    cross-attention to a caption, the MLP;
+  - where shift, scale and gate come from: a linear layer of the block (adaLN-Zero: `LatteBlock`), a table of the block
+    added to a modulation that all blocks share (adaLN-single: `T2VBlock`), or nowhere (conditions ride as tokens).
+
+The decision worth knowing is how conditions meet frames. A clip's conditions are rows [B, G, ...]: row 0 serves the
+first F - G + 1 frames and each further row one frame. So G = 1 is one condition for everything, G = 1 + n a video and
+n images with conditions of their own, G = F one for each frame, and nothing is repeated before it has to be.
+
+Shape legend: B batch, F frames (video, then n images), T tokens of a frame, D width, S the axis that a block of
+LatteT2V attends over (T in a spatial block, F in a temporal one), R the other one, L text length, G rows of conditions,
+n images, E width of a head, d several widths side by side.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from latte_scale.model.attention import Attention, Axis, Linear, SelfAttention, SplitAttention
+from latte_scale.model.layers import FeedForward, Mlp, modulate, normalise
+
+Reshard = Callable[[Tensor, Axis], Tensor]
+Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate, each broadcasting to x
+Layout = Literal["space", "time", "sequential", "parallel"]  # what a LatteBlock attends over
+
+
+def identity_reshard(x_BFTD: Tensor, whole: Axis) -> Tensor:
+    """The reshard of a model that one device holds whole clips of: nothing to move."""
+    return x_BFTD
+
+
+def residual(x: Tensor, layer: Callable[[Tensor], Tensor], modulation: Modulation | None) -> Tensor:
+    """x + gate layer(norm(x) (1 + scale) + shift), or x + layer(norm(x)) without modulation."""
+    if modulation is None:
+        return x + layer(normalise(x))
+    shift, scale, gate = modulation
+    return x + gate * layer(modulate(x, shift, scale))
+
+
+def per_frame(rows_BG: Tensor, num_frames: int) -> Tensor:
+    """[B, G, ...] -> [B, F, ...], row 0 for the first F - G + 1 frames; a single row stays one, to be broadcast."""
+    groups = rows_BG.shape[1]
+    if groups in (1, num_frames):
+        return rows_BG
+    assert groups < num_frames, f"{groups} rows of conditions for {num_frames} frames"
+    shared = rows_BG[:, :1].expand(-1, num_frames - groups + 1, *[-1] * (rows_BG.ndim - 2))
+    return torch.cat([shared, rows_BG[:, 1:]], dim=1)
+
+
+def apart(layer: Callable[[Tensor], Tensor], rows_BG: Tensor, num_images: int) -> Tensor:
+    """`layer` on the rows of the video and on those of the images, in products of their own.
+
+    A product of very few rows rounds by how many they are: so the video's numbers stay exactly those without images.
+    """
+    if rows_BG.shape[1] == 1 or not num_images:
+        return layer(rows_BG)
+    parts = rows_BG[:, :-num_images].contiguous(), rows_BG[:, -num_images:].contiguous()
+    return torch.cat([layer(part) for part in parts], dim=1)
+
+
+def video_rows(rows_BG: Tensor, num_images: int) -> Tensor:
+    """The rows that serve the video: all but the last num_images, or the only one."""
+    return rows_BG if rows_BG.shape[1] == 1 else rows_BG[:, : rows_BG.shape[1] - num_images]
+
+
+def on_video(x_BFTD: Tensor, num_images: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run` on the video's frames; the last num_images frames go past it untouched."""
+    if not num_images:
+        return run(x_BFTD)
+    num_frames = x_BFTD.shape[1] - num_images
+    return torch.cat([run(x_BFTD[:, :num_frames]), x_BFTD[:, num_frames:]], dim=1)
+
+
+class T2VBlock(nn.Module):
+    """Self-attention over the third axis, cross-attention to the caption (spatial blocks only), MLP; adaLN-single.
+
+    Cross-attention has neither norm nor gate (PixArt-alpha; diffusers' norm_type "ada_norm_single").
+    """
+
+    def __init__(self, width: int, num_heads: int, cross_attention: bool) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
+        self.attn1 = Attention(width, num_heads)
+        self.attn2 = Attention(width, num_heads) if cross_attention else None
+        self.ff = FeedForward(width)
+
+    def forward(
+        self,
+        x_BRSD: Tensor,
+        modulation_BG6D: Tensor,
+        text_BLD: Tensor | None = None,
+        bias_B11L: Tensor | None = None,
+        image_text_BnLD: Tensor | None = None,
+        image_bias_Bn11L: Tensor | None = None,
+    ) -> Tensor:
+        """Spatial: x [B, F, T, D] with the captions' tokens and mask biases. Temporal: x [B, T, F, D] without them.
+
+        modulation_BG6D: the shared modulation, G being 1 or F. The clip's caption serves all frames, or all but the
+        last n where image_text_BnLD gives each of those its own.
+        """
+        rows_BG6D = self.scale_shift_table + modulation_BG6D
+        rows_BRS6D = rows_BG6D[:, :, None] if self.attn2 is not None else rows_BG6D[:, None]  # R or S is 1
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BRS6D.unbind(-2)
+        x_BRSD = residual(x_BRSD, self._attend, (shift_msa, scale_msa, gate_msa))
+        if self.attn2 is not None and image_text_BnLD is None:
+            x_BRSD = x_BRSD + self._read(x_BRSD, text_BLD, bias_B11L)
+        elif self.attn2 is not None:
+            num_frames = x_BRSD.shape[1] - image_text_BnLD.shape[1]
+            of_video = self._read(x_BRSD[:, :num_frames], text_BLD, bias_B11L)
+            of_images = self._read_each(x_BRSD[:, num_frames:], image_text_BnLD, image_bias_Bn11L)
+            x_BRSD = x_BRSD + torch.cat([of_video, of_images], dim=1)
+        return residual(x_BRSD, self.ff, (shift_mlp, scale_mlp, gate_mlp))
+
+    def _attend(self, h_BRSD: Tensor) -> Tensor:
+        return self.attn1(h_BRSD.flatten(0, 1)).view_as(h_BRSD)
+
+    def _read(self, x_BFTD: Tensor, text_BLD: Tensor, bias_B11L: Tensor | None) -> Tensor:
+        """Cross-attention of frames that share a caption: one row of queries, so its keys are made once."""
+        return self.attn2(x_BFTD.flatten(1, 2), text_BLD, bias_B11L).view_as(x_BFTD)
+
+    def _read_each(self, x_BnTD: Tensor, text_BnLD: Tensor, bias_Bn11L: Tensor | None) -> Tensor:
+        """Cross-attention of frames that have a caption each."""
+        bias_b11L = None if bias_Bn11L is None else bias_Bn11L.flatten(0, 1)
+        return self.attn2(x_BnTD.flatten(0, 1), text_BnLD.flatten(0, 1), bias_b11L).view_as(x_BnTD)
+
+
+class LatteBlock(nn.Module):
+    """Attention as the layout says, then the MLP; each layer with a shift, scale and gate of its own, or none of them.
+
+    "space" and "time" have one attention. "sequential" has one over space and then one over time, "parallel" one whose
+    heads do both (Latte, arXiv 2401.03048, section 3.2). Images take no part in attention over time, and a block that
+    attends over time alone, MLP included, is not for them at all.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int, layout: Layout, modulated: bool) -> None:
+        super().__init__()
+        self.layout = layout
+        if layout == "parallel":
+            self.attn = SplitAttention(width, num_heads)
+        else:
+            self.attn = SelfAttention(width, num_heads, "time" if layout == "time" else "space")
+        self.temporal_attn = SelfAttention(width, num_heads, "time") if layout == "sequential" else None
+        self.mlp = Mlp(width, hidden)
+        self.num_layers = 3 if layout == "sequential" else 2
+        self.adaLN_modulation = None
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * self.num_layers * width))
+
+    def forward(
+        self,
+        x_BFTD: Tensor,
+        condition_BGD: Tensor | None = None,
+        rotary_2FE: Tensor | None = None,
+        num_images: int = 0,
+    ) -> Tensor:
+        """[B, F, T, D] -> the same. condition_BGD: what the modulation is made of; None for a block without one.
+
+        rotary_2FE: table of the video's frames (layers.rotary_table), or None. num_images: the last frames are images.
+        """
+        if self.layout != "time":
+            return self._run(x_BFTD, condition_BGD, rotary_2FE, num_images)
+        rows_BGD = None if condition_BGD is None else video_rows(condition_BGD, num_images)
+        return on_video(x_BFTD, num_images, lambda video_BFTD: self._run(video_BFTD, rows_BGD, rotary_2FE, 0))
+
+    def _run(self, x_BFTD: Tensor, condition_BGD: Tensor | None, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
+        modulations = self._modulations(condition_BGD, x_BFTD.shape[1], num_images)
+        for attn in (self.attn, self.temporal_attn):
+            if attn is not None:
+                x_BFTD = residual(x_BFTD, lambda h, attn=attn: attn(h, rotary_2FE, num_images), modulations.pop(0))
+        return residual(x_BFTD, self.mlp, modulations.pop(0))
+
+    def _modulations(self, condition_BGD: Tensor | None, num_frames: int, num_images: int) -> list[Modulation | None]:
+        """Shift, scale and gate of each layer, [B, F or 1, 1, D]; in the order of the layers."""
+        if self.adaLN_modulation is None:
+            return [None] * self.num_layers
+        rows_BGd = apart(self.adaLN_modulation, condition_BGD, num_images)
+        chunks = per_frame(rows_BGd, num_frames)[:, :, None].chunk(3 * self.num_layers, dim=-1)
+        return [chunks[first : first + 3] for first in range(0, len(chunks), 3)]
+
+
+class FinalLayer(nn.Module):
+    """Norm, shift and scale by the condition where there is one, and the pixels of each patch."""
+
+    def __init__(self, width: int, values: int, modulated: bool) -> None:
+        super().__init__()
+        self.linear = Linear(width, values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width)) if modulated else None
+
+    def forward(self, x_BFTD: Tensor, condition_BGD: Tensor | None, num_images: int) -> Tensor:
+        """[B, F, T, D] -> [B, F, T, values]."""
+        if self.adaLN_modulation is None:
+            return self.linear(normalise(x_BFTD))
+        rows_BGd = apart(self.adaLN_modulation, condition_BGD, num_images)
+        shift_BF1D, scale_BF1D = per_frame(rows_BGd, x_BFTD.shape[1])[:, :, None].chunk(2, dim=-1)
+        return self.linear(modulate(x_BFTD, shift_BF1D, scale_BF1D))

@@ -1,0 +1,14 @@
+"""From settings to a model: the one place that knows which class belongs to which settings."""
+
+import torch
+
+from latte_scale.model.latte import Latte, LatteSettings
+from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
+
+
+def build_model(
+    settings: LatteSettings | LatteT2VSettings, generator: torch.Generator | None = None
+) -> Latte | LatteT2V:
+    """The model of these settings, its weights drawn from the generator (None: torch's global one)."""
+    model = Latte if isinstance(settings, LatteSettings) else LatteT2V
+    return model(settings, generator)

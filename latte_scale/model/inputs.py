@@ -1,0 +1,76 @@
+"""Checks of what a model is called with, the same words for both models.
+
+Shapes only: nothing here reads a value of a tensor, so nothing waits for the device. Each function raises ValueError
+that names the argument, what was expected, what came and what to do.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_frames(num_frames: int, num_images: int, most: int) -> None:
+    """`num_frames` on the frame axis, the last `num_images` of them images; a video has 1 .. `most` frames."""
+    if not 0 <= num_images < num_frames:
+        raise ValueError(
+            f"num_images: expected 0 .. {num_frames - 1} of {num_frames} frames, came {num_images}; "
+            f"the images are the last frames, behind a video of at least one"
+        )
+    if num_frames - num_images > most:
+        raise ValueError(
+            f"latents: expected at most {most} frames, came {num_frames - num_images}; "
+            f"cut the clips or set model.num_frames={num_frames - num_images}"
+        )
+
+
+def check_sides(height: int, width: int, patch_size: int) -> None:
+    """Height and width of the latents must be whole patches."""
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"latents: expected height and width that are multiples of patch_size {patch_size}, "
+            f"came {height} x {width}; crop the clips or change model.patch_size"
+        )
+
+
+def check_timestep(timestep: Tensor, batch: int, num_frames: int) -> None:
+    """One timestep a clip, or one a frame."""
+    if timestep.shape not in ((batch,), (batch, num_frames)):
+        raise ValueError(
+            f"timestep: expected [{batch}], one for each clip, or [{batch}, {num_frames}], one for each frame, "
+            f"came {list(timestep.shape)}"
+        )
+
+
+def check_contrastive(features: bool, contrastive_width: int) -> None:
+    """Features come out of projections that only a model with a contrastive width has."""
+    if features and not contrastive_width:
+        raise ValueError(
+            "features: expected a model with contrastive projections, came contrastive_width 0; "
+            "set model.contrastive_width (128 is usual) or call without features"
+        )
+
+
+def check_out_channels(in_channels: int, out_channels: int) -> None:
+    """As many as in, or twice that: predicted noise and its variance."""
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(
+            f"out_channels: expected in_channels ({in_channels}) or twice that, came {out_channels}; "
+            f"use {2 * in_channels} to learn the variance (objective epsilon only), else {in_channels}"
+        )
+
+
+def check_positive(settings: object, names: Sequence[str]) -> None:
+    """Counts of the settings that must be at least 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, came {value}; set model.{name}")
+
+
+def check_cut(one_condition: bool, features: bool) -> None:
+    """What a `reshard` other than the identity allows: a rank then holds some frames of a clip, not knowing which."""
+    if not one_condition or features:
+        raise ValueError(
+            "reshard: expected one timestep and one caption or label a clip and no features, because a rank that holds "
+            "a part of the frames cannot tell them apart; call without reshard"
+        )
