@@ -1,13 +1,12 @@
-"""To diffusers and back: `latte-scale export` writes a LattePipeline folder, `latte-scale import` reads one.
+"""Write trained weights for others: `latte-scale export`.
 
     latte-scale export --checkpoint runs/quickstart/run --out runs/quickstart/pipeline
-    latte-scale import --source Latte-1 --out weights/latte-1
+    latte-scale export --checkpoint runs/ffs --format official --out ffs.pt
 
-Export takes a run, one of its checkpoints, and by default the EMA weights; the folder holds the frozen encoders that
-the run was trained with, and `diffusers.LattePipeline.from_pretrained` loads it. Import takes such a folder (Latte-1
-itself, its transformer/ folder, or a file in it) and writes config.json and one float32 safetensors file, which
-`model.init` of a training config takes. Both are strict in every tensor, and both appear under their name only when
-they are complete.
+A text-to-video run becomes a folder that `diffusers.LattePipeline.from_pretrained` loads, with the frozen encoders it
+was trained with. A class model, which diffusers does not have, becomes a .pt file in the layout of the official code
+(`--format official`). Both take the EMA weights by default, are strict in every tensor, and appear under their name
+only when they are complete; projections that only the contrastive loss used are dropped and named.
 """
 
 import argparse
@@ -15,21 +14,32 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latte_scale import settings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
 from latte_scale.encoders import EncoderSettings, encoder_folders
+from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
-from latte_scale.model.transformer_folder import pad_variance, read_transformer, write_transformer
-from latte_scale.weights import load_weights
+from latte_scale.model.official import latte_to_official
+from latte_scale.model.transformer_folder import (
+    SIDE,
+    complete_or_absent,
+    model_folder,
+    pad_variance,
+    read_config,
+    without_contrastive,
+    write_transformer,
+)
+from latte_scale.weights import Weights, load_weights
 
 # What of a text encoder's folder is not its tokenizer, where both lie in one.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".pt")
@@ -52,7 +62,7 @@ def write_pipeline(
     does not fit, or when LattePipeline could not use the autoencoder.
     """
     _check_vae(vae_dir)
-    with _complete_or_absent(out) as folder:
+    with complete_or_absent(out) as folder:
         padded_settings, padded_state = pad_variance(architecture, state)
         write_transformer(folder / "transformer", padded_settings, padded_state)
         _write_scheduler(folder / "scheduler", diffusion)
@@ -118,91 +128,106 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-@contextmanager
-def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends without an error."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: expected a new or an empty folder, it holds something; pass another --out")
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _size(folder: Path) -> str:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB"
 
 
+def write_official(
+    out: Path, part: str, state: dict[str, Tensor], architecture: LatteSettings, latent_side: int
+) -> None:
+    """Write {part: state} as a .pt file that the official code loads; ValueError when it exists or cannot hold that."""
+    if out.exists():
+        raise ValueError(f"{out}: expected a new file, it exists; pass another --out")
+    content = {part: latte_to_official(architecture, state, latent_side)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of `latte-scale export`."""
-    parser = argparse.ArgumentParser("latte-scale export", description="Write a folder that LattePipeline loads.")
+    parser = argparse.ArgumentParser(
+        "latte-scale export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or step folder")
-    parser.add_argument("--out", required=True, type=Path, help="new or empty folder")
+    parser.add_argument("--out", required=True, type=Path, help="new or empty folder; for --format official a new .pt")
     parser.add_argument("--weights", default="ema", help="ema (default), raw, or a tree such as ema/0.999")
+    parser.add_argument(
+        "--format",
+        choices=("pipeline", "official"),
+        default="pipeline",
+        help="pipeline (default): text-to-video for diffusers; official: a class model for the code of its authors",
+    )
+    parser.add_argument(
+        "--latent-side", type=int, help="official: image size / 8 of its spatial table (default: that of the weights)"
+    )
     return parser.parse_args(argv)
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Load the run's weights and encoders and write the pipeline."""
+    """Load the weights and write them in the format that was asked for."""
     weights = load_weights(args.checkpoint, args.weights)
+    settings_kept, state, dropped = without_contrastive(weights.architecture, weights.state_dict)
+    weights = replace(weights, architecture=settings_kept, state_dict=state)
+    if args.format == "pipeline" and args.latent_side is not None:
+        raise ValueError("--latent-side is read with --format official only; leave it out")
+    if args.format == "official":
+        _export_official(args, weights)
+    else:
+        _export_pipeline(args.out, weights)
+    if dropped:
+        print(f"dropped {', '.join(dropped)}: only the contrastive loss reads them")
+    return 0
+
+
+def _export_pipeline(out: Path, weights: Weights) -> None:
+    if isinstance(weights.architecture, LatteSettings):
+        raise ValueError(
+            f"{weights.source}: expected a text-to-video model, came a class model, which LattePipeline cannot drive; "
+            f"write it with --format official --out FILE.pt"
+        )
     if weights.config is None:
         raise ValueError(
-            f"{weights.source}: expected a run or its checkpoint, came a diffusers folder; "
+            f"{weights.source}: expected a run or its checkpoint, came a folder of weights; "
             f"copy it, or bring it into the form that model.init takes with latte-scale import"
         )
     encoders = settings.from_mapping(EncoderSettings, weights.config["encoders"], weights.source, "encoders.")
-    vae_dir, text_encoder_dir, tokenizer_dir = encoder_folders(encoders)
-    write_pipeline(
-        args.out,
-        weights.state_dict,
-        weights.architecture,
-        weights.diffusion,
-        vae_dir,
-        text_encoder_dir,
-        tokenizer_dir,
-    )
-    print(f"wrote {weights.source} as {args.out} ({_size(args.out)}); LattePipeline.from_pretrained loads it")
-    return 0
+    folders = encoder_folders(encoders)
+    write_pipeline(out, weights.state_dict, weights.architecture, weights.diffusion, *folders)
+    print(f"wrote {weights.source} as {out} ({_size(out)}); LattePipeline.from_pretrained loads it")
 
 
-def parse_import_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of `latte-scale import`."""
-    parser = argparse.ArgumentParser("latte-scale import", description="Read a diffusers folder for model.init.")
-    parser.add_argument(
-        "--source", required=True, type=Path, help="Latte-1's folder, its transformer/, or a file in it"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="new or empty folder")
-    return parser.parse_args(argv)
+def _export_official(args: argparse.Namespace, weights: Weights) -> None:
+    if not isinstance(weights.architecture, LatteSettings):
+        raise ValueError(
+            f"{weights.source}: expected a class model, came a text-to-video model, which others read as a pipeline; "
+            f"leave --format out"
+        )
+    part = "model" if weights.source.endswith("#model") else "ema"
+    side = args.latent_side or _latent_side(weights)
+    write_official(args.out, part, weights.state_dict, weights.architecture, side)
+    size_bytes = args.out.stat().st_size
+    print(f"wrote {weights.source} as {args.out} ({size_bytes / 1e6:,.1f} MB), part {part}, for latents of side {side}")
+    if weights.diffusion != DiffusionSettings():
+        print(f"note: the official code samples with {DiffusionSettings()}; trained with {weights.diffusion}")
 
 
-def run_import(args: argparse.Namespace) -> int:
-    """Read the transformer strictly and write it for model.init."""
-    architecture, state = read_transformer(args.source)
-    print(f"read {len(state)} tensors, {sum(t.numel() for t in state.values()):,} parameters from {args.source}")
-    print(f"  {architecture}")
-    with _complete_or_absent(args.out) as folder:
-        write_transformer(folder, architecture, state)
-    print(f"wrote {args.out} ({_size(args.out)}); start from it with model.init={args.out}")
-    return 0
+def _latent_side(weights: Weights) -> int:
+    """What the weights were trained at: as their import noted it, or the run's clips behind a VAE of 8 to 1."""
+    if weights.config is not None:
+        return weights.config["video"]["height"] // 8
+    return read_config(model_folder(Path(weights.source))).get(SIDE, 32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`latte-scale export`: exit code 2 and one line for what a user can mend."""
-    return _one_line_errors(run_export, parse_args(argv))
-
-
-def import_main(argv: Sequence[str] | None = None) -> int:
-    """`latte-scale import`: exit code 2 and one line for what a user can mend."""
-    return _one_line_errors(run_import, parse_import_args(argv))
-
-
-def _one_line_errors(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     try:
-        return run(args)
+        return run_export(parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

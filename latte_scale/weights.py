@@ -1,4 +1,4 @@
-"""Weights from wherever they lie: a run's checkpoint, or a folder with a diffusers transformer.
+"""Weights from wherever they lie: a run's checkpoint, or a folder that `latte-scale import` or `export` wrote.
 
 In: a path, optionally `PATH#TREE` to choose among a checkpoint's trees ("model" for the raw weights, "ema/0.999" for
 one decay; by default the first EMA). Out: what the model is and a full fp32 state dict on the host. For sampling,
@@ -9,13 +9,19 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from latte_scale import checkpoint, settings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import settings_of_scheduler
+from latte_scale.model.build import build_model
+from latte_scale.model.latte import Latte
+from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import read_transformer
+
+KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
 
 
 @dataclass(frozen=True)
@@ -23,20 +29,21 @@ class Weights:
     """A model's weights and what they are."""
 
     source: str  # for messages: the path and the tree
-    architecture: LatteT2VSettings
+    architecture: LatteSettings | LatteT2VSettings
     state_dict: dict[str, Tensor]  # fp32, whole
     diffusion: DiffusionSettings  # the objective and schedule that the weights were trained with
-    config: dict | None  # the run's config as nested values; None for a diffusers folder
+    config: dict | None  # the run's config as nested values; None for a folder of weights
 
-    def build(self) -> LatteT2V:
-        """The model with these weights, in eval mode."""
-        model = LatteT2V(self.architecture)
-        model.load_state_dict(self.state_dict, strict=True)
+    def build(self) -> Latte | LatteT2V:
+        """The model with these weights, in eval mode; it shares their memory, so nothing is copied or drawn."""
+        with torch.device("meta"):
+            model = build_model(self.architecture)
+        model.load_state_dict(self.state_dict, strict=True, assign=True)
         return model.eval()
 
 
 def load_weights(source: str, tree: str | None = None) -> Weights:
-    """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a diffusers folder.
+    """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a folder of weights.
 
     tree: "raw", "ema" (the first decay) or a tree's own name; overrides the one after "#".
     Raises ValueError naming what was found there instead.
@@ -44,8 +51,10 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     path, _, named = source.partition("#")
     tree = tree or named or "ema"
     root = Path(path)
+    if root.is_file():
+        raise ValueError(f"{root}: expected a folder, came a file; bring it in with latte-scale import --source {root}")
     if not root.is_dir():
-        raise ValueError(f"{root}: expected a run, a checkpoint or a diffusers folder; no such folder")
+        raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
     step_folder = find_step_folder(root)
     if step_folder is None:
         architecture, state_dict = read_transformer(root)
@@ -53,12 +62,19 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     manifest = checkpoint.open_checkpoint(step_folder).manifest
     name = _tree_name(tree, manifest.trees, step_folder)
     config = manifest.config
-    known = {field.name for field in fields(LatteT2VSettings)}
-    section = {key: value for key, value in config["model"].items() if key in known}
-    architecture = settings.from_mapping(LatteT2VSettings, section, str(step_folder), "model.")
+    architecture = _architecture(config["model"], str(step_folder))
     state_dict = checkpoint.load_full(step_folder, name)
     diffusion = settings.from_mapping(DiffusionSettings, config["diffusion"], str(step_folder), "diffusion.")
     return Weights(f"{step_folder}#{name}", architecture, state_dict, diffusion, config)
+
+
+def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings:
+    """The architecture in a run's model section, which may hold more; runs older than the kinds are text-to-video."""
+    kind = section.get("kind", "latte_t2v")
+    if kind not in KINDS:
+        raise ValueError(f"{where}: model.kind: expected one of {', '.join(KINDS)}, came {kind!r}; use a newer version")
+    known = {field.name for field in fields(KINDS[kind])}
+    return settings.from_mapping(KINDS[kind], {k: v for k, v in section.items() if k in known}, where, "model.")
 
 
 def _diffusion_of(root: Path) -> DiffusionSettings:

@@ -1,4 +1,4 @@
-"""Export and import: LattePipeline loads what we write and walks the path that our sampler walks."""
+"""Export: LattePipeline loads what we write and walks the path that our sampler walks; class models go out as .pt."""
 
 import json
 from dataclasses import replace
@@ -9,11 +9,15 @@ import torch
 from diffusers import AutoencoderKL, LattePipeline
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from latte_scale import export
+from latte_scale import export, import_weights
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import sample, settings_of_scheduler
+from latte_scale.model.build import build_model
+from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
-from latte_scale.model.transformer_folder import read_transformer
+from latte_scale.model.transformer_folder import read_transformer, write_transformer
+from latte_scale.settings import to_mapping
+from tests.weight_files import class_state, randomise, save_run
 
 TINY = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=16, sample_size=8, num_frames=3)
 CALL = {"clean_caption": False, "output_type": "latent", "video_length": 3, "height": 16, "width": 16}
@@ -65,7 +69,8 @@ def test_the_pipelines_latents_are_our_samplers(tmp_path, encoders, objective, s
     noise = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     theirs = pipeline("a red ball", latents=noise, num_inference_steps=4, guidance_scale=7.5, **CALL).frames
     text, negative = pipeline.encode_prompt("a red ball", negative_prompt="", clean_caption=False, mask_feature=True)
-    ours = sample(model, noise, text, negative, diffusion, sampler=sampler, num_steps=4, guidance=7.5)
+    both = torch.cat([negative, text])
+    ours = sample(lambda x, t: model(x, t, both), noise, diffusion, sampler=sampler, num_steps=4, guidance=7.5)
     assert (ours - noise).abs().max() > 0.1
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()  # an untrained epsilon blows latents up to 150
 
@@ -126,18 +131,12 @@ def test_import_gives_back_what_export_wrote(tmp_path, encoders, capsys) -> None
     model = model_of("v")
     pipeline, weights = tmp_path / "pipeline", tmp_path / "weights"
     export.write_pipeline(pipeline, model.state_dict(), model.settings, DiffusionSettings(objective="v"), **encoders)
-    assert export.import_main(["--source", str(pipeline), "--out", str(weights)]) == 0
+    assert import_weights.main(["--source", str(pipeline), "--out", str(weights)]) == 0
     assert f"model.init={weights}" in capsys.readouterr().out
     settings, state = read_transformer(weights)
     assert settings == model.settings
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert state.keys() == model.state_dict().keys()
-
-
-def test_import_of_nothing(tmp_path, capsys) -> None:
-    assert export.import_main(["--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
-    assert "error:" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_folder_is_not_touched(tmp_path, encoders) -> None:
@@ -176,3 +175,79 @@ def test_an_autoencoder_with_a_shift_is_refused(tmp_path, encoders) -> None:
             DiffusionSettings(),
             **encoders | {"vae_dir": tmp_path / "vae"},
         )
+
+
+CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, contrastive_width=8)
+VIDEO = {"frames": 4, "height": 64, "width": 64}
+
+
+def test_a_class_run_goes_out_in_the_official_layout(tmp_path, capsys):
+    state = randomise(build_model(CLASSES)).state_dict()
+    config = {"model": to_mapping(CLASSES), "diffusion": {"objective": "v"}, "video": VIDEO}
+    save_run(tmp_path / "run", config, state)
+    for weights, part, factor in (("ema", "ema", 2), ("raw", "model", 1)):
+        out = tmp_path / f"{part}.pt"
+        command = ["--checkpoint", str(tmp_path / "run"), "--out", str(out), "--format", "official"]
+        assert export.main([*command, "--weights", weights]) == 0
+        printed = capsys.readouterr().out
+        assert "dropped contrastive." in printed and f"part {part}, for latents of side 8" in printed
+        assert "note: the official code samples with" in printed
+        content = torch.load(out, weights_only=True)
+        assert content.keys() == {part} and content[part]["pos_embed"].shape == (1, 16, 16)
+        kept = {name: factor * tensor for name, tensor in state.items() if not name.startswith("contrastive.")}
+        assert content[part].keys() == kept.keys() | {"pos_embed", "temp_embed"}
+        assert all(torch.equal(content[part][name], tensor) for name, tensor in kept.items())
+        assert export.main(command) == 2
+        assert "expected a new file, it exists" in capsys.readouterr().err
+
+
+def test_an_official_file_goes_through_us_unchanged(tmp_path):
+    official = class_state(classes=3)
+    torch.save({"ema": official}, tmp_path / "in.pt")
+    source, folder, out = tmp_path / "in.pt", tmp_path / "folder", tmp_path / "out.pt"
+    assert import_weights.main(["--source", str(source), "--out", str(folder), "--num-heads", "2"]) == 0
+    assert export.main(["--checkpoint", str(folder), "--out", str(out), "--format", "official"]) == 0
+    written = torch.load(out, weights_only=True)["ema"]
+    assert written.keys() == official.keys()
+    for name, tensor in official.items():
+        assert torch.equal(written[name], tensor) or (name.endswith("_embed") and torch.allclose(written[name], tensor))
+    assert abs(out.stat().st_size / source.stat().st_size - 1) < 0.1
+    larger = ["--latent-side", "16", "--out", str(tmp_path / "512.pt"), "--format", "official"]
+    assert export.main(["--checkpoint", str(folder), *larger]) == 0
+    assert torch.load(tmp_path / "512.pt", weights_only=True)["ema"]["pos_embed"].shape == (1, 64, 16)
+
+
+def test_a_model_goes_out_in_its_own_format_only(tmp_path, capsys):
+    write_transformer(tmp_path / "classes", CLASSES, build_model(CLASSES).state_dict())
+    write_transformer(tmp_path / "text", TINY, build_model(TINY).state_dict())
+    write_transformer(tmp_path / "late", *late_fusion())
+    for name, options, message in (
+        ("classes", [], "came a class model, which LattePipeline cannot drive; write it with --format official"),
+        ("classes", ["--latent-side", "8"], "--latent-side is read with --format official only"),
+        ("classes", ["--format", "official", "--latent-side", "7"], "expected a multiple of patch_size 2, came 7"),
+        ("text", ["--format", "official"], "expected a class model, came a text-to-video model"),
+        ("text", [], "expected a run or its checkpoint, came a folder of weights"),
+        ("late", ["--format", "official"], "the official layout has variant 'interleaved', came 'late_fusion'"),
+    ):
+        command = ["--checkpoint", str(tmp_path / name), "--out", str(tmp_path / "out.pt"), *options]
+        assert export.main(command) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "late", "text"]
+
+
+def late_fusion() -> tuple[LatteSettings, dict[str, torch.Tensor]]:
+    settings = replace(CLASSES, variant="late_fusion")
+    return settings, build_model(settings).state_dict()
+
+
+def test_a_text_run_leaves_its_contrastive_projections_behind(tmp_path, encoders, capsys):
+    settings = replace(TINY, contrastive_width=8)
+    state = randomise(build_model(settings)).state_dict()
+    names = {"vae": str(encoders["vae_dir"]), "text": str(encoders["text_encoder_dir"])}
+    save_run(tmp_path / "run", {"model": to_mapping(settings), "diffusion": {}, "encoders": names}, state)
+    assert export.main(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in state if name.startswith("contrastive."))
+    LattePipeline.from_pretrained(tmp_path / "out")
+    read_settings, read = read_transformer(tmp_path / "out")
+    assert read_settings == TINY and not any(name.startswith("contrastive.") for name in read)

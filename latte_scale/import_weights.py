@@ -1,0 +1,173 @@
+"""Bring published weights into the form that `model.init` and `sample` take: `latte-scale import`.
+
+    latte-scale import --source Latte-1 --out weights/latte-1
+    latte-scale import --source ffs.pt --out weights/ffs
+    latte-scale import --source DiT-XL-2-256x256.pt --out weights/from-dit --depth twice --num-classes 101
+
+The layout is told from the file: a folder of diffusers (Latte-1, PixArt-alpha) or of ours, the official class models'
+.pt, the old t2v.pt, DiT's .pt, PixArt-alpha's .pth. A .pt file is read without running anything in it. Out comes a
+folder with config.json and one float32 safetensors file, which is complete or not there. Every tensor that is dropped
+or new is named, anything else that does not fit is an error, and so is an option that the layout does not read.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from latte_scale.model.official import Imported, latte_from_official, layout_of, read_part, t2v_from_official
+from latte_scale.model.official_images import PIXART_CLASSES, latte_from_dit, t2v_from_pixart, t2v_from_pixart_folder
+from latte_scale.model.transformer_folder import (
+    CONFIG,
+    SIDE,
+    complete_or_absent,
+    describe,
+    model_folder,
+    read_config,
+    read_transformer,
+    read_weights,
+    write_transformer,
+)
+
+# Layout of a file -> its reader, what it is called, and the options that it reads beside --part.
+_FILES: dict[str, tuple[Callable[..., Imported], str, tuple[str, ...]]] = {
+    "latte": (latte_from_official, "an official class model", ("num_heads", "learned_positions")),
+    "latte_t2v": (t2v_from_official, "t2v.pt", ("num_heads", "num_frames", "sample_size")),
+    "dit": (latte_from_dit, "DiT", ("num_heads", "num_frames", "depth", "num_classes")),
+    "pixart": (t2v_from_pixart, "PixArt-alpha", ("num_heads", "num_frames", "sample_size")),
+}
+OPTIONS = ("part", "num_heads", "num_frames", "sample_size", "depth", "num_classes", "learned_positions")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at a path."""
+
+    imported: Imported
+    what: str  # the layout in words
+    scheduler: Path | None = None  # config of the scheduler beside it, which tells the objective
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of `latte-scale import`; one that is left out keeps the layout's own default."""
+    parser = argparse.ArgumentParser(
+        "latte-scale import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, type=Path, help="a .pt or .pth file, or a folder with config.json")
+    parser.add_argument("--out", required=True, type=Path, help="new or empty folder")
+    parser.add_argument(
+        "--part", choices=("ema", "model"), help="averaged or raw weights of a file (default: averaged)"
+    )
+    parser.add_argument("--num-heads", type=int, help="heads, where the width is none of the published ones")
+    parser.add_argument(
+        "--num-frames", type=int, help="most frames of a clip, where the source does not say (default 16)"
+    )
+    parser.add_argument("--sample-size", type=int, help="latent side of the positions, if the source does not say")
+    parser.add_argument(
+        "--depth",
+        choices=("same", "twice"),
+        help="DiT: block i into block i (default), or into the spatial blocks, with temporal ones that add 0 at first",
+    )
+    parser.add_argument("--num-classes", type=int, help="DiT: another number of labels, each starting as the null one")
+    parser.add_argument(
+        "--learned-positions", action="store_true", default=None, help="class model: keep temp_embed as a trained table"
+    )
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the source strictly, say what became of it, and write the folder."""
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    is_folder = args.source.is_dir() or args.source.suffix in (".safetensors", ".json")
+    source = (read_folder if is_folder else read_file)(args.source, given)
+    print(f"read {source.what} from {args.source}")
+    for line in report(source.imported):
+        print(f"  {line}")
+    with complete_or_absent(args.out) as folder:
+        imported = source.imported
+        write_transformer(folder, imported.settings, imported.state, imported.latent_side)
+        if source.scheduler is not None:
+            (folder / "scheduler").mkdir()
+            shutil.copyfile(source.scheduler, folder / "scheduler" / source.scheduler.name)
+    size_bytes = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"wrote {args.out} ({size_bytes / 1e6:,.1f} MB); start from it with model.init={args.out}")
+    return 0
+
+
+def read_file(path: Path, given: dict[str, Any]) -> Source:
+    """The weights of a .pt or .pth file."""
+    part = read_part(path, given.get("part"))
+    reader, what, options = _FILES[layout_of(part.state, str(path))]
+    _refuse_unread(given, ("part", *options), f"{path} ({what})")
+    imported = reader(part.state, str(path), **{name: given[name] for name in options if name in given})
+    beside = f" (not read: {', '.join(part.others)})" if part.others else ""
+    return Source(imported, f"{what}, {part.name or 'one state dict'}{beside},")
+
+
+def read_folder(path: Path, given: dict[str, Any]) -> Source:
+    """The weights of a diffusers folder or one of ours."""
+    folder = model_folder(path)
+    config, stored = read_config(folder), read_weights(folder)
+    if config.get("_class_name") in PIXART_CLASSES and not _is_video(stored):
+        _refuse_unread(given, ("num_frames",), f"{folder} (PixArt-alpha)")
+        return Source(t2v_from_pixart_folder(config, stored, str(folder / CONFIG), **given), "PixArt-alpha")
+    _refuse_unread(given, (), str(folder))
+    settings, state = read_transformer(folder)
+    dropped = dict.fromkeys(sorted(stored.keys() - state.keys()), "the null caption's table, unused")
+    dropped |= {
+        f"{name} (second half of the output)": "zeros that an export added for the pipeline"
+        for name in state
+        if state[name].shape != stored[name].shape
+    }
+    imported = Imported(settings, state, dropped, latent_side=config.get(SIDE))
+    schedulers = [root / "scheduler" / "scheduler_config.json" for root in (folder, folder.parent)]
+    return Source(imported, config["_class_name"], next((path for path in schedulers if path.is_file()), None))
+
+
+def _is_video(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("temporal_transformer_blocks.") for name in state)
+
+
+def _refuse_unread(given: dict[str, Any], options: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in options:
+            known = ", ".join(f"--{option.replace('_', '-')}" for option in options) or "no options"
+            raise ValueError(f"{where}: nothing reads --{name.replace('_', '-')} here; this source takes {known}")
+
+
+def report(imported: Imported) -> list[str]:
+    """What was read and what became of it: every dropped and every new tensor, blocks that share a fate in one line."""
+    state = imported.state
+    count = sum(tensor.numel() for tensor in state.values())
+    lines = [f"{len(state)} tensors, {count:,} parameters: {describe(imported.settings)}", f"{imported.settings}"]
+    for word, fates in (("dropped", imported.dropped), ("new", imported.new)):
+        lines += [f"{word} {names}: {why}" for names, why in _grouped(fates)]
+    return lines
+
+
+def _grouped(fates: dict[str, str]) -> list[tuple[str, str]]:
+    """Names that differ in their block's number only, and share their fate, as one: blocks.1,3,5.attn.proj.weight."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, why in fates.items():
+        head, number, tail = re.fullmatch(r"(?:(\w*blocks\.)(\d+))?(.+)", name).groups()
+        groups.setdefault((head or "", tail, why), []).append(number or "")
+    return [(f"{head}{','.join(numbers)}{tail}", why) for (head, tail, why), numbers in groups.items()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`latte-scale import`: exit code 2 and one line for what a user can mend."""
+    try:
+        return run(parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

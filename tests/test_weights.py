@@ -1,0 +1,87 @@
+"""Weights of both kinds, from folders and from a run's checkpoint."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from latte_scale.diffusion.loss import DiffusionSettings
+from latte_scale.diffusion.sampler import make_scheduler
+from latte_scale.model.build import build_model
+from latte_scale.model.latte import Latte
+from latte_scale.model.latte_settings import LatteSettings
+from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
+from latte_scale.model.transformer_folder import write_transformer
+from latte_scale.settings import to_mapping
+from latte_scale.weights import load_weights
+from tests.weight_files import randomise, save_run
+
+CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, temporal_position="learnable")
+TEXT = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=12, sample_size=8, num_frames=3)
+KINDS = pytest.mark.parametrize("architecture", [CLASSES, TEXT], ids=["latte", "latte_t2v"])
+
+
+@KINDS
+def test_a_folder(tmp_path, architecture):
+    state = randomise(build_model(architecture)).state_dict()
+    write_transformer(tmp_path, architecture, state)
+    weights = load_weights(str(tmp_path))
+    assert weights.architecture == architecture and weights.config is None
+    assert weights.diffusion == DiffusionSettings()
+    model = weights.build()
+    assert type(model) is (Latte if architecture is CLASSES else LatteT2V) and not model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@KINDS
+@pytest.mark.parametrize(("source", "factor"), [("{}", 2.0), ("{}#raw", 1.0), ("{}#model", 1.0), ("{}#ema/0.99", 2.0)])
+def test_a_run(tmp_path, architecture, source, factor):
+    state = randomise(build_model(architecture)).state_dict()
+    diffusion = DiffusionSettings(objective="v")
+    section = to_mapping(architecture) | {"init": "somewhere"}
+    save_run(tmp_path, {"model": section, "diffusion": to_mapping(diffusion)}, state)
+    weights = load_weights(source.format(tmp_path))
+    assert weights.architecture == architecture and weights.diffusion == diffusion
+    assert all(torch.equal(tensor, factor * state[name]) for name, tensor in weights.state_dict.items())
+
+
+def test_a_run_from_before_the_kinds_is_text_to_video(tmp_path):
+    section = to_mapping(TEXT)
+    del section["kind"], section["contrastive_width"]
+    save_run(tmp_path, {"model": section, "diffusion": {}}, build_model(TEXT).state_dict())
+    assert load_weights(str(tmp_path)).architecture == TEXT
+
+
+def test_a_kind_from_the_future(tmp_path):
+    section = to_mapping(TEXT) | {"kind": "mocha"}
+    save_run(tmp_path, {"model": section, "diffusion": {}}, build_model(TEXT).state_dict())
+    with pytest.raises(ValueError, match=r"model.kind: expected one of latte, latte_t2v, came 'mocha'"):
+        load_weights(str(tmp_path))
+
+
+def test_a_built_model_shares_the_memory_of_its_weights(tmp_path):
+    write_transformer(tmp_path, TEXT, randomise(LatteT2V(TEXT)).state_dict())
+    weights = load_weights(str(tmp_path))
+    for name, parameter in weights.build().named_parameters():
+        assert parameter.data_ptr() == weights.state_dict[name].data_ptr(), name
+        assert parameter.requires_grad
+
+
+def test_the_scheduler_beside_the_weights_tells_the_objective(tmp_path):
+    narrow = dataclasses.replace(TEXT, out_channels=4)
+    write_transformer(tmp_path, narrow, build_model(narrow).state_dict())
+    wanted = DiffusionSettings(objective="flow", flow_shift=3.0)
+    make_scheduler(wanted, "dpm++").save_config(tmp_path / "scheduler")
+    assert load_weights(str(tmp_path)).diffusion == wanted
+
+
+def test_what_is_no_weights_is_told_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_weights(str(tmp_path / "nowhere"))
+    (tmp_path / "ffs.pt").touch()
+    with pytest.raises(ValueError, match=r"came a file; bring it in with latte-scale import --source .*ffs.pt"):
+        load_weights(str(tmp_path / "ffs.pt"))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="expected _class_name LatteTransformer3DModel or Latte, came 'UNet2DModel'"):
+        load_weights(str(tmp_path))
