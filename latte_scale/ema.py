@@ -23,6 +23,7 @@ class EmaSettings:
     """Which averages of the weights to keep; an empty tuple keeps none."""
 
     decays: tuple[float, ...] = (0.9999,)  # share of the old average that an applied update keeps
+    warmup: bool = False  # update n (from 0) keeps at most (1 + n) / (10 + n): the first weights are soon forgotten
 
     def __post_init__(self) -> None:
         if not all(0.0 < decay < 1.0 for decay in self.decays):
@@ -41,6 +42,7 @@ class Ema:
 
     def __init__(self, shards: Sequence[LocalShard], settings: EmaSettings) -> None:
         """Start from the weights as they are: build it after the model's weights are final."""
+        self._warmup = settings.warmup
         self._params = [shard.param for shard in shards]
         self._averages = {
             decay: [param.clone(memory_format=torch.contiguous_format) for param in self._params]
@@ -67,11 +69,14 @@ class Ema:
     def update(self, applied: Tensor) -> None:
         """average += (1 - decay) * (weight - average), if `applied` (0-d) is 1; nothing moves if it is 0.
 
-        Call it after the engine's step. No host waits for `applied`.
+        With warm-up after n updates decay is min(decay, (1 + n) / (10 + n)). Call it after the engine's step. No host
+        waits for `applied` or for n.
         """
         applied = applied.to(self._num_updates.device, torch.float32)
         for decay, averages in self._averages.items():
             weight = applied * (1.0 - decay)
+            if self._warmup:  # 1 - (1 + n) / (10 + n), written so that nothing cancels
+                weight = applied * (9.0 / (10.0 + self._num_updates)).clamp(min=1.0 - decay)
             for chunk in _chunks(self._params):
                 lerp_(averages[chunk], self._params[chunk], weight)
         self._num_updates += applied

@@ -1,5 +1,7 @@
 """EMA on one rank: the formula, skipped updates, counts. On several ranks: tests/engine/test_resume.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -80,6 +82,56 @@ def test_the_count_is_restored() -> None:
     ema.after_load(12)
     ema.update(ONE)
     assert ema.num_updates == 13
+
+
+def test_warm_up_forgets_the_first_weights_in_closed_form() -> None:
+    """Their share after n updates is the product of (1 + i) / (10 + i): 9! n! / (n + 9)!; without warm-up 0.9999^n."""
+    pieces = shards(3)
+    pieces[0].param.fill_(1.0)
+    ema = Ema(pieces, EmaSettings((0.9999,), warmup=True))
+    pieces[0].param.fill_(0.0)
+    for n in range(1, 40):
+        ema.update(ONE)
+        share = math.factorial(9) * math.factorial(n) / math.factorial(n + 9)
+        torch.testing.assert_close(ema.trees["ema/0.9999"][0], torch.full((3,), share), rtol=1e-5, atol=0)
+
+
+def test_warm_up_ends_where_it_meets_the_decay() -> None:
+    """(1 + n) / (10 + n) reaches 0.5 at n = 8: from there on, bit for bit the plain average."""
+    for n, same in ((7, False), (8, True), (100, True)):
+        pieces = shards(5)
+        plain, warm = Ema(pieces, EmaSettings((0.5,))), Ema(pieces, EmaSettings((0.5,), warmup=True))
+        pieces[0].param.add_(1.0)
+        for ema in (plain, warm):
+            ema.after_load(n)
+            ema.update(ONE)
+        assert torch.equal(plain.trees["ema/0.5"][0], warm.trees["ema/0.5"][0]) == same, n
+
+
+def test_warm_up_counts_applied_updates_only() -> None:
+    averages = []
+    for updates in ([ONE, ONE, ONE], [ZERO, ONE, ZERO, ZERO, ONE, ONE]):
+        pieces = shards(4)
+        ema = Ema(pieces, EmaSettings((0.999,), warmup=True))
+        pieces[0].param.mul_(2.0)
+        for applied in updates:
+            ema.update(applied)
+        averages.append(ema.trees["ema/0.999"][0])
+    assert torch.equal(*averages)
+
+
+def test_warm_up_does_not_depend_on_where_the_shards_are_cut() -> None:
+    ends = []
+    for cuts in ((1000,), (1, 7, 325, 667)):
+        values = torch.randn(1000, generator=torch.Generator().manual_seed(3)).split(list(cuts))
+        pieces = [LocalShard(f"p{i}", (len(v),), 0, len(v), v.clone(), {}) for i, v in enumerate(values)]
+        ema = Ema(pieces, EmaSettings((0.9999,), warmup=True))
+        for _ in range(4):
+            for piece in pieces:
+                piece.param.sin_()
+            ema.update(ONE)
+        ends.append(torch.cat(ema.trees["ema/0.9999"]))
+    assert torch.equal(*ends)
 
 
 def test_names_and_settings() -> None:

@@ -3,6 +3,8 @@
 Three objectives. "epsilon" predicts the noise, and if the model has twice as many output channels also the variance
 (improved DDPM, arXiv 2102.09672), which is how Latte is trained; "v" predicts the velocity of arXiv 2202.00512; "flow"
 is rectified flow (arXiv 2209.03003). Arithmetic is float32 whatever the model computes in.
+Frames that are given clean (to continue a video from its first frames) enter without noise, at timestep 0, and take no
+part in the loss.
 
 Shape legend: B batch, C latent channels, F frames, H W latent height and width.
 """
@@ -15,9 +17,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latte_scale.diffusion.schedule import Schedule, gather, linear_betas, make_schedule
+from latte_scale.diffusion.schedule import Schedule, gather, linear_betas, make_schedule, with_zero_terminal_snr
 
-ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], timestep [B]) -> output
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], timestep [B] or [B, F]) -> output
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class DiffusionSettings:
     beta_start: float = 1e-4  # first beta of the linear schedule (epsilon and v)
     beta_end: float = 0.02  # last beta of the linear schedule (epsilon and v)
     flow_shift: float = 1.0  # flow: time is moved to shift s / (1 + (shift - 1) s); above 1 means more noise
+    zero_terminal_snr: bool = False  # v: the last timestep is pure noise (arXiv 2305.08891); flow's always is
+    min_snr_gamma: float | None = None  # signal-to-noise ratio at which the loss's weight is capped; None: no weights
 
     def __post_init__(self) -> None:
         if self.objective not in ("epsilon", "v", "flow"):
@@ -42,19 +46,33 @@ class DiffusionSettings:
             )
         if self.flow_shift <= 0:
             raise ValueError(f"flow_shift: expected above 0, came {self.flow_shift}; 1 leaves time as it is")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma: expected above 0, came {self.min_snr_gamma}; 5 is usual, null is off")
+        if self.zero_terminal_snr and self.objective == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr: objective epsilon says nothing of the clip where the input is pure noise; "
+                "set objective to v, or zero_terminal_snr to false"
+            )
+        if self.zero_terminal_snr and self.objective == "v" and self.min_snr_gamma is not None:
+            raise ValueError(
+                "zero_terminal_snr with min_snr_gamma: the last timestep, where sampling begins, would weigh 0 and "
+                "never be trained; set min_snr_gamma to null, or zero_terminal_snr to false"
+            )
 
 
 class LossTerms(NamedTuple):
     """Per clip, float32: `loss_B` is what to average and minimise, the others are its parts."""
 
     loss_B: Tensor
-    mse_B: Tensor
+    mse_B: Tensor  # without min-SNR's weight
     vb_B: Tensor | None  # bits per dimension; None when the model does not learn the variance
 
 
 def schedule_of(settings: DiffusionSettings, device: torch.device | str = "cpu") -> Schedule:
     """The noise schedule of the settings (flow does not look at it), with its tables on `device`."""
     betas_S = linear_betas(settings.num_timesteps, settings.beta_start, settings.beta_end)
+    if settings.zero_terminal_snr:
+        betas_S = with_zero_terminal_snr(betas_S)
     return make_schedule(betas_S.to(device))
 
 
@@ -77,19 +95,26 @@ def diffusion_loss(
     noise_BCFHW: Tensor,
     settings: DiffusionSettings,
     schedule: Schedule,
+    *,
+    known_BF: Tensor | None = None,
 ) -> LossTerms:
     """Noise the latents, run the model once and compare.
 
     latents_BCFHW: clean latents in model units. t_B: timesteps as `draw_timestep` gives them, on the same device.
     noise_BCFHW: standard normal, of the latents' shape. schedule: `schedule_of(settings)` on the same device.
-    Returns float32 terms [B]. Raises ValueError when the model's channels do not fit the objective.
+    known_BF: bool, True for frames given clean: the model then gets a timestep for each frame, [B, F] with 0 there, and
+    the terms are means over the other frames. Every clip needs at least one such other frame: without, it has no loss
+    (NaN). None: every frame is noisy and the timestep is [B].
+    Returns float32 terms [B]. Raises ValueError when the noise, the known frames or the model's channels do not fit.
     """
     x0, noise = latents_BCFHW.float(), noise_BCFHW.float()
-    if noise.shape != x0.shape:
-        raise ValueError(f"noise: expected the latents' shape {list(x0.shape)}, came {list(noise.shape)}")
+    _check_shapes(x0, noise, known_BF)
     signal_B, sigma_B = _signal_and_noise(t_B, x0.ndim, settings, schedule)
-    xt = signal_B * x0 + sigma_B * noise
-    out = model_fn(xt, t_B).float()
+    xt, timestep = signal_B * x0 + sigma_B * noise, t_B
+    if known_BF is not None:
+        xt = torch.where(known_BF[:, None, :, None, None], x0, xt)
+        timestep = torch.where(known_BF, 0, t_B[:, None])
+    out = model_fn(xt, timestep).float()
     prediction, variance = _split_channels(out, x0, settings)
     if settings.objective == "epsilon":
         target = noise
@@ -97,21 +122,42 @@ def diffusion_loss(
         target = signal_B * noise - sigma_B * x0  # arXiv 2202.00512, section 4
     else:
         target = noise - x0  # arXiv 2209.03003, equation 1, with time running from data to noise
-    mse_B = _mean((prediction - target) ** 2)
+    mse_B = _mean((prediction - target) ** 2, known_BF)
+    weighted_B = mse_B
+    if settings.min_snr_gamma is not None:
+        weighted_B = min_snr_weight(signal_B.flatten(), sigma_B.flatten(), settings) * mse_B
     if variance is None:
-        return LossTerms(mse_B, mse_B, None)
-    vb_B = variational_bound(prediction.detach(), variance, x0, xt, t_B, schedule)
-    return LossTerms(mse_B + vb_B, mse_B, vb_B)
+        return LossTerms(weighted_B, mse_B, None)
+    vb_B = variational_bound(prediction.detach(), variance, x0, xt, t_B, schedule, known_BF)
+    return LossTerms(weighted_B + vb_B, mse_B, vb_B)
+
+
+def min_snr_weight(signal_B: Tensor, sigma_B: Tensor, settings: DiffusionSettings) -> Tensor:
+    """Min-SNR-gamma's weight of the squared error [B] (arXiv 2303.09556, section 3.4).
+
+    An error in x_0 weighs min(SNR, gamma), with SNR = signal^2 / sigma^2, so an error in what the model predicts weighs
+    that times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. Flow is not in
+    it; x_0 = x_t - sigma u gives sigma^2 there as well. The bound has no weight: it trains the variance only.
+    """
+    capped_B = torch.minimum(signal_B**2, settings.min_snr_gamma * sigma_B**2)  # min(SNR, gamma) sigma^2
+    return capped_B / signal_B**2 if settings.objective == "epsilon" else capped_B
 
 
 def variational_bound(
-    epsilon: Tensor, variance: Tensor, x0: Tensor, xt: Tensor, t_B: Tensor, schedule: Schedule
+    epsilon: Tensor,
+    variance: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t_B: Tensor,
+    schedule: Schedule,
+    known_BF: Tensor | None = None,
 ) -> Tensor:
     """The term of the variational bound for step t in bits per dimension, float32 [B].
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0 and the discretised log likelihood for t = 0 (arXiv
     2006.11239, equations 5 and 13). `variance` in [-1, 1] interpolates between beta-tilde and beta on a log scale
-    (arXiv 2102.09672, equation 15). The caller detaches epsilon: this term trains the variance only.
+    (arXiv 2102.09672, equation 15). The caller detaches epsilon: this term trains the variance only. Frames that
+    `known_BF` marks are left out of the mean.
     """
     alphas_cumprod_B = gather(schedule.alphas_cumprod_S, t_B, x0.ndim)
     x0_hat = (xt - (1 - alphas_cumprod_B).sqrt() * epsilon) / alphas_cumprod_B.sqrt()
@@ -121,9 +167,19 @@ def variational_bound(
     low_B = gather(schedule.posterior_log_variance_S, t_B, x0.ndim)
     high_B = gather(schedule.betas_S.log(), t_B, x0.ndim)
     log_variance = low_B + (variance + 1) / 2 * (high_B - low_B)
-    kl_B = _mean(_normal_kl(true_mean, low_B, mean, log_variance))
-    nll_B = -_mean(_discretised_log_likelihood(x0, mean, 0.5 * log_variance))
+    kl_B = _mean(_normal_kl(true_mean, low_B, mean, log_variance), known_BF)
+    nll_B = -_mean(_discretised_log_likelihood(x0, mean, 0.5 * log_variance), known_BF)
     return torch.where(t_B == 0, nll_B, kl_B) / math.log(2)
+
+
+def _check_shapes(x0: Tensor, noise: Tensor, known_BF: Tensor | None) -> None:
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise: expected the latents' shape {list(x0.shape)}, came {list(noise.shape)}")
+    wanted = (x0.shape[0], x0.shape[2])
+    if known_BF is not None and (known_BF.shape != wanted or known_BF.dtype != torch.bool):
+        raise ValueError(
+            f"known frames: expected bool {list(wanted)} (clips, frames), came {known_BF.dtype} {list(known_BF.shape)}"
+        )
 
 
 def _signal_and_noise(t_B: Tensor, ndim: int, settings: DiffusionSettings, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -151,9 +207,13 @@ def _split_channels(out: Tensor, x0: Tensor, settings: DiffusionSettings) -> tup
     )
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Mean over every axis but the batch."""
-    return x.flatten(1).mean(1)
+def _mean(x: Tensor, known_BF: Tensor | None = None) -> Tensor:
+    """Mean over every axis but the batch, of the frames that are not known."""
+    if known_BF is None:
+        return x.flatten(1).mean(1)
+    frame_size = x[0, :, 0].numel()
+    total_B = x.masked_fill(known_BF[:, None, :, None, None], 0.0).flatten(1).sum(1)
+    return total_B / ((~known_BF).sum(1) * frame_size)
 
 
 def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

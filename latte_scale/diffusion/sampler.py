@@ -1,23 +1,24 @@
 """Sampling: noise in, latents out, with classifier-free guidance and diffusers' schedulers.
 
 `make_scheduler` is the one place where settings become a diffusers scheduler: `sample` steps with it and export writes
-it into the pipeline's folder, so LattePipeline on an exported folder walks the same path. diffusers is imported on
-first use: training does not need it.
+it into the pipeline's folder, so LattePipeline on an exported folder walks the same path. What conditions the model
+(text, label, nothing) is the caller's: it closes over it. diffusers is imported on first use: training does not need
+it.
 
-Shape legend: B batch, C latent channels, F frames, H W latent height and width, L text length, D text channels.
+Shape legend: B batch, N rows of a model call (B, or 2 B with guidance), C latent channels, F frames, H W latent height
+and width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from latte_scale.diffusion.loss import DiffusionSettings
-from latte_scale.diffusion.schedule import respaced_timesteps
+from latte_scale.diffusion.loss import DiffusionSettings, ModelFn, schedule_of
+from latte_scale.diffusion.schedule import respaced_timesteps, trailing_timesteps
 
 Sampler = Literal["ddim", "ddpm", "dpm++", "euler", "heun"]
-ConditionedModelFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (latents, timestep_B, text, mask)
 
 SAMPLERS: dict[str, tuple[Sampler, ...]] = {  # by objective; the first is the default
     "epsilon": ("ddim", "ddpm", "dpm++"),
@@ -30,7 +31,8 @@ def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_varian
     """The diffusers scheduler that samples a model trained with these settings.
 
     ddim: leading spacing, eta 0, as LattePipeline ships. ddpm: ancestral; uses the model's variance if
-    `learned_variance`, else the posterior's. dpm++: second-order multistep. euler, heun: for flow.
+    `learned_variance`, else the posterior's. dpm++: second-order multistep. euler, heun: for flow. With zero terminal
+    SNR the spacing is trailing, so that sampling begins at the last timestep.
     Raises ValueError when the sampler does not fit the objective, naming those that do.
     """
     if sampler not in SAMPLERS[settings.objective]:
@@ -49,6 +51,8 @@ def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_varian
         "beta_schedule": "linear",
         "prediction_type": "epsilon" if settings.objective == "epsilon" else "v_prediction",
     }
+    if settings.zero_terminal_snr:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if sampler == "ddim":
         return diffusers.DDIMScheduler(**schedule, clip_sample=False)
     if sampler == "ddpm":
@@ -74,67 +78,147 @@ def _flow_scheduler(settings: DiffusionSettings, sampler: Sampler) -> Any:
 
 @torch.no_grad()
 def sample(
-    model_fn: ConditionedModelFn,
+    model_fn: ModelFn,
     noise_BCFHW: Tensor,
-    text_BLD: Tensor,
-    negative_BLD: Tensor,
     settings: DiffusionSettings,
     *,
-    mask_BL: Tensor | None = None,
     sampler: Sampler,
     num_steps: int,
     guidance: float,
+    guided_channels: Literal["all", "prediction"] = "all",
     learned_variance: bool = False,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+    init_BCFHW: Tensor | None = None,
+    strength: float = 1.0,
+    known_BCFHW: Tensor | None = None,
+    num_known: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Denoise `noise_BCFHW` (standard normal) into clean latents in model units, float32 [B, C, F, H, W].
 
-    model_fn: (latents, timestep_B, text_BLD, mask_BL) -> output with C channels, or 2 C when the variance is learned.
-    negative_BLD: the negative prompt's or the null embedding, cut or padded to text_BLD's shape; mask_BL (or None)
-    holds for both. guidance: 1 or less runs the model once a step, on the text alone; above 1 twice (Ho and Salimans,
-    arXiv 2207.12598), batch order [negative, text], on all output channels, as LattePipeline does. num_steps: scheduler
-    steps (heun calls the model twice in each but the last). learned_variance: the model has 2 C channels and ddpm is to
-    use them; every other sampler needs the first C only. generator: the noise that ddpm adds (None: torch's global
-    one). progress: called as progress(model calls done, all). Raises ValueError for shapes or samplers that do not fit.
+    model_fn: (latents_NCFHW, timestep_N) -> output with C channels, or 2 C when the variance is learned. guidance: 1 or
+    less calls it with the B conditioned rows; above 1 (Ho and Salimans, arXiv 2207.12598) with 2 B rows, the negative
+    or unconditional half first. guided_channels: "all", as LattePipeline does, or "prediction": the first C only, as
+    class-conditional Latte does; the variance is then the conditioned half's.
+    num_steps: scheduler steps (heun calls the model twice in each but the last). learned_variance: the model has 2 C
+    channels and ddpm is to use them; every other sampler needs the first C only. generators: one a clip, for the noise
+    that ddpm adds, so that it does not depend on the batch (None: torch's global one).
+    init_BCFHW, strength: begin from this clip, noised, and walk the last `strength` of the steps (at least one).
+    known_BCFHW, num_known: its first `num_known` frames are given clean: the model sees them so at every call, with a
+    timestep for each frame (timestep_NF, 0 there), and they stand in the result.
+    progress: called as progress(model calls done, all). Raises ValueError for arguments that do not fit.
     """
-    _check_arguments(text_BLD, negative_BLD, settings, num_steps)
+    _check_arguments(noise_BCFHW, settings, num_steps, generators)
+    _check_clips(noise_BCFHW, init_BCFHW, strength, known_BCFHW, num_known)
     scheduler = make_scheduler(settings, sampler, learned_variance)
+    begin = _lay_steps(scheduler, settings, sampler, num_steps, strength)
+    timesteps = scheduler.timesteps[begin:]  # on the host, so that the scheduler's tables need no sync
+    extra = {"generator": None if generators is None else list(generators)} if sampler == "ddpm" else {}
+    guided, channels = guidance > 1, noise_BCFHW.shape[1]
+    latents = noise_BCFHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+    if init_BCFHW is not None:
+        signal, sigma = _noise_level(scheduler, settings, begin)
+        latents = signal * init_BCFHW.float() + sigma * latents
+    latents = _with_known(latents, known_BCFHW, num_known)
+    for call, t in enumerate(timesteps):
+        x = torch.cat([latents, latents]) if guided else latents
+        out = model_fn(x, _model_timestep(t, x, num_known)).float()
+        if guided:
+            out = _guide(out, guidance, channels if guided_channels == "prediction" else out.shape[1])
+        if not learned_variance or sampler != "ddpm":
+            out = out[:, :channels]
+        latents = scheduler.step(out, t, latents, **extra, return_dict=False)[0]
+        latents = _with_known(latents, known_BCFHW, num_known)
+        if progress is not None:
+            progress(call + 1, len(timesteps))
+    return latents
+
+
+def _lay_steps(scheduler: Any, settings: DiffusionSettings, sampler: Sampler, num_steps: int, strength: float) -> int:
+    """Lay `num_steps` steps over the schedule, as the sampler's own paper or LattePipeline does.
+
+    Returns the model call at which the last `strength` of the steps begin.
+    """
     if sampler == "ddpm":  # from the last timestep on, as Latte's own sampler; diffusers' spacing would start lower
         scheduler.set_timesteps(timesteps=respaced_timesteps(settings.num_timesteps, num_steps)[::-1])
     elif sampler == "euler":  # equal steps from 1 to 0; diffusers' spacing spends the last one on 0.001
         scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)])
+    elif sampler == "dpm++" and scheduler.config.timestep_spacing == "trailing":
+        # diffusers' own arithmetic adds a timestep of -1 at some step counts (61, 103, ...)
+        scheduler.set_timesteps(timesteps=trailing_timesteps(settings.num_timesteps, num_steps))
     else:
+        if sampler == "ddim" and settings.zero_terminal_snr and settings.num_timesteps % num_steps:
+            raise ValueError(
+                f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
+                f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
+            )
         scheduler.set_timesteps(num_steps)
-    extra = {"generator": generator} if sampler == "ddpm" else {}
-    guided = guidance > 1
-    text = torch.cat([negative_BLD, text_BLD]) if guided else text_BLD
-    mask = torch.cat([mask_BL, mask_BL]) if guided and mask_BL is not None else mask_BL
-    latents = noise_BCFHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-    for call, t in enumerate(scheduler.timesteps):  # on the host, so that the scheduler's tables need no sync
-        x = torch.cat([latents, latents]) if guided else latents
-        out = model_fn(x, t.to(x.device).expand(x.shape[0]), text, mask).float()
-        if guided:
-            negative, positive = out.chunk(2)
-            out = negative + guidance * (positive - negative)
-        if not learned_variance or sampler != "ddpm":
-            out = out[:, : latents.shape[1]]
-        latents = scheduler.step(out, t, latents, **extra, return_dict=False)[0]
-        if progress is not None:
-            progress(call + 1, len(scheduler.timesteps))
-    return latents
+    begin = (num_steps - max(1, round(num_steps * strength))) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):  # else it looks for the timestep, which dpm++ may have rounded to another
+        scheduler.set_begin_index(begin)
+    return begin
 
 
-def _check_arguments(text_BLD: Tensor, negative_BLD: Tensor, settings: DiffusionSettings, num_steps: int) -> None:
-    if negative_BLD.shape != text_BLD.shape:
-        raise ValueError(
-            f"negative text: expected the text's shape {list(text_BLD.shape)}, came {list(negative_BLD.shape)}; "
-            f"cut the null embedding to the caption's length and expand it over the batch"
-        )
+def _noise_level(scheduler: Any, settings: DiffusionSettings, call: int) -> tuple[float, float]:
+    """The coefficients of the clip and of the noise in what the model gets at this call."""
+    if settings.objective == "flow":
+        sigma = scheduler.sigmas[call].item()  # not from the timestep, which dpm++ rounds
+        return 1 - sigma, sigma
+    alpha_bar = schedule_of(settings).alphas_cumprod_S[scheduler.timesteps[call]].item()
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def _with_known(latents: Tensor, known: Tensor | None, num_known: int) -> Tensor:
+    """The latents with their first frames replaced by the known ones; not in place: heun holds on to its input."""
+    if known is None:
+        return latents
+    return torch.cat([known[:, :, :num_known].float(), latents[:, :, num_known:]], dim=2)
+
+
+def _model_timestep(t: Tensor, x_NCFHW: Tensor, num_known: int) -> Tensor:
+    """One timestep a row; with known frames one a frame, theirs 0."""
+    t = t.to(x_NCFHW.device)
+    if not num_known:
+        return t.expand(x_NCFHW.shape[0])
+    t_F = t.repeat(x_NCFHW.shape[2])
+    t_F[:num_known] = 0
+    return t_F.expand(x_NCFHW.shape[0], -1)
+
+
+def _guide(out: Tensor, guidance: float, channels: int) -> Tensor:
+    """Extrapolate from the negative to the conditioned half on the first `channels`; the rest is the latter's."""
+    negative, positive = out.chunk(2)
+    if channels == out.shape[1]:
+        return negative + guidance * (positive - negative)
+    guided = negative[:, :channels] + guidance * (positive[:, :channels] - negative[:, :channels])
+    return torch.cat([guided, positive[:, channels:]], dim=1)
+
+
+def _check_arguments(
+    noise: Tensor, settings: DiffusionSettings, num_steps: int, generators: Sequence[torch.Generator] | None
+) -> None:
     if not 1 <= num_steps <= settings.num_timesteps:
         raise ValueError(
             f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), came {num_steps}"
         )
+    if generators is not None and len(generators) != len(noise):
+        raise ValueError(f"generators: expected one for each of {len(noise)} clips, came {len(generators)}")
+
+
+def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Tensor | None, num_known: int) -> None:
+    if not 0 < strength <= 1 or (init is None and strength != 1):
+        raise ValueError(f"strength: expected above 0 and at most 1, and 1 without an input video, came {strength}")
+    if init is not None and init.shape != noise.shape:
+        raise ValueError(f"input video: expected the noise's shape {list(noise.shape)}, came {list(init.shape)}")
+    if known is None and not num_known:
+        return
+    frames = noise.shape[2]
+    if not 1 <= num_known < frames:
+        raise ValueError(f"known frames: expected 1 to {frames - 1} of the clip's {frames}, came {num_known}")
+    wanted = [*noise.shape[:2], num_known, *noise.shape[3:]]
+    if known is None or list(known[:, :, :num_known].shape) != wanted:
+        came = "none" if known is None else list(known.shape)
+        raise ValueError(f"known frames: expected latents of shape {wanted} or with more frames, came {came}")
 
 
 def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettings:
@@ -152,9 +236,13 @@ def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettin
             f"{where}: expected prediction_type epsilon, v_prediction or flow_prediction and a linear beta_schedule, "
             f"came {prediction} and {config.get('beta_schedule')}"
         )
-    return DiffusionSettings(
-        objective="epsilon" if prediction == "epsilon" else "v",
-        num_timesteps=num_timesteps,
-        beta_start=config["beta_start"],
-        beta_end=config["beta_end"],
-    )
+    try:
+        return DiffusionSettings(
+            objective="epsilon" if prediction == "epsilon" else "v",
+            num_timesteps=num_timesteps,
+            beta_start=config["beta_start"],
+            beta_end=config["beta_end"],
+            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

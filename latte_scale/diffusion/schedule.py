@@ -32,8 +32,20 @@ def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> Tens
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
 
 
+def with_zero_terminal_snr(betas_S: Tensor) -> Tensor:
+    """The same schedule, stretched so that nothing of x_0 is left at the last timestep, float64 [S].
+
+    The root of alpha-bar is shifted to 0 at the end and scaled back to its value at the start (arXiv 2305.08891,
+    algorithm 1). The last beta is exactly 1.
+    """
+    root_S = torch.cumprod(1 - betas_S.double(), dim=0).sqrt()
+    root_S = (root_S - root_S[-1]) * (root_S[0] / (root_S[0] - root_S[-1]))
+    alphas_cumprod_S = root_S**2
+    return 1 - alphas_cumprod_S / torch.cat([torch.ones_like(root_S[:1]), alphas_cumprod_S[:-1]])
+
+
 def make_schedule(betas_S: Tensor) -> Schedule:
-    """All tables from the betas, each in (0, 1)."""
+    """All tables from the betas, each in (0, 1); the last may be 1."""
     betas_S = betas_S.double()
     alphas_cumprod_S = torch.cumprod(1 - betas_S, dim=0)
     previous_S = torch.cat([torch.ones_like(betas_S[:1]), alphas_cumprod_S[:-1]])
@@ -62,3 +74,12 @@ def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
         raise ValueError(f"sampling steps: expected 1 to {num_timesteps} (diffusion.num_timesteps), came {num_steps}")
     stride = (num_timesteps - 1) / max(num_steps - 1, 1)
     return [round(step * stride) for step in range(num_steps)]
+
+
+def trailing_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
+    """`num_steps` timesteps at equal distances down from the last one, which is included, descending.
+
+    The spacing that a schedule with zero terminal SNR needs (arXiv 2305.08891, table 2): sampling has to begin where
+    the input is pure noise.
+    """
+    return [round(num_timesteps - step * num_timesteps / num_steps) - 1 for step in range(num_steps)]

@@ -11,6 +11,7 @@ from latte_scale.diffusion.loss import (
     DiffusionSettings,
     diffusion_loss,
     draw_timestep,
+    min_snr_weight,
     schedule_of,
     variational_bound,
 )
@@ -162,6 +163,130 @@ def test_flow_shift_moves_time_towards_noise() -> None:
     assert draw_timestep(float(np.nextafter(1.0, 0.0)), shifted).item() <= 1000
 
 
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_in_closed_form(gamma) -> None:
+    """min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, / (1 + root of SNR)^2 for flow (1 / sigma^2)."""
+    alpha_bar = SCHEDULE.alphas_cumprod_S
+    snr = alpha_bar / (1 - alpha_bar)
+    assert (snr > gamma).any() and (snr < gamma).any()
+    signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    capped = snr.clamp(max=gamma)
+    for settings, expected in ((EPSILON, capped / snr), (V, capped / (snr + 1))):
+        weight = min_snr_weight(signal, sigma, dataclasses.replace(settings, min_snr_gamma=gamma))
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=1e-7)
+    sigma = 1 / (1 + snr.sqrt())
+    weight = min_snr_weight((1 - sigma).float(), sigma.float(), dataclasses.replace(FLOW, min_snr_gamma=gamma))
+    torch.testing.assert_close(weight.double(), capped / (1 + snr.sqrt()) ** 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [EPSILON, V, FLOW], ids=["epsilon", "v", "flow"])
+def test_min_snr_weighs_an_error_in_x0_alike_for_every_objective(settings) -> None:
+    """An estimate of x_0 that is off by 0.1 costs min(SNR, gamma) x 0.01, however the model says it."""
+    latents, noise = batch(3)
+    t = torch.tensor([3, 300, 900]) if settings is not FLOW else torch.tensor([3.0, 300.0, 900.0])
+
+    def model_fn(x, t):
+        if settings is FLOW:
+            sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+            return (x - (latents + 0.1)) / sigma
+        alpha_bar = SCHEDULE.alphas_cumprod_S[t].view(-1, 1, 1, 1, 1)
+        epsilon = (x - alpha_bar.sqrt() * (latents + 0.1)) / (1 - alpha_bar).sqrt()
+        return epsilon if settings is EPSILON else alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * (latents + 0.1)
+
+    alpha_bar = SCHEDULE.alphas_cumprod_S[t.long()]
+    snr = ((1 - t / 1000) / (t / 1000)) ** 2 if settings is FLOW else alpha_bar / (1 - alpha_bar)
+    capped = dataclasses.replace(settings, min_snr_gamma=5.0)
+    terms = diffusion_loss(model_fn, latents, t, noise, capped, SCHEDULE)
+    torch.testing.assert_close(terms.loss_B.double(), 0.01 * snr.double().clamp(max=5.0), rtol=1e-3, atol=0)
+
+
+def test_min_snr_leaves_the_bound_and_the_reported_error_alone() -> None:
+    latents, noise = batch(3)
+    t = torch.tensor([0, 100, 900])
+    plain = diffusion_loss(zeros(8), latents, t, noise, EPSILON, SCHEDULE)
+    capped = dataclasses.replace(EPSILON, min_snr_gamma=5.0)
+    weighted = diffusion_loss(zeros(8), latents, t, noise, capped, SCHEDULE)
+    assert torch.equal(weighted.mse_B, plain.mse_B) and torch.equal(weighted.vb_B, plain.vb_B)
+    assert (weighted.loss_B[:2] < plain.loss_B[:2]).all() and weighted.loss_B[2] == plain.loss_B[2]
+
+
+def test_zero_terminal_snr_ends_in_pure_noise() -> None:
+    settings = dataclasses.replace(V, zero_terminal_snr=True)
+    latents, noise = batch(2)
+    seen = {}
+
+    def model_fn(x, t):
+        seen["x"] = x
+        return torch.zeros_like(x)
+
+    terms = diffusion_loss(model_fn, latents, torch.tensor([999, 0]), noise, settings, schedule_of(settings))
+    assert torch.equal(seen["x"][0], noise[0])
+    torch.testing.assert_close(terms.loss_B[0], latents[0].square().mean())  # v = -x_0
+    assert torch.equal(schedule_of(V).betas_S, SCHEDULE.betas_S)
+
+
+KNOWN = torch.tensor([[True, False], [False, False], [False, True]])
+
+
+@pytest.mark.parametrize("settings", [EPSILON, V, FLOW], ids=["epsilon", "v", "flow"])
+def test_known_frames_enter_clean_at_timestep_0(settings) -> None:
+    latents, noise = batch(3)
+    t = torch.tensor([7, 400, 999]) if settings is not FLOW else torch.tensor([7.5, 400.0, 999.0])
+    seen = []
+
+    def model_fn(x, t):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    diffusion_loss(model_fn, latents, t, noise, settings, SCHEDULE)
+    diffusion_loss(model_fn, latents, t, noise, settings, SCHEDULE, known_BF=KNOWN)
+    (noisy, _), (x, timestep) = seen
+    assert torch.equal(timestep, torch.stack([t, t], 1) * ~KNOWN) and timestep.dtype == t.dtype
+    for clip, frame in ((0, 0), (2, 1)):
+        assert torch.equal(x[clip, :, frame], latents[clip, :, frame])
+    for clip, frame in ((0, 1), (1, 0), (1, 1), (2, 0)):
+        assert torch.equal(x[clip, :, frame], noisy[clip, :, frame])
+
+
+@pytest.mark.parametrize("settings", [EPSILON, V, FLOW], ids=["epsilon", "v", "flow"])
+def test_known_frames_are_not_in_the_loss(settings) -> None:
+    """With a model that looks at each frame alone, the terms are those of a clip without the known frames."""
+    latents, noise = batch(3)
+    t = torch.tensor([0, 1, 700]) if settings is not FLOW else torch.tensor([1.0, 300.0, 700.0])
+    model_fn = lambda x, t: torch.cat([x.sin(), x.cos()], 1) if settings is EPSILON else x.sin()  # noqa: E731
+    whole = diffusion_loss(model_fn, latents, t, noise, settings, SCHEDULE, known_BF=KNOWN)
+    for i, frames in enumerate(~KNOWN):
+        shorter = (x[i : i + 1][:, :, frames] for x in (latents, noise))
+        alone = diffusion_loss(model_fn, next(shorter), t[i : i + 1], next(shorter), settings, SCHEDULE)
+        torch.testing.assert_close(whole.loss_B[i], alone.loss_B[0])
+        torch.testing.assert_close(whole.mse_B[i], alone.mse_B[0])
+
+
+def test_known_frames_train_nothing() -> None:
+    latents, noise = batch(3)
+    out = torch.full((3, 8, 2, 4, 4), 0.1, requires_grad=True)
+    t = torch.tensor([0, 400, 999])
+    terms = diffusion_loss(lambda x, t: out, latents, t, noise, EPSILON, SCHEDULE, known_BF=KNOWN)
+    (gradient,) = torch.autograd.grad(terms.loss_B.sum(), out)
+    of_frames = gradient.abs().amax((1, 3, 4))
+    assert torch.equal(of_frames == 0, KNOWN)
+
+
+def test_no_known_frame_is_the_plain_loss() -> None:
+    latents, noise = batch(3)
+    t = torch.tensor([0, 400, 999])
+    plain = diffusion_loss(zeros(8), latents, t, noise, EPSILON, SCHEDULE)
+    masked = diffusion_loss(zeros(8), latents, t, noise, EPSILON, SCHEDULE, known_BF=torch.zeros_like(KNOWN))
+    torch.testing.assert_close(masked.loss_B, plain.loss_B)
+
+
+@pytest.mark.parametrize("known", [KNOWN[:2], KNOWN.T, KNOWN.int()])
+def test_known_frames_that_do_not_fit(known) -> None:
+    latents, noise = batch(3)
+    with pytest.raises(ValueError, match=r"known frames: expected bool \[3, 2\] \(clips, frames\), came"):
+        diffusion_loss(zeros(8), latents, torch.tensor([5, 6, 7]), noise, EPSILON, SCHEDULE, known_BF=known)
+
+
 @pytest.mark.parametrize(
     ("settings", "channels", "message"),
     [(V, 8, "objective v expects 4 channels.*model.out_channels"), (EPSILON, 5, "expects 4 or 8 channels")],
@@ -185,6 +310,9 @@ def test_noise_of_another_shape() -> None:
         ({"num_timesteps": 1}, "at least 2"),
         ({"beta_start": 0.1}, "beta_start <= beta_end"),
         ({"flow_shift": 0.0}, "flow_shift"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma: expected above 0"),
+        ({"zero_terminal_snr": True}, "objective epsilon says nothing.*set objective to v"),
+        ({"objective": "v", "zero_terminal_snr": True, "min_snr_gamma": 5.0}, "never be trained"),
     ],
 )
 def test_settings_say_what_to_do(change, message) -> None:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from latte_scale.diffusion.schedule import gather, linear_betas, make_schedule, respaced_timesteps
+from latte_scale.diffusion.schedule import (
+    gather,
+    linear_betas,
+    make_schedule,
+    respaced_timesteps,
+    trailing_timesteps,
+    with_zero_terminal_snr,
+)
 
 SCHEDULE = make_schedule(linear_betas(1000, 1e-4, 0.02))
 
@@ -80,6 +87,38 @@ def test_respacing(num_steps, head, tail, last_beta) -> None:
     if last_beta is not None:
         alphas_cumprod = SCHEDULE.alphas_cumprod_S
         assert 1 - (alphas_cumprod[steps[-1]] / alphas_cumprod[steps[-2]]).item() == pytest.approx(last_beta, rel=1e-9)
+
+
+def test_zero_terminal_snr_in_closed_form() -> None:
+    """The root of alpha-bar is an affine map of what it was: its first value stays, its last is exactly 0."""
+    stretched = make_schedule(with_zero_terminal_snr(SCHEDULE.betas_S))
+    old, new = SCHEDULE.alphas_cumprod_S.sqrt(), stretched.alphas_cumprod_S.sqrt()
+    torch.testing.assert_close(new, old[0] * (old - old[-1]) / (old[0] - old[-1]), rtol=1e-9, atol=1e-12)
+    assert stretched.betas_S[-1] == 1 and stretched.alphas_cumprod_S[-1] == 0
+    assert stretched.betas_S[0].item() == pytest.approx(1e-4, rel=1e-9)
+    assert all(table.isfinite().all() for table in vars(stretched).values())
+
+
+def test_zero_terminal_snr_equals_diffusers_to_float32() -> None:
+    ours = make_schedule(with_zero_terminal_snr(SCHEDULE.betas_S)).alphas_cumprod_S
+    reference = DDPMScheduler(
+        1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", rescale_betas_zero_snr=True
+    ).alphas_cumprod
+    assert (ours - reference).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"),
+    [(50, list(range(999, 0, -20))), (4, [999, 749, 499, 249]), (3, [999, 666, 332]), (1, [999])],
+)
+def test_trailing_timesteps(num_steps, expected) -> None:
+    assert trailing_timesteps(1000, num_steps) == expected
+
+
+def test_trailing_timesteps_at_every_count() -> None:
+    for num_steps in range(1, 1001):
+        steps = trailing_timesteps(1000, num_steps)
+        assert len(set(steps)) == num_steps and steps[0] == 999 and steps[-1] >= 0, num_steps
 
 
 def test_respacing_at_the_ends() -> None:
