@@ -5,15 +5,14 @@
 In: a data set of clips (`latte-data shard` or `latte-data index`) and a config with the sections video (frame policy),
 encoders and latents. Out: latent shards with the same sample keys, order and shard numbers, an index beside each,
 `null-text.safetensors` (the empty caption, whole), `encode.json` (the settings and encoders that made this folder) and
-`manifest.json`, written last. Latents are stored raw and in float16; the manifest holds the scale.
+`manifest.json`, written last. Latents are stored raw and in float16; the manifest holds the scale. With encoders.text
+null there is no text, only latents and classes; with video.hflip the latents of the mirrored clip are stored as well.
 A clip that cannot be read or encoded is left out and named with its reason; captions that the encoder cuts are counted.
 
 The decision worth knowing: the unit of work is a shard. It is there whole, with its index, or not there, so the same
 command goes on after an interruption, and several --workers (processes, one shard each) give the same bytes as one.
 A folder that other settings or other clips began is refused unless --force, which starts it over.
-
-Shapes: F frames, C channels, h w latent height and width, L tokens, D width; B is always 1 here, so that what a clip
-becomes does not depend on its neighbours.
+What becomes of one clip is in data_tools/encode_shard.py.
 """
 
 import argparse
@@ -26,199 +25,33 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-import numpy as np
-
-from latte_scale.data.index import index_name, load_index
-from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
+from data_tools.encode_shard import Encoder, EncodeSettings, ShardOutcome
 from latte_scale.data.schema import (
     ENCODE_HEADER,
     MANIFEST,
     NULL_TEXT,
     FileInfo,
-    LatentKind,
     LatentsInfo,
     Manifest,
     ShardEntry,
     TextInfo,
     VaeInfo,
-    VideoSettings,
     save_manifest,
 )
-from latte_scale.data.shards import LatentSample, ShardFile, finished_entry, shard_name
-from latte_scale.encoders import (
-    CAPTION_CLEANING,
-    EncoderFacts,
-    EncoderSettings,
-    TextEncoder,
-    VideoAutoencoder,
-    clean_caption,
-    encoder_facts,
-    load_encoders,
-)
+from latte_scale.data.shards import finished_entry, shard_name
+from latte_scale.encoders import CAPTION_CLEANING, EncoderFacts, encoder_facts
 from latte_scale.settings import flatten, load
-from latte_scale.store import Store, open_store
+from latte_scale.store import Store
 
 _SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")
 NUM_THREADS = 1  # of each process on a CPU: more would change the last bits, and --workers uses the cores better
-FLOAT16_MAX = 6e4  # a little below the largest float16, 65504
-
-
-@dataclass(frozen=True)
-class LatentSettings:
-    """What is stored of a clip, and how it is computed."""
-
-    kind: LatentKind = "mean_std"  # "mean_std": training draws fresh VAE noise; "mean": half the bytes
-    window: Literal["centre", "first"] = "centre"  # where in the file the clip of the frame policy is taken
-    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic of both encoders; float16 is stored either way
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """The config file of `latte-data encode`."""
-
-    video: VideoSettings
-    encoders: EncoderSettings
-    latents: LatentSettings = field(default_factory=LatentSettings)
-
-
-@dataclass
-class ShardOutcome:
-    """What became of one shard of clips."""
-
-    number: int
-    entry: ShardEntry | None = None  # None: no clip of it could be encoded
-    num_done: int = 0  # clips encoded now
-    num_skipped: int = 0  # clips that an earlier run encoded
-    num_cut_captions: int = 0
-    failed: list[str] = field(default_factory=list)  # "key: reason"
 
 
 class EncodeError(ValueError):
     """An output folder or config that cannot be used, or a worker that died."""
-
-
-class Encoder:
-    """Encodes the shards of one data set; holds the frozen encoders, which are loaded when first needed."""
-
-    def __init__(self, input_url: str, output_url: str, settings: EncodeSettings, device: str) -> None:
-        self.settings, self.device = settings, device
-        self.source: Dataset = open_dataset(input_url)
-        self.store: Store = open_store(output_url)
-        self._loaded: tuple[VideoAutoencoder, TextEncoder] | None = None
-
-    def encoders(self) -> tuple[VideoAutoencoder, TextEncoder]:
-        """Both encoders, loaded once."""
-        if self._loaded is None:
-            import torch
-
-            dtype = torch.bfloat16 if self.settings.latents.precision == "bf16" else torch.float32
-            self._loaded = load_encoders(self.settings.encoders, self.device, dtype)
-        return self._loaded
-
-    def null_text(self) -> bytes:
-        """null-text.safetensors: `embedding` [Lmax, D] float16."""
-        return _arrays_to_bytes({"embedding": self.encoders()[1].null()})
-
-    def shard(self, number: int, advance: Callable[[], None]) -> ShardOutcome:
-        """Encode shard `number` of the source, or keep what an earlier run made of it. `advance` is called per clip."""
-        kept = self._kept(number, advance)
-        if kept is not None:
-            return kept
-        name, outcome = shard_name(number), ShardOutcome(number)
-        self.store.delete(index_name(name))  # an index proves a whole tar: the old one goes before the tar changes
-        texts: dict[str, bytes] = {}
-        with ShardFile(self.store, name, "latents") as shard:
-            for position in range(len(self.source.index(number))):
-                try:
-                    sample = self.source.read(number, position)
-                    shard.add(self._encode(sample, texts))
-                except (DamagedError, _BadClipError) as error:
-                    outcome.failed.append(f"{self.source.index(number).key(position)}: {error}")
-                advance()
-            outcome.num_done = len(shard)
-            outcome.entry = shard.close() if len(shard) else None
-        limit = self.settings.encoders.text_max_length
-        outcome.num_cut_captions = sum(length > limit for length in self.encoders()[1].num_tokens(list(texts)))
-        return outcome
-
-    def _kept(self, number: int, advance: Callable[[], None]) -> ShardOutcome | None:
-        """The outcome of a shard that an earlier run finished, or None if it must be made.
-
-        encode.json has vouched for settings, encoders and source. A clip that the shard lacks must still be unreadable.
-        """
-        entry = finished_entry(self.store, shard_name(number))
-        if entry is None:
-            return None
-        stored = {row.key for row in load_index(self.store, entry).rows()}
-        outcome = ShardOutcome(number, entry, num_skipped=len(stored))
-        for row in self.source.index(number).rows():
-            if row.key not in stored:
-                failure = self._try_again(number, row.key)
-                if failure is None:
-                    return None
-                outcome.failed.append(f"{row.key}: {failure}")
-        for _ in range(len(self.source.index(number))):
-            advance()
-        return outcome
-
-    def _try_again(self, number: int, key: str) -> str | None:
-        """Why the clip `key` still cannot be encoded; None if it can."""
-        index = self.source.index(number)
-        position = next(place for place in range(len(index)) if index.key(place) == key)
-        try:
-            self._encode(self.source.read(number, position), {})
-        except (DamagedError, _BadClipError) as error:
-            return str(error)
-        return None
-
-    def _encode(self, sample: Sample, texts: dict[str, bytes]) -> LatentSample:
-        """One sample's latents and text; `texts` holds the embeddings of the shard's captions so far."""
-        import torch
-
-        vae, text = self.encoders()
-        pixels_FCHW, start_frame = self._pixels(sample)
-        mean_BFChw, std_BFChw = vae.encode(torch.from_numpy(pixels_FCHW)[None])
-        arrays = {"mean": mean_BFChw[0], "std": std_BFChw[0]}
-        if self.settings.latents.kind == "mean":
-            del arrays["std"]
-        caption = clean_caption(sample.caption)
-        if caption not in texts:
-            texts[caption] = _arrays_to_bytes({"embedding": text.encode([caption])[0]})
-        num_frames, _, height, width = mean_BFChw.shape[1:]
-        about = {name: sample.about[name] for name in ("source", "sha256", "fps") if name in sample.about}
-        info = {**about, "start_frame": start_frame, **asdict(self.settings.video)}
-        bucket = f"{num_frames}x{height}x{width}"
-        return LatentSample(sample.key, caption, bucket, _arrays_to_bytes(arrays), texts[caption], info)
-
-    def _pixels(self, sample: Sample) -> tuple[np.ndarray, int]:
-        """The clip of the frame policy, uint8 [F, 3, H, W], and its first frame's number."""
-        from latte_scale.data.video import VideoError, read_random_clip
-
-        place = 0.5 if self.settings.latents.window == "centre" else 0.0
-        try:
-            return read_random_clip(sample.fields["video"], self.settings.video, place)
-        except VideoError as error:
-            raise _BadClipError(str(error)) from error
-
-
-class _BadClipError(ValueError):
-    """A clip that cannot be stored; the rest of the shard goes on."""
-
-
-def _arrays_to_bytes(tensors: dict[str, Any]) -> bytes:
-    """fp32 tensors as a safetensors file in float16. Raises _BadClipError for values that float16 cannot hold."""
-    from safetensors.numpy import save
-
-    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    for name, array in arrays.items():
-        if not np.isfinite(array).all() or np.abs(array).max() > FLOAT16_MAX:
-            raise _BadClipError(
-                f"{name} holds NaN, infinity or values above {FLOAT16_MAX:g}, which float16 cannot hold"
-            )
-    return save({name: np.ascontiguousarray(array, dtype=np.float16) for name, array in arrays.items()})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,6 +98,7 @@ def _header(settings: EncodeSettings, facts: EncoderFacts, source: Manifest) -> 
         "source_fingerprint": source.fingerprint(),
         "caption_cleaning": CAPTION_CLEANING,
         **asdict(settings),
+        "video": settings.video.stored(),
         "facts": asdict(facts),
     }
 
@@ -411,8 +245,8 @@ def _work_shard(number: int) -> ShardOutcome:
 
 
 def _put_null_text(encoder: Encoder) -> None:
-    """Store the embedding of the empty caption, unless an earlier run did."""
-    if not encoder.store.exists(NULL_TEXT):
+    """Store the embedding of the empty caption, unless an earlier run did or there is no text."""
+    if encoder.settings.encoders.text is not None and not encoder.store.exists(NULL_TEXT):
         encoder.store.write(NULL_TEXT, encoder.null_text())
 
 
@@ -431,9 +265,16 @@ def _finish(encoder: Encoder, facts: EncoderFacts, outcomes: list[ShardOutcome],
     entries = tuple(outcome.entry for outcome in outcomes if outcome.entry is not None)
     for failure in failed:
         print(f"failed {failure}", file=sys.stderr)
+    if num_short := sum(outcome.num_short for outcome in outcomes):
+        needed = encoder.settings.video.min_frames
+        print(f"{num_short} clips are shorter than the {needed} frames that the frame policy needs", file=sys.stderr)
     if num_cut:
-        limit = encoder.settings.encoders.text_max_length
-        print(f"{num_cut} captions were cut to encoders.text_max_length {limit} tokens", file=sys.stderr)
+        limit, longest = encoder.settings.encoders.text_max_length, max(o.longest_caption for o in outcomes)
+        print(
+            f"{num_cut} captions were cut to encoders.text_max_length {limit} tokens (the longest has {longest}); "
+            "raise it, or shorten them, where their ends matter",
+            file=sys.stderr,
+        )
     if not entries:
         print(f"no clip of {encoder.source.store.url} could be encoded: see the reasons above", file=sys.stderr)
         return 1
@@ -447,7 +288,10 @@ def _finish(encoder: Encoder, facts: EncoderFacts, outcomes: list[ShardOutcome],
 
 
 def _manifest(encoder: Encoder, facts: EncoderFacts, entries: tuple[ShardEntry, ...]) -> Manifest:
-    settings = encoder.settings
+    settings, text, null_text = encoder.settings, None, None
+    if settings.encoders.text is not None:
+        text = TextInfo(settings.encoders.text, facts.text_sha256, settings.encoders.text_max_length, facts.text_dim)
+        null_text = FileInfo(NULL_TEXT, hashlib.sha256(encoder.store.read(NULL_TEXT)).hexdigest())
     return Manifest(
         kind="latents",
         shards=entries,
@@ -455,6 +299,7 @@ def _manifest(encoder: Encoder, facts: EncoderFacts, entries: tuple[ShardEntry, 
         video=settings.video,
         latents=LatentsInfo(settings.latents.kind, facts.channels, facts.downscale, facts.scale, facts.shift),
         vae=VaeInfo(settings.encoders.vae, facts.vae_sha256),
-        text=TextInfo(settings.encoders.text, facts.text_sha256, settings.encoders.text_max_length, facts.text_dim),
-        null_text=FileInfo(NULL_TEXT, hashlib.sha256(encoder.store.read(NULL_TEXT)).hexdigest()),
+        text=text,
+        null_text=null_text,
+        class_names=encoder.source.manifest.class_names,
     )

@@ -3,9 +3,10 @@
     latte-data shapes --output runs/shapes/clips --count 384
 
 In: a count and a seed. Out: `000000.mp4 ...` (H.264, yuv420p, 64 x 64 px, 16 frames at 8 fps), `captions.jsonl` with
-one {"file", "text"} a clip ("a red circle moves left"), and `shapes.json`, the vocabulary: colours, outlines,
-directions, the combinations that were held out of the clips and the prompts of both kinds. The scorer (`latte-scale
-evaluate --metrics shapes`) reads only that file and shares no code with this one.
+one {"file", "text"} a clip ("a red circle moves left"), with --labels also its combination as a class ("red circle
+left"), and `shapes.json`, the vocabulary: colours, outlines, directions, the combinations that were held out of the
+clips and the prompts of both kinds. The scorer (`latte-scale evaluate --metrics shapes`) reads only that file and
+shares no code with this one.
 
 The decision worth knowing: a quarter of all colour-shape-direction combinations is never drawn, but every *pair* of
 words in them is, so a model that follows a held-out prompt has learnt to compose. The same seed gives the same clips.
@@ -160,10 +161,13 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_shapes(output: Path, count: int, seed: int = 0, progress: Iterable[int] | None = None) -> None:
+def write_shapes(
+    output: Path, count: int, seed: int = 0, progress: Iterable[int] | None = None, labels: bool = False
+) -> None:
     """Write `count` clips, captions.jsonl and shapes.json (last: it marks the folder complete) into `output`.
 
-    `progress` is an iterator over range(count) that may draw a bar. Raises ValueError if count < 1.
+    `progress` is an iterator over range(count) that may draw a bar; `labels` adds each clip's combination as its class.
+    Raises ValueError if count < 1.
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, came {count}")
@@ -173,7 +177,8 @@ def write_shapes(output: Path, count: int, seed: int = 0, progress: Iterable[int
         clip = plan_clip(seed, index)
         name = f"{index:06d}.mp4"
         write_mp4(output / name, render(clip), FPS)
-        rows.append(json.dumps({"file": name, "text": prompt(clip.combination)}))
+        row = {"file": name, "text": prompt(clip.combination)}
+        rows.append(json.dumps(row | {"label": " ".join(clip.combination)} if labels else row))
     _write_text(output / "captions.jsonl", "\n".join(rows) + "\n")
     header = {"seed": seed, "count": count}
     _write_text(output / "shapes.json", json.dumps(vocabulary() | header, indent=1) + "\n")
@@ -183,6 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the clips (made if missing)")
     parser.add_argument("--count", required=True, type=int, metavar="N", help="number of clips")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other clips (default 0)")
+    parser.add_argument("--labels", action="store_true", help="give each clip its combination as a class")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -190,7 +196,7 @@ def main(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     steps = track(range(args.count), description="drawing clips") if args.count > 0 else None
-    write_shapes(output, args.count, args.seed, progress=steps)
+    write_shapes(output, args.count, args.seed, steps, args.labels)
     seen, held_out = combinations()
     print(
         f"shapes: {args.count} done, 0 skipped, 0 failed -> {output} "

@@ -1,12 +1,16 @@
 """`latte-data shard`: a folder of clips with captions -> tar shards, sidecar indices and a manifest.
 
     latte-data shard --input clips --output shards
+    latte-data shard --input UCF-101 --output shards --layout ucf101
 
 In: a folder of videos (.mp4 .mkv .avi .mov .webm ...) with a `captions.jsonl` of {"file", "text"} lines, or with a .txt
-beside each video; or the path of such a captions.jsonl, whose files are relative to it. Out: `shard-000000.tar ...`
-holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an index beside each tar, and `manifest.json`, written last.
-Every clip is opened and its first frame decoded; one that cannot be read, or has no caption, is left out and named in
-the summary. The last line counts done, skipped and failed; the exit code is 1 only if no clip is left.
+beside each video; or the path of such a captions.jsonl, whose files are relative to it; or a folder as FaceForensics
+(ffs), SkyTimelapse (sky), UCF101 (ucf101) and Taichi-HD (taichi) come, named by --layout: data_tools/layouts.py says
+what each holds. Out: `shard-000000.tar ...` holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an index beside
+each tar, and `manifest.json`, written last. Folders of frames become .mov files around the same JPEG or PNG bytes.
+Every clip is opened and its first frame decoded; one that cannot be read, has no caption, or fewer frames than
+--min-frames is left out and named in the summary. The last line counts done, skipped and failed; the exit code is 1
+only if no clip is left.
 
 The decision worth knowing: which clips go into which shard follows from the sorted file names and sizes alone. So the
 same command picks up after an interruption: whole shards are kept, the rest is written. A finished data set made of the
@@ -15,29 +19,24 @@ same clips is left as it is; one made of others is refused unless --force, which
 
 import argparse
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.layouts import LAYOUTS, Clip, find_clips, too_short
 from latte_scale.data.index import caption_hash, index_name, load_index
 from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
-from latte_scale.data.shards import VIDEO_EXTENSIONS, ShardFile, VideoSample, finished_entry, shard_name
+from latte_scale.data.shards import ShardFile, VideoSample, description, finished_entry, shard_name
 from latte_scale.store import Store, open_store
-
-CAPTIONS = "captions.jsonl"
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A video that is to be stored."""
+class LeftOut:
+    """A clip that is not stored."""
 
-    key: str
-    path: Path
-    source: str  # path relative to the input folder, kept in the .json
-    caption: str
-    size_bytes: int
+    line: str  # "name: reason"
+    is_short: bool = False  # readable, but with fewer frames than asked for
 
 
 @dataclass
@@ -45,14 +44,24 @@ class Outcome:
     """What became of the input: counts and reasons for the summary."""
 
     num_done: int = 0
-    skipped: list[str] = field(default_factory=list)  # "name: reason": not tried
+    skipped: list[str] = field(default_factory=list)  # "name: reason": not tried, or not wanted
     failed: list[str] = field(default_factory=list)  # "name: reason": tried
+    num_short: int = 0  # of the skipped
+
+    def leave_out(self, clip: LeftOut) -> None:
+        """Count a clip that is not stored."""
+        (self.skipped if clip.is_short else self.failed).append(clip.line)
+        self.num_short += clip.is_short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data shard`."""
     parser.add_argument("--input", required=True, help="folder of clips, or a captions.jsonl")
     parser.add_argument("--output", required=True, help="folder or URL of the data set to write")
+    parser.add_argument("--layout", choices=LAYOUTS, default="clips", help="how --input is laid out (default clips)")
+    parser.add_argument(
+        "--min-frames", type=int, metavar="N", help="leave out clips with fewer frames (default 1; sky: 49)"
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="most clips in a tar (default 1000)")
     parser.add_argument("--bytes-per-shard", type=int, default=1 << 30, help="most clip bytes in a tar (default 1 GiB)")
     parser.add_argument("--dry-run", action="store_true", help="check every clip and count, write nothing")
@@ -61,18 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; 0, or 1 when no clip could be stored. Raises ValueError and StoreError with what to do."""
-    if args.samples_per_shard < 1 or args.bytes_per_shard < 1:
-        raise ValueError("--samples-per-shard and --bytes-per-shard must be at least 1")
-    clips, outcome = find_clips(Path(args.input))
-    groups = group_clips(clips, args.samples_per_shard, args.bytes_per_shard)
+    if min(args.samples_per_shard, args.bytes_per_shard, 1 if args.min_frames is None else args.min_frames) < 1:
+        raise ValueError("--samples-per-shard, --bytes-per-shard and --min-frames must be at least 1")
+    found = find_clips(Path(args.input), args.layout, args.min_frames)
+    outcome = Outcome(skipped=found.skipped, failed=found.failed, num_short=found.num_short)
+    groups = group_clips(found.clips, args.samples_per_shard, args.bytes_per_shard)
     store = open_store(args.output)
     entries = _write_all(store, groups, outcome, args.dry_run, args.force)
     for name in outcome.skipped:
         print(f"skipped {name}", file=sys.stderr)
     for name in outcome.failed:
         print(f"failed {name}", file=sys.stderr)
+    if outcome.num_short:
+        print(f"{outcome.num_short} clips have fewer frames than --min-frames", file=sys.stderr)
     if not args.dry_run and entries:
-        _finish(store, entries)
+        _finish(store, entries, found.class_names)
     where = "would be in" if args.dry_run else "in"
     print(
         f"done {outcome.num_done}, skipped {len(outcome.skipped)}, failed {len(outcome.failed)}; "
@@ -82,39 +94,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"no clip of {args.input} could be stored: see the reasons above", file=sys.stderr)
         return 1
     return 0
-
-
-def find_clips(source: Path) -> tuple[list[Clip], Outcome]:
-    """The captioned clips of a folder or a captions.jsonl, by name, and what is skipped or cannot be found.
-
-    Raises ValueError when there is nothing to work on or a line of captions.jsonl cannot be read.
-    """
-    root = source.parent if source.is_file() else source
-    if not root.is_dir():
-        raise ValueError(f"{source}: no such folder; --input takes a folder of clips or a {CAPTIONS}")
-    listed = source if source.is_file() else root / CAPTIONS
-    captions = _read_captions(listed) if listed.is_file() else None
-    videos = _videos(root) if source.is_dir() else []
-    if not videos and not captions:
-        raise ValueError(
-            f"{source} holds no videos (looked for {', '.join('.' + each for each in VIDEO_EXTENSIONS)}); "
-            "check --input, or unpack the clips first"
-        )
-    outcome, clips, keys = Outcome(), [], set()
-    for name in sorted({*videos, *(captions or {})}):
-        path = root / name
-        caption = captions.get(name) if captions is not None else _sidecar_caption(path)
-        if caption is None:
-            reason = f"not in {CAPTIONS}" if captions is not None else "no .txt with a caption beside it"
-            outcome.skipped.append(f"{name}: {reason}")
-        elif path.suffix.lower().lstrip(".") not in VIDEO_EXTENSIONS:
-            outcome.failed.append(f"{name}: {path.suffix or 'no extension'} is not a known video container")
-        elif not path.is_file():
-            outcome.failed.append(f"{name}: listed in {CAPTIONS}, but there is no such file")
-        else:
-            key = _key(name, keys)
-            clips.append(Clip(key, path, name, caption, path.stat().st_size))
-    return clips, outcome
 
 
 def group_clips(clips: list[Clip], max_samples: int, max_bytes: int) -> list[list[Clip]]:
@@ -169,19 +148,27 @@ def _kept(store: Store, name: str, group: list[Clip], outcome: Outcome) -> Shard
     index = load_index(store, entry)
     captions = index.caption_hash.tolist()
     stored = {row.key: (hash_, row.fields["video"].size) for row, hash_ in zip(index.rows(), captions, strict=True)}
-    wanted = {clip.key: (caption_hash(clip.caption), clip.size_bytes) for clip in group}
-    if any(wanted.get(key) != facts for key, facts in stored.items()):
+    wanted = {clip.key: clip for clip in group}
+    if any(key not in wanted or not _is_stored(wanted[key], *facts) for key, facts in stored.items()):
         return None
-    failed = []
+    left_out = []
     for clip in group:
         if clip.key not in stored:
             sample = _load(clip)
             if isinstance(sample, VideoSample):
                 return None
-            failed.append(sample)
-    outcome.failed += failed
+            left_out.append(sample)
+    for each in left_out:
+        outcome.leave_out(each)
     outcome.num_done += len(stored)
     return entry
+
+
+def _is_stored(clip: Clip, hash_: int, video_bytes: int) -> bool:
+    """Whether a stored sample is this clip, by its index: captions and class, and size of its files."""
+    source_bytes = None if clip.is_video else clip.size_bytes
+    same_size = video_bytes == clip.size_bytes or not clip.is_video
+    return same_size and hash_ == caption_hash(description(clip.captions, clip.label, source_bytes))
 
 
 def _write_shard(store: Store, name: str, group: list[Clip], outcome: Outcome) -> ShardEntry | None:
@@ -193,7 +180,7 @@ def _write_shard(store: Store, name: str, group: list[Clip], outcome: Outcome) -
             if isinstance(sample, VideoSample):
                 shard.add(sample)
             else:
-                outcome.failed.append(sample)
+                outcome.leave_out(sample)
         outcome.num_done += len(shard)
         return shard.close() if len(shard) else None
 
@@ -205,20 +192,22 @@ def _check_group(group: list[Clip], outcome: Outcome) -> None:
         if isinstance(sample, VideoSample):
             outcome.num_done += 1
         else:
-            outcome.failed.append(sample)
+            outcome.leave_out(sample)
 
 
-def _load(clip: Clip) -> VideoSample | str:
-    """The clip, opened and probed, or "name: reason"."""
-    from latte_scale.data.video import VideoError, probe
+def _load(clip: Clip) -> VideoSample | LeftOut:
+    """The clip, opened and probed."""
+    from latte_scale.data.video import VideoError, join_frames, probe
 
     try:
-        data = clip.path.read_bytes()
+        data = clip.paths[0].read_bytes() if clip.is_video else join_frames(clip.paths)
         facts = probe(data)
     except VideoError as error:
-        return f"{clip.source}: {error}"
+        return LeftOut(f"{clip.source}: {error}")
     except OSError as error:
-        return f"{clip.source}: cannot be read: {error.strerror or error}"
+        return LeftOut(f"{clip.source}: cannot be read: {error.strerror or error}")
+    if reason := too_short(facts.num_frames, clip.min_frames):
+        return LeftOut(f"{clip.source}: {reason}", is_short=True)
     info: dict[str, Any] = {
         "source": clip.source,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -228,12 +217,23 @@ def _load(clip: Clip) -> VideoSample | str:
         "width": facts.width,
         "codec": facts.codec,
     }
-    return VideoSample(clip.key, clip.caption, data, clip.path.suffix.lower().lstrip("."), info)
+    if not clip.is_video:
+        del info["fps"]  # nobody knows it
+    return VideoSample(
+        clip.key,
+        clip.captions[0],
+        data,
+        clip.extension if clip.is_video else "mov",
+        info,
+        more_captions=clip.captions[1:],
+        label=clip.label,
+        source_bytes=None if clip.is_video else clip.size_bytes,
+    )
 
 
-def _finish(store: Store, entries: list[ShardEntry]) -> None:
+def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None) -> None:
     """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set."""
-    manifest = Manifest("video", tuple(entries), caption_cleaning="none")
+    manifest = Manifest("video", tuple(entries), caption_cleaning="none", class_names=class_names)
     if store.exists(MANIFEST):
         known = load_manifest(store)
         if known.fingerprint() == manifest.fingerprint():
@@ -247,51 +247,3 @@ def _finish(store: Store, entries: list[ShardEntry]) -> None:
         if name not in kept and name.endswith((".tar", ".index.safetensors")):
             store.delete(name)
     save_manifest(store, manifest)
-
-
-def _read_captions(path: Path) -> dict[str, str]:
-    """file -> caption of a captions.jsonl."""
-    captions: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        expected = f'{path}, line {number}: expected {{"file": "clip.mp4", "text": "a caption"}}, came {line[:80]!r}'
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{expected} ({error})") from error
-        file, text = (content.get("file"), content.get("text")) if isinstance(content, dict) else (None, None)
-        if not isinstance(file, str) or not isinstance(text, str) or not file:
-            raise ValueError(expected)
-        name = Path(file).as_posix()
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{path}, line {number}: {file!r} leaves the folder; give paths relative to {path.parent}")
-        if captions.setdefault(name, text.strip()) != text.strip():
-            raise ValueError(f"{path}, line {number}: {file!r} has a second, different caption; keep one")
-    return captions
-
-
-def _videos(root: Path) -> list[str]:
-    """Relative names of the video files below a folder."""
-    paths = (path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in VIDEO_EXTENSIONS)
-    return sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
-
-
-def _sidecar_caption(path: Path) -> str | None:
-    text = path.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
-
-
-def _key(name: str, taken: set[str]) -> str:
-    """A key for a relative file name, no two the same: "a/b.c.mp4" -> "a/b_c"."""
-    folder, _, file = name.rpartition("/")
-    stem, _, extension = file.rpartition(".")
-    key = f"{folder}/" * bool(folder) + (stem.replace(".", "_").strip("_") or "clip")
-    if key in taken:
-        key = f"{key}-{extension.lower()}"
-    number = 1
-    while key in taken:
-        number += 1
-        key = f"{key.rstrip('0123456789')}{number}"
-    taken.add(key)
-    return key

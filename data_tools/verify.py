@@ -3,8 +3,9 @@
     latte-data verify shards
 
 In: the folder or URL of a data set with a manifest. Checked: size and sha256 of each tar, sha256 and row count of each
-index, counts per bucket, crc32c and names of every sample's fields, shapes and finite numbers of latents and
-embeddings, the null embedding. Out: one line a fault on standard error, then counts; exit code 1 if there is a fault.
+index, counts per bucket, crc32c and names of every sample's fields, its class, shapes and finite numbers of its latents
+and of the embeddings of all its captions, the null embedding. Out: one line a fault on standard error, then counts;
+exit code 1 if there is a fault.
 Files that the manifest does not name (a killed writer's, a foreign tar) are listed but are no fault.
 """
 
@@ -64,14 +65,7 @@ def shard_faults(dataset: Dataset, number: int) -> Iterator[str]:
     if counts != entry.buckets:
         yield f"{where}: samples per bucket: the manifest says {entry.buckets}, the index {counts}"
     for position in range(len(index)):
-        try:
-            sample = dataset.read(number, position, cached=False)
-        except (DamagedError, ManifestError, StoreError) as error:
-            yield str(error)
-            continue
-        if dataset.manifest.kind == "latents":
-            bucket = index.row(position).bucket
-            yield from (f"{where}: sample {sample.key!r}: {fault}" for fault in _array_faults(dataset, sample, bucket))
+        yield from _sample_faults(dataset, number, position)
 
 
 def null_text_faults(dataset: Dataset) -> Iterator[str]:
@@ -108,22 +102,51 @@ def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
         yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., came {digest.hexdigest()[:16]}..."
 
 
-def _array_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[str]:
-    """Shapes and finite numbers of a latents sample."""
-    latents, text = dataset.manifest.latents, dataset.manifest.text
-    assert latents is not None and text is not None
+def _sample_faults(dataset: Dataset, number: int, position: int) -> Iterator[str]:
+    """Every fault of one sample; it is read once for each of its captions."""
+    where, row = dataset.store.join(dataset.manifest.shards[number].name), dataset.index(number).row(position)
+    num_captions = max(1, row.num_texts)
+    for caption in range(num_captions):
+        try:
+            sample = dataset.read(number, position, cached=False, caption_at=(caption + 0.5) / num_captions)
+            dataset.label(sample)
+        except (DamagedError, ManifestError, StoreError) as error:
+            yield str(error)
+            return
+        if dataset.manifest.kind == "latents":
+            faults = [] if caption else [*_latent_faults(dataset, sample, row.bucket)]
+            faults += _text_faults(dataset, sample)
+            yield from (f"{where}: sample {sample.key!r}: {fault}" for fault in faults)
+
+
+def _latent_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[str]:
+    """Shapes and finite numbers of a sample's latents, and of those of the mirrored clip."""
+    manifest = dataset.manifest
     frames, height, width = (int(part) for part in bucket.split("x"))
-    expected = {"mean": (frames, latents.channels, height, width)}
-    if latents.kind == "mean_std":
-        expected["std"] = expected["mean"]
-    arrays, _ = read_arrays(sample.fields["latents"])
-    for name, shape in expected.items():
-        if name not in arrays or arrays[name].shape != shape:
-            came = arrays[name].shape if name in arrays else "nothing"
-            yield f"{name}: expected shape {shape}, came {came}"
-    embedding = read_arrays(sample.fields["text"])[0]["embedding"]
-    if embedding.ndim != 2 or embedding.shape[1] != text.dim or not 1 <= len(embedding) <= text.max_length:
-        yield f"embedding: expected [1 to {text.max_length}, {text.dim}], came {embedding.shape}"
-    for name, array in {**arrays, "embedding": embedding}.items():
+    shape = (frames, manifest.latents.channels, height, width)
+    for field in ("latents", "mirrored") if manifest.video.hflip else ("latents",):
+        arrays = read_arrays(sample.fields[field])[0] if field in sample.fields else {}
+        prefix = "mirrored " if field == "mirrored" else ""
+        for name in ("mean", "std") if manifest.latents.kind == "mean_std" else ("mean",):
+            if name not in arrays or arrays[name].shape != shape:
+                came = arrays[name].shape if name in arrays else "nothing"
+                yield f"{prefix}{name}: expected shape {shape}, came {came}"
+        yield from (f"{prefix}{fault}" for fault in _number_faults(arrays))
+
+
+def _text_faults(dataset: Dataset, sample: Sample) -> Iterator[str]:
+    """Shape and finite numbers of the embedding that was read."""
+    text = dataset.manifest.text
+    if text is None:
+        return
+    arrays = read_arrays(sample.fields["text"])[0] if "text" in sample.fields else {}
+    shape = arrays["embedding"].shape if "embedding" in arrays else ()
+    if len(shape) != 2 or shape[1] != text.dim or not 1 <= shape[0] <= text.max_length:
+        yield f"embedding: expected [1 to {text.max_length}, {text.dim}], came {shape or 'nothing'}"
+    yield from _number_faults(arrays)
+
+
+def _number_faults(arrays: dict[str, np.ndarray]) -> Iterator[str]:
+    for name, array in arrays.items():
         if not np.isfinite(array).all():
             yield f"{name}: {int((~np.isfinite(array)).sum())} numbers are NaN or infinite; encode the clip again"

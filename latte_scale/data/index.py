@@ -8,7 +8,8 @@ The hash of each key is stored too: which samples are held out of training is th
 Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash, caption_hash u64 [n]; bucket i32 [n] (names in the
 metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field f.offset,
 f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "video" set; latents, json, text in a
-"latents" set, where text lies in a member that samples with the same caption share.
+"latents" set, where text lies in a member that samples with the same caption share. A tar that uses them has more:
+text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip.
 """
 
 import hashlib
@@ -49,10 +50,25 @@ class Row(NamedTuple):
     end: int
     fields: dict[str, Span]
 
+    @property
+    def num_texts(self) -> int:
+        """Captions of the sample that have an embedding."""
+        return sum(map(is_text, self.fields))
+
 
 def index_name(shard: str) -> str:
     """The name of the sidecar of a tar: "a/b.tar" -> "a/b.index.safetensors"."""
     return f"{shard.removesuffix('.tar')}.index.safetensors"
+
+
+def text_field(number: int) -> str:
+    """The field of the embedding of a sample's caption number `number`: "text", "text1", "text2", ..."""
+    return f"text{number or ''}"
+
+
+def is_text(name: str) -> bool:
+    """Whether a field is an embedding, which lies outside of the sample's own members."""
+    return name.startswith("text")
 
 
 def caption_hash(caption: str) -> int:
@@ -75,12 +91,16 @@ class IndexBuilder:
         return len(self._rows)
 
     def add(self, row: Row, caption: str) -> None:
-        """Append a sample. Raises ValueError for a key that is already there."""
+        """Append a sample; `caption` is hashed. Raises ValueError for a key that is already there."""
         if row.key in self._keys:
             raise ValueError(f"sample key {row.key!r} stands twice in one shard; keys must differ")
         self._keys.add(row.key)
         self._rows.append(row)
         self._captions.append(caption_hash(caption))
+
+    def _more_fields(self) -> list[str]:
+        """Fields beyond those that every tar of the kind has, sorted."""
+        return sorted({name for row in self._rows for name in row.fields} - set(FIELDS[self.kind]))
 
     def buckets(self) -> dict[str, int]:
         """Samples per bucket, names sorted."""
@@ -102,7 +122,7 @@ class IndexBuilder:
             "start": np.array([row.start for row in rows], np.int64),
             "end": np.array([row.end for row in rows], np.int64),
         }
-        for name in FIELDS[self.kind]:
+        for name in [*FIELDS[self.kind], *self._more_fields()]:
             spans = [row.fields.get(name, Span(-1, -1, 0)) for row in rows]
             columns[f"{name}.offset"] = np.array([span.offset for span in spans], np.int64)
             columns[f"{name}.size"] = np.array([span.size for span in spans], np.int64)
@@ -135,7 +155,9 @@ class ShardIndex:
             self.key_hash = columns["key_hash"]
             self.caption_hash = columns["caption_hash"]
             self._bucket = columns["bucket"]
-            self._fields = [name for name in FIELDS[self.kind] if f"{name}.offset" in columns]
+            if self.kind not in FIELDS:
+                raise ValueError(f"unknown kind {self.kind!r}")
+            self._fields = [name.removesuffix(".offset") for name in columns if name.endswith(".offset")]
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise IndexFileError(f"{where}: damaged index ({error}); write it again with `latte-data index`") from error
 

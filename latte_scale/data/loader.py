@@ -3,12 +3,13 @@
 In: data sets, the plan, a rank and a step to start from. Out: (step, micro-batches) for ever. Micro-batches are made
 by worker processes (torch's DataLoader keeps their order) or in this process with `num_workers` 0; nothing about one
 depends on which worker made it, how many there are, or what was read before, so the step is the whole state. What a
-micro-batch holds, and what happens to samples that cannot be read, is in data/batches.py.
+micro-batch holds is in data/batches.py, what happens to samples that cannot be read in data/items.py.
 """
 
 import atexit
 import dataclasses
 import functools
+import hashlib
 import itertools
 import multiprocessing
 import multiprocessing.process
@@ -21,8 +22,10 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader
 
-from latte_scale.data.batches import LoaderError, MicroBatch, MicroBatches
+from latte_scale.data.batches import MicroBatch, MicroBatches
+from latte_scale.data.images import check_images
 from latte_scale.data.index import Side
+from latte_scale.data.items import LoaderError
 from latte_scale.data.plan import (
     Plan,
     PlanData,
@@ -55,6 +58,9 @@ class DataSettings:
     prefetch: int = 2  # micro-batches that each worker makes ahead
     holdout: float = 0.0  # share in [0, 1) of samples, by a hash of their keys, kept out of training
     shuffle_window: int | None = None  # samples shuffled together; none: 65,536, at most all; written out once resolved
+    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; none: the images of
+    # train.joint_images are frames of the clips.
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
@@ -80,20 +86,36 @@ def open_datasets(settings: DataSettings) -> tuple[Dataset, ...]:
     first = datasets[0].manifest
     for dataset in datasets[1:]:
         other = dataset.manifest
-        for name in ("kind", "video", "latents", "caption_cleaning"):
+        for name in ("kind", "video", "latents", "caption_cleaning", "class_names"):
             if getattr(other, name) != getattr(first, name):
                 raise ManifestError(
                     f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {name}: "
                     f"{getattr(first, name)} and {getattr(other, name)}; encode both with one config"
                 )
         for name in ("vae", "text"):
-            mine, its = getattr(first, name), getattr(other, name)
-            if mine is not None and mine.sha256 != its.sha256:
+            mine, its = (encoder and encoder.sha256 for encoder in (getattr(first, name), getattr(other, name)))
+            if mine != its:
                 raise ManifestError(
                     f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {name}.sha256: "
-                    f"{mine.sha256[:16]}... and {its.sha256[:16]}...; encode both with one config"
+                    f"{mine and mine[:16]}... and {its and its[:16]}...; encode both with one config"
                 )
     return datasets
+
+
+def open_images(settings: DataSettings, datasets: Sequence[Dataset]) -> Dataset | None:
+    """Open the image set of `data.images`; None without one. Raises ManifestError if it does not fit the clips."""
+    if settings.images is None:
+        return None
+    images = open_dataset(settings.images)
+    check_images(images, datasets)
+    return images
+
+
+def data_fingerprint(plan: Plan, images: Dataset | None) -> str:
+    """sha256 of everything that decides which clip, and which image of an image set, comes when."""
+    if images is None:
+        return plan.fingerprint
+    return hashlib.sha256(f"{plan.fingerprint}/{images.manifest.fingerprint()}".encode()).hexdigest()
 
 
 def plan_data(settings: DataSettings, datasets: Sequence[Dataset], side: Side = "train") -> tuple[PlanData, ...]:
@@ -124,9 +146,11 @@ def make_plan(
 class Loader:
     """An endless iterator of (step, micro-batches of this rank) from `start_step`. Close it, or use it in `with`.
 
-    Every rank gets the same number of micro-batches of the same number of slots (`micro_batch_shape`).
-    Raises ValueError for a global batch smaller than the ranks; while iterating, StoreError or LoaderError with
-    rank, step, shard and sample.
+    Every rank gets the same number of micro-batches of the same number of slots (`micro_batch_shape`). With
+    `num_images` every clip brings so many images, from `images` or, without one, from the clip itself. `group`
+    consecutive samples of the global batch stay in one micro-batch.
+    Raises ValueError for a global batch smaller than the ranks or not made of whole groups; while iterating, StoreError
+    or LoaderError with rank, step, shard and sample.
     """
 
     def __init__(
@@ -144,12 +168,29 @@ class Loader:
         caption_drop: float = 0.0,
         side: Side = "train",
         pin_memory: bool = False,
+        num_images: int = 0,
+        images: Dataset | None = None,
+        group: int = 1,
     ) -> None:
-        rank_range(plan.global_batch, rank, size)
-        self.num_micro_batches, _ = micro_batch_shape(plan.global_batch, size, micro_batch)
+        rank_range(plan.global_batch, rank, size, group)
+        if images is not None and not num_images:
+            raise ValueError("an image set needs num_images, the images that go with a clip; came 0")
+        self.num_micro_batches, _ = micro_batch_shape(plan.global_batch, size, micro_batch, group)
         self.step = start_step
         source = MicroBatches(
-            tuple(datasets), video, plan, settings.holdout, side, seed, caption_drop, rank, size, micro_batch
+            tuple(datasets),
+            video,
+            plan,
+            settings.holdout,
+            side,
+            seed,
+            caption_drop,
+            rank,
+            size,
+            micro_batch,
+            num_images,
+            images,
+            group,
         )
         workers: dict[str, Any] = {}
         if settings.num_workers:

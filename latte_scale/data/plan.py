@@ -278,46 +278,64 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.nd
     return (left << bits) | right
 
 
-def rank_range(global_batch: int, rank: int, size: int) -> tuple[int, int]:
-    """The indices [start, stop) of the global batch that belong to a rank: as even as integers allow.
+def rank_range(global_batch: int, rank: int, size: int, group: int = 1) -> tuple[int, int]:
+    """The indices [start, stop) of the global batch that belong to a rank: as even as whole groups allow.
 
-    Raises ValueError when a rank would have none.
+    A group is `group` samples, from a multiple of it on, that stay together in one micro-batch.
+    Raises ValueError when a rank would have none, or the global batch is not made of whole groups.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size} ranks: expected 0 to {size - 1}")
-    if global_batch < size:
+    num_groups = _num_groups("global_batch", global_batch, group)
+    if num_groups < size:
+        groups = f" in groups of {group}" if group > 1 else ""
         raise ValueError(
-            f"train.global_batch {global_batch} is smaller than the {size} data-parallel ranks: some would have "
-            f"nothing to do; use {size} or more, or run on at most {global_batch} ranks"
+            f"train.global_batch {global_batch}{groups} is smaller than the {size} data-parallel ranks: some would "
+            f"have nothing to do; use {size * group} or more, or run on at most {num_groups} ranks"
         )
-    return global_batch * rank // size, global_batch * (rank + 1) // size
+    return num_groups * rank // size * group, num_groups * (rank + 1) // size * group
 
 
-def micro_batch_shape(global_batch: int, size: int, micro_batch: int) -> tuple[int, int]:
-    """(micro-batches a step, slots in each), the same on every rank; `micro_batch` is the most that fits."""
+def micro_batch_shape(global_batch: int, size: int, micro_batch: int, group: int = 1) -> tuple[int, int]:
+    """(micro-batches a step, slots in each), the same on every rank; `micro_batch` is the most that fits.
+
+    Raises ValueError when global batch or micro-batch are not made of whole groups.
+    """
     if micro_batch < 1:
         raise ValueError(f"train.micro_batch must be at least 1, came {micro_batch}")
-    per_rank = -(-global_batch // size)
-    slots = min(micro_batch, per_rank)
-    return -(-per_rank // slots), slots
+    per_rank = -(-_num_groups("global_batch", global_batch, group) // size)
+    groups = min(_num_groups("micro_batch", micro_batch, group), per_rank)
+    return -(-per_rank // groups), groups * group
 
 
-def slots(plan: Plan, step: int, rank: int, size: int, micro_batch: int) -> list[list[Slot]]:
+def slots(plan: Plan, step: int, rank: int, size: int, micro_batch: int, group: int = 1) -> list[list[Slot]]:
     """A rank's micro-batches of a step: equal in number and length on all ranks, filled up with empty slots."""
-    number, _ = micro_batch_shape(plan.global_batch, size, micro_batch)
-    return [micro_batch_slots(plan, step, rank, size, micro_batch, each)[1] for each in range(number)]
+    number, _ = micro_batch_shape(plan.global_batch, size, micro_batch, group)
+    return [micro_batch_slots(plan, step, rank, size, micro_batch, each, group)[1] for each in range(number)]
 
 
 def micro_batch_slots(
-    plan: Plan, step: int, rank: int, size: int, micro_batch: int, number: int
+    plan: Plan, step: int, rank: int, size: int, micro_batch: int, number: int, group: int = 1
 ) -> tuple[str, list[Slot]]:
     """(bucket, slots) of one micro-batch: only its own samples are computed."""
-    start, stop = rank_range(plan.global_batch, rank, size)
-    _, length = micro_batch_shape(plan.global_batch, size, micro_batch)
+    start, stop = rank_range(plan.global_batch, rank, size, group)
+    _, length = micro_batch_shape(plan.global_batch, size, micro_batch, group)
     first = min(stop, start + number * length)
     batch = plan.batch(step, first, min(stop, first + length))
     filled = [Slot(first + place, sample) for place, sample in enumerate(batch.ids)]
     return batch.bucket, filled + [EMPTY] * (length - len(filled))
+
+
+def _num_groups(name: str, samples: int, group: int) -> int:
+    """Groups in a batch that must be made of whole ones."""
+    below = samples // group * group
+    if below != samples:
+        near = f"{below} or {below + group}" if below else str(group)
+        raise ValueError(
+            f"train.{name} {samples} is not a multiple of {group}, the samples of a group that one micro-batch holds "
+            f"together; use {near}"
+        )
+    return samples // group
 
 
 def _locate(ends: np.ndarray, place: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import google_crc32c
 import numpy as np
 
 from latte_scale.data.arrays import read_arrays
-from latte_scale.data.index import Row, ShardIndex, Side, Span, load_index
+from latte_scale.data.index import Row, ShardIndex, Side, Span, is_text, load_index, text_field
 from latte_scale.data.schema import Manifest, ManifestError, ShardEntry, load_manifest
 from latte_scale.data.tar import BLOCK, TarError, padded, split_name, walk
 from latte_scale.store import ShortReadError, Store, open_store
@@ -33,7 +33,10 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """What was read: the key from the tar's own headers, and every field's checked bytes."""
+    """What was read: the key from the tar's own headers, and every field's checked bytes.
+
+    Of the embeddings of several captions one is read, as field "text".
+    """
 
     key: str
     fields: dict[str, bytes]
@@ -46,6 +49,15 @@ class Sample:
             return self.fields["txt"].decode("utf-8", "replace").strip()
         caption = self.about.get("caption")
         return caption.strip() if isinstance(caption, str) else ""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions: the .json's "captions" where they are strings and begin with `caption`, else that alone."""
+        captions, first = self.about.get("captions"), self.caption
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            return (first,)
+        captions = tuple(caption.strip() for caption in captions)
+        return captions if captions[:1] == (first,) else (first,)
 
 
 class Dataset:
@@ -96,14 +108,16 @@ class Dataset:
             for bucket in self.manifest.buckets
         }
 
-    def read(self, shard: int, position: int, cached: bool = True) -> Sample:
+    def read(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
         """The sample at `position` of a shard. `cached=False` reads a shared embedding from the store again.
 
+        Of the embeddings of n captions, number floor(caption_at * n) is read, with `caption_at` in [0, 1).
         Raises DamagedError (this sample's bytes are wrong), ManifestError (the tar is not the indexed one) or
         StoreError (the tar is missing or cannot be read).
         """
         entry, row = self.manifest.shards[shard], self.index(shard).row(position)
-        text_span = row.fields.get("text")
+        number = int(caption_at * row.num_texts)
+        text_span = row.fields.get(text_field(number))
         known = self._texts.get((shard, text_span.offset)) if cached and text_span else None
         try:
             window = _window(row, text_span if known is None else None)
@@ -116,14 +130,30 @@ class Dataset:
             raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
         except _Mismatch as error:
             raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
-        if name != sample.about.get("text"):
+        names = sample.about.get("texts") or [sample.about.get("text")]
+        if len(names) != row.num_texts or name != names[number]:
             raise ManifestError(
-                f"{self.store.join(entry.name)}: sample {row.key!r} needs the embedding {sample.about.get('text')!r}, "
-                f"its index points at {name!r}; write the data set again"
+                f"{self.store.join(entry.name)}: sample {row.key!r} needs the embeddings {names}, its index points at "
+                f"{row.num_texts}, of which number {number} is {name!r}; write the data set again"
             )
         self._texts[shard, text_span.offset] = name, text
         _trim(self._texts, NUM_CACHED_TEXTS)
         return Sample(sample.key, {**sample.fields, "text": text}, sample.about)
+
+    def label(self, sample: Sample) -> int | None:
+        """The sample's class, a place in the manifest's class_names; None in a data set without classes.
+
+        Raises ManifestError where it is missing or out of range.
+        """
+        names, label = self.manifest.class_names, sample.about.get("label")
+        if names is None:
+            return None
+        if type(label) is not int or not 0 <= label < len(names):
+            raise ManifestError(
+                f"{self.store.url}: sample {sample.key!r}: label: expected an integer from 0 to {len(names) - 1} (the "
+                f"classes of the manifest), came {label!r}; write the data set again with `latte-data shard`"
+            )
+        return label
 
     def samples(self, shard: int) -> Iterator[Sample]:
         """Every sample of a shard in order; raises like `read` at the first that is wrong."""
@@ -188,7 +218,7 @@ def _own_fields(entry: ShardEntry, row: Row, data: bytes, begin: int, where: str
         )
     fields = {}
     for name, span in row.fields.items():
-        if name == "text":
+        if is_text(name):
             continue
         member = members.get(span.offset)
         if member is None or member.size != span.size:

@@ -4,6 +4,8 @@ In: `manifest.json` of a data set. Out: typed facts, a fingerprint that changes 
 nothing or a ManifestError that lists every difference from what a training config needs. Two kinds exist: "video"
 holds whole clips and captions as they came, so one set serves every frame policy; "latents" holds what frozen
 encoders made of one frame policy. The manifest is written last: a folder without one is not a data set yet.
+The format grows by optional fields: one that holds its default is neither written nor hashed (`stored`), so a data set
+that does not use it keeps its bytes and its fingerprint.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ Kind = Literal["video", "latents"]
 LatentKind = Literal["mean", "mean_std"]
 
 _STRICT = {"extra": "forbid"}
+_ADDED_TO_VIDEO = {"window": None, "sampling": "stride", "hflip": False}
 
 
 class ManifestError(ValueError):
@@ -41,6 +44,13 @@ class VideoSettings:
     height: int = 256  # pixels, after the resize of the shorter side and a centre crop
     width: int = 256  # pixels
     frame_interval: int = 3  # 1 takes neighbouring frames, 3 every third frame of the file
+    # Neighbouring frames in which the clip lies, drawn from all but the last frame of a longer file, as Latte draws its
+    # 48. None: no more than the frames span, anywhere in the file; for linspace, frames * frame_interval.
+    window: int | None = None
+    # Which frames of the window: every frame_interval-th from its first, or `frames` evenly from its first to its last
+    # (rounded down), where a file shorter than the window is a window of its own.
+    sampling: Literal["stride", "linspace"] = "stride"
+    hflip: bool = False  # mirror a clip with probability 0.5; a latents data set then holds both of each
 
     __pydantic_config__ = _STRICT
 
@@ -48,11 +58,64 @@ class VideoSettings:
         for name in ("frames", "height", "width", "frame_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, came {getattr(self, name)}")
+        if self.window is not None and self.window < self.min_window:
+            raise ValueError(
+                f"window must hold the clip: expected {self.min_window} frames or more for frames={self.frames}"
+                f"{self._interval_words}, came {self.window}"
+            )
+
+    def stored(self) -> dict[str, Any]:
+        """The plain values that are written and hashed: of the younger fields only those in use."""
+        unused = {name for name, default in _ADDED_TO_VIDEO.items() if getattr(self, name) == default}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
 
     @property
     def span(self) -> int:
-        """Neighbouring frames that a file must have for one clip: (frames - 1) * frame_interval + 1."""
+        """Neighbouring frames from the first frame of a clip to its last: (frames - 1) * frame_interval + 1."""
         return (self.frames - 1) * self.frame_interval + 1
+
+    @property
+    def min_window(self) -> int:
+        """The shortest window from which the clip's frames, all different, can be taken."""
+        return self.span if self.sampling == "stride" else self.frames
+
+    @property
+    def min_frames(self) -> int:
+        """Frames that a file must have: the whole window, for linspace only as many as the clip."""
+        return self._window_frames if self.sampling == "stride" else self.frames
+
+    def last_start(self, num_frames: int) -> int:
+        """The last frame of a file at which its window may begin; 0 for a file no longer than the window."""
+        if self.window is None and self.sampling == "stride":
+            return max(0, num_frames - self.span)
+        return max(0, num_frames - self._window_frames - 1)
+
+    def places(self, start_frame: int, num_frames: int) -> list[int]:
+        """The frames, ascending, of the clip whose window begins at `start_frame` of a file with `num_frames`.
+
+        Raises ValueError with the reason when the file is too short.
+        """
+        if start_frame < 0 or start_frame + self.min_frames > num_frames:
+            after = f" from frame {start_frame} on" if start_frame else ""
+            window = f", in a window of {self.window}" if self.window is not None else ""
+            raise ValueError(
+                f"too short: expected {self.min_frames} frames{after} ({self.frames} frames{self._interval_words}"
+                f"{window}), came {max(0, num_frames - start_frame)}"
+            )
+        if self.sampling == "stride":
+            return list(range(start_frame, start_frame + self.span, self.frame_interval))
+        last = min(self._window_frames, num_frames - start_frame) - 1
+        return [start_frame + place * last // max(1, self.frames - 1) for place in range(self.frames)]
+
+    @property
+    def _window_frames(self) -> int:
+        if self.window is not None:
+            return self.window
+        return self.span if self.sampling == "stride" else self.frames * self.frame_interval
+
+    @property
+    def _interval_words(self) -> str:
+        return f", one in {self.frame_interval}" if self.sampling == "stride" else ", evenly spaced"
 
 
 @dataclass(frozen=True)
@@ -129,6 +192,7 @@ class Manifest:
     vae: VaeInfo | None = None
     text: TextInfo | None = None
     null_text: FileInfo | None = None  # embedding of the empty caption, `embedding` [Lmax, D]
+    class_names: tuple[str, ...] | None = None  # what "label" of a sample's .json counts in; None: no labels
     format_version: int = FORMAT_VERSION
 
     __pydantic_config__ = _STRICT
@@ -147,9 +211,18 @@ class Manifest:
                 totals[bucket] = totals.get(bucket, 0) + count
         return dict(sorted(totals.items()))
 
+    def stored(self) -> dict[str, Any]:
+        """The plain values that are written and hashed."""
+        content = dataclasses.asdict(self)
+        if self.video is not None:
+            content["video"] = self.video.stored()
+        if self.class_names is None:
+            del content["class_names"]
+        return content
+
     def fingerprint(self) -> str:
         """sha256 of what is stored. The writing tool's version and the encoders' names (paths) are left out."""
-        content = dataclasses.asdict(self)
+        content = self.stored()
         del content["tool_version"]
         for encoder in ("vae", "text"):
             if content[encoder]:
@@ -160,7 +233,7 @@ class Manifest:
 
 def save_manifest(store: Store, manifest: Manifest) -> None:
     """Write `manifest.json`: the last file of a data set, after which it exists for readers."""
-    store.write(MANIFEST, (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode())
+    store.write(MANIFEST, (json.dumps(manifest.stored(), indent=1) + "\n").encode())
 
 
 def load_manifest(store: Store) -> Manifest:
@@ -194,7 +267,9 @@ def _validated(data: bytes, where: str) -> Manifest:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:5])
         raise ManifestError(f"{where} is damaged: {faults}; write the data set again") from error
     if manifest.kind == "latents":
-        absent = [name for name in ("video", "latents", "vae", "text", "null_text") if not getattr(manifest, name)]
+        absent = [name for name in ("video", "latents", "vae") if not getattr(manifest, name)]
+        if (manifest.text is None) != (manifest.null_text is None):
+            absent.append("null_text" if manifest.null_text is None else "text")
         if absent:
             raise ManifestError(f"{where}: a latents manifest needs {', '.join(absent)}; run `latte-data encode` again")
     return manifest
@@ -229,27 +304,32 @@ class Difference:
 
 
 def differences(manifest: Manifest, expected: Expected) -> list[Difference]:
-    """Every key in which a latents manifest is not what is expected; none for "video" sets, which fit any policy."""
+    """Every key in which a latents manifest is not what is expected; none for "video" sets, which fit any policy.
+
+    A mirrored set beside the plain one is no difference: a config without video.hflip leaves it alone.
+    """
     if manifest.kind == "video":
         return []
     video, latents, vae, text = manifest.video, manifest.latents, manifest.vae, manifest.text
-    assert video and latents and vae and text  # load_manifest has refused anything else
-    pairs: list[tuple[str, Any, Any]] = []
+    assert video and latents and vae  # load_manifest has refused anything else
+    found: list[Difference] = []
     if expected.video is not None:
         for name, value in dataclasses.asdict(expected.video).items():
-            pairs.append((f"video.{name}", value, getattr(video, name)))
-    pairs += [
+            came = getattr(video, name)
+            if value != came and not (name == "hflip" and came):
+                found.append(Difference(f"video.{name}", value, came))
+    pairs = [
         ("vae.sha256", expected.vae_sha256, vae.sha256),
         ("latents.channels", expected.latent_channels, latents.channels),
         ("latents.downscale", expected.latent_downscale, latents.downscale),
         ("latents.scale", expected.latent_scale, latents.scale),
         ("latents.shift", expected.latent_shift, latents.shift),
-        ("text.sha256", expected.text_sha256, text.sha256),
-        ("text.max_length", expected.text_max_length, text.max_length),
-        ("text.dim", expected.text_dim, text.dim),
+        ("text.sha256", expected.text_sha256, text and text.sha256),
+        ("text.max_length", expected.text_max_length, text and text.max_length),
+        ("text.dim", expected.text_dim, text and text.dim),
         ("caption_cleaning", expected.caption_cleaning, manifest.caption_cleaning),
     ]
-    return [Difference(key, want, came) for key, want, came in pairs if want is not None and want != came]
+    return found + [Difference(key, want, came) for key, want, came in pairs if want is not None and want != came]
 
 
 def check_manifest(manifest: Manifest, expected: Expected, url: str = "the data set") -> None:

@@ -3,18 +3,20 @@
 One code path serves `latte-data shard` (clips) and `latte-data encode` (latents). A tar is built under a temporary
 name, hashed while it is written, renamed, and then its index is written: an index therefore proves a whole tar, which
 is how an interrupted run knows what it has (`finished_entry`). The same samples in the same order give the same bytes
-on any machine and day: members carry no time and no owner, and .json members have sorted keys.
+on any machine and day: members carry no time and no owner, and .json members have sorted keys. What a sample may have
+beyond one caption (a class, more captions, mirrored latents) costs nothing where it is absent: the bytes are the same.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import google_crc32c
 
-from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name
+from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name, text_field
 from latte_scale.data.schema import RAW_BUCKET, Kind, ShardEntry
 from latte_scale.data.tar import END, header, padded, split_name
 from latte_scale.store import Store, explained
@@ -31,18 +33,25 @@ class VideoSample:
     video: bytes
     extension: str  # the container's own: "mp4", "mkv", ...
     info: dict[str, Any] = field(default_factory=dict)  # more for the .json: "source", frames, fps, ...
+    more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
+    label: int | None = None  # class, by its place in the manifest's class_names; None: the data set has none
+    source_bytes: int | None = None  # size of the files that `video` was joined from; None: it is one file as it came
 
 
 @dataclass(frozen=True)
 class LatentSample:
-    """Encoded latents and text, both as safetensors bytes."""
+    """Encoded latents and text, all as safetensors bytes."""
 
     key: str
     caption: str  # as the text encoder was given it
     bucket: str  # "FxHxW" in latent units
     latents: bytes  # `mean` [F, C, h, w] float16 raw, and `std` for latent kind "mean_std"
-    text: bytes  # `embedding` [L, D] float16, real tokens only
+    text: bytes | None  # `embedding` [L, D] float16, real tokens only; None: the data set has no text
     info: dict[str, Any] = field(default_factory=dict)
+    more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
+    more_texts: tuple[bytes, ...] = ()  # their embeddings, as `text`; none without text
+    mirrored: bytes | None = None  # as `latents`, of the mirrored clip; None: the frame policy does not mirror
+    label: int | None = None
 
 
 def shard_name(number: int) -> str:
@@ -55,8 +64,16 @@ def text_name(caption: str) -> str:
     return f"text-{hashlib.sha256(caption.encode()).hexdigest()[:32]}"
 
 
+def description(captions: Sequence[str], label: int | None = None, source_bytes: int | None = None) -> str:
+    """What the index hashes of a sample beside its video: its caption; where it has more than that, all of it."""
+    if len(captions) == 1 and label is None and source_bytes is None:
+        return captions[0]
+    return json.dumps([list(captions), label, source_bytes], ensure_ascii=False)
+
+
 def sample_json(sample: VideoSample | LatentSample) -> bytes:
     """The .json member: facts of `info` and the fields that readers rely on, keys sorted."""
+    captions = [sample.caption, *sample.more_captions]
     content = {
         **sample.info,
         "key": sample.key,
@@ -64,8 +81,16 @@ def sample_json(sample: VideoSample | LatentSample) -> bytes:
         "caption_sha": hashlib.sha256(sample.caption.encode()).hexdigest(),
         "bucket": sample.bucket if isinstance(sample, LatentSample) else RAW_BUCKET,
     }
-    if isinstance(sample, LatentSample):
+    if sample.label is not None:
+        content["label"] = sample.label
+    if sample.more_captions:
+        content["captions"] = captions
+    if isinstance(sample, VideoSample) and sample.source_bytes is not None:
+        content["source_bytes"] = sample.source_bytes
+    if isinstance(sample, LatentSample) and sample.text is not None:
         content["text"] = text_name(sample.caption)
+        if sample.more_captions:
+            content["texts"] = [text_name(caption) for caption in captions]
     return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -113,14 +138,14 @@ class ShardFile:
         _check_key(sample.key)
         if isinstance(sample, VideoSample) != (self.kind == "video"):
             raise ValueError(f"{self.name}: a {self.kind} shard cannot hold a {type(sample).__name__}")
-        fields = {}
-        if isinstance(sample, LatentSample):
-            fields["text"] = self._add_text(sample)  # before the sample, so that both are often one read
+        fields = self._add_texts(sample)  # before the sample, so that both are often one read
         start = self.size_bytes
         for name, extension, data in self._members(sample):
             fields[name] = self._append(f"{sample.key}.{extension}", data)
         bucket = sample.bucket if isinstance(sample, LatentSample) else RAW_BUCKET
-        self._index.add(Row(sample.key, bucket, start, self.size_bytes, fields), sample.caption)
+        source_bytes = sample.source_bytes if isinstance(sample, VideoSample) else None
+        described = description((sample.caption, *sample.more_captions), sample.label, source_bytes)
+        self._index.add(Row(sample.key, bucket, start, self.size_bytes, fields), described)
 
     def close(self) -> ShardEntry:
         """Finish the tar, put it and then its index in place, and return the manifest entry."""
@@ -143,22 +168,32 @@ class ShardFile:
         """(field, extension, bytes) of the sample's own members in the order of their names."""
         about = sample_json(sample)
         if isinstance(sample, LatentSample):
-            return [("json", "json", about), ("latents", "latents.safetensors", sample.latents)]
+            members = [("json", "json", about), ("latents", "latents.safetensors", sample.latents)]
+            if sample.mirrored is not None:
+                members.append(("mirrored", "mirrored.safetensors", sample.mirrored))
+            return members
         extension = sample.extension.lower().lstrip(".")
         if extension not in VIDEO_EXTENSIONS:
             raise ValueError(f"{sample.key}: .{extension} is not a known container: {', '.join(VIDEO_EXTENSIONS)}")
         members = [("video", extension, sample.video), ("txt", "txt", sample.caption.encode()), ("json", "json", about)]
         return sorted(members, key=lambda member: member[1])
 
-    def _add_text(self, sample: LatentSample) -> Span:
-        name, digest = text_name(sample.caption), hashlib.sha256(sample.text).digest()
+    def _add_texts(self, sample: VideoSample | LatentSample) -> dict[str, Span]:
+        """Field -> where the embedding of each of the sample's captions is, those written that are not there yet."""
+        if isinstance(sample, VideoSample) or sample.text is None:
+            return {}
+        pairs = zip((sample.caption, *sample.more_captions), (sample.text, *sample.more_texts), strict=True)
+        return {text_field(n): self._add_text(sample.key, *pair) for n, pair in enumerate(pairs)}
+
+    def _add_text(self, key: str, caption: str, text: bytes) -> Span:
+        name, digest = text_name(caption), hashlib.sha256(text).digest()
         if name not in self._texts:
-            self._texts[name] = digest, self._append(f"{name}.safetensors", sample.text)
+            self._texts[name] = digest, self._append(f"{name}.safetensors", text)
         known, span = self._texts[name]
         if known != digest:
             raise ValueError(
-                f"{self.name}: sample {sample.key!r} has another embedding than an earlier sample with the same "
-                f"caption {sample.caption[:60]!r}; encode a caption once per shard and reuse it"
+                f"{self.name}: sample {key!r} has another embedding than an earlier sample with the same "
+                f"caption {caption[:60]!r}; encode a caption once per shard and reuse it"
             )
         return span
 

@@ -1,4 +1,4 @@
-"""Video files to clips, container bytes in and uint8 pixels [F, 3, H, W] of the frame policy out; and frames to mp4.
+"""Video files to clips, container bytes in and uint8 pixels [F, 3, H, W] of the frame policy out; and frames to files.
 
 Only the frames of the clip are converted, and decoding starts at the nearest earlier keyframe. Frames are chosen by
 their place in display order. Where a container has no usable times (AVI), frames are counted from the start instead.
@@ -9,7 +9,7 @@ time at 1280x720 and differs by 1.2 grey levels of 255 on average. Every fault i
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,9 +21,15 @@ import numpy as np
 
 from latte_scale.data.schema import VideoSettings
 
+FRAME_TIME = Fraction(1, 25)  # seconds; the pace that a file of joined images claims
+
 
 class VideoError(ValueError):
     """A file that cannot give a clip; the message says why."""
+
+
+class TooShortError(VideoError):
+    """A file with fewer frames than the frame policy needs."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +76,27 @@ def probe(source: bytes | str | Path) -> VideoInfo:
 def read_clip(source: bytes | str | Path, video: VideoSettings, start_frame: int = 0) -> np.ndarray:
     """The clip that begins at frame `start_frame`: uint8 [F, 3, H, W], RGB, C-contiguous.
 
-    Frames start, start + interval, ... in display order; each is turned upright, resized until it covers H x W with its
-    own proportions, and cropped to the centre. Raises VideoError with the reason.
+    Its frames (`VideoSettings.places`) come in display order; each is turned upright, resized until it covers H x W
+    with its own proportions, and cropped to the centre. Mirroring is left to the caller. Raises VideoError.
     """
     with _opened(source) as opened:
         return _read(opened, video, start_frame)
 
 
 def read_random_clip(source: bytes | str | Path, video: VideoSettings, u: float) -> tuple[np.ndarray, int]:
-    """(clip, its start frame): the start is the place `u` in [0, 1) of all that leave room for the whole clip."""
+    """(clip, its start frame): the start is the place `u` in [0, 1) of all that leave room for the whole window."""
     with _opened(source) as opened:
-        room = max(0, opened.num_frames - video.span)
+        room = video.last_start(opened.num_frames)
         start_frame = min(int(u * (room + 1)), room)
         return _read(opened, video, start_frame), start_frame
 
 
 def _read(opened: _Video, video: VideoSettings, start_frame: int) -> np.ndarray:
     """The clip at `start_frame` of an open file."""
-    if start_frame < 0 or start_frame + video.span > opened.num_frames:
-        after = f" from frame {start_frame} on" if start_frame else ""
-        raise VideoError(
-            f"too short: expected {video.span} frames{after} ({video.frames} frames, one in {video.frame_interval}), "
-            f"came {max(0, opened.num_frames - start_frame)}"
-        )
-    places = range(start_frame, start_frame + video.span, video.frame_interval)
+    try:
+        places = video.places(start_frame, opened.num_frames)
+    except ValueError as error:
+        raise TooShortError(str(error)) from None
     frames = None if opened.pts is None else _frames_by_time(opened, [opened.pts[place] for place in places], video)
     if frames is None:
         frames = _frames_by_count(opened, places, video)
@@ -141,7 +144,7 @@ def _frames_by_time(opened: _Video, wanted: list[int], video: VideoSettings) -> 
     return None
 
 
-def _frames_by_count(opened: _Video, wanted: range, video: VideoSettings) -> list[np.ndarray]:
+def _frames_by_count(opened: _Video, wanted: Sequence[int], video: VideoSettings) -> list[np.ndarray]:
     """The frames at the wanted places in the decoder's order from the start of the file."""
     opened.container.seek(0, stream=opened.stream)
     frames = []
@@ -172,6 +175,39 @@ def _convert(frame: Any, video: VideoSettings, pixel_shape: Fraction) -> np.ndar
 def _rotation(frame: Any) -> int:
     """Degrees counter-clockwise that show the frame upright, to the nearest quarter turn."""
     return round(frame.rotation / 90) % 4 * 90
+
+
+def join_frames(paths: Sequence[Path]) -> bytes:
+    """Image files of one kind (JPEG, PNG), in order, as a QuickTime file that holds their bytes as they are.
+
+    Nothing is decoded, every frame can be read by itself, and equal files give equal bytes. The file claims 25 frames a
+    second, which means nothing. Raises VideoError naming the image that cannot be used.
+    """
+    joined = io.BytesIO()
+    with av.open(joined, "w", format="mov", options={"fflags": "+bitexact"}) as container:
+        stream = None
+        for place, path in enumerate(paths):
+            with _opened_image(path) as (image, packet):
+                if stream is None:
+                    stream, codec = container.add_stream_from_template(image), image.codec_context.name
+                    stream.time_base = FRAME_TIME
+                if (came := image.codec_context.name) != codec:
+                    raise VideoError(f"{path.name}: expected {codec} as {paths[0].name} is, came {came}")
+                packet.stream, packet.time_base, packet.duration = stream, FRAME_TIME, 1
+                packet.pts = packet.dts = place
+                container.mux(packet)
+    return joined.getvalue()
+
+
+@contextmanager
+def _opened_image(path: Path) -> Iterator[tuple[Any, Any]]:
+    """(stream, its one packet) of an image file."""
+    try:
+        with av.open(io.BytesIO(path.read_bytes())) as container:
+            stream = container.streams.video[0]
+            yield stream, next(packet for packet in container.demux(stream) if packet.size)
+    except (av.FFmpegError, IndexError, StopIteration) as error:
+        raise VideoError(f"corrupt: {path.name} is no image that can be read ({error})") from error
 
 
 def write_mp4(path: Path, frames_FHWC: np.ndarray, fps: int) -> None:

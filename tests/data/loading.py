@@ -3,7 +3,7 @@
 import itertools
 
 from latte_scale.data.batches import MicroBatch
-from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
+from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets, open_images
 from latte_scale.data.schema import VideoSettings
 from tests.data.making import VIDEO
 
@@ -12,11 +12,15 @@ SEED = 5
 
 
 def load(url, steps: int = 4, num_workers: int = 0, video: VideoSettings = VIDEO, **options) -> list[list[MicroBatch]]:
-    """The micro-batches of the first steps, [step][micro-batch]."""
+    """The micro-batches of the first steps, [step][micro-batch]; `images` is the URL of an image set."""
     holdout, side = options.pop("holdout", 0.0), options.get("side", "train")
     global_batch = options.pop("global_batch", GLOBAL_BATCH)
-    settings = DataSettings(url if isinstance(url, tuple) else str(url), num_workers, holdout=holdout)
+    images = options.pop("images", None)
+    settings = DataSettings(
+        url if isinstance(url, tuple) else str(url), num_workers, holdout=holdout, images=images and str(images)
+    )
     datasets = open_datasets(settings)
+    options["images"] = open_images(settings, datasets)
     plan = make_plan(settings, datasets, SEED, global_batch, side)
     options = {"seed": SEED, "micro_batch": 3, **options}
     with Loader(settings, datasets, video, plan, **options) as loader:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,23 +34,48 @@ NULL = -1.0
 """What the null embedding is filled with."""
 
 
+@dataclass(frozen=True)
+class More:
+    """What a made data set may have beyond one caption a sample."""
+
+    captions_each: int = 1  # sample n has the captions n, n + 1, ... (modulo num_captions)
+    class_names: tuple[str, ...] | None = None  # sample n has label n (modulo their number)
+    mirrored: bool = False  # the mirrored latents are filled with minus the number
+    with_text: bool = True
+
+
+def embedding(caption: int) -> bytes:
+    """Caption number `caption`: 1 + its number of tokens (at most MAX_TOKENS), filled with its number plus 1."""
+    return save({"embedding": np.full((1 + caption % MAX_TOKENS, WIDTH), caption + 1, np.float16)})
+
+
 def latent_sample(
-    number: int, num_captions: int = 5, bucket: str = BUCKET, with_std: bool = False, key: str = ""
+    number: int,
+    num_captions: int = 5,
+    bucket: str = BUCKET,
+    with_std: bool = False,
+    key: str = "",
+    more: More | None = None,
 ) -> LatentSample:
     """Sample `number`: its mean is filled with its number, its embedding with its caption's number (plus 1)."""
-    caption = number % num_captions
+    more = more or More()
+    captions = [(number + place) % num_captions for place in range(more.captions_each)]
     frames, height, width = (int(part) for part in bucket.split("x"))
     arrays = {"mean": np.full((frames, CHANNELS, height, width), number, np.float16)}
     if with_std:
         arrays["std"] = np.full_like(arrays["mean"], 0.5)
-    text = np.full((1 + caption % MAX_TOKENS, WIDTH), caption + 1, np.float16)
+    texts = [embedding(caption) if more.with_text else None for caption in captions]
     return LatentSample(
         key or f"{number:06d}",
-        f"caption {caption}",
+        f"caption {captions[0]}",
         bucket,
         save(arrays),
-        save({"embedding": text}),
+        texts[0],
         {"source": "made"},
+        more_captions=tuple(f"caption {caption}" for caption in captions[1:]),
+        more_texts=tuple(texts[1:]) if more.with_text else (),
+        mirrored=save({name: -array for name, array in arrays.items()}) if more.mirrored else None,
+        label=None if more.class_names is None else number % len(more.class_names),
     )
 
 
@@ -73,26 +99,31 @@ def make_latents(
     num_captions: int = 5,
     with_std: bool = False,
     every_other_bucket: int = 0,
+    bucket: str = BUCKET,
+    more: More | None = None,
 ) -> Manifest:
     """A latents data set; every n-th sample goes into OTHER_BUCKET if `every_other_bucket` is n."""
-    store = open_store(folder)
+    store, more = open_store(folder), more or More()
     samples = []
     for number in range(num_samples):
         other = every_other_bucket and number % every_other_bucket == 0
-        samples.append(latent_sample(number, num_captions, OTHER_BUCKET if other else BUCKET, with_std))
+        name = OTHER_BUCKET if other else bucket
+        samples.append(latent_sample(number, num_captions, name, with_std, more=more))
     shards = write_shards(store, "latents", samples, per_shard)
     null = save({"embedding": np.full((MAX_TOKENS, WIDTH), NULL, np.float16)})
-    store.write(NULL_TEXT, null)
+    if more.with_text:
+        store.write(NULL_TEXT, null)
     manifest = Manifest(
         kind="latents",
         shards=shards,
         caption_cleaning="lower-strip",
         tool_version="test",
-        video=VIDEO,
+        video=replace(VIDEO, frames=int(bucket.partition("x")[0]), hflip=more.mirrored),
         latents=LatentsInfo("mean_std" if with_std else "mean", CHANNELS, 8, 0.5, 0.25),
         vae=VaeInfo("toy", "a" * 64),
-        text=TextInfo("toy", "b" * 64, MAX_TOKENS, WIDTH),
-        null_text=FileInfo(NULL_TEXT, hashlib.sha256(null).hexdigest()),
+        text=TextInfo("toy", "b" * 64, MAX_TOKENS, WIDTH) if more.with_text else None,
+        null_text=FileInfo(NULL_TEXT, hashlib.sha256(null).hexdigest()) if more.with_text else None,
+        class_names=more.class_names,
     )
     save_manifest(store, manifest)
     return manifest
@@ -135,12 +166,44 @@ def make_clip(
     return buffer.getvalue()
 
 
-def make_videos(folder: Path, num_samples: int = 5, per_shard: int = 3, num_frames: int = 12) -> Manifest:
-    """A "video" data set of made clips."""
+def write_images(folder: Path, num_images: int, extension: str = "jpg", name: str = "frame_{:03d}") -> list[Path]:
+    """Image files of 48 x 64 pixels, number i filled with frame_grey(i)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(num_images):
+        pixels = np.full((48, 64, 3), frame_grey(number), np.uint8)
+        paths.append(folder / f"{name.format(number)}.{extension}")
+        with av.open(str(paths[-1]), "w", format="image2", options={"update": "1"}) as output:
+            stream = output.add_stream("mjpeg" if extension == "jpg" else extension, rate=1)
+            stream.width, stream.height = 64, 48
+            stream.pix_fmt = "yuvj420p" if extension == "jpg" else "rgb24"
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            output.mux(stream.encode())
+    return paths
+
+
+def make_videos(
+    folder: Path,
+    num_samples: int = 5,
+    per_shard: int = 3,
+    num_frames: int = 12,
+    stripe: bool = False,
+    class_names: tuple[str, ...] | None = None,
+) -> Manifest:
+    """A "video" data set of made clips; sample n has label n modulo the classes."""
     store = open_store(folder)
-    clip = make_clip(num_frames)
-    samples = [VideoSample(f"{number:06d}", f"caption {number}", clip, "mp4") for number in range(num_samples)]
+    clip = make_clip(num_frames, stripe=stripe)
+    samples = [
+        VideoSample(
+            f"{number:06d}",
+            f"caption {number}",
+            clip,
+            "mp4",
+            label=None if class_names is None else number % len(class_names),
+        )
+        for number in range(num_samples)
+    ]
     shards = write_shards(store, "video", samples, per_shard)
-    manifest = Manifest("video", shards, caption_cleaning="none", tool_version="test")
+    manifest = Manifest("video", shards, caption_cleaning="none", tool_version="test", class_names=class_names)
     save_manifest(store, manifest)
     return manifest

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from latte_scale import rng
-from latte_scale.data.batches import LoaderError
 from latte_scale.data.index import load_index
+from latte_scale.data.items import LoaderError
 from latte_scale.data.loader import DataSettings, open_datasets
 from latte_scale.data.samples import DamagedError, Dataset
 from latte_scale.data.schema import Manifest, VideoSettings, save_manifest
@@ -78,8 +78,8 @@ def test_ids_are_what_was_read_not_what_was_planned(tmp_path, monkeypatch):
     before = load(tmp_path, 1)
     read = Dataset.read
 
-    def swapped(self, shard, position, cached=True):
-        return read(self, shard, {0: 1, 1: 0}.get(position, position), cached)
+    def swapped(self, shard, position, *more):
+        return read(self, shard, {0: 1, 1: 0}.get(position, position), *more)
 
     monkeypatch.setattr(Dataset, "read", swapped)
     after = load(tmp_path, 1, num_workers=1)
@@ -160,11 +160,11 @@ def test_a_bad_sample_is_read_again_past_the_caches_before_it_is_given_up(tmp_pa
     before, calls = ids(load(tmp_path, 2)), []
     read = Dataset.read
 
-    def flaky(self, shard, position, cached=True):
+    def flaky(self, shard, position, cached=True, *more):
         calls.append(cached)
         if cached:
             raise DamagedError("a bad moment")
-        return read(self, shard, position, cached)
+        return read(self, shard, position, cached, *more)
 
     monkeypatch.setattr(Dataset, "read", flaky)
     steps = load(tmp_path, 2)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from latte_scale import settings as settings_reader
-from latte_scale.data.batches import LoaderError
+from latte_scale.data.items import LoaderError
 from latte_scale.data.loader import DataSettings, Loader, SourceSettings, make_plan, open_datasets, resolve_settings
 from latte_scale.data.schema import ManifestError
 from tests.data.loading import GLOBAL_BATCH, SEED, ids, keys, load
-from tests.data.making import VIDEO, make_latents, make_videos
+from tests.data.making import VIDEO, More, make_latents, make_videos
 
 
 def test_the_order_is_the_plans_for_any_workers_ranks_micro_batch_and_start(tmp_path):
@@ -31,6 +31,28 @@ def test_the_order_is_the_plans_for_any_workers_ranks_micro_batch_and_start(tmp_
         assert len({len(step) for rank in ranks for step in rank}) == 1
         joined = [[name for rank in ranks for name in ids(rank)[step]] for step in range(6)]
         assert joined == golden
+
+
+@pytest.mark.parametrize(("size", "micro_batch"), [(1, 12), (1, 4), (2, 4), (3, 8)])
+def test_groups_of_consecutive_samples_stay_in_one_micro_batch(tmp_path, size, micro_batch):
+    make_latents(tmp_path)
+    golden = ids(load(tmp_path, 3, global_batch=12))
+    options = {"global_batch": 12, "micro_batch": micro_batch, "group": 4, "size": size}
+    ranks = [load(tmp_path, 3, num_workers=rank % 2, rank=rank, **options) for rank in range(size)]
+    assert len({len(step) for rank in ranks for step in rank}) == 1
+    for step in (step for rank in ranks for step in rank):
+        for batch in step:
+            groups = batch.index_B.view(-1, 4)
+            assert torch.equal(groups[groups[:, 0] >= 0] % 4, torch.arange(4).repeat(int((groups[:, 0] >= 0).sum()), 1))
+            assert (groups[groups[:, 0] < 0] == -1).all()
+    assert [[name for rank in ranks for name in ids(rank)[step]] for step in range(3)] == golden
+
+
+def test_groups_that_do_not_fit_are_refused(tmp_path):
+    make_latents(tmp_path)
+    for options, words in (({"global_batch": 10}, "global_batch 10"), ({"micro_batch": 6}, "micro_batch 6")):
+        with pytest.raises(ValueError, match=rf"train\.{words} is not a multiple of 4"):
+            load(tmp_path, **{"global_batch": 12, "micro_batch": 4, "group": 4, **options})
 
 
 def test_the_two_sides_of_the_holdout_are_disjoint_and_whole(tmp_path):
@@ -55,7 +77,9 @@ def test_data_sets_that_do_not_fit_together_are_refused(tmp_path):
     make_latents(tmp_path / "a")
     make_latents(tmp_path / "b", with_std=True)
     make_videos(tmp_path / "c", num_samples=1)
-    for other, what in (("b", "latents"), ("c", "kind")):
+    make_latents(tmp_path / "d", more=More(class_names=("cat", "dog")))
+    make_latents(tmp_path / "e", more=More(with_text=False))
+    for other, what in (("b", "latents"), ("c", "kind"), ("d", "class_names"), ("e", r"text\.sha256")):
         with pytest.raises(ManifestError, match=rf"/a and .*/{other} cannot be mixed: {what}: "):
             open_datasets(DataSettings((str(tmp_path / "a"), str(tmp_path / other))))
 

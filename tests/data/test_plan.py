@@ -110,6 +110,35 @@ def test_ranks_and_micro_batches_only_split_the_batch(plan, step, data):
 
 
 @EXAMPLES
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.integers(0, 40), st.data())
+def test_groups_stay_in_one_micro_batch(group, num_groups, groups_a_micro_batch, step, data):
+    plan = Plan([PlanData({"a": np.array([7, 5])}, "x")], 1, group * num_groups)
+    size, micro_batch = data.draw(st.integers(1, num_groups)), group * groups_a_micro_batch
+    ranks, indices = [slots(plan, step, rank, size, micro_batch, group) for rank in range(size)], []
+    assert len({len(micro_batches) for micro_batches in ranks}) == 1
+    for micro_batches in ranks:
+        for each in micro_batches:
+            filled = [slot.index for slot in each if slot.index >= 0]
+            assert len(each) % group == 0 and len(each) <= micro_batch and len(filled) % group == 0
+            assert all(index % group == place % group for place, index in enumerate(filled))
+            assert [slot.index for slot in each[len(filled) :]] == [-1] * (len(each) - len(filled))
+            indices += filled
+            assert [slot.id for slot in each if slot.id] == [plan.batch(step).ids[index] for index in filled]
+    assert indices == list(range(plan.global_batch))
+
+
+def test_batches_that_are_not_whole_groups_are_refused():
+    with pytest.raises(ValueError, match=r"train\.global_batch 30 is not a multiple of 8, .*; use 24 or 32"):
+        rank_range(30, 0, 2, 8)
+    with pytest.raises(ValueError, match=r"train\.micro_batch 4 is not a multiple of 8, .*; use 8"):
+        micro_batch_shape(32, 2, 4, 8)
+    with pytest.raises(
+        ValueError, match=r"global_batch 16 in groups of 8 is smaller than the 3 .*; use 24 or more, or .* 2"
+    ):
+        rank_range(16, 0, 3, 8)
+
+
+@EXAMPLES
 @given(plans(), st.integers(0, 100))
 def test_a_plan_has_no_memory(plan, step):
     expected = plan.batch(step)

@@ -8,10 +8,10 @@ import pytest
 
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.index import load_index
-from latte_scale.data.samples import DamagedError, Dataset, open_dataset
+from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import NULL_TEXT, ManifestError
 from latte_scale.store import MissingError
-from tests.data.making import BUCKET, NULL, OTHER_BUCKET, make_latents, make_videos
+from tests.data.making import BUCKET, NULL, OTHER_BUCKET, More, make_latents, make_videos
 
 
 @pytest.fixture
@@ -139,3 +139,46 @@ def test_clips_come_back_with_their_captions(tmp_path):
     samples = [sample for shard in range(2) for sample in open_dataset(str(tmp_path)).samples(shard)]
     assert [sample.caption for sample in samples] == [f"caption {number}" for number in range(5)]
     assert all(json.loads(sample.fields["json"])["key"] == sample.key for sample in samples)
+
+
+def test_each_of_several_captions_can_be_read(tmp_path):
+    make_latents(tmp_path, num_captions=6, more=More(captions_each=3))
+    dataset = open_dataset(str(tmp_path))
+    for cached in (True, False):
+        for shard, position in ((0, 0), (0, 5), (2, 3)):
+            for place, caption_at in enumerate((0.0, 0.34, 0.99)):
+                sample = dataset.read(shard, position, cached, caption_at)
+                caption = (6 * shard + position + place) % 6
+                assert sample.captions[place] == f"caption {caption}"
+                assert (read_arrays(sample.fields["text"])[0]["embedding"] == caption + 1).all()
+    assert sample.caption == sample.captions[0]
+
+
+def test_several_captions_must_begin_with_the_caption():
+    """A .json of another tool may use the word otherwise."""
+    for captions in (["other", "a cat"], [], "a cat", [1, 2], None, {"a cat": 1}):
+        assert Sample("k", {"txt": b"a cat"}, {"captions": captions}).captions == ("a cat",)
+    assert Sample("k", {"txt": b" a cat\n"}, {"captions": ["a cat ", "it sits"]}).captions == ("a cat", "it sits")
+    assert Sample("k", {}, {"caption": "a cat", "captions": ["a cat", "it sits"]}).captions == ("a cat", "it sits")
+
+
+def test_latents_without_text_are_one_read(tmp_path):
+    make_latents(tmp_path, more=More(with_text=False, mirrored=True))
+    sample = open_dataset(str(tmp_path)).read(1, 2)
+    assert set(sample.fields) == {"json", "latents", "mirrored"} and "text" not in sample.about
+    assert (read_arrays(sample.fields["mirrored"])[0]["mean"] == -8).all()
+    with pytest.raises(ManifestError, match="no null embedding"):
+        open_dataset(str(tmp_path)).null_text()
+
+
+def test_a_class_out_of_range_names_the_sample(tmp_path):
+    make_latents(tmp_path, more=More(class_names=("cat", "dog", "owl")))
+    dataset = open_dataset(str(tmp_path))
+    assert [dataset.label(sample) for sample in dataset.samples(0)] == [0, 1, 2, 0, 1, 2]
+    for label in (3, -1, None, "0", True, 1.0):
+        with pytest.raises(
+            ManifestError, match=rf"'k': label: expected an integer from 0 to 2 .*, came {label!r}; write"
+        ):
+            dataset.label(Sample("k", {}, {"label": label}))
+    make_latents(tmp_path / "plain")
+    assert open_dataset(str(tmp_path / "plain")).label(Sample("k", {}, {"label": "a word of another tool"})) is None

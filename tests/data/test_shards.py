@@ -8,9 +8,17 @@ import webdataset
 
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import RAW_BUCKET
-from latte_scale.data.shards import LatentSample, ShardFile, VideoSample, finished_entry, shard_name
+from latte_scale.data.shards import (
+    LatentSample,
+    ShardFile,
+    VideoSample,
+    description,
+    finished_entry,
+    shard_name,
+    text_name,
+)
 from latte_scale.store import open_store
-from tests.data.making import BUCKET, latent_sample, make_latents, make_videos
+from tests.data.making import BUCKET, More, latent_sample, make_latents, make_videos
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
@@ -19,6 +27,48 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
     assert len(names) == 2 * 4 + 2
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_plain_samples_keep_the_bytes_of_the_release_before_classes_and_several_captions(tmp_path):
+    store = open_store(tmp_path)
+    with ShardFile(store, "l.tar", "latents") as shard:
+        for n in range(3):
+            text, latents = b"text %d" % (n % 2), bytes([n]) * 600
+            shard.add(LatentSample(f"a/{n}", f"caption {n % 2}", "2x3x3", latents, text, {"source": "made"}))
+        latents = shard.close()
+    with ShardFile(store, "v.tar", "video") as shard:
+        for n in range(3):
+            shard.add(VideoSample(f"a/{n}", f"caption {n}", bytes([n]) * 600, "mp4", {"source": "made"}))
+        video = shard.close()
+    assert [latents.sha256, latents.index_sha256, video.sha256, video.index_sha256] == [
+        "72921e6bee5bcf46ee1a7320526fb2a1101e47ec1f5a7ef3c57323fbd5624b26",
+        "4ad68263e77589a42b7413b643fcda91bab423ca9ada2a720681aaf9cba3d577",
+        "0b4d4f62c9204338882b26bfb2ad57a67670b4383eab1853342cf5d37091edf4",
+        "41091a477380352ad6a5634b45057a336f91b90f8df917fa560a08e135961f57",
+    ]
+
+
+def test_classes_captions_and_mirrored_latents_are_members_and_json(tmp_path):
+    more = More(captions_each=3, class_names=("cat", "dog"), mirrored=True)
+    make_latents(tmp_path, num_samples=4, num_captions=4, more=more)
+    with tarfile.open(tmp_path / shard_name(0)) as archive:
+        names = archive.getnames()
+        about = json.loads(archive.extractfile("000002.json").read())
+    assert [name for name in names if name.startswith("000002")] == [
+        "000002.json",
+        "000002.latents.safetensors",
+        "000002.mirrored.safetensors",
+    ]
+    assert sum(name.startswith("text-") for name in names) == 4
+    assert (about["label"], about["caption"], about["text"]) == (0, "caption 2", about["texts"][0])
+    assert about["captions"] == ["caption 2", "caption 3", "caption 0"]
+    assert about["texts"] == [text_name(caption) for caption in about["captions"]]
+
+
+def test_the_index_tells_apart_what_is_said_of_a_sample():
+    said = [(["a"],), (["a", "b"],), (["b", "a"],), (["a"], 0), (["a"], 1), (["a"], 0, 7), (["a", "b"], 1)]
+    assert len({description(*arguments) for arguments in said}) == len(said)
+    assert description(["a"]) == "a"
 
 
 def test_an_entry_counts_its_samples(tmp_path):

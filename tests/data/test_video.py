@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import VideoError, probe, read_clip, read_random_clip
+from latte_scale.data.video import TooShortError, VideoError, join_frames, probe, read_clip, read_random_clip
 from tests.clips import CLIPS, needs_clips
-from tests.data.making import frame_grey, make_clip
+from tests.data.making import frame_grey, make_clip, write_images
 
 TOLERANCE = 2.5  # grey levels: what compression leaves of a flat frame
 
@@ -160,6 +160,46 @@ def test_random_windows_stay_inside_and_reach_both_ends():
         clip, found = read_random_clip(data, video, u)
         assert found == start
         assert_frames(clip, [start, start + 2, start + 4])
+
+
+def test_frames_evenly_over_a_window():
+    data = make_clip(30)
+    video = VideoSettings(4, 8, 8, window=12, sampling="linspace")
+    for u, start in [(0.0, 0), (0.5, 9), (0.999999, 17)]:  # 18 places: the window never holds the last of 30 frames
+        clip, found = read_random_clip(data, video, u)
+        assert found == start
+        assert_frames(clip, [start, start + 3, start + 7, start + 11])
+    clip, found = read_random_clip(make_clip(7), video, 0.9)
+    assert found == 0
+    assert_frames(clip, [0, 2, 4, 6])
+    with pytest.raises(
+        TooShortError, match=r"expected 4 frames \(4 frames, evenly spaced, in a window of 12\), came 3"
+    ):
+        read_random_clip(make_clip(3), video, 0.5)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_joined_frames_are_the_same_images_in_their_order(tmp_path, extension):
+    paths = write_images(tmp_path, 6, extension)
+    joined = join_frames(paths)
+    assert joined == join_frames(paths) and all(path.read_bytes() in joined for path in paths)
+    info = probe(joined)
+    assert (info.num_frames, info.height, info.width) == (6, 48, 64)
+    clip = read_clip(joined, VideoSettings(2, 48, 64, 2), 3)
+    for place, frame in zip((3, 5), clip, strict=True):
+        with av.open(str(paths[place])) as container:
+            expected = next(container.decode(video=0)).to_ndarray(format="rgb24").transpose(2, 0, 1)
+        np.testing.assert_array_equal(frame, expected)
+    assert_frames(read_clip(join_frames(paths[4:5]), VideoSettings(1, 8, 8, 1)), [4])
+
+
+def test_images_that_cannot_be_joined_are_named(tmp_path):
+    paths = write_images(tmp_path, 3, "jpg")
+    (tmp_path / "text.jpg").write_bytes(b"no image")
+    with pytest.raises(VideoError, match=r"text\.jpg is no image that can be read"):
+        join_frames([*paths, tmp_path / "text.jpg"])
+    with pytest.raises(VideoError, match=r"000\.png: expected mjpeg as .*000\.jpg is, came png"):
+        join_frames([paths[0], *write_images(tmp_path, 1, "png")])
 
 
 def audio_only() -> bytes:

@@ -4,7 +4,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -58,15 +57,6 @@ def latents(source: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The number of threads changes the last bits of a convolution."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(encode.NUM_THREADS)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def run(source: Path, output: Path, *more: str) -> int:
     return cli.main(["encode", "--input", str(source), "--output", str(output), "--config", CONFIG, *more])
 
@@ -111,6 +101,8 @@ def test_the_manifest_says_what_made_it(latents: Path) -> None:
     assert (manifest.text.sha256, manifest.text.max_length, manifest.text.dim) == (text.sha256, 48, 64)
     header = json.loads((latents / "encode.json").read_text())
     assert header["latents"] == {"kind": "mean_std", "window": "centre", "precision": "fp32"}
+    # Folders that were begun before windows and mirroring exist: their headers have these keys and no others.
+    assert header["video"] == {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
 
 
 def test_other_processes_make_the_same_bytes(source: Path, latents: Path, tmp_path: Path) -> None:
@@ -150,6 +142,7 @@ def test_bad_clips_are_named_and_left_out(
         out, err = capsys.readouterr()
         assert ("done 0, skipped 4, failed 2" if skipped else "done 4, skipped 0, failed 2") in out
         assert "failed clip1: corrupt" in err and "failed clip4: too short: expected 13 frames" in err
+        assert "1 clips are shorter than the 13 frames that the frame policy needs" in err
     encoded = open_dataset(tmp_path / "out")
     assert [sample.key for shard in range(2) for sample in encoded.samples(shard)] == [
         "clip0",
@@ -182,7 +175,8 @@ def test_no_usable_clip_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFix
 def test_window_kind_and_long_captions(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("latents.window=first", "latents.kind=mean", "encoders.text_max_length=4")
     assert run(source, tmp_path / "out", *more) == 0
-    assert "captions were cut to encoders.text_max_length 4 tokens" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "6 captions were cut to encoders.text_max_length 4 tokens (the longest has 6); raise it, or shorten" in err
     encoded = open_dataset(tmp_path / "out")
     sample = encoded.read(0, 0)
     assert sample.about["start_frame"] == 0
@@ -257,12 +251,6 @@ def test_a_dead_worker_is_explained(source: Path, tmp_path: Path, monkeypatch: p
     encode.add_arguments(parser)
     with pytest.raises(encode.EncodeError, match="finished shards are kept: run the same command again"):
         encode.main(parser.parse_args(args))
-
-
-def test_values_that_float16_cannot_hold_are_refused() -> None:
-    for value in (float("nan"), float("inf"), 7e4):
-        with pytest.raises(ValueError, match="which float16 cannot hold"):
-            encode._arrays_to_bytes({"mean": torch.tensor([0.0, value])})
 
 
 @pytest.mark.parametrize("name", ["encode_tiny.yaml", "encode_sd_t5.yaml"])

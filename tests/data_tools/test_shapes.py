@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools import cli, shapes
+from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import probe, read_clip, write_mp4
 
@@ -74,6 +75,16 @@ def test_command_writes_clips_captions_and_vocabulary(tmp_path: Path, capsys: py
     vocabulary = json.loads((tmp_path / "a" / "shapes.json").read_text())
     assert set(vocabulary["held_out_prompts"]).isdisjoint(row["text"] for row in captions)
     assert "a red circle moves right" in vocabulary["seen_prompts"]
+
+
+def test_labels_are_the_combinations(tmp_path: Path) -> None:
+    assert cli.main(["shapes", "--output", str(tmp_path / "clips"), "--count", "24", "--labels"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "clips" / "captions.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in rows} == {" ".join(combination) for combination in shapes.combinations()[0]}
+    assert all(set(row["label"].split()) < set(row["text"].split()) for row in rows)
+    out = str(tmp_path / "shards")
+    assert cli.main(["shard", "--input", str(tmp_path / "clips"), "--output", out]) == 0
+    assert len(open_dataset(out).manifest.class_names) == 24
 
 
 def test_files_are_what_was_drawn(tmp_path: Path) -> None:

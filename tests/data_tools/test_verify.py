@@ -14,7 +14,7 @@ from latte_scale.data.index import load_index
 from latte_scale.data.schema import NULL_TEXT, ManifestError, load_manifest, save_manifest
 from latte_scale.data.shards import LatentSample, ShardFile
 from latte_scale.store import open_store
-from tests.data.making import BUCKET, latent_sample, make_latents, make_videos
+from tests.data.making import BUCKET, More, latent_sample, make_latents, make_videos
 
 
 def run(folder: Path) -> int:
@@ -33,6 +33,46 @@ def test_sound_sets_pass(tmp_path, capsys):
         f"0 faults in 5 samples, 2 shards of {tmp_path / 'v'}",
     ]
     assert not err
+
+
+def test_sound_sets_of_every_kind_pass(tmp_path, capsys):
+    more = More(captions_each=3, class_names=("cat", "dog"), mirrored=True)
+    make_latents(tmp_path / "all", with_std=True, num_captions=7, more=more)
+    make_latents(tmp_path / "untexted", more=dataclasses.replace(more, with_text=False))
+    assert run(tmp_path / "all") == 0 and run(tmp_path / "untexted") == 0
+    assert not capsys.readouterr().err
+
+
+def test_faults_of_classes_later_captions_and_mirrored_latents_are_found(tmp_path, capsys):
+    more = More(captions_each=2, class_names=("cat", "dog"), mirrored=True)
+    manifest = make_latents(tmp_path, num_samples=2, more=more)
+    good = latent_sample(0, more=more)
+    bad = save({"mean": np.full((2, 4, 3, 3), np.inf, np.float16)})
+    wide = save({"embedding": np.ones((2, 9), np.float16)})
+    store = open_store(tmp_path)
+    with ShardFile(store, "shard-000000.tar", "latents") as shard:
+        for key, change in (
+            ("good", {}),
+            ("class", {"label": 2}),
+            ("unlabelled", {"label": None}),
+            ("infinite", {"mirrored": bad}),
+            ("half", {"mirrored": None}),
+            ("second", {"more_captions": ("other",), "more_texts": (wide,)}),
+        ):
+            shard.add(dataclasses.replace(good, key=key, **change))
+        entry = shard.close()
+    save_manifest(store, dataclasses.replace(manifest, shards=(entry,)))
+    assert run(tmp_path) == 1
+    err = capsys.readouterr().err
+    for fault in (
+        "sample 'class': label: expected an integer from 0 to 1 (the classes of the manifest), came 2",
+        "sample 'unlabelled': label: expected an integer from 0 to 1 (the classes of the manifest), came None",
+        "sample 'infinite': mirrored mean: 72 numbers are NaN or infinite",
+        "sample 'half': mirrored mean: expected shape (2, 4, 3, 3), came nothing",
+        "sample 'second': embedding: expected [1 to 6, 5], came (2, 9)",
+    ):
+        assert fault in err
+    assert err.count("fault ") == 5 and "good" not in err
 
 
 def test_no_data_set_is_an_error(tmp_path):

@@ -1,0 +1,117 @@
+"""Images of joint training: n for every clip, frames of the clip itself or samples of an image set.
+
+In: a decoded clip and its place in the global batch. Out: n items of one frame. Both kinds of images are chosen by the
+place alone: frames by the stream "image_frame" of latte_scale/rng.py, samples by a plan of their own in which image j
+of sample i is number i * n + j of the step. So images never change which clips come, and no rank or worker changes
+which images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from latte_scale import rng
+from latte_scale.data.index import Side
+from latte_scale.data.items import Draw, Item, ItemReader, Replacement
+from latte_scale.data.plan import Plan, PlanData
+from latte_scale.data.samples import Dataset
+from latte_scale.data.schema import RAW_BUCKET, ManifestError, VideoSettings
+
+
+class ImageSource(Protocol):
+    """Where the images of a clip come from."""
+
+    def items(self, draw: Draw, bucket: str, clip: Item, replaced: list[Replacement]) -> list[Item]:
+        """The images of the clip that `draw` names, in order; `bucket` is the clip's."""
+
+
+@dataclass(frozen=True)
+class ClipFrames:
+    """Frames of the clip itself, each drawn from all of them, with the clip's caption and class."""
+
+    num_images: int
+    seed: int
+
+    def items(self, draw: Draw, bucket: str, clip: Item, replaced: list[Replacement]) -> list[Item]:
+        num_frames = len(clip.mean_FCHW if clip.pixels_FCHW is None else clip.pixels_FCHW)
+        draws = [rng.uniform(self.seed, "image_frame", draw.step, draw.index, j) for j in range(self.num_images)]
+        return [_frame(clip, int(u * num_frames)) for u in draws]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Samples of an image set, each with its own caption and class; one reader with its plan a bucket of images."""
+
+    num_images: int
+    readers: dict[str, ItemReader]
+
+    def items(self, draw: Draw, bucket: str, clip: Item, replaced: list[Replacement]) -> list[Item]:
+        name, first = image_bucket(bucket), draw.index * self.num_images
+        reader = self.readers[name]
+        ids = reader.plan.batch(draw.step, first, first + self.num_images).ids
+        return [
+            reader.item(draw._replace(sub=j + 1), name, sample_id, first + j, replaced)
+            for j, sample_id in enumerate(ids)
+        ]
+
+
+def image_bucket(bucket: str) -> str:
+    """The bucket of the images that go with clips of a bucket: "4x16x16" -> "1x16x16"; "raw" stays."""
+    return bucket if bucket == RAW_BUCKET else f"1x{bucket.partition('x')[2]}"
+
+
+def image_set(
+    images: Dataset,
+    plan: Plan,
+    num_images: int,
+    video: VideoSettings,
+    holdout: float,
+    side: Side,
+    seed: int,
+    place: str,
+) -> ImageSet:
+    """The image set `images` beside the clips of `plan`: one plan a size of clips, over the images of that size.
+
+    Where clips come in several sizes, a step takes images of its own size and passes over those of the others.
+    """
+    counts = images.counts(holdout, side)
+    fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
+    still = replace(video, frames=1, window=None, sampling="stride")
+    readers = {}
+    for name in sorted({image_bucket(bucket) for bucket in plan.buckets}):
+        data = PlanData({name: counts[name]}, fingerprint)
+        image_plan = Plan([data], seed, plan.global_batch * num_images)
+        readers[name] = ItemReader((images,), still, image_plan, holdout, side, seed, place)
+    return ImageSet(num_images, readers)
+
+
+def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
+    """Refuse an image set that cannot stand beside the clips: ManifestError says what differs and what to do."""
+    mine, its = clips[0].manifest, images.manifest
+    pairs: list[tuple[str, object, object]] = [("kind", mine.kind, its.kind)]
+    if mine.class_names is not None:
+        pairs.append(("class_names", mine.class_names, its.class_names))
+    if mine.kind == its.kind == "latents":
+        for name in ("height", "width", "hflip"):
+            pairs.append((f"video.{name}", getattr(mine.video, name), getattr(its.video, name)))
+        pairs += [("latents", mine.latents, its.latents), ("vae.sha256", mine.vae.sha256, its.vae.sha256)]
+        if mine.text is not None:
+            pairs.append(("text.sha256", mine.text.sha256, its.text and its.text.sha256))
+        wanted = {image_bucket(bucket) for each in clips for bucket in each.manifest.buckets}
+        pairs += [("bucket", name, "none") for name in sorted(wanted - its.buckets.keys())]
+    for name, expected, came in pairs:
+        if expected != came:
+            raise ManifestError(
+                f"data.images: {images.store.url} does not fit the clips of {clips[0].store.url}: {name}: expected "
+                f"{expected}, came {came}; make the images as the clips were made, with video.frames=1"
+            )
+
+
+def _frame(clip: Item, frame: int) -> Item:
+    """One frame of a clip as an item of its own."""
+    arrays = {
+        name: array[frame : frame + 1]
+        for name in ("mean_FCHW", "std_FCHW", "pixels_FCHW")
+        if (array := getattr(clip, name)) is not None
+    }
+    return replace(clip, id=f"{clip.id}#{frame}", **arrays)

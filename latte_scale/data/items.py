@@ -1,0 +1,203 @@
+"""One sample as a slot of a micro-batch takes it: read, checked, decoded, its random choices made, replaced if damaged.
+
+In: a planned sample and whose random numbers it gets. Out: an Item of numpy arrays, caption and class. A sample whose
+bytes or decoding are wrong on a second, uncached read is replaced by the plan's replacement and reported beside the
+planned id. A missing shard, a wrong index or a store that cannot be read is an error with its place.
+Which window of a file, which of several captions and whether a clip is mirrored come from latte_scale/rng.py, streams
+"window", "caption" and "flip", keyed by the sample's place in the global batch.
+Shapes: F frames, C channels, H W latent height and width (pixels for "video"), L text tokens, D text width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from latte_scale import rng
+from latte_scale.data.arrays import read_arrays
+from latte_scale.data.index import Side, caption_hash
+from latte_scale.data.plan import Plan, SampleId
+from latte_scale.data.samples import DamagedError, Dataset, Sample
+from latte_scale.data.schema import ManifestError, VideoSettings
+from latte_scale.data.video import VideoError, read_random_clip
+from latte_scale.store import StoreError
+
+MAX_REPLACEMENTS = 32
+"""Tries before a run stops: with half of a data set damaged, all of them fail once in 4e9 samples."""
+
+
+class LoaderError(RuntimeError):
+    """A sample that cannot be delivered; the message names rank, step, shard and sample."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A planned sample that could not be used, and the one that came instead."""
+
+    step: int
+    index: int  # in the global batch
+    planned_id: str
+    id: str
+    reason: str
+    image: int | None = None  # number of the image, where it was one of a joint batch
+
+
+class Draw(NamedTuple):
+    """Whose random numbers: sample `index` of the global batch (sub 0), or its image number sub - 1."""
+
+    step: int
+    index: int
+    sub: int = 0
+
+
+@dataclass
+class Item:
+    """One sample, decoded."""
+
+    id: str
+    caption: str  # of several the one that was drawn
+    label: int  # -1: data without labels
+    condition: int  # >= 0, equal for equal conditions
+    mean_FCHW: np.ndarray | None = None
+    std_FCHW: np.ndarray | None = None
+    text_LD: np.ndarray | None = None
+    pixels_FCHW: np.ndarray | None = None
+
+
+@dataclass
+class ItemReader:
+    """Planned samples of one plan to items. Holds the data sets' small caches only; copied into every worker."""
+
+    datasets: Sequence[Dataset]
+    video: VideoSettings
+    plan: Plan
+    holdout: float
+    side: Side
+    seed: int
+    place: str  # "rank 0 of 8", for messages
+
+    def __post_init__(self) -> None:
+        self.names = [dataset.manifest.fingerprint()[:8] for dataset in self.datasets]
+
+    def item(self, draw: Draw, bucket: str, planned: SampleId, plan_index: int, replaced: list[Replacement]) -> Item:
+        """The planned sample, number `plan_index` of its step, or the first of its replacements that can be read.
+
+        Raises LoaderError or StoreError with the place.
+        """
+        sample_id, reason = planned, ""
+        for attempt in range(MAX_REPLACEMENTS + 1):
+            try:
+                item = self._read_twice(sample_id, bucket, draw)
+            except (DamagedError, VideoError) as error:
+                reason = reason or str(error)
+                sample_id = self._replacement(draw, plan_index, attempt, reason)
+                continue
+            except (StoreError, ManifestError) as error:
+                kind = StoreError if isinstance(error, StoreError) else LoaderError
+                raise kind(f"{self._place(draw)}, {self._planned_place(sample_id)}: {error}") from error
+            if attempt:
+                name, image = self._planned_name(planned, bucket), draw.sub - 1 if draw.sub else None
+                replaced.append(Replacement(draw.step, draw.index, name, item.id, reason, image))
+            return item
+        raise LoaderError(
+            f"{self._place(draw)}: the planned sample and {MAX_REPLACEMENTS} replacements cannot be read; the first: "
+            f"{reason}. Run `latte-data verify` on the data"
+        )
+
+    def _replacement(self, draw: Draw, plan_index: int, attempt: int, reason: str) -> SampleId:
+        try:
+            return self.plan.replacement(draw.step, plan_index, attempt)
+        except ValueError as error:
+            raise LoaderError(f"{self._place(draw)}: {error}: {reason}") from error
+
+    def _read_twice(self, sample_id: SampleId, bucket: str, draw: Draw) -> Item:
+        """Read and decode; once more past every cache if that fails."""
+        try:
+            return self._read(sample_id, bucket, draw, cached=True)
+        except (DamagedError, VideoError):
+            return self._read(sample_id, bucket, draw, cached=False)
+
+    def _read(self, sample_id: SampleId, bucket: str, draw: Draw, cached: bool) -> Item:
+        dataset = self.datasets[sample_id.dataset]
+        entry = dataset.manifest.shards[sample_id.shard]
+        position = int(self._positions(sample_id, bucket)[sample_id.row])
+        caption_at = rng.uniform(self.seed, "caption", *draw)
+        sample = dataset.read(sample_id.shard, position, cached, caption_at)
+        captions, label = sample.captions, dataset.label(sample)
+        caption = captions[int(caption_at * len(captions))]
+        item = Item(
+            id=f"{self.names[sample_id.dataset]}/{entry.name.removesuffix('.tar')}/{sample.key}",
+            caption=caption,
+            label=-1 if label is None else label,
+            condition=_condition(dataset, caption, label),
+        )
+        mirrored = self.video.hflip and rng.uniform(self.seed, "flip", *draw) < 0.5
+        if dataset.manifest.kind == "latents":
+            _add_arrays(item, sample, dataset, bucket, mirrored)
+            return item
+        try:
+            u = rng.uniform(self.seed, "window", *draw)
+            item.pixels_FCHW, _ = read_random_clip(sample.fields["video"], self.video, u)
+        except VideoError as error:
+            raise VideoError(f"{dataset.store.join(entry.name)}: sample {sample.key!r}: {error}") from error
+        if mirrored:
+            item.pixels_FCHW = item.pixels_FCHW[..., ::-1]
+        return item
+
+    def _positions(self, sample_id: SampleId, bucket: str) -> np.ndarray:
+        return self.datasets[sample_id.dataset].positions(sample_id.shard, bucket, self.holdout, self.side)
+
+    def _place(self, draw: Draw) -> str:
+        image = f", image {draw.sub - 1}" if draw.sub else ""
+        return f"{self.place}, step {draw.step}, index {draw.index}{image}"
+
+    def _planned_place(self, sample_id: SampleId) -> str:
+        entry = self.datasets[sample_id.dataset].manifest.shards[sample_id.shard]
+        return f"shard {entry.name}, row {sample_id.row}"
+
+    def _planned_name(self, sample_id: SampleId, bucket: str) -> str:
+        """The id of a sample that could not be read, by the index."""
+        dataset = self.datasets[sample_id.dataset]
+        key = dataset.index(sample_id.shard).key(int(self._positions(sample_id, bucket)[sample_id.row]))
+        shard = dataset.manifest.shards[sample_id.shard].name.removesuffix(".tar")
+        return f"{self.names[sample_id.dataset]}/{shard}/{key}"
+
+
+def _condition(dataset: Dataset, caption: str, label: int | None) -> int:
+    """What tells conditions apart, >= 0: the class, where there is one and no stored text, else the caption's hash."""
+    if label is not None and dataset.manifest.text is None:
+        return label
+    return caption_hash(caption) >> 1
+
+
+def _add_arrays(item: Item, sample: Sample, dataset: Dataset, bucket: str, mirrored: bool) -> None:
+    """The arrays of a latents sample; shapes are held to the bucket and the manifest."""
+    manifest = dataset.manifest
+    latents = _arrays(item, sample, "mirrored" if mirrored else "latents")
+    item.mean_FCHW, item.std_FCHW = latents.get("mean"), latents.get("std")
+    shape = latent_shape(bucket, manifest.latents.channels)
+    expected = [("mean", item.mean_FCHW, shape)]
+    if manifest.latents.kind == "mean_std":
+        expected.append(("std", item.std_FCHW, shape))
+    for what, array, want in expected:
+        if array is None or array.shape != want:
+            came = "none" if array is None else array.shape
+            raise ManifestError(f"{item.id}: {what}: expected shape {want}, came {came}; encode the data set again")
+    if manifest.text is None:
+        return
+    item.text_LD = _arrays(item, sample, "text").get("embedding")
+    if item.text_LD is None or item.text_LD.ndim != 2 or item.text_LD.shape[1] != manifest.text.dim:
+        raise ManifestError(f"{item.id}: embedding: expected [L, {manifest.text.dim}]; encode the data set again")
+
+
+def _arrays(item: Item, sample: Sample, field: str) -> dict[str, np.ndarray]:
+    if field not in sample.fields:
+        raise ManifestError(f"{item.id}: no field {field!r}; encode the data set again")
+    return read_arrays(sample.fields[field])[0]
+
+
+def latent_shape(bucket: str, channels: int) -> tuple[int, int, int, int]:
+    """ "4x16x16" and the channels -> (F, C, H, W)."""
+    frames, height, width = (int(number) for number in bucket.split("x"))
+    return frames, channels, height, width
