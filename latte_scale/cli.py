@@ -3,15 +3,16 @@
 import importlib
 import sys
 
-VERBS = {
-    "quickstart": ("latte_scale.quickstart", "clips to a sampled video and a report, on this machine"),
-    "train": ("latte_scale.train", "train, or go on where the run stopped"),
-    "sample": ("latte_scale.sample", "videos for prompts, from a checkpoint or a diffusers folder"),
-    "evaluate": ("latte_scale.evaluate", "score sampled videos"),
-    "report": ("latte_scale.report", "one HTML page about a run"),
-    "import": ("latte_scale.export", "read released weights into a folder that model.init takes"),
-    "export": ("latte_scale.export", "write a folder that diffusers' LattePipeline loads"),
-    "ckpt": ("latte_scale.ckpt", "list and verify checkpoints"),
+VERBS = {  # verb -> (module:function, what it does)
+    "quickstart": ("latte_scale.quickstart:main", "clips to a sampled video and a report, on this machine"),
+    "train": ("latte_scale.train:command", "train, or go on where the run stopped"),
+    "sample": ("latte_scale.sample:main", "videos for prompts or classes, from a run or a folder of weights"),
+    "evaluate": ("latte_scale.evaluate:main", "score sampled videos"),
+    "report": ("latte_scale.report:main", "one HTML page about a run"),
+    "import": ("latte_scale.import_weights:main", "read released weights into a folder that model.init takes"),
+    "export": ("latte_scale.export:main", "write a folder that diffusers' LattePipeline loads, or an official .pt"),
+    "ckpt": ("latte_scale.ckpt:main", "list, verify, compare and convert checkpoints"),
+    "table": ("latte_scale.table:main", "parameters and FLOPs of every size and variant"),
 }
 
 
@@ -32,9 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"latte-scale: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module = importlib.import_module(VERBS[verb][0])
-    entry = module.import_main if verb == "import" else module.main
-    return entry(rest)
+    module, function = VERBS[verb][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ from typing import Literal
 
 from latte_scale import settings
 from latte_scale.checkpoint import CheckpointSettings
+from latte_scale.conditioning import KnownFramesSettings
 from latte_scale.data.loader import DataSettings
 from latte_scale.data.schema import VideoSettings
+from latte_scale.diffusion.contrastive import ContrastiveSettings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.ema import EmaSettings
 from latte_scale.encoders import EncoderSettings
 from latte_scale.engine.base import EngineSettings
+from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.optim import OptimSettings
 
@@ -44,12 +47,19 @@ class RunSettings:
             raise ValueError(f"seed must be >= 0, came {self.seed}")
 
 
+# model.init, of both kinds. None: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw
+# ones, `PATH#ema/0.999` for one decay) or a folder that `latte-scale import` or `export` wrote.
 @dataclass(frozen=True)
-class ModelSettings(LatteT2VSettings):
-    """The architecture, and where the weights of step 0 come from."""
+class LatteT2VSection(LatteT2VSettings):
+    """The text-to-video model, and where the weights of step 0 come from."""
 
-    # None: random. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999` for one
-    # decay) or a folder with a diffusers transformer (what `latte-scale import` and `export` write).
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class LatteSection(LatteSettings):
+    """The class-conditional or unconditional model, and where the weights of step 0 come from."""
+
     init: str | None = None
 
 
@@ -65,7 +75,9 @@ class TrainSettings:
     warmup_steps: int = 0  # linear from 0, in applied updates
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: fp32 master weights, autocast, fp32 reduction
     deterministic: bool = False  # ask torch for deterministic kernels (bitwise resume on a GPU)
-    caption_drop: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    caption_drop: float = 0.1  # share of captions (or labels) replaced by the empty one, for classifier-free guidance
+    joint_images: int = 0  # images trained with each clip: frames of the clip itself, or of the set data.images
+    known_frames: KnownFramesSettings = field(default_factory=KnownFramesSettings)
     max_skipped: int = 8  # non-finite updates in a row that are skipped before the run stops with exit code 78
 
     def __post_init__(self) -> None:
@@ -80,6 +92,8 @@ class TrainSettings:
             raise ValueError(f"train.lr must be positive, came {self.lr}")
         if self.max_skipped < 0:
             raise ValueError(f"train.max_skipped must be >= 0, came {self.max_skipped}")
+        if self.joint_images < 0:
+            raise ValueError(f"train.joint_images must be 0 or more, came {self.joint_images}")
 
 
 @dataclass(frozen=True)
@@ -101,9 +115,10 @@ class Config:
     data: DataSettings
     video: VideoSettings
     encoders: EncoderSettings
-    model: ModelSettings
+    model: LatteT2VSection | LatteSection
     train: TrainSettings
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
@@ -122,6 +137,38 @@ class Config:
                 f"diffusion.objective={self.diffusion.objective} predicts {self.model.in_channels} channels, but "
                 f"model.out_channels is {self.model.out_channels}; set model.out_channels={self.model.in_channels}"
             )
+        if self.model.kind == "latte_t2v" and self.encoders.text is None:
+            raise ValueError("model.kind=latte_t2v needs captions, but encoders.text is null; name a text encoder")
+        if self.data.images is not None and not self.train.joint_images:
+            raise ValueError("data.images names images for joint training, but train.joint_images is 0; set both")
+        single_frames = self.train.joint_images or self.train.known_frames.share
+        if single_frames and self.model.kind == "latte" and self.model.tubelet_size > 1:
+            raise ValueError(
+                f"model.tubelet_size={self.model.tubelet_size} mixes the frames of a patch: set it to 1 for "
+                "train.joint_images and train.known_frames"
+            )
+        self._check_contrastive()
+
+    def _check_contrastive(self) -> None:
+        weight, group = self.contrastive.weight, self.contrastive.group
+        if bool(weight) != bool(self.model.contrastive_width):
+            raise ValueError(
+                f"contrastive.weight is {weight} and model.contrastive_width {self.model.contrastive_width}: the loss "
+                "needs its projections and they need the loss; set both, or both to 0"
+            )
+        if not weight:
+            return
+        for name in ("global_batch", "micro_batch"):
+            if getattr(self.train, name) % group:
+                raise ValueError(
+                    f"train.{name} is {getattr(self.train, name)}, not a multiple of contrastive.group {group}: a "
+                    "group of negatives must lie in one micro-batch; change one of them"
+                )
+
+    @property
+    def sample_group(self) -> int:
+        """Consecutive samples of the global batch that one micro-batch must hold together."""
+        return self.contrastive.group if self.contrastive.weight else 1
 
     @property
     def checkpoint_dir(self) -> str:
@@ -138,9 +185,9 @@ def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, o
     """Keys that differ between two configs (as nested mappings) and may not change on resume: {key: (saved, current)}.
 
     Everything is guarded but `FREE_ON_RESUME` and `run.dir`; a cosine schedule depends on train.steps, which makes
-    that key guarded too.
+    that key guarded too. A key that is younger than the checkpoint counts as having had its default.
     """
-    old, new = settings.flatten(saved), settings.flatten(current)
+    old, new = settings.flatten(_completed(saved)), settings.flatten(current)
     free = tuple(
         key for key in FREE_ON_RESUME if not (key == "train.steps" and old.get("train.lr_schedule") == "cosine")
     )
@@ -151,3 +198,11 @@ def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, o
         and key != "run.dir"
         and not any(key.startswith(f) if f.endswith(".") else key == f for f in free)
     }
+
+
+def _completed(saved: dict) -> dict:
+    """A saved config with the defaults of keys that came later; as it is where this version cannot read it."""
+    try:
+        return settings.to_mapping(settings.from_mapping(Config, saved, "the checkpoint"))
+    except settings.SettingsError:
+        return saved

@@ -19,15 +19,20 @@ from torch import Tensor
 from latte_scale.conditioning import NUM_BANDS, ModelInputs, band_of
 from latte_scale.engine.base import StepResult
 from latte_scale.engine.dist import Ranks
-from latte_scale.metrics import MetricsFile, Throughput, memory_bytes, peak_flops
+from latte_scale.metrics import MetricsFile, SpikeDetector, Throughput, memory_bytes, peak_flops
 from latte_scale.run import StopRunError
 
 logger = logging.getLogger("latte_scale")
 
 HALF = 2**31  # the digest travels as two numbers that a float64 sum keeps exact
-HOST_FIELDS = ("samples", "tokens", "flops", "data_wait_s", "stop", "lost", "digest_low", "digest_high")
+HOST_FIELDS = (
+    *("samples", "tokens", "flops", "data_wait_s"),
+    *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
+    *("digest_low", "digest_high"),
+)
 FIELDS = (
     "loss",
+    "contrastive",
     *(f"band_loss_{band}" for band in range(NUM_BANDS)),
     *(f"band_count_{band}" for band in range(NUM_BANDS)),
     *HOST_FIELDS,
@@ -42,15 +47,17 @@ class Tally:
 
     device: torch.device
     host: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HOST_FIELDS, 0.0))
-    losses: list[Tensor] = field(default_factory=list)  # a micro-batch: [1 + 2 NUM_BANDS] fp64 on the device
+    losses: list[Tensor] = field(default_factory=list)  # a micro-batch: [2 + 2 NUM_BANDS] fp64 on the device
 
-    def add(self, inputs: ModelInputs, loss_B: Tensor, tokens: int, flops: float) -> None:
+    def add(self, inputs: ModelInputs, loss_B: Tensor, contrastive_B: Tensor | None, tokens: int, flops: float) -> None:
         """Count one micro-batch; `tokens` and `flops` (of a step without recompute) are those of its real samples."""
         one_hot = np.eye(NUM_BANDS)[band_of(inputs.uniform_B)]
         weight_B = inputs.weight_B.double()
         band_BK = torch.from_numpy(one_hot).to(self.device, non_blocking=True) * weight_B[:, None]
         weighted_B = loss_B.detach().double() * weight_B
-        self.losses.append(torch.cat([weighted_B.sum()[None], weighted_B @ band_BK, band_BK.sum(0)]))
+        contrastive = weighted_B.new_zeros(1) if contrastive_B is None else contrastive_B.detach().double() @ weight_B
+        sums = [weighted_B.sum()[None], contrastive.view(1), weighted_B @ band_BK, band_BK.sum(0)]
+        self.losses.append(torch.cat(sums))
         low, high = inputs.digest % HALF, inputs.digest // HALF
         added = {"samples": inputs.num_samples, "tokens": tokens, "flops": flops}
         for name, value in (added | {"digest_low": low, "digest_high": high}).items():
@@ -102,14 +109,20 @@ class Journal:
         total_steps: int,
         recompute_share: float,
         max_skipped: int,
+        contrastive: bool = False,
     ) -> None:
-        """`file`: where to write, None on ranks that do not. `recompute_share`: recomputed over model FLOPs."""
+        """`file`: where to write, None on ranks that do not. `recompute_share`: recomputed over model FLOPs.
+
+        `contrastive`: the run has a contrastive loss, which is reported beside the diffusion loss.
+        """
         self.progress, self.stop_requested = progress, False
         self._file, self._console, self._device, self._num_devices = file, console, device, num_devices
         self._every, self._total, self._max_skipped = every_steps, total_steps, max_skipped
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self._recompute_share = recompute_share
+        self._recompute_share, self._contrastive = recompute_share, contrastive
         self._known: dict[int, dict[str, float]] = {}
+        self._sample_ids: dict[int, list[str]] = {}
+        self._spikes, self._save_failed = SpikeDetector(), False
         self._began_at_s: dict[int, float] = {}
         self._first_step, self._started_at_s = progress.step, time.perf_counter()
         self.throughput = Throughput(self._started_at_s)
@@ -118,6 +131,10 @@ class Journal:
         """Keep what the host knows of a step until its numbers come back; `samples_seen` includes this step."""
         self._known[step] = {"samples_seen": samples_seen, "epoch": epoch, "lr": lr}
         self._began_at_s[step] = time.perf_counter()
+
+    def note_samples(self, step: int, sample_ids: list[str]) -> None:
+        """Keep this rank's samples of a step until its numbers come back: they are named if something is wrong."""
+        self._sample_ids[step] = sample_ids
 
     def take(self, step: int, numbers: list[float]) -> None:
         """Account for one finished step.
@@ -136,7 +153,7 @@ class Journal:
         skipped = self.progress.skipped_steps
         if not values["applied"]:
             skipped = (*skipped, step)
-            logger.warning("step %d: gradient norm %s, update skipped on all ranks", step, values["grad_norm"])
+        self._warn(step, values, self._sample_ids.pop(step, []))
         self.progress = Progress(step + 1, skipped)
         self.stop_requested |= values["stop"] > 0
         self._count(values)
@@ -147,6 +164,26 @@ class Journal:
                 f"{self.progress.skipped_in_a_row} updates in a row were not finite, the last at step {step} "
                 f"(train.max_skipped is {self._max_skipped}); lower train.lr, or look at the samples of these steps"
             )
+
+    def _warn(self, step: int, values: dict[str, float], sample_ids: list[str]) -> None:
+        """Log lines for what a person should look at; the same on all ranks, each with the samples of its own."""
+        loss = values["loss"] / values["samples"]
+        height = self._spikes.look(loss)
+        problem = None
+        if not values["applied"]:
+            problem = f"gradient norm {values['grad_norm']}, update skipped on all ranks"
+        elif height is not None:
+            problem = f"loss spike: {loss:.4f} is {height:.0f} deviations above the median of the steps before"
+        if problem is not None:
+            logger.warning("step %d: %s; samples of this rank: %s", step, problem, ", ".join(sample_ids) or "not noted")
+        if values["save_failed"] and not self._save_failed:
+            logger.error(
+                "step %d: the newest checkpoint was not saved (%d ranks failed; their logs say why); the next save is "
+                "tried as planned",
+                step,
+                values["save_failed"],
+            )
+        self._save_failed = values["save_failed"] > 0
 
     def _count(self, values: dict[str, float]) -> None:
         window = self.throughput
@@ -168,11 +205,13 @@ class Journal:
             "step": step,
             "loss": _finite(values["loss"] / values["samples"]),
             "loss_by_band": bands,
+            **({"contrastive_loss": _finite(values["contrastive"] / values["samples"])} if self._contrastive else {}),
             "grad_norm": _finite(values["grad_norm"]),
             "applied": bool(values["applied"]),
             **known,
             "sample_ids_sha": f"{digest:016x}",
             "num_skipped": len(self.progress.skipped_steps),
+            "save_failed": int(values["save_failed"]),
             "memory_gib": memory_bytes(self._device) / 2**30,
             **self.throughput.summary(ended_at_s, self._num_devices, self._peak),
             "time": time.time(),

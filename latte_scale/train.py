@@ -14,31 +14,46 @@ import argparse
 import logging
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from latte_scale.check_data import check_data
 from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, find_newest_sound, load_into, state_trees
 from latte_scale.checkpoint_save import Checkpointer
 from latte_scale.conditioning import Conditioner, ModelInputs
 from latte_scale.config import Config, guarded_differences, load_config
-from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets, resolve_settings
+from latte_scale.data.loader import (
+    DataSettings,
+    Loader,
+    data_fingerprint,
+    make_plan,
+    open_datasets,
+    open_images,
+    resolve_settings,
+)
 from latte_scale.data.plan import Plan
 from latte_scale.data.samples import Dataset
-from latte_scale.data.schema import Expected, ManifestError, check_manifest
+from latte_scale.data.schema import ManifestError
+from latte_scale.diffusion.contrastive import info_nce
 from latte_scale.diffusion.loss import diffusion_loss, draw_timestep, schedule_of
 from latte_scale.diffusion.schedule import Schedule
 from latte_scale.ema import Ema
-from latte_scale.encoders import CAPTION_CLEANING, are_local, encoder_facts, load_encoders
+from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
 from latte_scale.journal import Journal, Progress, Tally
 from latte_scale.metrics import MetricsFile, Readback
+from latte_scale.model.build import build_model
 from latte_scale.model.flops import num_flops
+from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
+from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
 from latte_scale.run import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.settings import SettingsError, to_mapping
@@ -59,7 +74,9 @@ def train(
     datasets = open_datasets(config.data)
     check_data(config, datasets)
     config = replace(config, data=resolve_data_settings(config, datasets, found))
+    images = open_images(config.data, datasets)
     plan = make_plan(config.data, datasets, config.run.seed, config.train.global_batch)
+    fingerprint = data_fingerprint(plan, images)
     conditioner = make_conditioner(config, datasets, ranks.device)
 
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
@@ -69,7 +86,7 @@ def train(
 
     # Resume: everything but tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
-    progress = Progress() if found is None else resume(config, plan, found, trees, engine, ema, allow_change)
+    progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
     rewind_log(folder, progress, found, broken)
     folder.write_config(config)
     checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, [path for path, _ in broken])
@@ -77,9 +94,10 @@ def train(
     announce(config, plan, datasets, engine, progress)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
-    with make_loader(config, datasets, plan, ranks, progress.step) as loader:
+    with make_loader(config, datasets, images, plan, ranks, progress.step) as loader:
         for step in range(progress.step, config.train.steps):
-            lr = learning_rate(config, journal.progress.updates_before(step))
+            updates = journal.progress.updates_before(step)
+            lr = learning_rate(config, updates)
             journal.begin(step, lr, plan.epoch(step + 1), (step + 1) * config.train.global_batch)
             tally = Tally(ranks.device)
             waiting_since_s = time.perf_counter()
@@ -91,11 +109,12 @@ def train(
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):
                 inputs = conditioner(micro_batch, step)
-                loss_B = loss_of(config, engine, schedule, inputs)
-                share = (loss_B * inputs.weight_B).sum() / config.train.global_batch
+                loss_B, contrastive_B = losses_of(config, engine, schedule, inputs)
+                total_B = loss_B if contrastive_B is None else loss_B + config.contrastive.weight * contrastive_B
+                share = (total_B * inputs.weight_B).sum() / config.train.global_batch
                 engine.backward(share, last_microbatch=number == len(micro_batches))
-                tally.add(inputs, loss_B, *cost_of(config, inputs))
-            result = engine.step(lr)
+                tally.add(inputs, loss_B, contrastive_B, *cost_of(config, inputs))
+            result = engine.step(lr, clip=updates >= config.optim.clip_from_update)
             ema.update(result.applied)
             readback.push(step, tally.reduce(ranks, result))
             # ---------------------------------------------------------------------------------
@@ -109,7 +128,7 @@ def train(
             if is_last or journal.stop_requested or (step + 1) % config.checkpoint.every_steps == 0:
                 journal.take(*readback.pop())
                 counters = counters_of(journal.progress)
-                stall_s = checkpointer.save(step + 1, trees, counters, to_mapping(config), plan.fingerprint)
+                stall_s = checkpointer.save(step + 1, trees, counters, to_mapping(config), fingerprint)
                 journal.throughput.checkpoint_stall_s += stall_s
             if journal.stop_requested:
                 break
@@ -131,76 +150,37 @@ def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Ch
     return resolve_settings(config.data, datasets)
 
 
-def check_data(config: Config, datasets: Sequence[Dataset]) -> None:
-    """Refuse data or encoders that do not fit the model: ManifestError lists every difference.
-
-    Latents are held to the files of the config's encoders where these lie on this machine, else to their names: a
-    node that trains from latents needs no encoder.
-    """
-    kind = datasets[0].manifest.kind
-    facts = encoder_facts(config.encoders) if kind == "video" or are_local(config.encoders) else None
-    channels, text_dim = config.model.in_channels, config.model.caption_channels
-    if facts is not None and (facts.channels, facts.text_dim) != (channels, text_dim):
-        raise ManifestError(
-            f"the encoders give latents of {facts.channels} channels and text of width {facts.text_dim}, but "
-            f"model.in_channels is {channels} and model.caption_channels {text_dim}; make them equal"
-        )
-    expected = Expected(
-        video=config.video,
-        vae_sha256=facts and facts.vae_sha256,
-        latent_channels=config.model.in_channels,
-        latent_downscale=facts and facts.downscale,
-        latent_scale=facts and facts.scale,
-        latent_shift=facts and facts.shift,
-        text_sha256=facts and facts.text_sha256,
-        text_max_length=config.encoders.text_max_length,
-        text_dim=config.model.caption_channels,
-        caption_cleaning=CAPTION_CLEANING,
-    )
-    for dataset in datasets:
-        check_manifest(dataset.manifest, expected, dataset.store.url)
-        if facts is None:
-            check_names(config, dataset)
-    downscale = facts.downscale if facts is not None else datasets[0].manifest.latents.downscale
-    sides = [config.video.height // downscale, config.video.width // downscale]
-    if any(side % config.model.patch_size for side in sides):
-        raise ManifestError(
-            f"latents of {sides[0]} x {sides[1]} do not divide into patches of model.patch_size="
-            f"{config.model.patch_size}; change it, or video.height and video.width"
-        )
-
-
-def check_names(config: Config, dataset: Dataset) -> None:
-    """Hold a latents data set to the names of encoders whose files are not here."""
-    for key, wanted, info in (
-        ("vae", config.encoders.vae, dataset.manifest.vae),
-        ("text", config.encoders.text, dataset.manifest.text),
-    ):
-        if info.name != wanted:
-            raise ManifestError(
-                f"{dataset.store.url}: encoders.{key}: expected {wanted}, came {info.name}; set it to what encoded the "
-                "data, or to a folder with the same weights"
-            )
-
-
 def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.device) -> Conditioner:
     """The step's input side; loads the frozen encoders only where the shards hold pixels and raw text."""
-    manifest = datasets[0].manifest
-    if manifest.kind == "latents":
-        return Conditioner(config.run.seed, device, manifest.latents.scale, manifest.latents.shift)
-    vae, text = load_encoders(config.encoders, device)
-    return Conditioner(config.run.seed, device, vae.scale, vae.shift, vae, text)
+    manifest, vae, text = datasets[0].manifest, None, None
+    if manifest.kind == "video":
+        vae, text = load_encoders(config.encoders, device)
+    scaled_by = vae or manifest.latents
+    return Conditioner(
+        config.run.seed,
+        device,
+        scaled_by.scale,
+        scaled_by.shift,
+        vae,
+        text,
+        num_classes=config.model.num_classes if config.model.kind == "latte" else None,
+        known_frames=config.train.known_frames,
+    )
 
 
-def initial_model(config: Config) -> LatteT2V:
+def initial_model(config: Config) -> Latte | LatteT2V:
     """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank."""
-    model = LatteT2V(config.model, torch.Generator().manual_seed(config.run.seed))
+    model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if config.model.init is not None:
-        model.load_state_dict(load_weights(config.model.init).state_dict, strict=True)
+        weights = load_weights(config.model.init)
+        check_state(config.model, weights.state_dict, weights.source)
+        model.load_state_dict(weights.state_dict, strict=True)
     return model
 
 
-def make_loader(config: Config, datasets: Sequence[Dataset], plan: Plan, ranks: Ranks, start_step: int) -> Loader:
+def make_loader(
+    config: Config, datasets: Sequence[Dataset], images: Dataset | None, plan: Plan, ranks: Ranks, start_step: int
+) -> Loader:
     return Loader(
         config.data,
         datasets,
@@ -213,6 +193,9 @@ def make_loader(config: Config, datasets: Sequence[Dataset], plan: Plan, ranks: 
         start_step=start_step,
         caption_drop=config.train.caption_drop,
         pin_memory=ranks.device.type == "cuda",
+        num_images=config.train.joint_images,
+        images=images,
+        group=config.sample_group,
     )
 
 
@@ -228,6 +211,7 @@ def make_journal(config: Config, progress: Progress, folder: RunFolder, ranks: R
         total_steps=config.train.steps,
         recompute_share=1 / 3 if recompute else 0.0,  # one more forward beside forward and backward
         max_skipped=config.train.max_skipped,
+        contrastive=bool(config.contrastive.weight),
     )
 
 
@@ -241,26 +225,33 @@ def learning_rate(config: Config, updates: int) -> float:
     )
 
 
-def loss_of(config: Config, engine: Engine, schedule: Schedule, inputs: ModelInputs) -> Tensor:
-    """The loss of every slot of a micro-batch, [B] fp32."""
+def losses_of(config: Config, engine: Engine, schedule: Schedule, inputs: ModelInputs) -> tuple[Tensor, Tensor | None]:
+    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive one where it is asked for."""
     uniform_B = torch.from_numpy(inputs.uniform_B)
     t_B = draw_timestep(uniform_B, config.diffusion).to(engine.device, non_blocking=True)
-    return diffusion_loss(
-        lambda noisy_BCFHW, t_B: engine.model(noisy_BCFHW, t_B, inputs.text_BLD, inputs.mask_BL),
-        inputs.latents_BCFHW,
-        t_B,
-        inputs.noise_BCFHW,
-        config.diffusion,
-        schedule,
-    ).loss_B
+    features: list[Tensor] = []
+
+    def predict(noisy_BCFHW: Tensor, timestep: Tensor) -> Tensor:
+        output_BOFHW, *pair = inputs.predict(engine.model, noisy_BCFHW, timestep, bool(config.contrastive.weight))
+        features.extend(pair)
+        return output_BOFHW
+
+    latents, noise, known = inputs.latents_BCFHW, inputs.noise_BCFHW, inputs.known_BF
+    loss_B = diffusion_loss(predict, latents, t_B, noise, config.diffusion, schedule, known_BF=known).loss_B
+    if not features:
+        return loss_B, None
+    group, temperature = config.contrastive.group, config.contrastive.temperature
+    return loss_B, info_nce(*features, inputs.condition_B, group, temperature)
 
 
 def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
     """Latent tokens, and FLOPs of forward and backward (3 x forward), of a micro-batch's real samples."""
     frames, height, width = inputs.latents_BCFHW.shape[2:]
+    size = (frames - inputs.num_images, height, width)
     tokens = inputs.num_samples * frames * height * width // config.model.patch_size**2
-    lengths = [length for length in inputs.num_tokens_B if length]
-    return tokens, 3.0 * sum(num_flops(config.model, frames, height, width, length) for length in lengths)
+    lengths = [length for length in inputs.num_tokens_B if length] or [0] * inputs.num_samples
+    images = {"num_images": inputs.num_images, "own_conditions": inputs.images_have_conditions}
+    return tokens, 3.0 * sum(num_flops(config.model, *size, length, **images) for length in lengths)
 
 
 def counters_of(progress: Progress) -> dict:
@@ -271,7 +262,7 @@ def counters_of(progress: Progress) -> dict:
 
 def resume(
     config: Config,
-    plan: Plan,
+    fingerprint: str,
     found: Checkpoint,
     trees: Trees,
     engine: Engine,
@@ -284,14 +275,14 @@ def resume(
     """
     manifest = found.manifest
     check_changes(manifest.config, to_mapping(config), allow_change)
-    if manifest.data_fingerprint != plan.fingerprint:
+    if manifest.data_fingerprint != fingerprint:
         if "data" not in allow_change:
             raise StopRunError(
                 f"{found.path} was trained on other data, or in another order: expected plan "
-                f"{manifest.data_fingerprint[:16]}, came {plan.fingerprint[:16]}. Restore the data set (latte-data "
+                f"{manifest.data_fingerprint[:16]}, came {fingerprint[:16]}. Restore the data set (latte-data "
                 f"verify), start a new run with model.init={found.path}, or pass --allow-change data to go on with it"
             )
-        logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, plan.fingerprint)
+        logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, fingerprint)
     load_into(found, trees)
     engine.after_load(manifest.counters["updates"])
     ema.after_load(manifest.counters["updates"])
@@ -384,7 +375,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.exception("stopped")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        logger.exception("failed")
         raise
     finally:
         if folder.rank == 0:
@@ -396,5 +386,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """This process as one rank of the job: `main`, and out with its code, or with 1 after a traceback."""
+    try:
+        code = main(argv)
+    except Exception:
+        traceback.print_exc()
+        code = FAILED
+    leave(code)
+
+
 if __name__ == "__main__":
-    leave(main())
+    command()

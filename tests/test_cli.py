@@ -11,10 +11,10 @@ from data_tools import cli as data_cli
 from latte_scale import cli
 
 
-def test_every_verb_of_latte_scale_leads_to_a_module_with_a_main():
-    for verb, (module, _) in cli.VERBS.items():
-        entry = "import_main" if verb == "import" else "main"
-        assert callable(getattr(importlib.import_module(module), entry)), verb
+def test_every_verb_of_latte_scale_leads_to_a_function():
+    for verb, (place, _) in cli.VERBS.items():
+        module, function = place.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), verb
 
 
 def test_every_verb_of_latte_data_leads_to_a_module_with_a_main():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latte_scale import rng
-from latte_scale.conditioning import NUM_BANDS, Conditioner, band_of
+from latte_scale.conditioning import NUM_BANDS, Conditioner, KnownFramesSettings, band_of
 from latte_scale.data.loader import MicroBatch
 from latte_scale.encoders import EncoderSettings, load_encoders
 
@@ -94,8 +94,74 @@ def test_pixels_and_captions_are_encoded_as_latent_shards_store_them():
     posterior = torch.from_numpy(np.stack([rng.normal((4, 4, 8, 8), 7, "posterior", 5, i) for i in (0, 1)]))
     assert torch.equal(inputs.latents_BCFHW, vae.to_model_units(mean + std * posterior).transpose(1, 2))
     lengths = [len(embedding) for embedding in text.encode(batch.captions)]
-    assert inputs.mask_BL.sum(1).tolist() == lengths  # the dropped caption keeps its own length
-    assert torch.equal(inputs.text_BLD[1, : lengths[1]], text.null()[: lengths[1]])
+    assert inputs.mask.sum(1).tolist() == lengths  # the dropped caption keeps its own length
+    assert torch.equal(inputs.text[1, : lengths[1]], text.null()[: lengths[1]])
+
+
+def with_images(batch, num_images=2):
+    """Images for a micro-batch, functions of the sample and the image."""
+    rows = [[rng.normal((4, 3, 3), 0, "image", 0, max(i, 0), j) for j in range(num_images)] for i in batch.index_B]
+    mean_BNCHW = torch.from_numpy(np.array(rows)).half()
+    ids = [[f"image/{i}/{j}" for j in range(num_images)] if i >= 0 else [] for i in batch.index_B.tolist()]
+    return dataclasses.replace(
+        batch, image_mean_BNCHW=mean_BNCHW, image_std_BNCHW=torch.full_like(mean_BNCHW, 0.5), image_ids=ids
+    )
+
+
+def test_images_ride_behind_the_video_and_change_nothing_of_it(conditioner):
+    batch = micro_batch([3, 4])
+    plain, joint = conditioner(batch, step=5), conditioner(with_images(batch), step=5)
+    assert (plain.num_images, joint.num_images) == (0, 2) and joint.latents_BCFHW.shape == (2, 4, 4, 3, 3)
+    for name in ("latents_BCFHW", "noise_BCFHW"):
+        assert torch.equal(getattr(joint, name)[:, :, :2], getattr(plain, name)), name
+    noise = joint.noise_BCFHW[:, :, 2:].transpose(1, 2).flatten(0, 1).flatten(1)
+    assert len(noise.unique(dim=0)) == 4  # every image of every sample has noise of its own
+    alone = conditioner(with_images(micro_batch([4])), step=5)
+    assert torch.equal(alone.latents_BCFHW[0], joint.latents_BCFHW[1]) and alone.digest != plain.digest
+
+
+def test_the_digest_sees_which_images_came(conditioner):
+    batch = with_images(micro_batch([3, 4]))
+    swapped = dataclasses.replace(batch, image_ids=batch.image_ids[::-1])
+    assert conditioner(swapped, step=5).digest != conditioner(batch, step=5).digest
+
+
+def test_images_with_captions_of_their_own_are_padded_to_one_length(conditioner):
+    image_text_BNLD, image_mask_BNL = torch.full((2, 2, 6, 8), 2.0).half(), torch.ones(2, 2, 6, dtype=torch.bool)
+    batch = dataclasses.replace(
+        with_images(micro_batch([3, 4])), image_text_BNLD=image_text_BNLD, image_mask_BNL=image_mask_BNL
+    )
+    inputs = conditioner(batch, step=5)
+    assert inputs.text.shape == (2, 3, 6, 8) and inputs.num_tokens_B == [2, 3]
+    assert inputs.mask.sum(2).tolist() == [[2, 6, 6], [3, 6, 6]]
+    assert (inputs.text[:, 1:] == 2).all() and (inputs.text[:, 0, :4] == 1).all() and not inputs.text[:, 0, 4:].any()
+
+
+def test_labels_are_dropped_to_the_null_class_clip_and_images_apart():
+    batch = with_images(micro_batch([3, 4, -1]))
+    batch = dataclasses.replace(
+        batch,
+        dropped_B=torch.tensor([True, False, False]),
+        label_B=torch.tensor([1, 2, -1]),
+        image_label_BN=torch.tensor([[1, 0], [2, 2], [-1, -1]]),
+        image_dropped_B=torch.tensor([False, True, False]),
+    )
+    inputs = Conditioner(7, CPU, 2.0, 0.5, num_classes=5)(batch, step=5)
+    assert inputs.label_B.tolist() == [5, 2, 5]
+    assert inputs.image_label_BN.tolist() == [[1, 0], [5, 5], [5, 5]]
+    unconditional = Conditioner(7, CPU, 2.0, 0.5, num_classes=0)(batch, step=5)
+    assert (unconditional.label_B, unconditional.text, unconditional.num_tokens_B) == (None, None, [0, 0, 0])
+
+
+def test_known_frames_come_first_in_the_asked_share_and_never_all():
+    indices = list(range(400))
+    settings = KnownFramesSettings(share=0.25)
+    known = Conditioner(7, CPU, 2.0, 0.5, known_frames=settings)._known(5, indices, 4, num_images=2)
+    counts = known.sum(1)
+    assert torch.equal(known, torch.arange(6)[None, :] < counts[:, None])
+    assert counts.unique().tolist() == [0, 1, 2, 3] and 0.2 < (counts > 0).float().mean() < 0.3
+    most = Conditioner(7, CPU, 2.0, 0.5, known_frames=KnownFramesSettings(1.0, most=2))._known(5, [3, -1], 4, 0)
+    assert 1 <= most[0].sum() <= 2 and not most[1].any()
 
 
 def test_bands_are_quarters_of_diffusion_time():

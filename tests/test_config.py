@@ -90,3 +90,36 @@ def test_guarded_on_resume(override, key):
 
 def test_a_cosine_schedule_guards_the_number_of_steps():
     assert list(changed("train.steps=99", base=["train.lr_schedule=cosine"])) == ["train.steps"]
+
+
+def test_a_key_younger_than_the_checkpoint_counts_as_its_default():
+    config = to_mapping(load_config(ROOT / "configs" / "tiny_cpu.yaml"))
+    older = {section: dict(values) for section, values in config.items() if section != "contrastive"}
+    del older["train"]["joint_images"], older["model"]["kind"]
+    assert guarded_differences(older, config) == {}
+    changed = {**config, "train": {**config["train"], "joint_images": 2}}
+    assert guarded_differences(older, changed) == {"train.joint_images": (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["encoders.text=null"], "model.kind=latte_t2v needs captions"),
+        (["data.images=set"], "train.joint_images is 0; set both"),
+        (["contrastive.weight=0.1"], "the loss needs its projections"),
+        (["model.contrastive_width=8"], "the loss needs its projections"),
+        (["contrastive.weight=0.1", "model.contrastive_width=8"], "not a multiple of contrastive.group 8"),
+        (["train.joint_images=-1"], "joint_images must be 0 or more"),
+        (["train.known_frames.share=2"], r"share must lie in \[0, 1\]"),
+        (["model.kind=latte"], "model.num_layers"),
+    ],
+)
+def test_learning_strategies_are_held_to_the_rest(overrides, words):
+    with pytest.raises(SettingsError, match=words):
+        load_config(ROOT / "configs" / "tiny_cpu.yaml", overrides)
+
+
+def test_compression_patches_are_refused_for_single_frames():
+    for override in ("train.joint_images=2", "train.known_frames.share=0.5"):
+        with pytest.raises(SettingsError, match="mixes the frames of a patch"):
+            load_config(ROOT / "configs" / "ffs.yaml", ["model.tubelet_size=2", override])

@@ -29,9 +29,9 @@ def inputs_of(uniforms, weights, digest=0):
         latents_BCFHW=torch.zeros(size, 4, 2, 4, 4),
         noise_BCFHW=torch.zeros(size, 4, 2, 4, 4),
         uniform_B=np.array(uniforms),
-        text_BLD=torch.zeros(size, 1, 8),
-        mask_BL=torch.ones(size, 1, dtype=torch.bool),
         weight_B=torch.tensor(weights),
+        condition_B=torch.zeros(size, dtype=torch.int64),
+        num_samples=int(sum(weights)),
         num_tokens_B=[3 if weight else 0 for weight in weights],
         digest=digest,
     )
@@ -43,7 +43,8 @@ def result_of(norm=1.0, applied=1.0):
 
 def numbers_of(losses, uniforms, weights, digest=0, **result):
     tally = Tally(CPU)
-    tally.add(inputs_of(uniforms, weights, digest), torch.tensor(losses), tokens=10, flops=6e9)
+    contrastive_B = 2 * torch.tensor(losses)
+    tally.add(inputs_of(uniforms, weights, digest), torch.tensor(losses), contrastive_B, tokens=10, flops=6e9)
     return tally.reduce(OneRank(), result_of(**result)).tolist()
 
 
@@ -62,7 +63,7 @@ def take(journal, step, numbers):
 
 def test_empty_slots_count_for_nothing():
     numbers = dict(zip(FIELDS, numbers_of([1.0, 2.0, 9.0], [0.1, 0.9, 0.0], [1.0, 1.0, 0.0]), strict=True))
-    assert numbers["loss"] == 3.0
+    assert (numbers["loss"], numbers["contrastive"]) == (3.0, 6.0)
     assert numbers["samples"] == 2
     assert [numbers[f"band_count_{k}"] for k in range(4)] == [1, 0, 0, 1]
     assert [numbers[f"band_loss_{k}"] for k in range(4)] == [1.0, 0.0, 0.0, 2.0]
@@ -114,7 +115,7 @@ def test_a_stop_request_of_any_rank_reaches_all(tmp_path):
     journal = journal_of(tmp_path)
     tally = Tally(CPU)
     tally.host["stop"] = 1.0
-    tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), tokens=1, flops=1.0)
+    tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
     take(journal, 0, tally.reduce(OneRank(), result_of()).tolist())
     assert journal.stop_requested
 
@@ -124,3 +125,36 @@ def test_lines_are_written_every_n_steps_and_at_the_end(tmp_path):
     for step in range(6):
         take(journal, step, numbers_of([1.0], [0.5], [1.0]))
     assert [record["step"] for record in read_metrics(tmp_path / "m.jsonl")] == [3, 5]
+
+
+def test_the_samples_of_a_skipped_update_are_named_on_every_rank(tmp_path, caplog):
+    for rank in range(2):
+        journal = journal_of(tmp_path)
+        journal.note_samples(0, [f"shapes/0/{rank}", f"shapes/0/{rank + 2}"])
+        take(journal, 0, numbers_of([float("nan")], [0.5], [1.0], norm=float("nan"), applied=0.0))
+    assert "step 0: gradient norm nan, update skipped on all ranks; samples of this rank: shapes/0/0, shapes/0/2" in (
+        caplog.text
+    )
+    assert "samples of this rank: shapes/0/1, shapes/0/3" in caplog.text
+
+
+def test_a_failed_save_of_any_rank_is_told_once_and_recorded(tmp_path, caplog):
+    journal = journal_of(tmp_path)
+    for step, failed in enumerate([0.0, 3.0, 3.0, 0.0]):
+        tally = Tally(CPU)
+        tally.host["save_failed"] = failed
+        tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
+        take(journal, step, tally.reduce(OneRank(), result_of()).tolist())
+    assert caplog.text.count("the newest checkpoint was not saved (3 ranks failed") == 1
+    assert [record["save_failed"] for record in read_metrics(tmp_path / "m.jsonl")] == [0, 3, 3, 0]
+
+
+def test_a_loss_spike_leaves_a_line_with_its_samples(tmp_path, caplog):
+    journal = journal_of(tmp_path, total_steps=100)
+    losses = np.random.default_rng(0).lognormal(sigma=0.2, size=60)
+    losses[50] = 9.0
+    for step, loss in enumerate(losses):
+        journal.note_samples(step, [f"a/b/{step}"])
+        take(journal, step, numbers_of([loss], [0.5], [1.0]))
+    (line,) = [message for message in caplog.messages if "loss spike" in message]
+    assert line.startswith("step 50: loss spike: 9.0000 is") and line.endswith("samples of this rank: a/b/50")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,3 +67,24 @@ def test_rewind_of_nothing(tmp_path):
 
 def test_memory_of_this_process_is_plausible():
     assert 50e6 < metrics.memory_bytes(torch.device("cpu")) < 1e12
+
+
+def test_a_spike_is_told_once_and_ordinary_noise_never():
+    detector = metrics.SpikeDetector()
+    noise = np.random.default_rng(1).lognormal(mean=-1.0, sigma=0.2, size=5000)
+    assert [detector.look(loss) for loss in noise] == [None] * 5000
+    assert detector.look(20.0) > 8
+    assert detector.look(21.0) is None  # still the same spike
+    assert detector.look(0.4) is None and detector.look(float("nan")) is None
+    assert detector.look(20.0) > 8
+
+
+def test_a_run_that_got_worse_for_good_is_told_once():
+    detector = metrics.SpikeDetector()
+    verdicts = [detector.look(0.5 + 0.01 * (step % 7) + (step >= 100)) for step in range(400)]
+    assert [step for step, verdict in enumerate(verdicts) if verdict] == [100]
+
+
+def test_few_losses_are_not_judged():
+    detector = metrics.SpikeDetector()
+    assert [detector.look(loss) for loss in [1.0] * 10 + [100.0]] == [None] * 11

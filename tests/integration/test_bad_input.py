@@ -23,7 +23,7 @@ FEW = ("train.steps=4", "checkpoint.every_steps=4")
         ("encoders.text_max_length=40", ["text.max_length: expected 40, came 48"]),
         ("video.frame_interval=3", ["video.frame_interval: expected 3, came 4"]),
         ("model.patch_size=32", ["patch"]),
-        ("model.caption_channels=32", ["text of width 64", "model.caption_channels 32"]),
+        ("model.caption_channels=32", ["embeddings of width 64", "model.caption_channels is 32"]),
         ("data.url=nowhere", ["nowhere", "latte-data"]),
         ("checkpoint.dir=s3://bucket/x", ["s3://bucket/x", "next release"]),
     ],

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import LattePipeline
 
-from latte_scale import checkpoint, export, sample
-from latte_scale.data.video import probe
+from latte_scale import checkpoint, export, import_weights, sample
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import probe, read_clip
 from latte_scale.encoders import EncoderSettings, load_encoders
 from latte_scale.model.transformer_folder import read_transformer
 from latte_scale.weights import load_weights
@@ -38,11 +39,10 @@ def draw(run, encoders, batches):
     for batch in batches:
         texts = text.encode([PROMPTS[number] for number in batch])
         negatives = [text.null()] * len(batch)
-        shape = (vae.channels, 4, 16, 16)
-        cpu = torch.device("cpu")
-        latents.append(
-            sample.sample_latents(weights.build(), weights.diffusion, how, shape, texts, negatives, batch[0], cpu)
-        )
+        model, cpu, shape = weights.build(), torch.device("cpu"), (vae.channels, 4, 16, 16)
+        model_fn = sample.text_model_fn(model, texts, negatives, True, cpu)
+        numbers = range(batch[0], batch[-1] + 1)
+        latents.append(sample.sample_latents(model_fn, model, weights.diffusion, how, shape, numbers, cpu))
     return torch.cat(latents)
 
 
@@ -80,7 +80,7 @@ def test_export_takes_the_weights_that_were_asked_for(run, tmp_path, which, tree
 
 def test_a_new_run_starts_from_imported_weights_and_from_a_checkpoint(run, data_sets, tmp_path):
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "pipeline")]) == 0
-    assert export.import_main(["--source", str(tmp_path / "pipeline"), "--out", str(tmp_path / "weights")]) == 0
+    assert import_weights.main(["--source", str(tmp_path / "pipeline"), "--out", str(tmp_path / "weights")]) == 0
     few = ("train.steps=1", "checkpoint.every_steps=1", "train.lr=1e-30", "data.num_workers=0")
     losses = {}
     for name, source in (("imported", tmp_path / "weights"), ("ema", run), ("raw", f"{run}#model")):
@@ -106,8 +106,34 @@ def test_the_sample_command_writes_videos_and_what_they_show(run, tmp_path):
 def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert sample.main(["--checkpoint", str(run), *out]) == 2
-    assert "no prompt" in capsys.readouterr().err
+    assert "pass --prompt TEXT" in capsys.readouterr().err
     assert sample.main(["--checkpoint", str(tmp_path / "nowhere"), "--prompt", "x", *out]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert sample.main(["--checkpoint", str(run), "--prompt", "x", "--sampler", "euler", *out]) == 2
     assert "expects one of ddim" in capsys.readouterr().err
+
+
+def test_a_video_can_start_from_another_one(run, data_sets, tmp_path):
+    """A small strength stays near the clip, known frames are the clip's own, and text alone is neither."""
+    clip = str(data_sets.clips / "000000.mp4")
+    command = ["--checkpoint", str(run), "--prompt", PROMPTS[0], "--steps", "4", "--init-video", clip]
+    frames = {}
+    for name, options in {
+        "near": ["--strength", "0.25"],
+        "far": ["--strength", "1.0"],
+        "continued": ["--known-frames", "2"],
+    }.items():
+        assert sample.main([*command, "--out", str(tmp_path / name), *options]) == 0
+        frames[name] = read_clip(tmp_path / name / "00000.mp4", VideoSettings(4, 32, 32, 1)).astype(float)
+    original = read_clip(clip, VideoSettings(4, 32, 32, 4)).astype(float)
+    difference = {name: abs(video - original).mean(axis=(1, 2, 3)) for name, video in frames.items()}
+    assert difference["near"].mean() < 0.5 * difference["far"].mean()
+    assert difference["continued"][:2].max() < 10 < difference["continued"][2:].min()  # the VAE's and H.264's loss
+
+
+def test_a_clip_needs_to_be_there_for_what_is_done_with_it(run, tmp_path, capsys):
+    out = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "out")]
+    assert sample.main([*out, "--known-frames", "2"]) == 2
+    assert "name it with --init-video" in capsys.readouterr().err
+    assert sample.main(["--checkpoint", str(run), "--label", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "pass --prompt TEXT" in capsys.readouterr().err
