@@ -324,8 +324,9 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
         return
     parameters = sum(torch.Size(shard.shape).numel() for shard in engine.local_shards())
     kind = f"zero-{config.engine.zero_stage}" if config.engine.kind == "zero" else config.engine.kind
+    name = "LatteT2V" if config.model.kind == "latte_t2v" else "Latte"
     console.print(
-        f"[bold]LatteT2V[/] {parameters:,} parameters, {kind} on {engine.dp_size} x {engine.device.type}, "
+        f"[bold]{name}[/] {parameters:,} parameters, {kind} on {engine.dp_size} x {engine.device.type}, "
         f"{config.train.precision}, {config.diffusion.objective}; global batch {config.train.global_batch}"
     )
     for dataset in datasets:
