@@ -26,6 +26,6 @@ try webdataset -c "$held" webdataset
 try litdata -c "$held" litdata
 try megatron-energon -c "$held" megatron-energon
 # Its metadata pins numpy<2.2, transformers<5, torchvision and three cloud SDKs; it works without them.
-try mosaicml-streaming --no-deps mosaicml-streaming brotli python-snappy zstd xxhash catalogue
+try mosaicml-streaming --no-deps mosaicml-streaming brotli python-snappy zstd xxhash catalogue cramjam
 cat "$VENV/refused.txt"
 "$VENV/bin/pip" list 2> /dev/null | grep -iE '^(torch|webdataset|litdata|megatron-energon|mosaicml-streaming|boto3) '
