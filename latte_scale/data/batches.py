@@ -99,10 +99,13 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.images is not None:
             self._image_source = image_set(self.images, self.plan, self.num_images, self.video, *common)
         self._null_texts: dict[str, np.ndarray] = {}
+        self._announced = -1
 
     def __getitem__(self, number: int) -> MicroBatch:
-        step, part = divmod(number, self.num_micro_batches)
-        bucket, slots = micro_batch_slots(self.plan, step, self.rank, self.size, self.micro_batch, part, self.group)
+        worker = torch.utils.data.get_worker_info()
+        for each in (number, number + (worker.num_workers if worker else 1)):  # the next one of this worker too
+            self._announce(each)
+        step, bucket, slots = self._slots(number)
         replaced: list[Replacement] = []
         items = [None if slot.id is None else self._item(step, bucket, slot, replaced) for slot in slots]
         dropped = [self._is_dropped(step, slot) for slot in slots]
@@ -125,6 +128,22 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.num_images:
             self._add_images(batch, items, slots)
         return batch
+
+    def _slots(self, number: int) -> tuple[int, str, list[Slot]]:
+        """Step, bucket and slots of a micro-batch."""
+        step, part = divmod(number, self.num_micro_batches)
+        bucket, slots = micro_batch_slots(self.plan, step, self.rank, self.size, self.micro_batch, part, self.group)
+        return step, bucket, slots
+
+    def _announce(self, number: int) -> None:
+        """Tell the stores which samples of a micro-batch will be read, once."""
+        if number <= self._announced:
+            return
+        self._announced = number
+        step, bucket, slots = self._slots(number)
+        for slot in slots:
+            if slot.id is not None and self.datasets[slot.id.dataset].store.is_far:
+                self._reader.expect(Draw(step, slot.index), bucket, slot.id)
 
     def _item(self, step: int, bucket: str, slot: Slot, replaced: list[Replacement]) -> Item:
         """The slot's sample, or the first of its replacements that can be read."""

@@ -225,6 +225,8 @@ def load_index(store: Store, entry: ShardEntry) -> ShardIndex:
     Raises IndexFileError if it is not that file, MissingError if it is absent.
     """
     where, data = store.join(entry.index), store.read(entry.index)
+    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        data = store.read(entry.index, fresh=True)  # it may have been damaged on its way, or in a cache
     found = hashlib.sha256(data).hexdigest()
     if found != entry.index_sha256:
         raise IndexFileError(

@@ -105,6 +105,21 @@ class ItemReader:
             f"{reason}. Run `latte-data verify` on the data"
         )
 
+    def expect(self, draw: Draw, bucket: str, planned: SampleId) -> None:
+        """Announce `item` of the same sample. Whatever is wrong with it shows there."""
+        try:
+            position = int(self._positions(planned, bucket)[planned.row])
+            caption_at = self._caption_at(planned, position, draw)
+            self.datasets[planned.dataset].expect(planned.shard, position, caption_at)
+        except (StoreError, ManifestError):
+            return
+
+    def _caption_at(self, sample_id: SampleId, position: int, draw: Draw) -> float:
+        """Which of several captions, in [0, 1). A draw costs a third of reading a sample, so one caption has none."""
+        if self.datasets[sample_id.dataset].index(sample_id.shard).row(position).num_texts == 1:
+            return 0.0
+        return rng.uniform(self.seed, "caption", *draw)
+
     def _replacement(self, draw: Draw, plan_index: int, attempt: int, reason: str) -> SampleId:
         try:
             return self.plan.replacement(draw.step, plan_index, attempt)
@@ -122,7 +137,7 @@ class ItemReader:
         dataset = self.datasets[sample_id.dataset]
         entry = dataset.manifest.shards[sample_id.shard]
         position = int(self._positions(sample_id, bucket)[sample_id.row])
-        caption_at = rng.uniform(self.seed, "caption", *draw)
+        caption_at = self._caption_at(sample_id, position, draw)
         sample = dataset.read(sample_id.shard, position, cached, caption_at)
         captions, label = sample.captions, dataset.label(sample)
         caption = captions[int(caption_at * len(captions))]

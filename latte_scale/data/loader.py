@@ -35,6 +35,7 @@ from latte_scale.data.plan import (
 )
 from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import ManifestError, VideoSettings
+from latte_scale.store import StoreSettings
 
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -80,9 +81,12 @@ class DataSettings:
         return tuple(SourceSettings(each) if isinstance(each, str) else each for each in given if each)
 
 
-def open_datasets(settings: DataSettings) -> tuple[Dataset, ...]:
-    """Open every data set of `data.url`. Raises ManifestError if one is missing or they cannot be mixed."""
-    datasets = tuple(open_dataset(source.url) for source in settings.sources())
+def open_datasets(settings: DataSettings, store: StoreSettings | None = None) -> tuple[Dataset, ...]:
+    """Open every data set of `data.url`; `store` says how s3:// is reached.
+
+    Raises ManifestError if one is missing or they cannot be mixed.
+    """
+    datasets = tuple(open_dataset(source.url, store) for source in settings.sources())
     first = datasets[0].manifest
     for dataset in datasets[1:]:
         other = dataset.manifest
@@ -102,11 +106,13 @@ def open_datasets(settings: DataSettings) -> tuple[Dataset, ...]:
     return datasets
 
 
-def open_images(settings: DataSettings, datasets: Sequence[Dataset]) -> Dataset | None:
+def open_images(
+    settings: DataSettings, datasets: Sequence[Dataset], store: StoreSettings | None = None
+) -> Dataset | None:
     """Open the image set of `data.images`; None without one. Raises ManifestError if it does not fit the clips."""
     if settings.images is None:
         return None
-    images = open_dataset(settings.images)
+    images = open_dataset(settings.images, store)
     check_images(images, datasets)
     return images
 

@@ -21,7 +21,7 @@ from latte_scale.data.arrays import read_arrays
 from latte_scale.data.index import Row, ShardIndex, Side, Span, is_text, load_index, text_field
 from latte_scale.data.schema import Manifest, ManifestError, ShardEntry, load_manifest
 from latte_scale.data.tar import BLOCK, TarError, padded, split_name, walk
-from latte_scale.store import ShortReadError, Store, open_store
+from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
 
 NUM_CACHED_INDICES = 256
 NUM_CACHED_TEXTS = 64
@@ -109,7 +109,7 @@ class Dataset:
         }
 
     def read(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
-        """The sample at `position` of a shard. `cached=False` reads a shared embedding from the store again.
+        """The sample at `position` of a shard. `cached=False` reads past every cache, of the store and of embeddings.
 
         Of the embeddings of n captions, number floor(caption_at * n) is read, with `caption_at` in [0, 1).
         Raises DamagedError (this sample's bytes are wrong), ManifestError (the tar is not the indexed one) or
@@ -121,11 +121,11 @@ class Dataset:
         known = self._texts.get((shard, text_span.offset)) if cached and text_span else None
         try:
             window = _window(row, text_span if known is None else None)
-            data = self.store.read(entry.name, window[0], window[1] - window[0])
+            data = self.store.read(entry.name, window[0], window[1] - window[0], fresh=not cached)
             sample = _own_fields(entry, row, data, window[0], self.store.join(entry.name))
             if text_span is None:
                 return sample
-            name, text = known or self._read_text(entry, text_span, data, window[0])
+            name, text = known or self._read_text(entry, text_span, data, window[0], fresh=not cached)
         except (ShortReadError, TarError) as error:
             raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
         except _Mismatch as error:
@@ -139,6 +139,14 @@ class Dataset:
         self._texts[shard, text_span.offset] = name, text
         _trim(self._texts, NUM_CACHED_TEXTS)
         return Sample(sample.key, {**sample.fields, "text": text}, sample.about)
+
+    def expect(self, shard: int, position: int, caption_at: float = 0.0) -> None:
+        """Announce `read` of the same sample, so that a store far away can fetch it meanwhile."""
+        entry, row = self.manifest.shards[shard], self.index(shard).row(position)
+        text_span = row.fields.get(text_field(int(caption_at * row.num_texts)))
+        unknown = None if text_span is None or (shard, text_span.offset) in self._texts else text_span
+        begin, end = _window(row, unknown)
+        self.store.expect(entry.name, begin, end - begin)
 
     def label(self, sample: Sample) -> int | None:
         """The sample's class, a place in the manifest's class_names; None in a data set without classes.
@@ -166,6 +174,8 @@ class Dataset:
         if info is None:
             raise ManifestError(f"{self.store.url}: no null embedding; run `latte-data encode` again")
         data = self.store.read(info.name)
+        if hashlib.sha256(data).hexdigest() != info.sha256:
+            data = self.store.read(info.name, fresh=True)  # it may have been damaged on its way, or in a cache
         found = hashlib.sha256(data).hexdigest()
         if found != info.sha256:
             raise ManifestError(
@@ -174,11 +184,11 @@ class Dataset:
             )
         return read_arrays(data)[0]["embedding"]
 
-    def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int) -> tuple[str, bytes]:
+    def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int, fresh: bool) -> tuple[str, bytes]:
         """(name, bytes) of a shared embedding, out of `data` if it lies there."""
         first = span.offset - BLOCK
         if not begin <= first <= begin + len(data) - BLOCK - span.size:
-            data, begin = self.store.read(entry.name, first, BLOCK + span.size), first
+            data, begin = self.store.read(entry.name, first, BLOCK + span.size, fresh), first
         where = self.store.join(entry.name)
         member = next(walk(_reader(data, begin), where, first, span.offset + span.size), None)
         if member is None or (member.offset, member.size) != (span.offset, span.size):
@@ -188,9 +198,9 @@ class Dataset:
         return member.name.removesuffix(".safetensors"), payload
 
 
-def open_dataset(url: str) -> Dataset:
+def open_dataset(url: str, settings: StoreSettings | None = None) -> Dataset:
     """Open the data set at a URL. Raises ManifestError if there is none, ValueError for a scheme that is not read."""
-    store = open_store(url)
+    store = open_store(url, settings)
     return Dataset(store, load_manifest(store))
 
 

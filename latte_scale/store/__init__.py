@@ -1,0 +1,62 @@
+"""Bytes by name and range, from a folder or an object store: the only door to stored data.
+
+In: a URL (a folder path, file:// or s3://bucket/prefix) and names relative to it ("shard-000000.tar"). Out: bytes,
+sizes and sorted names. A write is complete or not there. Every failure is a StoreError that carries the full URL, the
+byte range and what to do next. base.py is the interface, local.py a folder, s3.py an object store. Below s3.py:
+connection.py holds what a process shares, get.py sends a request, transfer.py brings a range in spite of faults.py in
+the time of retry.py, upload.py sends large objects, cache.py and readahead.py keep what was and will be read.
+The decision worth knowing: a Store is a URL and its settings, so it can be copied into any worker process; sockets,
+threads and what it has learned belong to the process that uses it.
+"""
+
+from pathlib import Path
+
+from latte_scale.store.base import (
+    CredentialsError,
+    ExistsError,
+    MissingError,
+    ShortReadError,
+    Store,
+    StoreError,
+    TransientError,
+    UnreachableError,
+)
+from latte_scale.store.local import TEMPORARY, LocalStore, explained
+from latte_scale.store.settings import StoreSettings
+
+__all__ = [
+    "TEMPORARY",
+    "CredentialsError",
+    "ExistsError",
+    "LocalStore",
+    "MissingError",
+    "ShortReadError",
+    "Store",
+    "StoreError",
+    "StoreSettings",
+    "TransientError",
+    "UnreachableError",
+    "explained",
+    "open_store",
+]
+
+
+def open_store(url: str | Path, settings: StoreSettings | None = None) -> Store:
+    """The store at a folder path, file:// or s3:// URL. Nothing is contacted, and nothing needs to exist, yet.
+
+    `settings` say how s3:// is reached; None leaves everything to boto3's environment and keeps no cache.
+    Raises ValueError for a URL that is none of these.
+    """
+    text = str(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        if text.startswith("s3:/"):  # what Path("s3://bucket") becomes
+            raise ValueError(f"{text}: one slash was lost on the way; s3:// URLs are text, not paths")
+        return LocalStore(text)
+    if scheme == "file":
+        return LocalStore(rest)
+    if scheme == "s3":
+        from latte_scale.store.s3 import S3Store
+
+        return S3Store(text, settings or StoreSettings())
+    raise ValueError(f"{text}: unknown scheme {scheme!r}; expected a folder path, file:// or s3://")

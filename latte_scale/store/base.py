@@ -1,0 +1,113 @@
+"""What a store is, and the errors that every store raises.
+
+A Store is a flat set of named byte strings below one URL: a folder (local.py) or a prefix of a bucket (s3.py). Readers
+and writers know this interface only, so whatever works on a folder works on an object store.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+
+class StoreError(OSError):
+    """A read or write that failed; the message holds the URL, the range and what to do next."""
+
+
+class MissingError(StoreError):
+    """The name does not exist."""
+
+
+class ExistsError(StoreError):
+    """The name exists already, and the write was to be the first."""
+
+
+class ShortReadError(StoreError):
+    """The object ends before the range that was asked for: it is truncated, or not the one that was indexed."""
+
+
+class CredentialsError(StoreError):
+    """There are no credentials, they have expired, or they do not allow this: trying again does not help."""
+
+
+class TransientError(StoreError):
+    """A fault of network or service that outlasted the stall budget: the same command may succeed later."""
+
+
+class UnreachableError(TransientError):
+    """No connection to the endpoint."""
+
+
+class Store(ABC):
+    """A flat set of named byte strings below one URL. Names use "/" and never leave the root.
+
+    A store can be pickled and used in forked processes; a copy shares nothing with its original.
+    """
+
+    url: str
+    is_far: bool = False  # a read takes a round trip, so that announcing it pays
+
+    @abstractmethod
+    def read(self, name: str, offset: int = 0, size: int | None = None, fresh: bool = False) -> bytes:
+        """Bytes [offset, offset + size) of `name`; to its end if size is None. Exactly that many, or an error.
+
+        `fresh` reads past every cache and replaces what the cache holds: for bytes that turned out to be wrong.
+        Raises MissingError, ShortReadError (the object ends earlier) or another StoreError.
+        """
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Size in bytes. Raises MissingError."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether `name` can be read."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted names that start with `prefix`, without unfinished writes. An absent root lists nothing."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes, only_new: bool = False) -> None:
+        """Store `data` under `name`, complete and durable on return, or unchanged.
+
+        Replaces what is there; with `only_new` it raises ExistsError instead, and of several writers one wins.
+        """
+
+    @abstractmethod
+    def scratch(self, name: str) -> Path:
+        """A local path on which to build `name` piece by piece, near enough that `put_file` is cheap."""
+
+    @abstractmethod
+    def put_file(self, name: str, local_path: str | Path) -> None:
+        """Move a finished local file to `name`, complete and durable on return. The local file is gone afterwards."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove `name`; nothing happens if it is not there."""
+
+    def expect(self, name: str, offset: int, size: int) -> None:  # noqa: B027 (most stores have nothing to do)
+        """A hint that this range will be read soon, by this process. Errors show when it is read."""
+
+    def join(self, name: str) -> str:
+        """The full URL of `name`, for messages and logs."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+
+def check_name(name: str, url: str) -> None:
+    """Raise ValueError for a name that could leave the root."""
+    if not name or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{name!r} is not a name inside {url}: expected a relative path without '..'")
+
+
+def check_range(where: str, offset: int, size: int | None) -> str:
+    """The range in words; ValueError if it is none."""
+    if offset < 0 or (size is not None and size < 0):
+        raise ValueError(f"{where}: offset {offset} and size {size} must be >= 0")
+    return f"bytes {offset} to {'the end' if size is None else offset + size}"
+
+
+def short_read(where: str, span: str, end: int) -> ShortReadError:
+    """The error for a range that reaches past the end of an object."""
+    return ShortReadError(
+        f"{where}: asked for {span}, the file ends at {end}; it is truncated or is not the file that was indexed: "
+        "copy it again, then run `latte-data verify` on the data set"
+    )

@@ -1,0 +1,174 @@
+"""What a process shares over all its S3 stores with the same settings: one boto3 client, its threads, its counters.
+
+In: StoreSettings. Out: a Connection, made once a process; a forked child makes its own, because sockets and threads do
+not survive a fork. boto3 signs, finds credentials and keeps connections open; its own retries are off, for here every
+try must count against one budget. Its loggers are held at WARNING: below that they print signatures and tokens.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from latte_scale.store.faults import Fault, fault_of, store_error
+from latte_scale.store.get import Getter
+from latte_scale.store.retry import Budget, HedgeAllowance, wait_s
+from latte_scale.store.settings import StoreSettings, check_endpoint
+from latte_scale.store.threads import Threads
+
+T = TypeVar("T")
+LOUD_WAIT_S = 1.0  # waits from here on are told as warnings, shorter ones as information
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """What a process has done so far. Threads add to it without a lock: a lost count is no fault."""
+
+    num_requests: int = 0
+    num_retries: int = 0
+    num_hedges: int = 0
+    bytes_received: int = 0
+    num_cache_hits: int = 0
+    num_cache_misses: int = 0
+
+
+class Connection:
+    """A boto3 client with the threads that use it."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self.settings = settings
+        self.client: Any
+        self.getter: Getter
+        self.renew()
+        self.endpoint: str = self.client.meta.endpoint_url
+        self.counters = Counters()
+        self.hedges = HedgeAllowance()
+        self.requests = Threads(settings.num_connections, "store-request")
+        self.readers = Threads(settings.num_connections, "store-reader")
+
+    def renew(self) -> None:
+        """Read the credentials (again: another program may have renewed them on the disk)."""
+        session, self.client = _client(self.settings)
+        self.getter = Getter(session, self.client, self.settings)
+
+    def call(self, url: str, doing: str, request: Callable[[Any], T], passing: tuple[str, ...] = ()) -> T:
+        """The result of `request(client)`, tried again while its faults are transient and the budget lasts.
+
+        Raises a StoreError, or `Passed` with the fault for the kinds in `passing`, which the caller answers itself.
+        """
+        tries = Tries(self, url, doing, Budget(self.settings.stall_budget_s))
+        while True:
+            try:
+                self.counters.num_requests += 1
+                return request(self.client)
+            except Exception as error:
+                fault = fault_of(error)
+                if fault.kind in passing:
+                    raise Passed(fault, tries.num_failed) from error
+                tries.failed(fault, error)
+
+
+class Passed(Exception):
+    """A fault that the caller of `Connection.call` asked for; `num_failed` tries failed before it."""
+
+    def __init__(self, fault: Fault, num_failed: int) -> None:
+        super().__init__(fault.reason)
+        self.fault, self.num_failed = fault, num_failed
+
+
+class Tries:
+    """The failed tries of one operation: waits before the next, or raises the StoreError that ends it."""
+
+    def __init__(self, connection: Connection, url: str, doing: str, budget: Budget) -> None:
+        self.connection, self.url, self.doing, self.budget = connection, url, doing, budget
+        self.num_failed = 0
+        self._in_a_row, self._renewed = 0, False
+
+    def failed(self, fault: Fault, error: Exception, num_bytes: int = 0) -> None:
+        """Count a failure and wait. Bytes that came before it make the next wait short again, and earn time."""
+        self.num_failed += 1
+        self.budget.earn(num_bytes)
+        if fault.kind == "expired" and not self._renewed:
+            self._renewed = True
+            self.connection.renew()
+            return
+        self._in_a_row = 1 if num_bytes else self._in_a_row + 1
+        seconds = wait_s(self._in_a_row)
+        if not fault.retryable or seconds >= self.budget.left_s:
+            raise self.error(fault) from error
+        self.connection.counters.num_retries += 1
+        level = logging.WARNING if seconds >= LOUD_WAIT_S else logging.INFO
+        what = f"{self.url}: {self.doing}: try {self.num_failed} failed ({fault.reason}); the next in {seconds:.1f} s"
+        log.log(level, "%s", what)
+        time.sleep(seconds)
+
+    def error(self, fault: Fault) -> Exception:
+        """The StoreError that ends the operation now."""
+        return store_error(fault, self.url, self.doing, self.connection.endpoint, self.num_failed, self.budget.spent_s)
+
+
+_connections: dict[StoreSettings, Connection] = {}
+_lock = threading.Lock()
+
+
+def connection_for(settings: StoreSettings) -> Connection:
+    """The Connection of this process for these settings."""
+    with _lock:
+        if settings not in _connections:
+            _connections[settings] = Connection(settings)
+        return _connections[settings]
+
+
+def _after_fork() -> None:
+    """A forked child starts without connections, and with a lock that nobody holds."""
+    global _lock
+    _lock = threading.Lock()
+    _connections.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _client(settings: StoreSettings) -> tuple[Any, Any]:
+    """A botocore session and an S3 client of it; ValueError without boto3 or for an endpoint that holds credentials."""
+    try:
+        import boto3
+        import botocore.session
+        from botocore.config import Config
+    except ImportError as error:
+        raise ValueError("s3:// needs boto3: run pip install 'latte_scale[s3]'") from error
+    for name in ("boto3", "botocore", "urllib3"):
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    session = botocore.session.get_session()
+    boto = boto3.session.Session(botocore_session=session)
+
+    def make(addressing: str) -> Any:
+        config = Config(
+            max_pool_connections=settings.num_connections,
+            connect_timeout=settings.timeouts_s[0],
+            read_timeout=settings.timeouts_s[1],
+            retries={"total_max_attempts": 1},
+            tcp_keepalive=True,
+            # Content-MD5 and our own digests do this work; trailing checksums are unknown to many services.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": addressing},
+        )
+        return boto.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
+
+    known = settings.endpoint_url is not None and settings.addressing == "auto"
+    client = make("path" if known and not _is_amazon(settings.endpoint_url) else settings.addressing)
+    check_endpoint(client.meta.endpoint_url, "the endpoint of the environment")
+    if not known and settings.addressing == "auto" and not _is_amazon(client.meta.endpoint_url):
+        client = make("path")  # few services of one's own have a host name for every bucket
+    return session, client
+
+
+def _is_amazon(endpoint: str) -> bool:
+    return ".amazonaws.com" in endpoint

@@ -1,0 +1,69 @@
+"""How long to try, how long to wait between tries, and how often to ask twice. No network, no clock of its own.
+
+In: seconds and counts. Out: seconds and yes or no. The waits are random so that a thousand readers that failed together
+do not come back together; they draw from the operating system and never from a generator that training uses.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+MIN_BYTES_PER_S = 256 << 10
+"""What the slowest useful connection brings: every limit grows by a second for so many bytes."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
+
+_random = random.SystemRandom()
+
+
+class Budget:
+    """The time that one read or write may take, waits included: `limit_s`, and more for bytes that came."""
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit_s = limit_s
+        self._clock, self._begun = clock, clock()
+
+    def earn(self, size_bytes: int) -> None:
+        """Allow more time, for bytes that came."""
+        self.limit_s += size_bytes / MIN_BYTES_PER_S
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since it was made."""
+        return self._clock() - self._begun
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it is used up, never below 0."""
+        return max(0.0, self.limit_s - self.spent_s)
+
+
+def wait_s(failures: int, draw: Callable[[float, float], float] = _random.uniform) -> float:
+    """How long to wait after so many failures in a row (at least 1): doubling, capped, between half and all of it."""
+    longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
+    return draw(longest / 2, longest)
+
+
+class HedgeAllowance:
+    """Second requests for slow reads, kept to a small share of all reads.
+
+    Without a share, a link that is slow because it is full would get twice the load. Each read earns `share` of a
+    hedge; at most `most` can be saved up, which is also what a process starts with.
+    """
+
+    def __init__(self, share: float = 0.05, most: float = 4.0) -> None:
+        self._share, self._most, self._saved = share, most, most
+        self._lock = threading.Lock()
+
+    def earn(self) -> None:
+        """Count a read."""
+        with self._lock:
+            self._saved = min(self._most, self._saved + self._share)
+
+    def take(self) -> bool:
+        """Whether a hedge may be sent now; if so, it is paid for."""
+        with self._lock:
+            if self._saved < 1.0:
+                return False
+            self._saved -= 1.0
+            return True

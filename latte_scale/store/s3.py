@@ -1,0 +1,287 @@
+"""A store below s3://bucket/prefix: ranged, retried, cached reads, and writes that are there whole or not at all.
+
+In: a URL and StoreSettings; names and ranges. Out: exactly the bytes that were asked for, or a StoreError that names
+bucket, key, reason and what to do. Uploads carry Content-MD5, so the service refuses damaged bytes, and the crc32c of
+the whole object, to which a whole read is held. A ranged read has no digest of its own: readers check fields, and read
+again with `fresh` what does not fit.
+The decision worth knowing: for a ranged read an object's etag is learned once a process, for data sets do not change
+while they are read. Whole reads ask anew; a range of a version that is gone is read from the new one.
+"""
+
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from latte_scale.store.base import MissingError, Store, StoreError, check_name, check_range, short_read
+from latte_scale.store.cache import Cache, CacheKey
+from latte_scale.store.connection import Connection, Passed, connection_for
+from latte_scale.store.faults import exists_error
+from latte_scale.store.local import explained
+from latte_scale.store.readahead import ReadAhead
+from latte_scale.store.settings import StoreSettings
+from latte_scale.store.threads import run_all
+from latte_scale.store.transfer import ChangedError, Facts, PastEndError, Source, fetch
+from latte_scale.store.upload import Upload, content_md5, crc32c_hex
+
+NUM_VERSIONS = 3  # of an object that change while one read goes on, before it is an error
+NUM_DAMAGED = 3  # whole reads whose digest is wrong, before it is an error
+NUM_REMEMBERED = 8192  # objects whose facts a process keeps, a few hundred bytes each
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+
+
+class S3Store(Store):
+    """Objects below a prefix of a bucket."""
+
+    is_far = True
+
+    def __init__(self, url: str, settings: StoreSettings) -> None:
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        if not _BUCKET.fullmatch(bucket):
+            raise ValueError("expected s3://BUCKET/PREFIX with a bucket name of letters, digits, '.', '-' or '_'")
+        self.bucket, self.prefix, self.settings = bucket, prefix.strip("/"), settings
+        self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self._mine: _Mine | None = None
+
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str, StoreSettings]]:
+        return S3Store, (self.url, self.settings)
+
+    @property
+    def connection(self) -> Connection:
+        """What this process shares over its stores, counters included."""
+        return connection_for(self.settings)
+
+    @property
+    def cache(self) -> Cache | None:
+        """The local cache, if there is one."""
+        return self._here().cache
+
+    def read(self, name: str, offset: int = 0, size: int | None = None, fresh: bool = False) -> bytes:
+        span = check_range(self.join(name), offset, size)
+        if size is None:
+            return self._read_whole(name, fresh) if offset == 0 else self._read_rest(name, offset, span, fresh)
+        if size == 0:
+            if offset > (end := self.size(name)):
+                raise short_read(self.join(name), span, end)
+            return b""
+        data = None if fresh else self._here().ahead.take(name, offset, size)
+        return data if data is not None else self._read_span(name, offset, size, fresh)
+
+    def size(self, name: str) -> int:
+        return self._head(name, "reading its size")[0].size
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._head(name, "looking for it")
+        except MissingError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        root = f"{self.prefix}/" if self.prefix else ""
+        names, token = [], None
+        while True:
+            more = {"ContinuationToken": token} if token else {}
+
+            def page(client: Any, more: dict[str, str] = more) -> dict[str, Any]:
+                return client.list_objects_v2(Bucket=self.bucket, Prefix=root + prefix, **more)
+
+            answer = self.connection.call(self.url, "listing", page)
+            names += [found["Key"][len(root) :] for found in answer.get("Contents", ())]
+            token = answer.get("NextContinuationToken")
+            if not token:
+                return sorted(name for name in names if name and not name.endswith("/"))
+
+    def write(self, name: str, data: bytes, only_new: bool = False) -> None:
+        if len(data) > self.settings.part_bytes and not only_new:
+            return self._upload(name, lambda offset, size: data[offset : offset + size], len(data))
+        writer = uuid.uuid4().hex
+        metadata = {"crc32c": crc32c_hex(google_crc32c.value(data)), "writer": writer}
+        condition = {"IfNoneMatch": "*"} if only_new else {}
+
+        def put(client: Any) -> None:
+            md5 = content_md5(data)
+            client.put_object(**self._object(name), Body=data, ContentMD5=md5, Metadata=metadata, **condition)
+
+        self._here().facts.pop(name, None)
+        try:
+            self._call(name, f"writing {len(data)} bytes", put, ("precondition",))
+        except Passed as error:
+            # An earlier try may have arrived although its answer did not.
+            if not (error.num_failed and self._head(name, "looking for its writer")[1].get("writer") == writer):
+                raise exists_error(self.join(name)) from error
+
+    def scratch(self, name: str) -> Path:
+        check_name(name, self.url)
+        folder = Path(self.settings.scratch_dir or tempfile.gettempdir())
+        with explained(str(folder), "making the folder for files on their way up"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"latte-scale-{Path(name).name}.tmp-{uuid.uuid4().hex}"
+
+    def put_file(self, name: str, local_path: str | Path) -> None:
+        path = Path(local_path)
+        with explained(str(path), f"reading it for {self.join(name)}"), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= self.settings.part_bytes:
+                self.write(name, file.read())
+            else:
+                self._upload(name, lambda offset, size: os.pread(file.fileno(), size, offset), size)
+            path.unlink()
+
+    def delete(self, name: str) -> None:
+        self._here().facts.pop(name, None)
+        self._call(name, "deleting it", lambda client: client.delete_object(**self._object(name)))
+
+    def expect(self, name: str, offset: int, size: int) -> None:
+        if 0 < size <= self.settings.part_bytes:
+            self._here().ahead.expect(name, offset, size)
+
+    # ---------------------------------------------------------------------------------------------------- reading
+
+    def _read_whole(self, name: str, fresh: bool) -> bytes:
+        """A whole object, held to the digest that it carries if this package wrote it."""
+        for _ in range(NUM_DAMAGED):
+            if self.cache is None:
+                data, facts = self._read_unsized(name)
+            else:
+                facts = self._head(name, "reading it")[0]
+                data = self._read_span(name, 0, facts.size, fresh) if facts.size else b""
+            if facts.crc32c is None or facts.crc32c == crc32c_hex(google_crc32c.value(data)):
+                return data
+            fresh = True
+        raise StoreError(
+            f"{self.join(name)}: its bytes do not fit the crc32c {facts.crc32c}, with which it was written, in "
+            f"{NUM_DAMAGED} reads: it or the way to it is damaged; restore it, or write it again"
+        )
+
+    def _read_rest(self, name: str, offset: int, span: str, fresh: bool) -> bytes:
+        """From `offset` to the end."""
+        end = self._head(name, f"reading {span}")[0].size
+        if offset > end:
+            raise short_read(self.join(name), span, end)
+        return self._read_span(name, offset, end - offset, fresh) if offset < end else b""
+
+    def _read_unsized(self, name: str) -> tuple[bytes, Facts]:
+        """A whole object without a look at its size first: one request if it fits into one part."""
+        self._here().facts.pop(name, None)
+        try:
+            return self._fetch(name, 0, None)
+        except PastEndError:
+            return b"", self._head(name, "reading it")[0]
+
+    def _read_span(self, name: str, offset: int, size: int, fresh: bool) -> bytes:
+        """Bytes [offset, offset + size) from the cache or the service."""
+        cache, counters = self.cache, self.connection.counters
+        if fresh:
+            self._here().facts.pop(name, None)
+        elif cache is not None:
+            facts = self._here().facts.get(name) or self._head(name, "reading its etag")[0]
+            data = cache.get(CacheKey(self.join(name), facts.etag, offset, size))
+            if data is not None:
+                counters.num_cache_hits += 1
+                return data
+            counters.num_cache_misses += 1
+        try:
+            data, facts = self._fetch(name, offset, size)
+        except PastEndError:
+            data, facts = b"", self._head(name, "reading its size")[0]
+        if len(data) < size:
+            raise short_read(self.join(name), check_range(self.join(name), offset, size), facts.size)
+        if cache is not None:
+            cache.put(CacheKey(self.join(name), facts.etag, offset, size), data)
+        return data
+
+    def _fetch(self, name: str, offset: int, size: int | None) -> tuple[bytes, Facts]:
+        """Up to `size` bytes (None: all), of one version, in parallel requests where it is large.
+
+        Raises PastEndError if the object ends before `offset`.
+        """
+        check_name(name, self.url)
+        source = Source(self.bucket, self._key(name), self.join(name))
+        for _ in range(NUM_VERSIONS):
+            known = self._here().facts.get(name)
+            try:
+                parts, facts = self._fetch_parts(source, offset, size, known.etag if known else None)
+            except ChangedError:
+                self._here().facts.pop(name, None)
+                continue
+            self._here().note(name, facts)
+            self.connection.counters.bytes_received += sum(map(len, parts))
+            return parts[0] if len(parts) == 1 else b"".join(parts), facts
+        raise StoreError(
+            f"{source.url}: reading from byte {offset}: it was replaced {NUM_VERSIONS} times while it "
+            "was read; wait for its writer, then run the same command again"
+        )
+
+    def _fetch_parts(
+        self, source: Source, offset: int, size: int | None, etag: str | None
+    ) -> tuple[Sequence[bytes], Facts]:
+        """The first part, then the others beside each other, held to the first one's version."""
+        step = self.settings.part_bytes
+        head, facts = fetch(self.connection, source, offset, offset + min(step, size or step) - 1, etag)
+        end = facts.size if size is None else min(facts.size, offset + size)
+        begins = range(offset, end, step)
+        parts = [head, *(b"" for _ in begins[1:])]
+
+        def get(number: int) -> None:
+            last = min(begins[number] + step, end) - 1
+            parts[number], _ = fetch(self.connection, source, begins[number], last, facts.etag)
+
+        run_all([lambda number=number: get(number) for number in range(1, len(parts))], self.connection.readers)
+        return parts, facts
+
+    def _head(self, name: str, doing: str) -> tuple[Facts, dict[str, str]]:
+        """(facts, metadata) as the service tells them now. Raises MissingError."""
+        answer = self._call(name, doing, lambda client: client.head_object(**self._object(name)))
+        metadata = answer.get("Metadata", {})
+        facts = Facts(answer["ContentLength"], answer["ETag"], metadata.get("crc32c"))
+        self._here().note(name, facts)
+        return facts, metadata
+
+    # ----------------------------------------------------------------------------------------------------- details
+
+    def _upload(self, name: str, read: Callable[[int, int], bytes], size: int) -> None:
+        self._here().facts.pop(name, None)
+        Upload(self.connection, self._object(name), self.join(name), read, size).run()
+
+    def _here(self) -> "_Mine":
+        """What this process knows; a forked child begins anew, for its parent's threads are not its own."""
+        if self._mine is None or self._mine.pid != os.getpid():
+            self._mine = _Mine(self)
+        return self._mine
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _object(self, name: str) -> dict[str, str]:
+        check_name(name, self.url)
+        return {"Bucket": self.bucket, "Key": self._key(name)}
+
+    def _call(self, name: str, doing: str, request: Callable[[Any], Any], passing: tuple[str, ...] = ()) -> Any:
+        return self.connection.call(self.join(name), doing, request, passing)
+
+
+class _Mine:
+    """What one process knows of one store."""
+
+    def __init__(self, store: S3Store) -> None:
+        settings = store.settings
+        self.pid = os.getpid()
+        self.facts: dict[str, Facts] = {}  # by name, the oldest first
+        self.cache = None if settings.cache_path is None else Cache(settings.cache_path, settings.cache_bytes)
+
+        def fetch_span(name: str, offset: int, size: int) -> bytes:
+            return store._read_span(name, offset, size, fresh=False)
+
+        self.ahead = ReadAhead(store.connection.readers, fetch_span, settings.read_ahead_bytes)
+
+    def note(self, name: str, facts: Facts) -> None:
+        """Remember what an object is, and forget the oldest beyond the limit."""
+        self.facts[name] = facts
+        if len(self.facts) > NUM_REMEMBERED:
+            self.facts.pop(next(iter(self.facts), ""), None)

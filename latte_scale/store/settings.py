@@ -1,0 +1,64 @@
+"""How object stores are reached and cached. Credentials are no settings: boto3's own chain finds them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+MEBIBYTE = 1 << 20
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What s3:// URLs need beyond credentials; folders need none of it. Safe to log, to pickle and to save."""
+
+    endpoint_url: str | None = None  # none: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or ~/.aws/config, else Amazon's
+    region: str | None = None  # none: AWS_REGION or ~/.aws/config
+    addressing: Literal["auto", "path", "virtual"] = "auto"  # where the bucket stands; auto: path unless Amazon's
+    cache_dir: str | None = None  # local folder that keeps what was read; none: no cache
+    cache_bytes: int = 64 << 30  # the most that the folder may hold, over all processes that share it
+    num_connections: int = 16  # requests at a time, per process
+    part_bytes: int = 8 * MEBIBYTE  # larger reads and writes are cut into requests of this size
+    read_ahead_bytes: int = 128 * MEBIBYTE  # announced reads kept in memory, per process
+    request_timeout_s: float = 20.0  # a request that takes longer is given up and tried again
+    stall_budget_s: float = 300.0  # one read or write may lose this much to retries before it is an error
+    hedge_after_s: float | None = 2.0  # a read that takes longer is asked for a second time, once; none: never
+    scratch_dir: str | None = None  # local folder for files on their way up; none: the system's temporary folder
+
+    def __post_init__(self) -> None:
+        for name in ("num_connections", "read_ahead_bytes", "cache_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"store.{name} must be at least 1, came {getattr(self, name)}")
+        if self.part_bytes < 5 * MEBIBYTE:
+            raise ValueError(
+                f"store.part_bytes must be at least {5 * MEBIBYTE} (S3's own limit), came {self.part_bytes}"
+            )
+        for name in ("request_timeout_s", "stall_budget_s", "hedge_after_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"store.{name} must be positive, came {value}")
+        if self.endpoint_url is not None:
+            check_endpoint(self.endpoint_url, "store.endpoint_url")
+        if self.cache_dir is not None and not self.cache_dir:
+            raise ValueError("store.cache_dir is empty: give a folder, or leave the key out for no cache")
+
+    @property
+    def timeouts_s(self) -> tuple[float, float]:
+        """The longest wait for a connection, and for any bytes on one."""
+        return min(CONNECT_TIMEOUT_S, self.request_timeout_s), self.request_timeout_s
+
+    @property
+    def cache_path(self) -> Path | None:
+        """The cache folder with ~ expanded."""
+        return None if self.cache_dir is None else Path(self.cache_dir).expanduser().absolute()
+
+
+def check_endpoint(url: str, what: str) -> None:
+    """Raise ValueError for an endpoint that is no http(s) URL or holds credentials, which are not repeated."""
+    if "@" in url:
+        raise ValueError(
+            f"{what} holds a user name or password: leave them out; credentials come from AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
+        )
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{what}: expected http://HOST:PORT or https://HOST, came {url!r}")

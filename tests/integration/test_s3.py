@@ -1,0 +1,150 @@
+"""The whole path with s3:// where a folder stood: shard, encode, verify, index, train; and a service that breaks."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_tools.cli import main as latte_data
+from latte_scale.data.schema import MANIFEST
+from latte_scale.store import open_store
+from tests.conftest import ROOT, Run, run_in_process, train_command
+from tests.store.service import Corner, make_corner
+
+ENCODE = str(ROOT / "configs" / "encode_tiny.yaml")
+
+
+@pytest.fixture
+def s3(monkeypatch) -> Corner:
+    """An empty corner that boto3's environment leads to, as a user's would."""
+    corner = make_corner(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", corner.proxy.url)
+    yield corner
+    corner.proxy.stop()
+
+
+@pytest.fixture
+def latents(s3, data_sets) -> str:
+    """The URL of a copy of the session's latents."""
+    local, remote = open_store(data_sets.latents), open_store(f"{s3.url}/latents")
+    for name in local.list():
+        remote.write(name, local.read(name))
+    s3.proxy.reset()
+    return remote.url
+
+
+def contents(url) -> dict[str, bytes]:
+    store = open_store(url)
+    return {name: store.read(name) for name in store.list()}
+
+
+def test_clips_become_latents_in_the_store_byte_for_byte_as_in_a_folder(s3, data_sets, capsys):
+    shards, latents = f"{s3.url}/shards", f"{s3.url}/latents"
+    shard = ["shard", "--input", str(data_sets.clips), "--output", shards, "--samples-per-shard", "20"]
+    encode = ["encode", "--input", shards, "--output", latents, "--config", ENCODE]
+    assert latte_data(shard) == 0
+    assert contents(shards) == contents(data_sets.shards)
+    assert latte_data(encode) == 0
+    made = contents(latents)
+    expected = contents(data_sets.latents)
+    for name in expected:
+        if name.endswith(".tar"):
+            assert made[name] == expected[name], name
+    for url in (shards, latents):
+        assert latte_data(["verify", url]) == 0
+    s3.proxy.reset()
+    assert latte_data(shard) == 0 and latte_data(encode) == 0  # nothing left to do
+    assert not [seen.line for seen in s3.proxy.seen if seen.line.startswith("PUT") and ".tar" in seen.line]
+    assert contents(latents) == made
+    assert "0 faults" in capsys.readouterr().out
+
+
+def test_an_interrupted_encode_goes_on_where_it_stopped(s3, data_sets):
+    latents = f"{s3.url}/latents"
+    encode = ["encode", "--input", str(data_sets.shards), "--output", latents, "--config", ENCODE]
+    s3.fail("answer", match=r"PUT .*shard-000001.tar", status=403, code="AccessDenied")
+    assert latte_data(encode) != 0
+    store = open_store(latents)
+    assert store.exists("shard-000000.tar") and not store.exists(MANIFEST)
+    s3.proxy.reset()
+    assert latte_data(encode) == 0
+    assert not [seen.line for seen in s3.proxy.seen if "PUT" in seen.line and "shard-000000" in seen.line]
+    assert latte_data(["verify", latents]) == 0
+
+
+def test_verify_finds_a_flipped_bit_in_the_store(s3, latents, capsys):
+    store = open_store(latents)
+    raw = bytearray(store.read("shard-000001.tar"))
+    raw[len(raw) // 2] ^= 1
+    store.write("shard-000001.tar", bytes(raw))
+    assert latte_data(["verify", latents]) == 1
+    assert f"{latents}/shard-000001.tar: sha256: expected" in capsys.readouterr().err
+
+
+def test_indexing_tars_that_others_put_there(s3, data_sets):
+    remote = open_store(f"{s3.url}/foreign")
+    for name, data in contents(data_sets.shards).items():
+        if name.endswith(".tar"):
+            remote.write(name, data)
+    assert latte_data(["index", remote.url]) == 0
+    assert latte_data(["verify", remote.url]) == 0
+
+
+def test_training_from_the_store_is_training_from_a_folder(s3, data_sets, latents, train, tmp_path):
+    assert run_in_process(tmp_path / "folder", data_sets.latents) == 0
+    expected = Run(0, "", tmp_path / "folder")
+    for kind in ("answer", "reset", "cut", "short"):
+        s3.fail(kind, match="shard-", at=3000, times=3)
+    run = train("s3", "data.num_workers=2", data=latents)
+    assert run.code == 0, run.output
+    assert run.digests == expected.digests and run.losses == expected.losses
+    assert not any(fault.times for fault in s3.proxy.faults), "not every fault was met"
+
+
+def expire(s3: Corner) -> None:
+    s3.fail("answer", match="shard-0000.*tar ", status=400, code="ExpiredToken", times=9999)
+
+
+def lose_a_shard(s3: Corner) -> None:
+    open_store(f"{s3.url}/latents").delete("shard-000001.tar")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [(expire, "credentials have expired"), (lose_a_shard, r"shard-000001.tar: .*no such object")],
+)
+def test_all_ranks_end_when_one_worker_cannot_read(s3, latents, tmp_path, break_it, reason):
+    break_it(s3)
+    config, folder = ROOT / "configs" / "tiny_cpu.yaml", tmp_path / "run"
+    options = ("engine.kind=fsdp2", "data.num_workers=1", "train.steps=200")
+    command = train_command(config, folder, latents, options, 2, "torchrun")
+    begun = time.monotonic()
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150, check=False
+    )
+    assert done.returncode != 0 and time.monotonic() - begun < 120
+    output = done.stdout + done.stderr + "".join(path.read_text() for path in folder.rglob("*.json"))
+    assert re.search(reason, output), output[-3000:]
+
+
+def test_no_credentials_are_written_anywhere(s3, latents, train, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "")
+    run = train("s3", "train.steps=4", data=latents)
+    assert run.code == 0, run.output
+    assert "testsecret" not in run.output
+    for path in run.folder.rglob("*"):
+        if path.is_file():
+            assert b"testsecret" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("url", "message"), [(str(ROOT / "configs"), ""), ("s3://bucket/x", "pip install 'latte_scale[s3]'")]
+)
+def test_only_the_store_needs_boto3(url, message):
+    hidden = "import sys; sys.modules['boto3'] = None; "
+    code = f"{hidden}from latte_scale.store import open_store; open_store({url!r}).list('x')"
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert message in done.stderr and bool(done.returncode) == bool(message)

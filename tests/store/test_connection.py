@@ -1,0 +1,57 @@
+"""What a process shares: one client, and nothing that gives credentials away."""
+
+import logging
+import multiprocessing
+import traceback
+
+import pytest
+
+from latte_scale.store import StoreError, StoreSettings
+from latte_scale.store.connection import connection_for
+
+pytest.importorskip("boto3")
+SECRET, TOKEN = "never-to-be-seen", "no-token-either"
+
+
+def test_stores_share_a_connection_and_children_make_their_own():
+    settings = StoreSettings(endpoint_url="http://127.0.0.1:1")
+    mine = connection_for(settings)
+    assert connection_for(StoreSettings(endpoint_url="http://127.0.0.1:1")) is mine
+    assert connection_for(StoreSettings(endpoint_url="http://127.0.0.1:2")) is not mine
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(has_connections) is False
+
+
+def has_connections() -> bool:
+    from latte_scale.store import connection
+
+    return bool(connection._connections)
+
+
+@pytest.mark.parametrize(
+    ("settings", "style"),
+    [
+        (StoreSettings(endpoint_url="https://s3.example.org", region="x"), "path"),
+        (StoreSettings(endpoint_url="https://s3.example.org", region="x", addressing="virtual"), "virtual"),
+        (StoreSettings(region="eu-west-1"), "auto"),
+    ],
+)
+def test_a_service_of_ones_own_is_addressed_by_path(settings, style, monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    assert connection_for(settings).client.meta.config.s3["addressing_style"] == style
+
+
+def test_credentials_are_in_no_log_and_no_error(s3, monkeypatch, caplog):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
+    for name in ("boto3", "botocore", "urllib3"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    with caplog.at_level(logging.DEBUG):
+        store = s3.store(num_connections=5, stall_budget_s=1.0)
+        s3.fail("answer", times=2)
+        with pytest.raises(StoreError) as raised:
+            store.read("x", 0, 1)
+    written = caplog.text + "".join(traceback.format_exception(raised.value)) + repr(store.settings) + repr(vars(store))
+    assert "503" in caplog.text, "the retries are logged"
+    assert SECRET not in written and TOKEN not in written and "testkey" not in written

@@ -1,0 +1,58 @@
+"""Background calls: never more than the limit, and no waiting in a circle."""
+
+import threading
+import time
+
+import pytest
+
+from latte_scale.store.threads import Threads, run_all
+
+
+def test_at_most_the_limit_run_at_a_time_and_threads_are_used_again():
+    threads, running, most, names = Threads(3, "test"), [], [], set()
+
+    def call() -> None:
+        running.append(1)
+        most.append(len(running))
+        names.add(threading.current_thread().ident)
+        time.sleep(0.01)
+        running.pop()
+
+    for _ in range(20):
+        assert threads.start(call, 5.0)
+    while running:
+        time.sleep(0.01)
+    assert max(most) == 3 and len(names) == 3
+
+
+def test_no_thread_came_free():
+    threads, go = Threads(1, "test"), threading.Event()
+    assert threads.start(go.wait, 0.0)
+    assert not threads.start(go.wait, 0.05)
+    go.set()
+    assert threads.start(go.wait, 5.0)
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+def test_run_all_runs_all_also_from_inside_itself(limit):
+    threads, done = Threads(limit, "test"), []
+
+    def inner(number: int) -> None:
+        run_all([lambda each=each: done.append((number, each)) for each in range(5)], threads)
+
+    run_all([lambda number=number: inner(number) for number in range(8)], threads)
+    assert sorted(done) == [(number, each) for number in range(8) for each in range(5)]
+
+
+def test_run_all_raises_the_first_error_and_begins_nothing_more():
+    threads, begun = Threads(1, "test"), []
+
+    def call(number: int) -> None:
+        begun.append(number)
+        if number == 2:
+            raise OSError("third")
+        time.sleep(0.005)
+
+    with pytest.raises(OSError, match="third"):
+        run_all([lambda number=number: call(number) for number in range(100)], threads)
+    assert len(begun) < 10
