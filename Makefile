@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv quickstart quickstart-full test lint clean
+.PHONY: help venv quickstart quickstart-full test test-slurm soak lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	( grep -v '^torch==' constraints.txt; $(BIN)/pip freeze | grep '^torch==' ) > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,deepspeed]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,deepspeed,s3]'
 	touch $(READY)
 
 quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resumed -> videos and a report
@@ -28,6 +28,12 @@ quickstart-full: $(READY)  ## the same, trained until colour, shape and directio
 test: $(READY)  ## all tests that need no root
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 20 minutes)
+	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
+
+soak: $(READY)  ## 200 random kills on three engines, every run compared bit for bit with one that nobody killed
+	$(BIN)/python -m tests.faults.soak --kills 200
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

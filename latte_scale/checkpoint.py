@@ -28,8 +28,8 @@ FORMAT = "latte_scale checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-CHUNK_BYTES = 16 * 2**20
-"""Read, written and checksummed at a time."""
+CHUNK_BYTES = 4 * 2**20
+"""Read and checksummed at a time."""
 
 
 class CheckpointError(RuntimeError):
@@ -43,13 +43,22 @@ class CheckpointSettings:
     every_steps: int = 1000  # steps between saves; the last step is saved in any case
     dir: str | None = None  # folder; None: RUN/checkpoints
     keep_last: int = 3  # complete checkpoints kept; older ones are removed after a newer one is complete
+    keep_every: int | None = None  # steps; checkpoints at multiples of it are never removed. None: none is kept so
     asynchronous: bool = True  # write in the background from a copy in host memory
+    max_failed: int = 2  # saves in a row that may fail, loudly, before the run stops; the last save must not fail
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"checkpoint.every_steps must be 1 or more, got {self.every_steps}")
         if self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last must be 1 or more, got {self.keep_last}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every_steps):
+            raise ValueError(
+                f"checkpoint.keep_every must be a multiple of checkpoint.every_steps={self.every_steps}, got "
+                f"{self.keep_every}: no other step is saved; change one of them"
+            )
+        if self.max_failed < 0:
+            raise ValueError(f"checkpoint.max_failed must be 0 or more, got {self.max_failed}")
         if self.dir is not None and "://" in self.dir and not self.dir.startswith("file://"):
             raise ValueError(
                 f"checkpoint.dir {self.dir}: object stores come with the next release; "
@@ -289,7 +298,7 @@ def load_into(checkpoint: Checkpoint, trees: Trees) -> None:
     missing = sorted(set(trees) - set(manifest.trees))
     if missing:
         raise CheckpointError(f"{checkpoint.path} has no {', '.join(missing)}; it has {', '.join(manifest.trees)}")
-    reader = _Reader(checkpoint)
+    reader = Reader(checkpoint)
     for tree, pieces in trees.items():
         _check_shapes(checkpoint, {piece.name: piece.shape for piece in pieces})
         for piece in pieces:
@@ -313,12 +322,8 @@ def load_full(path: str | Path, tree: str = "model") -> dict[str, Tensor]:
     problems = verify_files(checkpoint, sorted(names))
     if problems:
         raise CheckpointError(f"{path} is not sound: {'; '.join(problems)}; use another checkpoint")
-    reader, tensors = _Reader(checkpoint), {}
-    for name, shape in manifest.shapes.items():
-        tensors[name] = torch.empty(shape, dtype=torch.float32)
-        flat = tensors[name].view(-1)
-        reader.fill(tree, Piece(name, tuple(shape), 0, flat.numel(), flat))
-    return tensors
+    reader = Reader(checkpoint)
+    return {name: reader.tensor(tree, name) for name in manifest.shapes}
 
 
 def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -335,11 +340,11 @@ def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]])
     )
 
 
-class _Reader:
-    """Reads ranges of tensors out of the files of one checkpoint; remembers where each file keeps what."""
+class Reader:
+    """Reads tensors and ranges of them out of the files of one checkpoint; remembers where each file keeps what."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._pieces = checkpoint.manifest.pieces
+        self._pieces, self._shapes = checkpoint.manifest.pieces, checkpoint.manifest.shapes
         self._store = open_store(checkpoint.path)
         self._headers: dict[str, dict[str, int]] = {}  # file -> tensor -> byte offset of its data
 
@@ -353,6 +358,13 @@ class _Reader:
                 data = bytearray(self._store.read(file, offset, 4 * (last - first)))
                 values = torch.frombuffer(data, dtype=torch.float32)
                 piece.tensor[first - piece.start : last - piece.start].copy_(values)
+
+    def tensor(self, tree: str, name: str) -> Tensor:
+        """One tensor of a tree, whole, fp32 on the host. Checksums are not looked at."""
+        shape = self._shapes[name]
+        tensor = torch.empty(shape, dtype=torch.float32)
+        self.fill(tree, Piece(name, tuple(shape), 0, tensor.numel(), tensor.view(-1)))
+        return tensor
 
     def _offset(self, file: str, name: str) -> int:
         if file not in self._headers:

@@ -1,14 +1,24 @@
-"""Look at checkpoints: `latte-scale ckpt ls runs/NAME` and `latte-scale ckpt verify runs/NAME`.
+"""Look at checkpoints, compare and convert them: `latte-scale ckpt ls|verify|diff|convert PATH...`.
 
-PATH is a run folder, its checkpoints folder or one step folder. `ls` reads manifests only; `verify` reads every byte
-and holds it to its checksum. Exit code 1 if something is not sound, 2 if there is nothing to look at.
+    latte-scale ckpt ls runs/NAME                       one line a checkpoint, from its manifest
+    latte-scale ckpt verify runs/NAME                   every byte read and held to its checksum
+    latte-scale ckpt diff A B                           configuration, counters and tensors that differ
+    latte-scale ckpt convert A TARGET --to deepspeed    also --to dcp and --to latte
+
+PATH is a run folder, its checkpoints folder or one step folder; `diff` and `convert` also take a folder of DeepSpeed's
+save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. One tensor is held at a time.
+Exit code 1 if something is not sound or differs, 2 if there is nothing to look at or it cannot be converted.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from latte_scale import checkpoint
+from latte_scale.ckpt_content import Content, differences, open_native, write_native
+
+FORMATS = ("latte", "dcp", "deepspeed")
 
 
 def step_folders(path: Path) -> list[Path]:
@@ -39,28 +49,127 @@ def verify(path: Path) -> tuple[str, bool]:
     return f"{path.name}  {'sound' if not problems else 'BROKEN: ' + '; '.join(problems)}", not problems
 
 
+def look(args: argparse.Namespace) -> int:
+    """Print one line a checkpoint."""
+    line_of = {"ls": describe, "verify": verify}[args.verb]
+    all_sound = True
+    for path in args.paths:
+        for folder in step_folders(path):
+            line, sound = line_of(folder)
+            print(line, flush=True)
+            all_sound &= sound
+    return 0 if all_sound else 1
+
+
+def open_any(path: Path) -> Content:
+    """A checkpoint of any format that is known here; of a run folder, the newest. ValueError, CheckpointError."""
+    from latte_scale.ckpt_dcp import is_dcp, open_dcp
+    from latte_scale.ckpt_deepspeed import is_deepspeed, open_deepspeed
+
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected a folder; there is none")
+    if (path / checkpoint.MANIFEST).is_file():
+        return open_native(path)
+    if is_dcp(path):
+        return open_dcp(path)
+    if is_deepspeed(path):
+        return open_deepspeed(path)
+    try:
+        return open_native(step_folders(path)[-1])
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a run, a step folder, or a folder of DeepSpeed or torch.distributed.checkpoint; it "
+            f"holds {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}"
+        ) from error
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Print what differs."""
+    first, second = open_any(args.first), open_any(args.second)
+    lines = differences(first, second)
+    for content in (first, second):
+        if content.config is None:
+            print(f"note: {content.path} does not say what configuration and data it belongs to; they are not compared")
+    for line in lines or [f"the same: step {first.step}, {len(first.shapes)} tensors in {', '.join(first.trees)}"]:
+        print(line)
+    return 1 if lines else 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write TARGET from SOURCE."""
+    from latte_scale.ckpt_dcp import write_dcp
+    from latte_scale.ckpt_deepspeed import write_deepspeed
+
+    content = open_any(args.source)
+    if args.config is not None:
+        content = replace(content, config=run_config(args.config))
+    content = with_averages(content, args.ema_from_weights)
+    path = {"latte": write_native, "dcp": write_dcp, "deepspeed": write_deepspeed}[args.to](content, args.target)
+    print(f"{path}: step {content.step}, {len(content.shapes)} tensors in {', '.join(content.trees)}")
+    return 0
+
+
+def run_config(path: Path) -> dict:
+    """A training config as a checkpoint keeps it. ValueError where a resume would not know what to go on with."""
+    from latte_scale.config import load_config
+    from latte_scale.settings import to_mapping
+
+    config = to_mapping(load_config(path))
+    if config["data"]["shuffle_window"] is None:
+        raise ValueError(
+            f"{path}: data.shuffle_window is not written out, and the order of the data depends on it; pass the "
+            "config.yaml of the run's folder, or set the key"
+        )
+    return config
+
+
+def with_averages(content: Content, from_weights: bool) -> Content:
+    """The content, with averages that begin at the weights where the config has some and the source has none."""
+    decays = (content.config or {}).get("ema", {}).get("decays", [])
+    missing = [f"ema/{decay}" for decay in decays if f"ema/{decay}" not in content.trees]
+    if not missing:
+        return content
+    if not from_weights:
+        raise ValueError(
+            f"{content.path} holds no {', '.join(missing)}, which ema.decays asks for; pass --ema-from-weights to "
+            "begin the averages at the weights, or a config without ema.decays"
+        )
+
+    def read(tree: str, name: str):
+        return content.read("model" if tree in missing else tree, name)
+
+    return replace(content, trees=(*content.trees, *missing), read=read)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="latte-scale ckpt", description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=("ls", "verify"))
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, what in (("ls", "list checkpoints"), ("verify", "read them and check every byte")):
+        verb = verbs.add_parser(name, help=what)
+        verb.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+        verb.set_defaults(run=look)
+    verb = verbs.add_parser("diff", help="what differs between two checkpoints")
+    verb.add_argument("first", type=Path, metavar="A")
+    verb.add_argument("second", type=Path, metavar="B")
+    verb.set_defaults(run=diff)
+    verb = verbs.add_parser("convert", help="to and from DeepSpeed's and torch's folders")
+    verb.add_argument("source", type=Path, metavar="SOURCE")
+    verb.add_argument("target", type=Path, metavar="TARGET", help="a new folder; for latte, the checkpoints folder")
+    verb.add_argument("--to", choices=FORMATS, required=True)
+    verb.add_argument("--config", type=Path, help="the run's config, for a source that does not hold it")
+    verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
+    verb.set_defaults(run=convert)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one line a checkpoint."""
+    """Run one verb; a user's mistake is one line on stderr."""
     args = parse_args(argv)
-    look = {"ls": describe, "verify": verify}[args.verb]
-    all_sound = True
     try:
-        for path in args.paths:
-            for folder in step_folders(path):
-                line, sound = look(folder)
-                print(line, flush=True)
-                all_sound &= sound
-    except ValueError as error:
+        return args.run(args)
+    except (ValueError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if all_sound else 1
 
 
 if __name__ == "__main__":

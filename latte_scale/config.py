@@ -22,6 +22,7 @@ from latte_scale.engine.base import EngineSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.optim import OptimSettings
+from latte_scale.store import StoreSettings
 
 # Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
 FREE_ON_RESUME = (
@@ -32,6 +33,8 @@ FREE_ON_RESUME = (
     "train.steps",
     "data.num_workers",
     "data.prefetch",
+    "store.",
+    "run.time_budget_s",
 )
 
 
@@ -41,10 +44,13 @@ class RunSettings:
 
     dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
     seed: int = 0
+    time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, came {self.seed}")
+        if self.time_budget_s is not None and self.time_budget_s <= 0:
+            raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
 
 
 # model.init, of both kinds. None: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw
@@ -123,6 +129,7 @@ class Config:
     engine: EngineSettings = field(default_factory=EngineSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:

@@ -134,7 +134,7 @@ class Journal:
 
     def note_samples(self, step: int, sample_ids: list[str]) -> None:
         """Keep this rank's samples of a step until its numbers come back: they are named if something is wrong."""
-        self._sample_ids[step] = sample_ids
+        self._sample_ids[step] = [name for name in sample_ids if name]  # an empty slot has no name
 
     def take(self, step: int, numbers: list[float]) -> None:
         """Account for one finished step.

@@ -4,6 +4,8 @@ In: this process and what the job scheduler says about it. Out: a lease, or Leas
 taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
 same job wins over an older one; anybody else stops. The holder looks before it writes and stops once the lease names
 another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
+The decision worth knowing: the age of a sign of life is told by the clock of the shared folder and then by watching for
+another, never by this machine's clock, which may be hours off.
 """
 
 import json
@@ -18,6 +20,8 @@ from pathlib import Path
 STALE_S = 180.0
 """Seconds without a sign of life after which a holder on another machine counts as dead."""
 TOUCH_EVERY_S = 10.0
+WATCH_S = 2 * TOUCH_EVERY_S
+"""How long a holder that looks stale is watched: where machines stamp files themselves, its clock may be hours off."""
 
 
 class LeaseError(RuntimeError):
@@ -60,14 +64,28 @@ class Lease:
         """Raises LeaseError if another attempt is alive and is not an older restart of the same job."""
         self.path, self.holder = Path(folder) / "lease.json", holder
         self._touched_at_s = time.monotonic()
-        current = self._read()
-        if current is not None:
-            reason = self._refusal(current)
-            if reason is not None:
-                raise LeaseError(reason)
         temporary = self.path.with_name(f"lease.{holder.token}.tmp")
         temporary.write_text(json.dumps(asdict(holder)) + "\n")
-        os.replace(temporary, self.path)
+        try:
+            if not self._put_first(temporary):
+                reason = self._refusal(now=temporary.stat().st_mtime)
+                if reason is not None:
+                    raise LeaseError(reason)
+                os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _put_first(self, temporary: Path) -> bool:
+        """Put the lease where there is none. Of two attempts that start in the same moment, one finds the other's."""
+        try:
+            os.link(temporary, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: the later of the two wins, and the other stops at its next look
+            if self.path.exists():
+                return False
+            os.replace(temporary, self.path)
+        return True
 
     def check(self) -> None:
         """Show a sign of life; call it before every write. Raises LeaseError if another attempt has taken over."""
@@ -86,30 +104,49 @@ class Lease:
             self.path.unlink(missing_ok=True)
 
     def _read(self) -> Holder | None:
-        try:
-            return Holder(**json.loads(self.path.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):  # cut by a full disk, or of another version: nobody can hold with it
-            return None
+        return holder_of(self.path.parent)
 
-    def _refusal(self, current: Holder) -> str | None:
-        """Why the holder in the file keeps the folder; None if it does not."""
-        mine = self.holder
-        if current.job_id and current.job_id == mine.job_id and mine.restart > current.restart:
+    def _refusal(self, now: float) -> str | None:
+        """Why the holder in the file keeps the folder; None if it does not. `now`: the folder's clock."""
+        current, mine = self._read(), self.holder
+        if current is None:  # released since, or cut by a full disk: nobody can hold with it
             return None
-        if current.host == mine.host:
+        same_job = current.job_id and current.job_id == mine.job_id
+        if same_job and mine.restart > current.restart:
+            return None
+        if same_job and mine.restart < current.restart:
+            seen = "a newer restart of this job"
+        elif current.host == mine.host:
             start = process_start(current.pid)
             if start is None or (current.started and start != current.started):
                 return None
             seen = "which is alive"
         else:
-            silent_s = time.time() - self.path.stat().st_mtime
-            if silent_s > STALE_S:
+            silent_s = now - self.path.stat().st_mtime
+            if silent_s > STALE_S and not self._moves():
                 return None
             seen = f"last seen {silent_s:.0f} s ago (given up for dead after {STALE_S:.0f} s)"
-        job = f", job {current.job_id}" if current.job_id else ""
+            if silent_s > STALE_S or silent_s < -TOUCH_EVERY_S:
+                seen = f"which is alive, on a clock {abs(silent_s):.0f} s {'ahead' if silent_s < 0 else 'behind'}"
+        job = f", job {current.job_id} restart {current.restart}" if current.job_id else ""
         return (
             f"{self.path.parent} is held by process {current.pid} on {current.host}{job}, {seen}; wait for it, stop it "
             "or choose another run.dir"
         )
+
+    def _moves(self) -> bool:
+        """Whether the holder shows a sign of life within WATCH_S."""
+        before, until_s = self.path.stat().st_mtime_ns, time.monotonic() + WATCH_S
+        while time.monotonic() < until_s:
+            time.sleep(WATCH_S / 40)
+            if not self.path.exists() or self.path.stat().st_mtime_ns != before:
+                return self.path.exists()
+        return False
+
+
+def holder_of(folder: str | Path) -> Holder | None:
+    """Who holds a run folder; None if nobody does, or nobody can: a lease cut by a full disk, or of another version."""
+    try:
+        return Holder(**json.loads((Path(folder) / "lease.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None

@@ -1,9 +1,9 @@
 """The run folder: what a run leaves beside its checkpoints, and how it is asked to stop.
 
-`config.yaml` (resolved, written before step 0), `metrics.jsonl`, `exit.json` (code, reason), and `logs/`: one text log
-a rank, `replaced-*.jsonl` (samples that could not be read and what came instead), `restarts.jsonl` (one line a resume:
-from which checkpoint, which logged steps are run again) and `rewound.jsonl` (the lines of those steps as they were
-first logged, so that the two can be compared).
+`config.yaml` (resolved, written before step 0), `metrics.jsonl`, `exit.json` (code, reason, which rank of which
+attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples that could not be read and what came instead),
+`restarts.jsonl` (one line a resume: from which checkpoint, which logged steps are run again) and `rewound.jsonl` (the
+lines of those steps as they were first logged, so that the two can be compared).
 """
 
 import dataclasses
@@ -11,19 +11,24 @@ import json
 import logging
 import os
 import signal
+import socket
+import sys
 import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from latte_scale import settings
-from latte_scale.lease import Lease, LeaseError, this_process
+from latte_scale.lease import Holder, Lease, LeaseError, holder_of, this_process
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PROBE_BYTES = 1 << 16
+"""Written and removed at the start: a full disk is found before the first step, not at the first log line."""
 
 logger = logging.getLogger("latte_scale")
 
@@ -33,22 +38,34 @@ class StopRunError(RuntimeError):
 
 
 class RunFolder:
-    """The files of one run. Rank 0 writes them; every rank writes logs of its own."""
+    """The files of one run. Rank 0 writes them; every rank writes logs of its own, and the reason if it fails."""
 
     def __init__(self, path: str | Path, rank: int) -> None:
         self.path, self.rank = Path(path), rank
         self.metrics_path = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
+        self._attempt: Holder | None = None  # rank 0's, on every rank, once it holds the folder
 
     def open(self) -> None:
-        """Make the folder and begin this rank's log."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.logs / f"rank-{self.rank:05d}.log")
+        """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written."""
+        probe = self.logs / f"rank-{self.rank:05d}.probe"
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            try:
+                probe.write_bytes(bytes(PROBE_BYTES))
+            finally:
+                probe.unlink(missing_ok=True)
+            handler = logging.FileHandler(self.logs / f"rank-{self.rank:05d}.log")
+        except OSError as error:
+            raise StopRunError(
+                f"run.dir {self.path} cannot be written on {socket.gethostname()} ({error.strerror}); make room, or "
+                "set run.dir to a folder that every node may write"
+            ) from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
-    def take(self, broadcast: Callable[[str | None], str | None]) -> "Fence":
+    def take(self, broadcast: Callable[[Any], Any]) -> "Fence":
         """Take the folder's lease on rank 0. A collective: `broadcast` gives every rank what rank 0 passes.
 
         Raises StopRunError on all ranks if another attempt holds the folder.
@@ -57,9 +74,9 @@ class RunFolder:
         if self.rank == 0:
             try:
                 lease = Lease(self.path, this_process())
-            except LeaseError as error:
+            except (LeaseError, OSError) as error:
                 refusal = str(error)
-        refusal = broadcast(refusal)
+        refusal, self._attempt = broadcast((refusal, None if lease is None else lease.holder))
         if refusal is not None:
             raise StopRunError(refusal)
         if self.rank == 0:
@@ -72,10 +89,36 @@ class RunFolder:
             _replace(self.path / "config.yaml", settings.dump_yaml(config))
 
     def write_exit(self, code: int, reason: str) -> None:
-        """Write `exit.json` (rank 0): what scripts read, because launchers turn every failure into 1."""
-        if self.rank == 0 and self.path.is_dir():
-            record = {"code": code, "reason": reason, "time": time.time()}
-            _replace(self.path / "exit.json", json.dumps(record) + "\n")
+        """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
+
+        Rank 0 writes it, and a rank that fails, so that its reason stands there and not "connection closed by peer":
+        of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
+        attempt holds the folder.
+        """
+        holder, there = holder_of(self.path), self._read_exit()
+        if self._attempt is None or holder is None or holder.token != self._attempt.token:
+            return
+        if self.rank != 0 and code in (DONE, REQUEUE):
+            return
+        if code == FAILED and there.get("attempt") == self._attempt.token:
+            return
+        record = {
+            "code": code,
+            "reason": reason,
+            "rank": self.rank,
+            "host": socket.gethostname(),
+            "job_id": self._attempt.job_id,
+            "restart": self._attempt.restart,
+            "attempt": self._attempt.token,
+            "time": time.time(),
+        }
+        _replace(self.path / "exit.json", json.dumps(record) + "\n")
+
+    def _read_exit(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "exit.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def note_restart(self, step: int, checkpoint: str, replayed_steps: Iterable[int], problems: list[str]) -> None:
         """Add a line to `logs/restarts.jsonl`."""
@@ -97,7 +140,7 @@ class RunFolder:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
@@ -113,15 +156,21 @@ class Fence:
         self._lease = lease
         self._launcher = os.getppid() if "RANK" in os.environ else None
 
-    def is_lost(self) -> bool:
-        """One look at the parent and, at most, one small file."""
+    def check(self) -> None:
+        """Raise StopRunError unless this attempt may still write. One look at the parent and at most one small file."""
         if self._launcher is not None and os.getppid() != self._launcher:
-            logger.error("the launcher (process %d) is gone", self._launcher)
-            return True
+            raise StopRunError(f"the launcher of this rank (process {self._launcher}) is gone: it writes nothing more")
         try:
             if self._lease is not None:
                 self._lease.check()
         except LeaseError as error:
+            raise StopRunError(str(error)) from error
+
+    def is_lost(self) -> bool:
+        """Whether `check` would raise; the reason is logged."""
+        try:
+            self.check()
+        except StopRunError as error:
             logger.error("%s", error)
             return True
         return False
@@ -137,6 +186,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._asked_at_s = 0.0
 
     def install(self) -> None:
         """Listen for SIGTERM, SIGUSR1 and SIGUSR2."""
@@ -144,4 +194,38 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self._asked_at_s = time.monotonic()
         self.signal_name = signal.Signals(number).name
+
+    def reason(self) -> str:
+        """What `exit.json` says of a stop that was saved: how long it took tells how early the signal has to come."""
+        if self.signal_name is None:
+            return "stopped by a signal on another rank, saved"
+        return f"stopped by {self.signal_name}, saved {time.monotonic() - self._asked_at_s:.1f} s after it"
+
+
+def folder_of(config: str | Path, overrides: Sequence[str]) -> str:
+    """The run folder of a training config and overrides, without reading the rest of it (or importing torch)."""
+    mapping = settings.apply_overrides(settings.read_mapping(config), overrides)
+    if not isinstance(mapping.get("run"), dict) or not isinstance(mapping["run"].get("dir"), str):
+        raise settings.SettingsError(f"{config}: run.dir is missing; set run.dir=FOLDER")
+    return mapping["run"]["dir"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m latte_scale.run CONFIG [key=value ...]`: print the run folder, for scripts; 0, or 78 with the reason.
+
+    Options of the trainer among the arguments are passed over.
+    """
+    config, *rest = sys.argv[1:] if argv is None else argv
+    try:
+        print(folder_of(config, [word for word in rest if "=" in word and not word.startswith("-")]))
+    except settings.SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STOP
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

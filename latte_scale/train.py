@@ -57,6 +57,8 @@ from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
 from latte_scale.run import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.stopping import StopSources
+from latte_scale.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.weights import load_weights
 
 logger = logging.getLogger("latte_scale")
@@ -64,17 +66,23 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def train(
-    config: Config, ranks: Ranks, folder: RunFolder, fence: Fence, stop: StopRequest, allow_change: Sequence[str]
+    config: Config,
+    ranks: Ranks,
+    folder: RunFolder,
+    fence: Fence,
+    stop: StopSources,
+    watchdog: Watchdog,
+    allow_change: Sequence[str],
 ) -> int:
     """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
     make_deterministic(config)
     found, broken = find_newest_sound(config.checkpoint_dir, ranks)
 
     # Data: what is stored, whether it fits the model, and which samples form step k.
-    datasets = open_datasets(config.data)
+    datasets = open_datasets(config.data, config.store)
     check_data(config, datasets)
     config = replace(config, data=resolve_data_settings(config, datasets, found))
-    images = open_images(config.data, datasets)
+    images = open_images(config.data, datasets, config.store)
     plan = make_plan(config.data, datasets, config.run.seed, config.train.global_batch)
     fingerprint = data_fingerprint(plan, images)
     conditioner = make_conditioner(config, datasets, ranks.device)
@@ -89,11 +97,13 @@ def train(
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
     rewind_log(folder, progress, found, broken)
     folder.write_config(config)
-    checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, [path for path, _ in broken])
+    set_aside = [path for path, _ in broken]
+    checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, set_aside, fence.check)
     journal = make_journal(config, progress, folder, ranks)
     announce(config, plan, datasets, engine, progress)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
+    watchdog.arm(SLOW_FACTOR)
     with make_loader(config, datasets, images, plan, ranks, progress.step) as loader:
         for step in range(progress.step, config.train.steps):
             updates = journal.progress.updates_before(step)
@@ -103,8 +113,10 @@ def train(
             waiting_since_s = time.perf_counter()
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
-            tally.host["stop"] = float(stop.signal_name is not None)
+            tally.host["stop"] = float(stop.asked())
             tally.host["lost"] = float(fence.is_lost())
+            tally.host["save_failed"] = float(checkpointer.poll())
+            journal.note_samples(step, [name for batch in micro_batches for name in batch.sample_ids if name])
 
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):
@@ -123,16 +135,18 @@ def train(
                 journal.take(*readback.pop())  # the step before this one; this one may still be running
             for replacement in (r for micro_batch in micro_batches for r in micro_batch.replaced):
                 folder.note_replacement(replacement)
-            checkpointer.poll()
             is_last = step + 1 == config.train.steps
             if is_last or journal.stop_requested or (step + 1) % config.checkpoint.every_steps == 0:
                 journal.take(*readback.pop())
-                counters = counters_of(journal.progress)
-                stall_s = checkpointer.save(step + 1, trees, counters, to_mapping(config), fingerprint)
+                counters, may_skip = counters_of(journal.progress), not (is_last or journal.stop_requested)
+                watchdog.arm(SLOW_FACTOR)
+                stall_s = checkpointer.save(step + 1, trees, counters, to_mapping(config), fingerprint, may_skip)
                 journal.throughput.checkpoint_stall_s += stall_s
             if journal.stop_requested:
                 break
-    checkpointer.finish()  # the last save is complete before the exit code says so
+            watchdog.arm()
+    watchdog.arm(SLOW_FACTOR)
+    checkpointer.finish(hurry=journal.stop_requested)  # the last save is complete before the exit code says so
     return DONE if journal.progress.step == config.train.steps else REQUEUE
 
 
@@ -293,15 +307,18 @@ def rewind_log(
     folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[Path, str]]
 ) -> None:
     """Take back the logged steps after the checkpoint, which run again, and say so (rank 0)."""
-    if folder.rank != 0 or found is None:
+    if folder.rank != 0:
         return
     replayed = MetricsFile(folder.metrics_path).rewind(progress.step, folder.logs / "rewound.jsonl")
+    if found is None and not replayed:
+        return
+    source = "the start: no checkpoint was complete" if found is None else str(found.path)
     again = f", steps {replayed[0]} to {replayed[-1]} are run again" if replayed else ""
-    console.print(f"resumed at step {progress.step} from {found.path}{again}")
+    console.print(f"resumed at step {progress.step} from {source}{again}")
     problems = [f"{path}: {problem}" for path, problem in broken]
     for problem in problems:
         console.print(f"broken checkpoint set aside: {problem}", markup=False)
-    folder.note_restart(progress.step, str(found.path), replayed, problems)
+    folder.note_restart(progress.step, source, replayed, problems)
 
 
 def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:
@@ -355,22 +372,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one attempt and turn whatever ends it into an exit code, `exit.json` and a line that says what to do."""
+    began_at_s = time.monotonic()
     args = parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
     except SettingsError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
-    stop = StopRequest()
-    stop.install()
+    signals = StopRequest()
+    signals.install()
     ranks = init_distributed(timeout_s=config.engine.timeout_s)
     folder = RunFolder(config.run.dir, ranks.rank)
+    stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     code, reason, fence = FAILED, "", None
     try:
         folder.open()
         fence = folder.take(ranks.broadcast_object)
-        code = train(config, ranks, folder, fence, stop, args.allow_change)
-        reason = "finished" if code == DONE else f"stopped by {stop.signal_name or 'a signal on another rank'}, saved"
+        with Watchdog(folder.logs, ranks.rank, config.engine.timeout_s) as watchdog:
+            code = train(config, ranks, folder, fence, stop, watchdog, args.allow_change)
+        reason = "finished" if code == DONE else stop.reason()
+        if code == REQUEUE:
+            stop.clear()
     except (StopRunError, ManifestError, CheckpointError, ValueError) as error:
         code, reason = STOP, str(error)
         logger.exception("stopped")

@@ -1,17 +1,13 @@
-"""Checkpoints without an engine: format, faults, kills at every change of the disk, retention, a failing writer."""
+"""Checkpoints without an engine: the format, what is wrong with a broken one, finding the newest sound one, loading."""
 
-import errno
 import json
-import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from latte_scale import checkpoint_save
 from latte_scale.checkpoint import (
     CheckpointError,
     CheckpointSettings,
@@ -19,53 +15,13 @@ from latte_scale.checkpoint import (
     check_tiling,
     file_name,
     find_newest_sound,
-    list_checkpoints,
     load_full,
     load_into,
     open_checkpoint,
     verify,
 )
 from latte_scale.checkpoint_save import Checkpointer
-from latte_scale.engine.dist import Ranks
-
-RANKS = Ranks(0, 1, 0, torch.device("cpu"))
-SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "nothing": (0,)}
-
-
-def trees(value: float) -> dict[str, list[Piece]]:
-    """Whole tensors on one rank, filled with value, value + 1, ... so that a misplaced element shows."""
-    made = {}
-    for offset, tree in enumerate(("model", "optim/exp_avg", "optim/exp_avg_sq", "ema/0.9999")):
-        made[tree] = []
-        for name, shape in SHAPES.items():
-            size = torch.Size(shape).numel()
-            made[tree].append(Piece(name, shape, 0, size, torch.arange(size).float() + value + 100 * offset))
-    return made
-
-
-def save(saver: Checkpointer, step: int, value: float | None = None) -> float:
-    return saver.save(step, trees(step if value is None else value), {"step": step}, {"lr": 0.1}, "data")
-
-
-def saver(folder: Path, **changes) -> Checkpointer:
-    return Checkpointer(folder, CheckpointSettings(**{"asynchronous": False, **changes}), RANKS)
-
-
-def values(path: Path) -> float:
-    """The value with which a checkpoint's trees were filled; fails if any tree holds anything else."""
-    checkpoint = open_checkpoint(path)
-    loaded = trees(float("nan"))
-    load_into(checkpoint, loaded)
-    value = float(loaded["model"][0].tensor[0])
-    for tree, pieces in trees(value).items():
-        for expected, got in zip(pieces, loaded[tree], strict=True):
-            assert torch.equal(expected.tensor, got.tensor), (tree, got.name)
-    return value
-
-
-def newest(folder: Path) -> int | None:
-    checkpoint, _ = find_newest_sound(folder, RANKS)
-    return None if checkpoint is None else checkpoint.manifest.step
+from tests.checkpoints import RANKS, SHAPES, flip_a_bit, newest, save, saver, trees, truncate, values
 
 
 def test_round_trip_and_layout(tmp_path: Path) -> None:
@@ -101,18 +57,6 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
     assert find_newest_sound(tmp_path / "absent", RANKS) == (None, [])
     (tmp_path / "notes").mkdir()
     assert find_newest_sound(tmp_path, RANKS) == (None, [])
-
-
-def truncate(path: Path) -> None:
-    file = path / file_name("ema/0.9999", 0)
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    file = path / file_name("optim/exp_avg_sq", 0)
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 4
-    file.write_bytes(data)
 
 
 def flip_a_bit_in_the_header(path: Path) -> None:
@@ -192,173 +136,6 @@ def test_an_existing_step_is_never_overwritten(tmp_path: Path) -> None:
     assert values(tmp_path / "step-00000005") == 5.0
 
 
-def test_retention_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
-    writer = saver(tmp_path, keep_last=2)
-    for step in (1, 2, 3, 4):
-        save(writer, step)
-    assert [checkpoint.manifest.step for checkpoint in list_checkpoints(tmp_path)] == [3, 4]
-    truncate(tmp_path / "step-00000004")
-    save(writer, 5)
-    assert (tmp_path / "step-00000003").is_dir() and newest(tmp_path) == 5  # 4 does not count: 3 and 5 are the two
-
-
-# every change of the disk ------------------------------------------------------------------------------------------
-
-CHANGES = ("write_file", "sync_folder", "rename", "remove_tree")
-
-
-class Fault:
-    """Runs `action` at change number `at` of the disk: before it, or after half of it."""
-
-    def __init__(self, at: int, half: bool, action) -> None:
-        self.at, self.half, self.action, self.count = at, half, action, 0
-
-    def install(self) -> None:
-        for name in CHANGES:
-            setattr(checkpoint_save, name, self._wrap(name, getattr(checkpoint_save, name)))
-
-    def _wrap(self, name: str, function):
-        def change(*arguments):
-            self.count += 1
-            if self.count - 1 == self.at:
-                if self.half and name == "write_file":
-                    blob = memoryview(next(iter(arguments[1]))).tobytes()
-                    arguments[0].write_bytes(blob[: len(blob) // 2])
-                elif self.half and name == "remove_tree":
-                    next(entry for entry in arguments[0].iterdir()).unlink()
-                elif self.half:
-                    function(*arguments)
-                self.action()
-            return function(*arguments)
-
-        return change
-
-
-def in_child(function) -> int:
-    """Exit code of a forked child that runs `function`."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os._exit(function())
-        except BaseException:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_killed_at_any_change_of_the_disk_a_sound_checkpoint_remains(
-    tmp_path: Path, half: bool, asynchronous: bool
-) -> None:
-    """With keep_last=1 the save of step 2 also removes step 1: kill at each change, then resume and save again."""
-    outcomes = []
-    for at in range(100):
-        folder = tmp_path / f"{at}"
-        save(saver(folder), 1)
-
-        def attempt(folder: Path = folder, at: int = at) -> int:
-            Fault(at, half, lambda: os._exit(9)).install()
-            writer = saver(folder, keep_last=1, asynchronous=asynchronous)
-            save(writer, 2)
-            writer.finish()
-            return 0
-
-        code = in_child(attempt)
-        assert code in (0, 9), f"change {at}: the child failed"
-        found = newest(folder)
-        assert found in (1, 2) and values(folder / f"step-{found:08d}") == found, f"change {at}"
-        again = saver(folder)
-        assert all(".tmp-" in name or ".old-" in name for name in again.removed)
-        save(again, 3)
-        assert newest(folder) == 3
-        assert all(entry.name.startswith("step-") and len(entry.name) == 13 for entry in folder.iterdir())
-        outcomes.append(found)
-        if code == 0:
-            break
-    assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
-    assert len(outcomes) >= 12  # 4 files, a report and its rename, manifest, folder, commit, parent, removal, done
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_at_any_write_keeps_the_old_one_and_says_so(
-    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for name in CHANGES:
-        monkeypatch.setattr(checkpoint_save, name, getattr(checkpoint_save, name))
-    save(saver(tmp_path), 1)
-    for at in range(7):  # 4 files, the report, its rename, the manifest
-        originals = {name: getattr(checkpoint_save, name) for name in CHANGES}
-        writer = saver(tmp_path, asynchronous=asynchronous)
-        Fault(at, at % 2 == 0, full).install()
-        with pytest.raises(CheckpointError, match=r"needs 0\.0 MiB and the disk has .* MiB free; make room"):
-            save(writer, 2)
-            writer.finish()
-        for name, function in originals.items():
-            setattr(checkpoint_save, name, function)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"] and newest(tmp_path) == 1
-    save(writer, 2)  # the same run goes on once there is room
-    writer.finish()
-    assert newest(tmp_path) == 2
-
-
-def test_no_room_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = saver(tmp_path)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 MiB"):
-        save(writer, 1)
-    assert list(tmp_path.iterdir()) == []
-
-
-# in the background -------------------------------------------------------------------------------------------------
-
-
-def test_the_background_writes_what_was_there_at_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint_save.write_file
-
-    def slow(*arguments):
-        time.sleep(0.05)
-        return original(*arguments)
-
-    monkeypatch.setattr(checkpoint_save, "write_file", slow)
-    writer = saver(tmp_path, asynchronous=True)
-    state = trees(1.0)
-    stall_s = writer.save(1, state, {}, {}, "data")
-    for pieces in state.values():
-        for piece in pieces:
-            piece.tensor.fill_(float("nan"))  # what the next optimizer step would do
-    assert writer.poll() is None and stall_s < 0.2
-    assert writer.finish() > 0.1  # 6 slow writes
-    assert values(tmp_path / "step-00000001") == 1.0
-    writer.save(2, trees(2.0), {}, {}, "data")
-    while (path := writer.poll()) is None:
-        time.sleep(0.01)
-    assert path == tmp_path / "step-00000002" and writer.poll() is None
-    assert values(path) == 2.0 and values(tmp_path / "step-00000001") == 1.0  # host memory was reused, not shared
-
-
-def test_a_failed_background_save_is_heard_at_the_next_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments):
-        raise RuntimeError("cosmic ray")
-
-    writer = saver(tmp_path, asynchronous=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_save, "encode_manifest", broken)
-        save(writer, 1)
-        with pytest.raises(CheckpointError, match=r"step-00000001 was not saved.*cosmic ray"):
-            for _ in range(500):
-                writer.poll()
-                time.sleep(0.01)
-        with pytest.raises(CheckpointError, match=r"rank 0: .*cosmic ray"):
-            writer.finish()
-    assert list(tmp_path.iterdir()) == []
-    save(writer, 1)
-    assert writer.finish() >= 0 and newest(tmp_path) == 1
-
-
 # what a user can get wrong -----------------------------------------------------------------------------------------
 
 
@@ -395,7 +172,13 @@ def test_pieces_that_do_not_tile_are_refused(pieces: list) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"every_steps": 0}, "every_steps"), ({"keep_last": 0}, "keep_last"), ({"dir": "s3://b/c"}, "next release")],
+    [
+        ({"every_steps": 0}, "every_steps"),
+        ({"keep_last": 0}, "keep_last"),
+        ({"keep_every": 1500}, "multiple of checkpoint.every_steps=1000"),
+        ({"max_failed": -1}, "max_failed"),
+        ({"dir": "s3://b/c"}, "next release"),
+    ],
 )
 def test_settings_refuse(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

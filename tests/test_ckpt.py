@@ -1,11 +1,13 @@
-"""Listing and verifying checkpoints from the command line."""
+"""Listing, verifying, comparing and converting checkpoints from the command line."""
 
 import shutil
 
 import pytest
+import torch
 
-from latte_scale import ckpt
-from tests.conftest import run_in_process
+from latte_scale import checkpoint, ckpt
+from latte_scale.metrics import read_metrics
+from tests.conftest import ROOT, run_in_process
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,59 @@ def test_a_flipped_bit_and_a_missing_manifest_are_found(run, tmp_path, capsys):
 def test_nothing_to_look_at(tmp_path, capsys):
     assert ckpt.main(["ls", str(tmp_path)]) == 2
     assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_two_steps_differ_and_a_copy_does_not(run, tmp_path, capsys):
+    first, second = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 4))
+    assert ckpt.main(["diff", str(first), str(second)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "counters.updates: 2 -> 4" in lines and "step: 2 -> 4" in lines
+    assert any(line.startswith("tree ema/0.99: ") and "largest difference" in line for line in lines)
+    assert not any(line.startswith("config") for line in lines)
+    shutil.copytree(second, tmp_path / second.name)
+    assert ckpt.main(["diff", str(run), str(tmp_path)]) == 0  # of a run, the newest
+    assert capsys.readouterr().out.startswith("the same: step 4, ")
+
+
+@pytest.mark.parametrize("to", ["dcp", "deepspeed"])
+def test_a_run_goes_on_from_a_checkpoint_that_was_somewhere_else(run, data_sets, tmp_path, capsys, to):
+    """There and back, then two more steps: the losses are those of the run that stayed."""
+    there, moved = tmp_path / to, tmp_path / "moved"
+    assert ckpt.main(["convert", str(run), str(there), "--to", to]) == 0
+    assert ckpt.main(["diff", str(run), str(there)]) == 0
+    assert ckpt.main(["convert", str(there), str(moved / "checkpoints"), "--to", "latte"]) == 0
+    assert ckpt.main(["verify", str(moved)]) == 0
+    stayed = tmp_path / "stayed"
+    shutil.copytree(run, stayed)
+    losses = []
+    for folder in (stayed, moved):
+        assert run_in_process(folder, data_sets.latents, "train.steps=6", "checkpoint.every_steps=2") == 0
+        losses.append([record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["step"] >= 4])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_folder_that_says_nothing_of_its_run_needs_a_config_and_averages(run, tmp_path, capsys):
+    there = tmp_path / "dcp"
+    assert ckpt.main(["convert", str(run), str(there), "--to", "dcp"]) == 0
+    (there / "latte_scale.json").unlink()
+    convert = ["convert", str(there), str(tmp_path / "new"), "--to", "latte"]
+    assert ckpt.main(convert) == 2
+    assert "pass --config" in capsys.readouterr().err
+    assert ckpt.main([*convert, "--config", str(ROOT / "configs" / "tiny_cpu.yaml")]) == 2
+    assert "data.shuffle_window is not written out" in capsys.readouterr().err
+    assert ckpt.main([*convert, "--config", str(run / "config.yaml")]) == 2
+    assert "holds no ema/0.99" in capsys.readouterr().err
+    assert ckpt.main([*convert, "--config", str(run / "config.yaml"), "--ema-from-weights"]) == 0
+    assert ckpt.main([*convert, "--config", str(run / "config.yaml"), "--ema-from-weights"]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    made = checkpoint.load_full(tmp_path / "new" / "step-00000004", "ema/0.99")
+    weights = checkpoint.load_full(tmp_path / "new" / "step-00000004", "model")
+    assert all(torch.equal(made[name], weight) for name, weight in weights.items())
+
+
+def test_foreign_folders_are_told_apart(tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    assert ckpt.main(["diff", str(tmp_path), str(tmp_path)]) == 2
+    assert "it holds notes.txt" in capsys.readouterr().err
+    assert ckpt.main(["diff", str(tmp_path / "absent"), str(tmp_path)]) == 2
+    assert "there is none" in capsys.readouterr().err

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from latte_scale.lease import STALE_S, Holder, Lease, LeaseError, process_start, this_process
+from latte_scale import lease as module
+from latte_scale.lease import STALE_S, Holder, Lease, LeaseError, holder_of, process_start, this_process
 
 
 def other_host(**changes):
@@ -43,13 +45,81 @@ def test_a_pid_that_is_somebody_else_by_now_does_not_hold(tmp_path):
     Lease(tmp_path, this_process())
 
 
-def test_another_machine_holds_until_it_has_been_silent_for_long(tmp_path):
-    write(tmp_path, other_host())
-    with pytest.raises(LeaseError, match="on node7, last seen"):
+def test_another_machine_holds_until_it_has_been_silent_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WATCH_S", 0.1)
+    write(tmp_path, other_host(job_id="77", restart=2))
+    with pytest.raises(LeaseError, match="on node7, job 77 restart 2, last seen"):
         Lease(tmp_path, this_process())
     old = time.time() - STALE_S - 1
     os.utime(tmp_path / "lease.json", (old, old))
     Lease(tmp_path, this_process())
+
+
+def test_a_clock_that_is_an_hour_ahead_takes_nothing_from_a_living_holder(tmp_path, monkeypatch):
+    write(tmp_path, other_host())
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    with pytest.raises(LeaseError, match="on node7, last seen"):
+        Lease(tmp_path, this_process())
+
+
+@pytest.mark.parametrize(("offset_s", "words"), [(-3600, "3600 s behind"), (3600, "3600 s ahead")])
+def test_a_holder_that_stamps_files_in_another_hour_is_seen_to_live(tmp_path, monkeypatch, offset_s, words):
+    """Where machines stamp files with their own clocks: its touches look hours old, or come from the future."""
+    monkeypatch.setattr(module, "WATCH_S", 2.0)
+    write(tmp_path, other_host())
+    path, stop = tmp_path / "lease.json", threading.Event()
+
+    def live():
+        while not stop.wait(0.05):
+            stamp = time.time() + offset_s
+            os.utime(path, (stamp, stamp))
+
+    holder = threading.Thread(target=live)
+    holder.start()
+    time.sleep(0.2)
+    try:
+        with pytest.raises(LeaseError, match=words):
+            Lease(tmp_path, this_process())
+    finally:
+        stop.set()
+        holder.join()
+
+
+def test_of_two_attempts_that_start_in_one_moment_one_is_refused(tmp_path):
+    """Both see an empty folder; neither knows of the other."""
+    for round_ in range(20):
+        folder = tmp_path / str(round_)
+        folder.mkdir()
+        gate, outcomes = threading.Barrier(2), []
+
+        def attempt(host, folder=folder, gate=gate, outcomes=outcomes):
+            holder = dataclasses.replace(this_process(), host=host)
+            gate.wait()
+            try:
+                outcomes.append(Lease(folder, holder).holder)
+            except LeaseError as error:
+                outcomes.append(str(error))
+
+        threads = [threading.Thread(target=attempt, args=(host,)) for host in ("node1", "node2")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (winner,) = [outcome for outcome in outcomes if isinstance(outcome, Holder)]
+        (refusal,) = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        assert f"on {winner.host}" in refusal and holder_of(folder) == winner
+        assert [path.name for path in folder.iterdir()] == ["lease.json"]
+
+
+def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    Lease(tmp_path, this_process())
+    with pytest.raises(LeaseError, match="which is alive"):
+        Lease(tmp_path, this_process())
 
 
 def test_a_newer_restart_of_the_same_job_wins_and_the_old_one_stops(tmp_path):
@@ -60,8 +130,10 @@ def test_a_newer_restart_of_the_same_job_wins_and_the_old_one_stops(tmp_path):
         old.check()
     old.release()  # not its own any more: stays
     new.check()
-    with pytest.raises(LeaseError, match="job 77"):
+    with pytest.raises(LeaseError, match="job 77 restart 1"):
         Lease(tmp_path, this_process({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}))
+    with pytest.raises(LeaseError, match="a newer restart of this job"):
+        Lease(tmp_path, this_process({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"}))
 
 
 def test_a_released_or_unreadable_lease_holds_nobody(tmp_path):

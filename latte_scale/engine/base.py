@@ -33,7 +33,7 @@ class EngineSettings:
     blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"  # full: recompute each block
     compile: bool = False  # torch.compile each block
-    timeout_s: float = 600.0  # a collective that waits longer ends the job
+    timeout_s: float = 600.0  # a collective, or a step, that takes longer ends the job, with stacks in RUN/logs
 
     def __post_init__(self) -> None:
         if self.activation_checkpointing in ("selective", "offload"):

@@ -1,16 +1,13 @@
-"""Process groups: from a launcher's environment to `Ranks`, the only way the rest of the code talks across ranks.
+"""Process groups: `Ranks` is the only way the rest of the code talks across ranks.
 
-In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun and the deepspeed launcher set them, or
-none of them. Out: `Ranks`. The decision worth knowing: without a launcher there is a process group of one, made without
-network or files, so one rank and many run the same code.
+In: what a launcher said in the environment (launch.py), or nothing. Out: `Ranks`. The decision worth knowing: without a
+launcher there is a process group of one, made without network or files, so one rank and many run the same code.
 """
 
 import atexit
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -18,43 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One process of a job."""
-
-    rank: int
-    size: int
-    local_rank: int  # index of this process on its machine: picks the GPU
-    init_method: str  # env:// | tcp://HOST:PORT | file://PATH
-
-
-def launch_from_env(environ: Mapping[str, str] | None = None) -> Launch | None:
-    """What a launcher said in the environment; None if no launcher did.
-
-    Raises ValueError if only some of the variables are set: half a launch would become many jobs of one process.
-    """
-    environ = os.environ if environ is None else environ
-    missing = [name for name in LAUNCHER_VARIABLES if not environ.get(name)]
-    present = [name for name in LAUNCHER_VARIABLES if name not in missing]
-    if present in ([], ["LOCAL_RANK"]):  # the zero engine sets LOCAL_RANK for DeepSpeed, whoever started the process
-        return None
-    if missing:
-        raise ValueError(
-            f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun or the "
-            f"deepspeed launcher, which set all of them, or unset {', '.join(present)} to run one process"
-        )
-    try:
-        rank, size, local_rank = (int(environ[name]) for name in LAUNCHER_VARIABLES[:3])
-    except ValueError as error:
-        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
-    if not 0 <= rank < size or local_rank < 0:
-        raise ValueError(
-            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, got {rank} {size} {local_rank}"
-        )
-    return Launch(rank, size, local_rank, "env://")
+from latte_scale.engine.launch import Launch, check_address, launch_from_env, meet
 
 
 class Ranks:
@@ -104,7 +65,8 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
         device: "cpu" or "cuda"; None: cuda where there is one.
         timeout_s: seconds after which a collective that waits for a lost rank raises.
 
-    Raises ValueError for half a launcher environment or a local rank without a GPU.
+    Raises LaunchError for half a launcher environment, an address that cannot work, or ranks that do not come within
+    ROLL_CALL_S; ValueError for a local rank without a GPU.
     """
     launch = launch or launch_from_env()
     local_rank = launch.local_rank if launch else 0
@@ -114,9 +76,10 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
     if launch is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return Ranks(0, 1, 0, torch_device)
-    dist.init_process_group(
-        backend, init_method=launch.init_method, rank=launch.rank, world_size=launch.size, timeout=timeout
-    )
+    check_address(launch)
+    store = meet(launch)
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     return Ranks(launch.rank, launch.size, launch.local_rank, torch_device)
 
 
@@ -141,8 +104,8 @@ def shutdown() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with `code`: exit handlers run and output is flushed, but the interpreter is not finalized.
 
-    gloo's threads live on after `shutdown`, because DTensor's caches refer to the group for ever. One that drops the
-    last reference to a tensor needs the interpreter, and if that is just being finalized, the process aborts
+    gloo's threads live on after `shutdown`, because DTensor's caches and DeepSpeed's globals refer to the group for
+    ever. One that drops a tensor needs the interpreter, and if that is just being finalized, the process aborts
     ("terminate called without an active exception", pytorch/pytorch#179291): a finished run would look failed.
     """
     atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""Launcher environments, Ranks on one and two ranks, and failing together."""
+"""Ranks on one and more ranks, and failing together."""
 
 import subprocess
 import sys
@@ -6,35 +6,8 @@ import sys
 import pytest
 import torch
 
-from latte_scale.engine.dist import Launch, Ranks, init_distributed, launch_from_env, shutdown
+from latte_scale.engine.dist import Ranks, init_distributed, shutdown
 from tests.engine.toy import on_one, on_ranks
-
-WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-
-
-def test_no_launcher_and_a_whole_one() -> None:
-    assert launch_from_env({}) is None
-    assert launch_from_env({"LOCAL_RANK": "0", "MASTER_ADDR": ""}) is None
-    assert launch_from_env(WHOLE) == Launch(rank=1, size=2, local_rank=0, init_method="env://")
-
-
-@pytest.mark.parametrize("missing", list(WHOLE))
-def test_half_a_launcher_is_refused(missing: str) -> None:
-    partial = {name: value for name, value in WHOLE.items() if name != missing}
-    with pytest.raises(ValueError, match=f"but not {missing}; start with torchrun"):
-        launch_from_env(partial)
-
-
-def test_an_exported_address_alone_is_refused() -> None:
-    """What a Slurm script exports: without a launcher each task would train alone."""
-    with pytest.raises(ValueError, match=r"has MASTER_ADDR, MASTER_PORT but not RANK, WORLD_SIZE, LOCAL_RANK"):
-        launch_from_env({"MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
-
-
-@pytest.mark.parametrize(("name", "value"), [("RANK", "2"), ("RANK", "-1"), ("WORLD_SIZE", "two")])
-def test_impossible_ranks_are_refused(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match="WORLD_SIZE"):
-        launch_from_env({**WHOLE, name: value})
 
 
 def talk(ranks: Ranks) -> dict:
@@ -93,7 +66,7 @@ def test_torchrun_starts_two_ranks(tmp_path) -> None:
 
 
 def test_leave_keeps_the_exit_code_while_native_threads_want_the_interpreter(tmp_path):
-    """With sys.exit in its place this process aborts (SIGABRT): its threads wait for the interpreter as it finalizes."""
+    """With sys.exit in its place this process aborts (SIGABRT): its threads want an interpreter that finalizes."""
     script = (
         "import atexit, threading, time\n"
         "import torch.distributed as dist\n"

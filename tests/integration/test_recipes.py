@@ -9,7 +9,8 @@ from latte_scale import checkpoint, sample, train
 from tests.conftest import ROOT
 
 SMALL = (
-    "video.frames=4", "video.window=null", "video.height=32", "video.width=32", "model.num_frames=4", "encoders.vae=tiny",
+    "video.frames=4", "video.window=null", "video.height=32", "video.width=32", "model.num_frames=4",
+    "encoders.vae=tiny",
     "train.steps=1", "train.global_batch=4", "train.micro_batch=2", "train.warmup_steps=0", "data.num_workers=0",
     "engine.kind=single", "checkpoint.every_steps=1",
 )  # fmt: skip

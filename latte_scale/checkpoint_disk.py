@@ -1,0 +1,117 @@
+"""Every change that checkpoints make to a disk, complete and durable when a call returns.
+
+In: paths and buffers. Out: files and folders. The decision worth knowing: whatever changes the disk is one of the
+functions in CHANGES, called through this module, so that tests kill or fail the process before, after and in the middle
+of each of them in turn, and so that another kind of store has one file to take the place of.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+
+CHUNK_BYTES = 2**20
+"""Written and checksummed at a time. Larger ones are slower (fresh memory each) and hold the interpreter for longer."""
+
+
+def make_folder(path: Path) -> None:
+    """Make a new folder, and its parents where they are missing."""
+    path.mkdir(parents=True)
+
+
+def append(file: BinaryIO, chunk: bytes) -> None:
+    """Write to the end of an unbuffered file."""
+    view = memoryview(chunk)
+    while view:  # a disk that is getting full takes a part
+        view = view[file.write(view) :]
+
+
+def flush(descriptor: int) -> None:
+    """Make what was written durable."""
+    os.fsync(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within one folder; never onto something that exists and is not empty."""
+    os.rename(source, target)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file; nothing happens if it is not there."""
+    path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove an empty folder."""
+    path.rmdir()
+
+
+CHANGES = ("make_folder", "append", "flush", "rename", "remove_file", "remove_folder")
+"""All that changes the disk. Everything below is made of these."""
+
+
+def write_file(path: Path, blobs: Iterable[Any]) -> dict[str, int]:
+    """Write buffers (bytes, arrays) to a new file and flush it to the disk; its size_bytes and crc32c."""
+    crc = size = 0
+    with open(path, "xb", buffering=0) as file:
+        for blob in blobs:
+            view = memoryview(blob).cast("B")
+            for offset in range(0, len(view), CHUNK_BYTES):
+                chunk = view[offset : offset + CHUNK_BYTES].tobytes()  # google_crc32c takes nothing but bytes
+                append(file, chunk)
+                crc = google_crc32c.extend(crc, chunk)
+                size += len(chunk)
+        flush(file.fileno())
+    return {"size_bytes": size, "crc32c": crc}
+
+
+def write_tensors(
+    path: Path, sizes: Sequence[tuple[str, int]], arrays: Iterable[Any], metadata: dict[str, str]
+) -> dict[str, int]:
+    """Write 1-D float32 arrays as a safetensors file, one at a time; its size_bytes and crc32c.
+
+    Args:
+        path: a file that does not exist yet.
+        sizes: name and number of elements of each tensor, in the order of `arrays`; empty ones are left out by both.
+        arrays: buffers of that many float32, asked for when it is their turn.
+        metadata: strings kept in the file's header.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, size in sizes:
+        start, end = end, end + 4 * size
+        header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for 8-byte alignment of the data
+    return write_file(path, itertools.chain([len(text).to_bytes(8, "little") + text], arrays))
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and what is in it."""
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            remove_file(entry)
+    remove_folder(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk of a folder, which need not exist yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

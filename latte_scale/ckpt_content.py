@@ -1,0 +1,204 @@
+"""What a checkpoint holds, whatever its format: the middle between this project's folders, DeepSpeed's and torch's.
+
+In: a folder. Out: `Content`, whose tensors are read one at a time, so that a conversion or a comparison holds one
+tensor and not the state. What no other format has a place for (counters, configuration, fingerprint of the data, the
+averages' names) travels in `latte_scale.json` beside it, so that a checkpoint comes back as it went.
+"""
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from torch import Tensor
+
+from latte_scale import checkpoint_disk as disk
+from latte_scale.checkpoint import (
+    CheckpointError,
+    Manifest,
+    Reader,
+    file_name,
+    folder_name,
+    open_checkpoint,
+    verify,
+)
+from latte_scale.checkpoint_write import commit
+
+FACTS = "latte_scale.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Content:
+    """One checkpoint."""
+
+    path: Path
+    step: int
+    trees: tuple[str, ...]  # "model", "ema/0.9999", "optim/exp_avg" ...
+    shapes: dict[str, tuple[int, ...]]  # of every tensor, the same in all trees
+    counters: dict[str, Any]
+    config: dict[str, Any] | None  # of the run; None where the folder does not say
+    data_fingerprint: str  # "" where the folder does not say
+    read: Callable[[str, str], Tensor]  # (tree, name) -> the whole tensor, fp32 on the host
+
+
+def open_native(path: Path) -> Content:
+    """A step folder of this project, every byte held to its checksum. Raises CheckpointError."""
+    problems = verify(path)
+    if problems:
+        raise CheckpointError(f"{path} is not sound: {'; '.join(problems)}")
+    checkpoint = open_checkpoint(path)
+    manifest = checkpoint.manifest
+    shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}
+    return Content(
+        path,
+        manifest.step,
+        tuple(manifest.trees),
+        shapes,
+        manifest.counters,
+        manifest.config,
+        manifest.data_fingerprint,
+        Reader(checkpoint).tensor,
+    )
+
+
+def write_native(content: Content, folder: Path) -> Path:
+    """Write a step folder below `folder`, as one rank would have; the folder's path. Raises CheckpointError."""
+    if content.config is None:
+        raise CheckpointError(
+            f"{content.path} says nothing of the run that it belongs to; pass --config CONFIG.yaml, the config that "
+            "goes on with it (a run's config.yaml has the resolved one)"
+        )
+    final = folder / folder_name(content.step)
+    with complete(final) as temporary:
+        files = {}
+        for tree in content.trees:
+            sizes = [(name, torch.Size(shape).numel()) for name, shape in content.shapes.items()]
+            held = [(name, size) for name, size in sizes if size]
+            arrays = (content.read(tree, name).contiguous().view(-1).numpy() for name, _ in held)
+            name = file_name(tree, 0)
+            files[name] = disk.write_tensors(temporary / name, held, arrays, {"tree": tree, "rank": "0"})
+        manifest = Manifest(
+            step=content.step,
+            world_size=1,
+            trees=list(content.trees),
+            shapes={name: list(shape) for name, shape in content.shapes.items()},
+            pieces={name: [[0, 0, size]] if size else [] for name, size in sizes},
+            files=files,
+            counters=content.counters,
+            config=content.config,
+            data_fingerprint=content.data_fingerprint,
+        )
+        commit(temporary, final, manifest)
+    return final
+
+
+@contextmanager
+def complete(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends, and is removed if it fails."""
+    if final.exists():
+        raise CheckpointError(f"{final} exists already and is never overwritten; choose another target")
+    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    disk.make_folder(temporary)
+    try:
+        yield temporary
+        if temporary.exists():  # else the block renamed it
+            disk.sync_folder(temporary)
+            disk.rename(temporary, final)
+            disk.sync_folder(final.parent)
+    except BaseException:
+        if temporary.exists():
+            disk.remove_tree(temporary)
+        raise
+
+
+def write_facts(content: Content, folder: Path) -> None:
+    """Write `latte_scale.json` into another format's folder."""
+    facts = {
+        "step": content.step,
+        "trees": list(content.trees),
+        "counters": content.counters,
+        "config": content.config,
+        "data_fingerprint": content.data_fingerprint,
+    }
+    text = json.dumps(facts, sort_keys=True)
+    record = {"facts": facts, "crc32c": google_crc32c.value(text.encode())}
+    disk.write_file(folder / FACTS, [json.dumps(record, sort_keys=True).encode()])
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """What `write_facts` wrote; None if it is not there. Raises CheckpointError if it is damaged."""
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        facts = record["facts"]
+        if google_crc32c.value(json.dumps(facts, sort_keys=True).encode()) != record["crc32c"]:
+            raise ValueError("its checksum does not fit")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; remove it to convert without it") from error
+    return facts
+
+
+def differences(first: Content, second: Content) -> list[str]:
+    """What differs between two checkpoints, a line each; empty if they hold the same, bit for bit.
+
+    Configuration and data are compared where both say something of them.
+    """
+    lines = []
+    if first.config is not None and second.config is not None:
+        lines += _value_differences("config", _flat(first.config), _flat(second.config))
+        lines += _value_differences("data_fingerprint", {"": first.data_fingerprint}, {"": second.data_fingerprint})
+    lines += _value_differences("counters", _flat(first.counters), _flat(second.counters))
+    lines += _value_differences("step", {"": first.step}, {"": second.step})
+    for tree in sorted(set(first.trees) ^ set(second.trees)):
+        lines.append(f"tree {tree}: only in {(first if tree in first.trees else second).path}")
+    for name in sorted(set(first.shapes) | set(second.shapes)):
+        mine, theirs = first.shapes.get(name), second.shapes.get(name)
+        if mine != theirs:
+            lines.append(f"tensor {name}: {mine or 'not there'} -> {theirs or 'not there'}")
+    common = [name for name in first.shapes if first.shapes[name] == second.shapes.get(name)]
+    for tree in first.trees:
+        if tree in second.trees:
+            lines += _tree_differences(tree, common, first, second)
+    return lines
+
+
+def _tree_differences(tree: str, names: list[str], first: Content, second: Content) -> list[str]:
+    """One line on the largest difference of a tree, and one a differing tensor, largest first."""
+    found = []
+    for name in names:
+        mine, theirs = first.read(tree, name), second.read(tree, name)
+        if not torch.equal(mine.view(torch.int32), theirs.view(torch.int32)):  # bits: a NaN equals itself
+            largest = float((mine.double() - theirs.double()).abs().max())
+            size = float(mine.double().abs().max())
+            found.append((largest, f"  {name} {tuple(mine.shape)}: largest {largest:.3g} of values up to {size:.3g}"))
+    if not found:
+        return []
+    found.sort(key=lambda each: -each[0] if each[0] == each[0] else float("-inf"))
+    head = f"tree {tree}: {len(found)} of {len(names)} tensors differ, largest difference {found[0][0]:.3g}"
+    return [head, *(line for _, line in found)]
+
+
+def _value_differences(what: str, first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    missing = object()
+    lines = []
+    for key in sorted(first.keys() | second.keys()):
+        mine, theirs = first.get(key, missing), second.get(key, missing)
+        if mine != theirs:
+            shown = ["not there" if value is missing else repr(value) for value in (mine, theirs)]
+            lines.append(f"{what}{'.' if key else ''}{key}: {shown[0]} -> {shown[1]}")
+    return lines
+
+
+def _flat(mapping: dict[str, Any] | None, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in (mapping or {}).items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

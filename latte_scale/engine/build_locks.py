@@ -1,0 +1,53 @@
+"""Build locks that a killed process left, for which DeepSpeed's next start on this machine would wait for ever.
+
+torch compiles and loads extensions under a lock that is a mere file: its holder keeps it open and removes it in the
+end. SIGKILL in between leaves a file that is nobody's.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from torch.utils.cpp_extension import get_default_build_root
+
+STALE_S = 20.0
+"""Age at which a lock that no process of this machine holds is removed. One of another machine, where the folder is
+shared, is not seen to be held: loading what is built takes less than a second, and a build on two machines at once is
+rare and repeated by the next start."""
+
+
+def drop_stale_locks(root: Path | None = None) -> list[Path]:
+    """Remove the locks of DeepSpeed's extensions that nobody holds, after waiting until they are STALE_S old.
+
+    For one process of a machine, before any other of the job may take a lock.
+    """
+    root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    removed = []
+    for lock in sorted([*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]):
+        while not _is_open(lock) and (age_s := _age_s(lock)) is not None:
+            if age_s > STALE_S:
+                lock.unlink(missing_ok=True)
+                removed.append(lock)
+                break
+            time.sleep(0.2)
+    return removed
+
+
+def _age_s(path: Path) -> float | None:
+    """Seconds since the file was made; None if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this user on this machine has the file open."""
+    wanted = str(path.resolve())
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == wanted:
+                return True
+        except OSError:  # gone while we look, or not ours to see
+            continue
+    return False

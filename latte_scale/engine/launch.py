@@ -1,0 +1,220 @@
+"""From a launcher's environment to a store in which every rank of the job has been seen.
+
+In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, the deepspeed launcher and slurm/ set them.
+Out: `Launch` and the store that dist.py makes process groups of. The decision worth knowing: a roll call comes before
+the first collective, so that within a minute every rank either knows that the whole world is there, each rank once and
+of one job, or stops with what is wrong with it. A group would wait for a lost rank for as long as its timeout.
+"""
+
+import ipaddress
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ROLL_CALL_S = 35.0
+"""Within which all ranks must have come after the first; LATTE_ROLL_CALL_S replaces it where imports are slow."""
+
+
+class LaunchError(ValueError):
+    """The processes of a job do not make up one world; the message says who is missing or what to change."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process of a job."""
+
+    rank: int
+    size: int
+    local_rank: int  # index of this process on its machine: picks the GPU
+    init_method: str  # env:// | tcp://HOST:PORT | file://PATH
+    local_size: int | None = None  # processes on this machine, where the launcher tells
+
+
+def launch_from_env(environ: Mapping[str, str] | None = None) -> Launch | None:
+    """What a launcher said in the environment; None if no launcher did.
+
+    Raises LaunchError if only some of the variables are set, or if Slurm started more than they say: half a launch
+    would become many jobs of one process.
+    """
+    environ = os.environ if environ is None else environ
+    missing = [name for name in LAUNCHER_VARIABLES if not environ.get(name)]
+    present = [name for name in LAUNCHER_VARIABLES if name not in missing]
+    launch = None
+    if present not in (
+        [],
+        ["LOCAL_RANK"],
+    ):  # the zero engine sets LOCAL_RANK for DeepSpeed, whoever started the process
+        if missing:
+            raise LaunchError(
+                f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun or the "
+                f"deepspeed launcher, which set all of them, or unset {', '.join(present)} to run one process"
+            )
+        launch = _parse(environ)
+    _check_slurm(launch, environ)
+    return launch
+
+
+def _parse(environ: Mapping[str, str]) -> Launch:
+    local_size = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")  # torchrun's and deepspeed's name for it
+    try:
+        rank, size, local_rank = (int(environ[name]) for name in LAUNCHER_VARIABLES[:3])
+        launch = Launch(rank, size, local_rank, "env://", int(local_size) if local_size else None)
+    except ValueError as error:
+        raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
+    if not 0 <= rank < size or local_rank < 0:
+        raise LaunchError(
+            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, got {rank} {size} {local_rank}"
+        )
+    return launch
+
+
+def _check_slurm(launch: Launch | None, environ: Mapping[str, str]) -> None:
+    """Refuse a world that is smaller than what Slurm started, in which every task or node would train for itself."""
+    step_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES") or 1)
+    size = launch.size if launch else 1
+    one_node = launch is None or (launch.local_size is not None and size <= launch.local_size)
+    if size < step_tasks or (nodes > 1 and one_node):
+        raise LaunchError(
+            f"Slurm gave this job {nodes} nodes and this step {step_tasks} tasks, but this process was told of a world "
+            f"of {size} on one node: each would train for itself. Start with slurm/train_t2v.sh, give torchrun "
+            "--nnodes and --node-rank=$SLURM_NODEID, or ask Slurm for one node and one task"
+        )
+
+
+def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> None:
+    """Raise LaunchError for a MASTER_ADDR that leads every machine to itself when the ranks are on several."""
+    environ = os.environ if environ is None else environ
+    several = launch.local_size is not None and launch.size > launch.local_size
+    if launch.init_method != "env://" or not several:
+        return
+    address = environ["MASTER_ADDR"]
+    advice = "set MASTER_ADDR to a name or address of the first host that all hosts reach"
+    try:
+        found = {row[4][0] for row in socket.getaddrinfo(address, None)}
+    except OSError as error:
+        host = socket.gethostname()
+        raise LaunchError(f"MASTER_ADDR {address} is no name that {host} can resolve ({error}); {advice}") from error
+    on_first_host = launch.rank == launch.local_rank
+    own_name = on_first_host and address == socket.gethostname()  # a first host may know itself as 127.0.1.1
+    if not own_name and all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in found):
+        raise LaunchError(
+            f"MASTER_ADDR {address} is the loopback address of {socket.gethostname()} itself, but {launch.size} ranks "
+            f"with {launch.local_size} a host are on several hosts; {advice}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- the roll call
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a rank says of itself."""
+
+    host: str
+    host_address: str  # to which the host resolves its own name: what gloo tells the others to connect to
+    interface: str  # GLOO_SOCKET_IFNAME, which replaces it
+    job: str  # of Slurm, with its restart count
+
+
+def _card() -> Card:
+    environ, host = os.environ, socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = ""
+    job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT') or 0}"
+    return Card(host, address, environ.get("GLOO_SOCKET_IFNAME", ""), job)
+
+
+def meet(launch: Launch) -> dist.Store:
+    """The store of the job, once every rank has been seen in it. Raises LaunchError on all ranks that came."""
+    limit_s = float(os.environ.get("LATTE_ROLL_CALL_S") or ROLL_CALL_S)
+    try:
+        store = _open_store(launch, timedelta(seconds=limit_s))
+        store = dist.PrefixStore(f"roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        again = store.add(f"count/{launch.rank}", 1) > 1
+        store.set(f"card/{launch.rank}", json.dumps(asdict(_card())))
+        if launch.rank == 0:
+            cards, counts = _collect(store, launch.size, limit_s)
+            problem = _problem(cards, counts, launch.size)
+            store.set("problem", problem)
+            if problem:
+                _wait_for_readers(store, len(cards) - 1)
+        else:
+            store.wait(["problem"], timedelta(seconds=limit_s + 5))
+            problem = store.get("problem").decode()
+            store.add("read", 1)
+        if again and not problem:  # too late to be seen by rank 0: the others have met
+            problem = _twice([launch.rank])
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(
+            f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 at {place} within {limit_s:.0f} s: did "
+            f"it start, and may the hosts talk on that port? ({str(error).splitlines()[0]})"
+        ) from error
+    if problem:
+        raise LaunchError(problem)
+    return store
+
+
+def _open_store(launch: Launch, limit: timedelta) -> dist.Store:
+    if launch.init_method != "env://":
+        store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=limit))
+        return store
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent is the server already
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = launch.rank == 0 and not hosted
+    return dist.TCPStore(address, port, None, is_master, limit, wait_for_workers=False, multi_tenant=True)
+
+
+def _collect(store: dist.Store, size: int, limit_s: float) -> tuple[dict[int, Card], dict[int, int]]:
+    """The cards of the ranks that came in time, and how often each rank came."""
+    waiting, until_s = set(range(size)), time.monotonic() + limit_s
+    while waiting and time.monotonic() < until_s:
+        waiting = {rank for rank in waiting if not store.check([f"card/{rank}"])}
+        if waiting:
+            time.sleep(0.05)
+    came = sorted(set(range(size)) - waiting)
+    cards = {rank: Card(**json.loads(store.get(f"card/{rank}"))) for rank in came}
+    return cards, {rank: store.add(f"count/{rank}", 0) for rank in came}
+
+
+def _problem(cards: Mapping[int, Card], counts: Mapping[int, int], size: int) -> str:
+    """Why these ranks are not one world; empty if they are."""
+    hosts = sorted({card.host for card in cards.values()})
+    came = f"{len(cards)} of {size} ranks came, from {', '.join(hosts[:8])}{' ...' if len(hosts) > 8 else ''}"
+    twice = [rank for rank, count in counts.items() if count > 1]
+    if twice:
+        return f"{came}; {_twice(twice)}"
+    missing = [rank for rank in range(size) if rank not in cards]
+    if missing:
+        return f"{came}; missing are ranks {missing[:8]}: look at their logs and hosts, or start with a smaller world"
+    jobs = sorted({card.job for card in cards.values()})
+    if len(jobs) > 1:
+        return f"{came}, but they are of different jobs ({', '.join(jobs[:4])}): another job uses this MASTER_PORT"
+    for card in cards.values():
+        if len(hosts) > 1 and not card.interface and (not card.host_address or card.host_address.startswith("127.")):
+            return (
+                f"{came}, but {card.host} resolves its own name to {card.host_address or 'nothing'}, where the others "
+                "cannot reach it; set GLOO_SOCKET_IFNAME to its network interface (slurm/env.sh), or correct /etc/hosts"
+            )
+    return ""
+
+
+def _twice(ranks: list[int]) -> str:
+    return f"ranks {ranks[:8]} came more than once: every host needs its own node rank"
+
+
+def _wait_for_readers(store: dist.Store, num_ranks: int) -> None:
+    """Rank 0 holds the store: it stays until the others have read why the world was refused, for 5 s at most."""
+    until_s = time.monotonic() + 5.0
+    while store.add("read", 0) < num_ranks and time.monotonic() < until_s:
+        time.sleep(0.05)

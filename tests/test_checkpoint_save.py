@@ -1,0 +1,126 @@
+"""The Checkpointer: one save at a time in the background, failures that are heard, saves left out and never stacked."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from latte_scale import checkpoint_disk, checkpoint_write
+from latte_scale.checkpoint import CheckpointError
+from tests.checkpoints import newest, save, saver, trees, values
+
+
+def wait_for(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing happened within 5 s")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which a file takes 50 ms."""
+    original = checkpoint_disk.write_file
+
+    def slow_write(*arguments):
+        time.sleep(0.05)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint_disk, "write_file", slow_write)
+
+
+def break_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments):
+        raise RuntimeError("cosmic ray")
+
+    monkeypatch.setattr(checkpoint_write, "encode_manifest", broken)
+
+
+def test_the_background_writes_what_was_there_at_save(tmp_path: Path, slow) -> None:
+    writer = saver(tmp_path, asynchronous=True)
+    state = trees(1.0)
+    stall_s = writer.save(1, state, {}, {}, "data")
+    for pieces in state.values():
+        for piece in pieces:
+            piece.tensor.fill_(float("nan"))  # what the next optimizer step would do
+    assert not writer.poll() and stall_s < 0.2
+    assert writer.finish() > 0.1  # 6 slow writes
+    assert values(tmp_path / "step-00000001") == 1.0
+    writer.save(2, trees(2.0), {}, {}, "data")
+    writer.finish()
+    assert values(tmp_path / "step-00000002") == 2.0
+    assert values(tmp_path / "step-00000001") == 1.0  # host memory was reused, not shared
+
+
+def test_an_existing_step_is_never_overwritten(tmp_path: Path) -> None:
+    first = saver(tmp_path)
+    save(first, 5)
+    save(first, 5, value=6.0)  # the same run at the same step: there is nothing new to save
+    assert values(tmp_path / "step-00000005") == 5.0
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        save(saver(tmp_path), 5, value=6.0)
+    assert values(tmp_path / "step-00000005") == 5.0
+
+
+def test_a_save_slower_than_the_interval_is_left_out_and_not_stacked(tmp_path: Path, slow, caplog) -> None:
+    writer = saver(tmp_path, asynchronous=True, every_steps=1, keep_every=4)
+    save(writer, 1, may_skip=True)
+    with caplog.at_level(logging.WARNING, logger="latte_scale"):
+        assert save(writer, 2, may_skip=True) < 0.05
+    assert "step 2 is not saved: step 1 is still being written" in caplog.text
+    save(writer, 4, may_skip=True)  # to be kept for ever: waits
+    save(writer, 5)  # the last one: waits
+    writer.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
+def test_a_failure_is_heard_at_the_next_step_and_the_next_save_tried(tmp_path: Path, monkeypatch, caplog) -> None:
+    writer = saver(tmp_path, asynchronous=True)
+    with monkeypatch.context() as patch:
+        break_manifests(patch)
+        save(writer, 1)
+        wait_for(writer.poll)
+        with pytest.raises(CheckpointError, match=r"rank 0: .*step-00000001 was not saved.*cosmic ray"):
+            writer.finish()
+        assert writer.poll()
+    assert list(tmp_path.iterdir()) == []
+    save(writer, 2)
+    assert writer.finish() >= 0 and newest(tmp_path) == 2 and not writer.poll()
+    assert "step-00000001 was not saved" in caplog.text
+
+
+def test_a_save_that_fails_does_not_stop_the_run_and_too_many_do(tmp_path: Path, monkeypatch) -> None:
+    writer = saver(tmp_path, max_failed=2)
+    break_manifests(monkeypatch)
+    save(writer, 1)
+    save(writer, 2)
+    with pytest.raises(CheckpointError, match=r"3 saves in a row failed \(checkpoint.max_failed is 2\)"):
+        save(writer, 3)
+
+
+def test_one_that_works_between_starts_the_row_again(tmp_path: Path, monkeypatch) -> None:
+    writer = saver(tmp_path, max_failed=1)
+    for step in (1, 3, 5):
+        with monkeypatch.context() as patch:
+            break_manifests(patch)
+            save(writer, step)
+        save(writer, step + 1)
+    writer.finish()
+    assert newest(tmp_path) == 6
+
+
+def test_no_room_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = saver(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+        save(writer, 1)
+    assert writer.poll() and list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 MiB and the disk has 0\.0 MiB free; make room"):
+        writer.finish()
+    save(writer, 2)
+    writer.finish()
+    assert newest(tmp_path) == 2
