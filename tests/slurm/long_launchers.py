@@ -1,0 +1,79 @@
+"""Launchers over two hosts, the long form (`make test-slurm`): torchrun's own restarts, and deepspeed's own ssh."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from latte_scale.metrics import read_metrics
+from tests.conftest import ROOT, Run
+from tests.integration.test_engines_agree import largest_difference
+from tests.slurm.launchers import DEEPSPEED, FEW, PORT, elastic, start_on, wait_for
+
+
+def test_torchrun_restarts_the_ranks_of_both_hosts_after_one_was_killed(two_hosts, data_sets, tmp_path):
+    """--max-restarts: no scheduler is needed for the run to go on from its checkpoint."""
+    longer = ("engine.kind=fsdp2", "train.steps=120", "checkpoint.every_steps=20")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    unbroken, _ = wait_for(start_on(two_hosts, whole, data_sets.latents, elastic, *longer), whole)
+    processes = start_on(two_hosts, tmp_path, data_sets.latents, elastic, *longer)
+    deadline_s = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 30 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    os.kill(max(two_hosts.find("node2", "latte_scale.train")), signal.SIGKILL)  # the agent came first, then its rank
+    run, _ = wait_for(processes, tmp_path)
+    assert (unbroken.code, run.code) == (0, 0), run.output
+    assert "resumed at step" in run.output
+    assert (run.losses, run.digests) == (unbroken.losses, unbroken.digests)
+
+
+@pytest.fixture
+def ssh(two_hosts, tmp_path):
+    """A daemon on each host, a key, and the variables with which pdsh uses it."""
+    if missing := [program for program in ("sshd", "ssh-keygen", "pdsh") if shutil.which(program) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed (openssh-server, pdsh)")
+    key, host_key, conf = tmp_path / "key", tmp_path / "host_key", tmp_path / "sshd_config"
+    for path in (key, host_key):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+    conf.write_text(f"HostKey {host_key}\nAuthorizedKeysFile {key}.pub\nStrictModes no\nUsePAM no\nPidFile none\n")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    command = [shutil.which("sshd"), "-D", "-f", str(conf)]
+    daemons = [subprocess.Popen(two_hosts.command(name, command)) for name in two_hosts.names]
+    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    (tmp_path / "deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    yield {"PDSH_SSH_ARGS_APPEND": f"-i {key} {options}", "DS_ENV_FILE": str(tmp_path / "deepspeed_env")}
+    for daemon in daemons:
+        daemon.terminate()
+        daemon.wait()
+
+
+def test_deepspeed_starts_the_other_host_over_ssh(two_hosts, data_sets, tmp_path, reference, ssh):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    launcher = [
+        DEEPSPEED[0],
+        f"--hostfile={hostfile}",
+        "--no_ssh_check",
+        "--master_addr=node1",
+        f"--master_port={PORT}",
+    ]
+    words = ["--module", "latte_scale.train", "--config", "configs/tiny_cpu.yaml", f"data.url={data_sets.latents}"]
+    words += [f"run.dir={tmp_path / 'run'}", *FEW, "engine.kind=zero", "engine.zero_stage=3"]
+    done = subprocess.run(
+        two_hosts.command("node1", [*launcher, *words]),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ssh},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    run = Run(done.returncode, done.stdout + done.stderr, tmp_path / "run")
+    assert run.code == 0, run.output
+    assert run.digests == [record["sample_ids_sha"] for record in reference]
+    assert largest_difference(run.metrics, reference) < 1e-5
