@@ -145,9 +145,7 @@ class Conditioner:
         draws = [self._normal("posterior", step, indices, shape_CHW, j + 1) for j in range(num_images)]
         return mean_BNCHW.float() + std_BNCHW.float() * torch.stack(draws, dim=1).to(mean_BNCHW.device)
 
-    def _noise(
-        self, step: int, indices: list[int], num_frames: int, num_images: int, shape_CHW: torch.Size
-    ) -> Tensor:
+    def _noise(self, step: int, indices: list[int], num_frames: int, num_images: int, shape_CHW: torch.Size) -> Tensor:
         """[B, C, F, H, W] on the host: sub-index 0 for the clip, j + 1 for image j, so images never move its noise."""
         channels, *sides = shape_CHW
         noise = [self._normal("noise", step, indices, (channels, num_frames, *sides))]
