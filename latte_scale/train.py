@@ -381,7 +381,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOP
     signals = StopRequest()
     signals.install()
-    ranks = init_distributed(timeout_s=config.engine.timeout_s)
+    try:
+        ranks = init_distributed(timeout_s=config.engine.timeout_s)
+    except ValueError as error:  # half a launch, a world of the wrong size, a rank without a GPU: no requeue mends it
+        console.print(f"error: {error}", markup=False)
+        return STOP
     folder = RunFolder(config.run.dir, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     code, reason, fence = FAILED, "", None

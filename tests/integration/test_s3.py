@@ -130,14 +130,20 @@ def test_all_ranks_end_when_one_worker_cannot_read(s3, latents, tmp_path, break_
     assert re.search(reason, output), output[-3000:]
 
 
-def test_no_credentials_are_written_anywhere(s3, latents, train, monkeypatch):
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "")
-    run = train("s3", "train.steps=4", data=latents)
+def test_the_config_reaches_the_store_and_no_credentials_are_written_anywhere(
+    s3, latents, train, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    cache = tmp_path / "cache"
+    run = train("s3", "train.steps=4", f"store.endpoint_url={s3.proxy.url}", f"store.cache_dir={cache}", data=latents)
     assert run.code == 0, run.output
+    assert any(path.is_file() and path.name != "total" for path in cache.rglob("*"))
     assert "testsecret" not in run.output
-    for path in run.folder.rglob("*"):
+    for path in [*run.folder.rglob("*"), *cache.rglob("*")]:
         if path.is_file():
             assert b"testsecret" not in path.read_bytes(), path
+    again = train("s3", "train.steps=6", f"store.endpoint_url={s3.proxy.url}", "store.num_connections=4", data=latents)
+    assert again.code == 0 and "resumed at step 4" in again.output, again.output
 
 
 @pytest.mark.parametrize(
