@@ -66,6 +66,21 @@ class Checkpointer:
         self.removed, self.set_aside = on_rank_0(ranks, lambda: self._clean(broken))
         """Names of the folders removed, left by dead attempts, and of the broken ones renamed: for the log."""
 
+    def check_room(self, trees: Trees) -> None:
+        """Raise CheckpointError on all ranks if the disk has no room for one checkpoint. A collective.
+
+        For the start of a run: the first save would find out after an hour, and then be tried again.
+        """
+        needed = self._size_bytes(trees)
+
+        def look() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = disk.free_bytes(self.folder)
+            if free < needed:
+                raise CheckpointError(no_room(self.folder, needed, free))
+
+        on_rank_0(self._ranks, look)
+
     def poll(self) -> bool:
         """Whether the newest save failed, as far as this rank knows. Not a collective; ask every step."""
         job = self._job
@@ -101,8 +116,7 @@ class Checkpointer:
         self._settle()
         if step in self._saved:
             return time.monotonic() - begin
-        size_bytes = sum(4 * piece.tensor.numel() for pieces in trees.values() for piece in pieces)
-        needed = sum(self._ranks.all_gather_object(size_bytes))
+        needed = self._size_bytes(trees)
         temporary, problem = on_rank_0(self._ranks, lambda: self._make_room(step, needed))
         if temporary is None:
             self._note_failure(problem)
@@ -157,6 +171,11 @@ class Checkpointer:
                 job.manifest.step,
             )
         return behind
+
+    def _size_bytes(self, trees: Trees) -> int:
+        """Of a checkpoint, over all ranks."""
+        mine = sum(4 * piece.tensor.numel() for pieces in trees.values() for piece in pieces)
+        return sum(self._ranks.all_gather_object(mine))
 
     def _settle(self) -> None:
         """Wait for the job, agree on how it ended, and forget it."""

@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,9 @@ class SpikeDetector:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended and flushed, rewound to the step a run resumes from."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, fence: Callable[[], None] = lambda: None) -> None:
+        """`fence` is asked before each line; it raises once this attempt may not write any more."""
+        self.path, self._fence = Path(path), fence
 
     def rewind(self, step: int, keep_in: str | Path) -> list[int]:
         """Move every line of a step >= `step` to the file `keep_in`; returns those steps.
@@ -140,6 +142,7 @@ class MetricsFile:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line; it has left the process when this returns, so a kill cannot take it back."""
+        self._fence()
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 

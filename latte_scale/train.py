@@ -99,7 +99,8 @@ def train(
     folder.write_config(config)
     set_aside = [path for path, _ in broken]
     checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, set_aside, fence.check)
-    journal = make_journal(config, progress, folder, ranks)
+    checkpointer.check_room(trees)
+    journal = make_journal(config, progress, folder, fence, ranks)
     announce(config, plan, datasets, engine, progress)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
@@ -213,11 +214,11 @@ def make_loader(
     )
 
 
-def make_journal(config: Config, progress: Progress, folder: RunFolder, ranks: Ranks) -> Journal:
+def make_journal(config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks) -> Journal:
     recompute = config.engine.activation_checkpointing == "full"
     return Journal(
         progress,
-        MetricsFile(folder.metrics_path) if ranks.rank == 0 else None,
+        MetricsFile(folder.metrics_path, fence.check) if ranks.rank == 0 else None,
         console,
         ranks.device,
         num_devices=ranks.size,

@@ -1,4 +1,4 @@
-"""Kill, rerun, change the number of ranks: the run goes on as if nothing had happened."""
+"""Kill, signal, rerun from the command line: the run goes on as if nothing had happened, or says why it does not."""
 
 import os
 import random
@@ -14,7 +14,6 @@ from latte_scale import checkpoint
 from latte_scale.metrics import read_metrics
 from latte_scale.quickstart import kill_all
 from tests.conftest import ROOT, Run, run_in_process, train_command
-from tests.integration.test_engines_agree import largest_difference
 
 TREES = ("model", "ema/0.99", "optim/exp_avg", "optim/exp_avg_sq")
 
@@ -54,10 +53,9 @@ def kill_at(step, folder, command):
     kill_all(process)
 
 
-@pytest.mark.parametrize("engine", ["single", "fsdp2"])
-def test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run(train, data_sets, tmp_path, engine):
-    ranks = 1 if engine == "single" else 2
-    options = (f"engine.kind={engine}", "train.steps=80", "checkpoint.every_steps=10")
+def test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run(train, data_sets, tmp_path):
+    """Under a real torchrun; one rank, other engines and other moments are in tests/faults."""
+    options, ranks = ("engine.kind=fsdp2", "train.steps=80", "checkpoint.every_steps=10"), 2
     whole = train("whole", *options, ranks=ranks)
     step = random.Random().randrange(25, 55)  # past the first checkpoints, and well before the end
     folder = tmp_path / "killed"
@@ -72,16 +70,6 @@ def test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run(train, data
     assert all(resumed.losses[step] == loss for step, loss in rewound.items())
     (restart,) = read_metrics(folder / "logs" / "restarts.jsonl")
     assert set(restart["replayed_steps"]) == set(rewound)
-
-
-def test_two_to_one_to_two_ranks_across_engines(train, unbroken):
-    """8 steps under fsdp2 on 2 ranks, 6 more on one process, the last 6 under ZeRO-3 on 2 ranks."""
-    first = train("run", "engine.kind=fsdp2", "train.steps=8", ranks=2)
-    second = train("run", "engine.kind=single", "train.steps=14", "train.micro_batch=5")
-    third = train("run", "engine.kind=zero", "engine.zero_stage=3", "train.steps=20", ranks=2)
-    assert (first.code, second.code, third.code) == (0, 0, 0), first.output + second.output + third.output
-    assert third.digests == unbroken.digests  # the same sample ids and the same noise
-    assert largest_difference(third.metrics, unbroken.metrics) < 1e-5
 
 
 def test_a_signal_saves_once_and_asks_for_a_requeue(train, data_sets, tmp_path, unbroken):
@@ -119,7 +107,7 @@ def test_ranks_whose_launcher_was_killed_stop_and_a_second_attempt_waits_for_nob
     while not (folder / "exit.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     stopped = Run(0, "", folder)
-    assert stopped.exit["code"] == 78 and "the launcher of these processes is gone" in stopped.exit["reason"]
+    assert stopped.exit["code"] == 78 and "is gone" in stopped.exit["reason"]
     assert not (folder / "lease.json").exists()
     last = len(stopped.metrics)
     assert train("run", "engine.kind=fsdp2", f"train.steps={last}", ranks=2).code == 0
