@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv quickstart quickstart-full test test-slurm soak lint clean
+.PHONY: help venv quickstart quickstart-full test test-faults test-slurm soak lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,7 +30,10 @@ test: $(READY)  ## all tests that need no root
 	$(BIN)/python -m pytest
 
 test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 20 minutes)
-	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
+	LATTE_CLUSTER_TESTS=1 $(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
+
+test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on a quiet machine)
+	LATTE_FAULT_TESTS=1 $(BIN)/python -m pytest tests/faults
 
 soak: $(READY)  ## 200 random kills on three engines, every run compared bit for bit with one that nobody killed
 	$(BIN)/python -m tests.faults.soak --kills 200
