@@ -26,10 +26,10 @@ import torch
 
 from latte_scale import settings
 from latte_scale.config import Config, load_config
-from latte_scale.metrics import read_metrics
 from latte_scale.model.build import build_model
 from latte_scale.model.flops import num_flops
 from latte_scale.report import COLOURS, line_chart
+from latte_scale.run.metrics import read_metrics
 
 TAIL = 0.2  # share of the steps, the last ones, over which losses are averaged
 SMOOTH = 25  # steps averaged for one point of a curve

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from latte_scale import checkpoint
-from latte_scale.ckpt_content import Content, differences, open_native, write_native
+from latte_scale.checkpoint.content import Content, differences, open_native, write_native
 
 FORMATS = ("latte", "dcp", "deepspeed")
 
@@ -63,8 +63,8 @@ def look(args: argparse.Namespace) -> int:
 
 def open_any(path: Path) -> Content:
     """A checkpoint of any format that is known here; of a run folder, the newest. ValueError, CheckpointError."""
-    from latte_scale.ckpt_dcp import is_dcp, open_dcp
-    from latte_scale.ckpt_deepspeed import is_deepspeed, open_deepspeed
+    from latte_scale.checkpoint.dcp import is_dcp, open_dcp
+    from latte_scale.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder; there is none")
@@ -97,8 +97,8 @@ def diff(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Write TARGET from SOURCE."""
-    from latte_scale.ckpt_dcp import write_dcp
-    from latte_scale.ckpt_deepspeed import write_deepspeed
+    from latte_scale.checkpoint.dcp import write_dcp
+    from latte_scale.checkpoint.deepspeed import write_deepspeed
 
     content = open_any(args.source)
     if args.config is not None:

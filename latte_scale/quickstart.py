@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from latte_scale import settings
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import read_random_clip, write_mp4
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_RANKS = 2

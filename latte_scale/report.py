@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 
 COLOURS = ("#2f6fde", "#d9622b", "#2e9e6b", "#8a4fbf", "#b58900", "#c2347b")
 CHARTS = (  # metrics.jsonl key, title, log scale

@@ -25,8 +25,15 @@ from rich.console import Console
 from torch import Tensor
 
 from latte_scale.check_data import check_data
-from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, find_newest_sound, load_into, state_trees
-from latte_scale.checkpoint_save import Checkpointer
+from latte_scale.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    CheckpointError,
+    Trees,
+    find_newest_sound,
+    load_into,
+    state_trees,
+)
 from latte_scale.conditioning import Conditioner, ModelInputs
 from latte_scale.config import Config, guarded_differences, load_config
 from latte_scale.data.loader import (
@@ -47,18 +54,18 @@ from latte_scale.diffusion.schedule import Schedule
 from latte_scale.ema import Ema
 from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
-from latte_scale.journal import Journal, Progress, Tally
-from latte_scale.metrics import MetricsFile, Readback
 from latte_scale.model.build import build_model
 from latte_scale.model.flops import num_flops
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
-from latte_scale.run import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
+from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
+from latte_scale.run.journal import Journal, Progress, Tally
+from latte_scale.run.metrics import MetricsFile, Readback
+from latte_scale.run.stopping import StopSources
+from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
-from latte_scale.stopping import StopSources
-from latte_scale.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.weights import load_weights
 
 logger = logging.getLogger("latte_scale")

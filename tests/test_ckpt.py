@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latte_scale import checkpoint, ckpt
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT, run_in_process
 
 

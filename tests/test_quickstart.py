@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from latte_scale import quickstart
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT
 
 

@@ -12,8 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from latte_scale.checkpoint import CheckpointSettings, Piece
-from latte_scale.checkpoint_save import Checkpointer
+from latte_scale.checkpoint import Checkpointer, CheckpointSettings, Piece
 from latte_scale.engine.dist import Ranks
 
 WIDTH, HEADS, DEPTH, FRAMES, SIDE, PATCH, TEXT = 16, 2, 4, 4, 8, 2, 12

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.checkpoint import (
+    Checkpointer,
     CheckpointError,
     CheckpointSettings,
     find_newest_sound,
@@ -15,7 +16,6 @@ from latte_scale.checkpoint import (
     load_into,
     state_trees,
 )
-from latte_scale.checkpoint_save import Checkpointer
 from latte_scale.ema import Ema, EmaSettings, lerp_
 from latte_scale.engine import Engine, Ranks
 from tests.engine.toy import build, full_weights, on_one, on_ranks, regather, train, train_step

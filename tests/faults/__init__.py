@@ -13,7 +13,7 @@ COVERED = {
     "F3": [
         "faults/test_saving.py::test_f02_f03_killed_at_any_change_of_the_disk",
         "faults/test_saving.py::test_f03_killed_while_the_last_sound_one_is_at_stake",
-        "test_checkpoint_write.py::test_the_last_sound_one_is_never_removed",
+        "checkpoint/test_write.py::test_the_last_sound_one_is_never_removed",
     ],
     "F4": [
         "faults/test_stops.py::test_f04_whoever_is_asked_all_save_once_and_the_run_goes_on",
@@ -23,11 +23,11 @@ COVERED = {
     "F5": [
         "faults/test_hangs.py::test_f05_a_stopped_rank_ends_the_job_with_stacks_of_all",
         "faults/test_hangs.py::test_f05_a_short_stop_is_waited_for",
-        "test_watchdog.py::test_a_hang_ends_with_stacks_and_code_1",
+        "run/test_watchdog.py::test_a_hang_ends_with_stacks_and_code_1",
     ],
     "F11": [
         "faults/test_saving.py::test_f11_a_full_disk_at_any_write_keeps_the_old_one_and_says_so",
-        "test_checkpoint_save.py::test_no_room_is_known_before_writing",
+        "checkpoint/test_save.py::test_no_room_is_known_before_writing",
     ],
     "F13": [
         "faults/test_worlds.py::test_f13_one_two_four_three_ranks",
@@ -42,13 +42,13 @@ COVERED = {
     "F16": [
         "faults/test_numbers.py::test_f16_a_nan_on_one_rank_is_skipped_by_all_and_named",
         "faults/test_numbers.py::test_f16_too_many_in_a_row_end_the_run_and_no_nan_is_saved",
-        "test_journal.py::test_a_skipped_update_holds_back_the_schedule_but_not_the_step",
+        "run/test_journal.py::test_a_skipped_update_holds_back_the_schedule_but_not_the_step",
     ],
     "F17": [
         "faults/test_numbers.py::test_f17_a_failing_save_is_told_on_all_ranks_and_fatal_at_the_end",
         "faults/test_saving.py::test_f17_a_writer_that_dies_is_heard",
-        "test_checkpoint_save.py::test_a_save_slower_than_the_interval_is_left_out_and_not_stacked",
-        "test_checkpoint_save.py::test_a_failure_is_heard_at_the_next_step_and_the_next_save_tried",
+        "checkpoint/test_save.py::test_a_save_slower_than_the_interval_is_left_out_and_not_stacked",
+        "checkpoint/test_save.py::test_a_failure_is_heard_at_the_next_step_and_the_next_save_tried",
     ],
     "F18": [
         "faults/test_bitwise.py::test_f15_f18_resumed_is_bitwise_unbroken",
@@ -63,8 +63,8 @@ COVERED = {
     "F21": ["faults/test_saving.py::test_f21_meddled_folders_are_named_and_passed_over"],
     "F22": [
         "integration/test_resume.py::test_ranks_whose_launcher_was_killed_stop_and_a_second_attempt_waits_for_nobody",
-        "test_checkpoint_write.py::test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing",
-        "test_lease.py::test_a_second_attempt_beside_a_living_one_is_refused",
+        "checkpoint/test_write.py::test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing",
+        "run/test_lease.py::test_a_second_attempt_beside_a_living_one_is_refused",
     ],
     "F23": [
         "faults/test_kills.py::test_f23_a_killed_run_leaves_nothing_that_the_next_one_needs",

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENGINES = ("single", "fsdp2", "zero")

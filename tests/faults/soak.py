@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latte_scale.checkpoint import step_folders, verify
-from latte_scale.ckpt_content import differences, open_native
-from latte_scale.metrics import read_metrics
+from latte_scale.checkpoint.content import differences, open_native
+from latte_scale.run.metrics import read_metrics
 from tests.faults.attempts import ROOT, Attempt, Server
 
 STEPS, EVERY = 120, 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from latte_scale.checkpoint import step_folders
-from latte_scale.ckpt_content import differences, open_native
+from latte_scale.checkpoint.content import differences, open_native
 from tests.faults.attempts import Server
 from tests.faults.conftest import digests, losses
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load, save, save_file
 
 from latte_scale.checkpoint import load_full, step_folders
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.faults.attempts import Server
 from tests.faults.conftest import losses
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale import checkpoint_disk
-from latte_scale.checkpoint import CheckpointError, find_newest_sound, verify
-from tests.checkpoints import RANKS, Fault, in_child, newest, save, saver, truncate, values
+from latte_scale.checkpoint import CheckpointError, disk, find_newest_sound, verify
+from tests.checkpoint.making import RANKS, Fault, in_child, newest, save, saver, truncate, values
 
 MOST_CHANGES = 200
 """More than a save has: the loops below end at the first attempt that no fault reached."""
@@ -67,14 +66,14 @@ def test_f03_killed_while_the_last_sound_one_is_at_stake(tmp_path: Path) -> None
         def attempt(folder: Path = folder, at: int = at) -> int:
             fault = Fault(at, False, lambda: os._exit(9))
             fault.install()
-            rename = checkpoint_disk.rename
+            rename = disk.rename
 
             def rename_onto_a_bad_disk(source: Path, target: Path) -> None:
                 rename(source, target)
                 if target.name == "step-00000002":
                     truncate(target)
 
-            checkpoint_disk.rename = rename_onto_a_bad_disk
+            disk.rename = rename_onto_a_bad_disk
             save(saver(folder, keep_last=1), 2)
             return 0
 
@@ -89,11 +88,11 @@ def test_f03_killed_while_the_last_sound_one_is_at_stake(tmp_path: Path) -> None
 @pytest.fixture
 def real_disk():
     """Put the disk's functions back after a test that failed some."""
-    functions = {name: getattr(checkpoint_disk, name) for name in checkpoint_disk.CHANGES}
+    functions = {name: getattr(disk, name) for name in disk.CHANGES}
 
     def put_back() -> None:
         for name, function in functions.items():
-            setattr(checkpoint_disk, name, function)
+            setattr(disk, name, function)
 
     yield put_back
     put_back()

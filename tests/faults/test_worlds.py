@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.faults.attempts import Server
 from tests.faults.conftest import digests, losses
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from latte_scale.data.batches import MicroBatches
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import Run, run_in_process
 
 FEW = ("train.steps=4", "checkpoint.every_steps=4")

@@ -15,7 +15,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def reference(data_sets, tmp_path_factory):
     """20 fp32 steps on one rank, with losses and the digest of ids and noise keys of every step."""
-    from latte_scale.metrics import read_metrics
+    from latte_scale.run.metrics import read_metrics
     from tests.conftest import run_in_process
 
     folder = tmp_path_factory.mktemp("reference")

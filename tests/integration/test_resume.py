@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from latte_scale import checkpoint
-from latte_scale.metrics import read_metrics
 from latte_scale.quickstart import kill_all
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT, Run, run_in_process, train_command
 
 TREES = ("model", "ema/0.99", "optim/exp_avg", "optim/exp_avg_sq")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import run_in_process
 from tests.slurm import cluster as slurm
 from tests.slurm import hosts

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT, Run
 from tests.slurm.cluster import Cluster
 

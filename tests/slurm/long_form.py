@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.slurm.jobs import STEPS, assert_same_losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]

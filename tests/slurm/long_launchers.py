@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.metrics import read_metrics
+from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT, Run
 from tests.integration.test_engines_agree import largest_difference
 from tests.slurm.launchers import DEEPSPEED, FEW, PORT, elastic, start_on, wait_for

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from latte_scale.checkpoint import CheckpointError
-from latte_scale.ckpt_content import differences, open_native
-from latte_scale.ckpt_dcp import is_dcp, key_of, open_dcp, write_dcp
+from latte_scale.checkpoint.content import differences, open_native
+from latte_scale.checkpoint.dcp import is_dcp, key_of, open_dcp, write_dcp
 from latte_scale.engine import Ranks
-from tests.checkpoints import save, saver
+from tests.checkpoint.making import save, saver
 from tests.engine.toy import on_ranks, sample, toy
 
 

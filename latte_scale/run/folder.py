@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from latte_scale import settings
-from latte_scale.lease import Holder, Lease, LeaseError, holder_of, this_process
+from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_process
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
@@ -225,7 +225,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return STOP
     return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

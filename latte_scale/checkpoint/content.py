@@ -17,17 +17,10 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from latte_scale import checkpoint_disk as disk
-from latte_scale.checkpoint import (
-    CheckpointError,
-    Manifest,
-    Reader,
-    file_name,
-    folder_name,
-    open_checkpoint,
-    verify,
-)
-from latte_scale.checkpoint_write import commit
+from latte_scale.checkpoint import disk
+from latte_scale.checkpoint.format import CheckpointError, Manifest, file_name, folder_name
+from latte_scale.checkpoint.load import Reader, open_checkpoint, verify
+from latte_scale.checkpoint.write import commit
 
 FACTS = "latte_scale.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")

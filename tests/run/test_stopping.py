@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale import stopping
-from latte_scale.run import StopRequest
-from latte_scale.stopping import StopSources
+from latte_scale.run import stopping
+from latte_scale.run.folder import StopRequest
+from latte_scale.run.stopping import StopSources
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, F
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from latte_scale.checkpoint import CheckpointError
-from latte_scale.ckpt_content import MOMENTS, Content, complete, read_facts, write_facts
+from latte_scale.checkpoint.content import MOMENTS, Content, complete, read_facts, write_facts
+from latte_scale.checkpoint.format import CheckpointError
 
 METADATA = ".metadata"
 TYPES = {

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from latte_scale.data.batches import Replacement
-from latte_scale.lease import Lease, this_process
-from latte_scale.metrics import read_metrics
-from latte_scale.run import Fence, RunFolder, StopRequest, StopRunError, main
+from latte_scale.run.folder import Fence, RunFolder, StopRequest, StopRunError, main
+from latte_scale.run.lease import Lease, this_process
+from latte_scale.run.metrics import read_metrics
 
 
 def same(message):
@@ -156,5 +156,5 @@ def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path,
     config.write_text("run: {}\n")
     assert main([str(config)]) == 78
     assert "run.dir is missing" in capsys.readouterr().err
-    code = "import sys, latte_scale.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, latte_scale.run.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

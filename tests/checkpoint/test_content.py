@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from latte_scale.checkpoint import CheckpointError, open_checkpoint, verify
-from latte_scale.ckpt_content import Content, complete, differences, open_native, read_facts, write_facts, write_native
-from tests.checkpoints import flip_a_bit, save, saver, values
+from latte_scale.checkpoint.content import (
+    Content,
+    complete,
+    differences,
+    open_native,
+    read_facts,
+    write_facts,
+    write_native,
+)
+from tests.checkpoint.making import flip_a_bit, save, saver, values
 
 
 @pytest.fixture

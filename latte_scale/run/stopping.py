@@ -1,13 +1,13 @@
 """What asks a run to save and stop: a signal on any rank, the file RUN/stop, or the end of its time budget.
 
-In: the signals that run.StopRequest caught, the run folder and a clock. Out: one flag, which the trainer sums over the
-ranks with the numbers of each step, so that all ranks save once, at the same step, whichever rank it came from.
+In: the signals that StopRequest (folder.py) caught, the run folder and a clock. Out: one flag, which the trainer sums
+over the ranks with the numbers of each step, so that all save once, at the same step, whichever rank it came from.
 """
 
 import time
 from pathlib import Path
 
-from latte_scale.run import StopRequest
+from latte_scale.run.folder import StopRequest
 
 STOP_FILE = "stop"
 LOOK_EVERY_S = 1.0

@@ -1,7 +1,7 @@
 """Saving checkpoints: complete or not there, in the background, with nothing gathered on one rank.
 
 In: the trees of checkpoint.state_trees, counters and the configuration. Out: a committed `step-00001000/`, written by a
-Job (checkpoint_write.py). A save that fails is told on every rank within a step (`poll`, which the trainer sums over
+Job (write.py). A save that fails is told on every rank within a step (`poll`, which the trainer sums over
 the ranks) and tried again at the next one; the last must not fail.
 The decision worth knowing: collectives happen in `save` and `finish`, on the main thread, so that they cannot mix with
 those of training; the background threads talk through files only.
@@ -18,17 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte_scale import checkpoint_disk as disk
-from latte_scale.checkpoint import (
-    STEP_FOLDER,
-    CheckpointError,
-    CheckpointSettings,
-    Manifest,
-    Trees,
-    folder_name,
-    on_rank_0,
-)
-from latte_scale.checkpoint_write import Job, explain, no_room
+from latte_scale.checkpoint import disk
+from latte_scale.checkpoint.format import STEP_FOLDER, CheckpointError, Manifest, Trees, folder_name
+from latte_scale.checkpoint.load import on_rank_0
+from latte_scale.checkpoint.settings import CheckpointSettings
+from latte_scale.checkpoint.write import Job, explain, no_room
 from latte_scale.engine.base import Ranks
 
 TEMPORARY_FOLDER = re.compile(rf"{STEP_FOLDER.pattern}\.(tmp|old)-[0-9a-f]+")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from latte_scale import checkpoint_disk as disk
-from tests.checkpoints import Fault
+from latte_scale.checkpoint import disk
+from tests.checkpoint.making import Fault
 
 
 def test_a_file_is_what_was_asked_for(tmp_path: Path) -> None:

@@ -9,19 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from latte_scale.checkpoint import (
+    Checkpointer,
     CheckpointError,
     CheckpointSettings,
     Piece,
-    check_tiling,
-    file_name,
     find_newest_sound,
     load_full,
     load_into,
     open_checkpoint,
     verify,
 )
-from latte_scale.checkpoint_save import Checkpointer
-from tests.checkpoints import RANKS, SHAPES, flip_a_bit, newest, save, saver, trees, truncate, values
+from latte_scale.checkpoint.format import check_tiling, file_name
+from tests.checkpoint.making import RANKS, SHAPES, flip_a_bit, newest, save, saver, trees, truncate, values
 
 
 def test_round_trip_and_layout(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from latte_scale.conditioning import ModelInputs
 from latte_scale.engine.base import StepResult
-from latte_scale.journal import FIELDS, Journal, Progress, Tally
-from latte_scale.metrics import MetricsFile, read_metrics
-from latte_scale.run import StopRunError
+from latte_scale.run.folder import StopRunError
+from latte_scale.run.journal import FIELDS, Journal, Progress, Tally
+from latte_scale.run.metrics import MetricsFile, read_metrics
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latte_scale import metrics
+from latte_scale.run import metrics
 
 
 def test_mfu_with_an_injected_peak():

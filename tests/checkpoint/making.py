@@ -6,9 +6,15 @@ from pathlib import Path
 
 import torch
 
-from latte_scale import checkpoint_disk
-from latte_scale.checkpoint import CheckpointSettings, Piece, find_newest_sound, load_into, open_checkpoint
-from latte_scale.checkpoint_save import Checkpointer
+from latte_scale.checkpoint import (
+    Checkpointer,
+    CheckpointSettings,
+    Piece,
+    disk,
+    find_newest_sound,
+    load_into,
+    open_checkpoint,
+)
 from latte_scale.engine.dist import Ranks
 
 RANKS = Ranks(0, 1, 0, torch.device("cpu"))
@@ -71,8 +77,8 @@ class Fault:
         self.seen: list[str] = []
 
     def install(self) -> None:
-        for name in checkpoint_disk.CHANGES:
-            setattr(checkpoint_disk, name, self._wrap(name, getattr(checkpoint_disk, name)))
+        for name in disk.CHANGES:
+            setattr(disk, name, self._wrap(name, getattr(disk, name)))
 
     def _wrap(self, name: str, function: Callable) -> Callable:
         def change(*arguments):

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from latte_scale.checkpoint import CheckpointError, CheckpointSettings, state_trees
-from latte_scale.checkpoint_save import Checkpointer
-from latte_scale.ckpt_content import differences, open_native
-from latte_scale.ckpt_deepspeed import is_deepspeed, load_file, open_deepspeed, write_deepspeed
+from latte_scale.checkpoint import Checkpointer, CheckpointError, CheckpointSettings, state_trees
+from latte_scale.checkpoint.content import differences, open_native
+from latte_scale.checkpoint.deepspeed import is_deepspeed, load_file, open_deepspeed, write_deepspeed
 from latte_scale.ema import Ema, EmaSettings
 from latte_scale.engine import Ranks
 from latte_scale.optim import OptimSettings

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.watchdog import Watchdog
-from tests.checkpoints import in_child
+from latte_scale.run.watchdog import Watchdog
+from tests.checkpoint.making import in_child
 
 
 def sleep_in_python() -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale import checkpoint_write
-from latte_scale.checkpoint import CheckpointError, CheckpointSettings, list_checkpoints
-from latte_scale.checkpoint_write import explain, retain
-from tests.checkpoints import flip_a_bit, newest, save, saver, truncate
+from latte_scale.checkpoint import CheckpointError, CheckpointSettings, list_checkpoints, write
+from latte_scale.checkpoint.write import explain, retain
+from tests.checkpoint.making import flip_a_bit, newest, save, saver, truncate
 
 
 def steps(folder: Path) -> list[int]:
@@ -35,18 +34,18 @@ def test_retention_keeps_every_so_many_steps(tmp_path: Path) -> None:
 def test_the_last_sound_one_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that loses a bit of the new checkpoint after it was written: sizes fit, checksums do not."""
     save(saver(tmp_path, keep_last=3), 1)
-    commit = checkpoint_write.commit
+    commit = write.commit
 
     def commit_on_a_bad_disk(temporary: Path, final: Path, manifest) -> None:
         commit(temporary, final, manifest)
         flip_a_bit(final)
 
-    monkeypatch.setattr(checkpoint_write, "commit", commit_on_a_bad_disk)
+    monkeypatch.setattr(write, "commit", commit_on_a_bad_disk)
     writer = saver(tmp_path, keep_last=1)
     for step in (2, 3):
         save(writer, step)
     assert (tmp_path / "step-00000001").is_dir() and newest(tmp_path) == 1
-    monkeypatch.setattr(checkpoint_write, "commit", commit)
+    monkeypatch.setattr(write, "commit", commit)
     save(writer, 4)
     assert newest(tmp_path) == 4 and steps(tmp_path) == [4]
 
@@ -80,7 +79,7 @@ def test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing(tmp_
 
 def test_a_removal_that_fails_does_not_undo_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(saver(tmp_path), 1)
-    monkeypatch.setattr(checkpoint_write, "list_checkpoints", lambda folder: 1 / 0)
+    monkeypatch.setattr(write, "list_checkpoints", lambda folder: 1 / 0)
     writer = saver(tmp_path, keep_last=1)
     save(writer, 2)
     writer.finish()

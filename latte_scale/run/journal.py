@@ -19,8 +19,8 @@ from torch import Tensor
 from latte_scale.conditioning import NUM_BANDS, ModelInputs, band_of
 from latte_scale.engine.base import StepResult
 from latte_scale.engine.dist import Ranks
-from latte_scale.metrics import MetricsFile, SpikeDetector, Throughput, memory_bytes, peak_flops
-from latte_scale.run import StopRunError
+from latte_scale.run.folder import StopRunError
+from latte_scale.run.metrics import MetricsFile, SpikeDetector, Throughput, memory_bytes, peak_flops
 
 logger = logging.getLogger("latte_scale")
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale import checkpoint_disk, checkpoint_write
-from latte_scale.checkpoint import CheckpointError
-from tests.checkpoints import newest, save, saver, trees, values
+from latte_scale.checkpoint import CheckpointError, disk, write
+from tests.checkpoint.making import newest, save, saver, trees, values
 
 
 def wait_for(condition) -> None:
@@ -23,20 +22,20 @@ def wait_for(condition) -> None:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk on which a file takes 50 ms."""
-    original = checkpoint_disk.write_file
+    original = disk.write_file
 
     def slow_write(*arguments):
         time.sleep(0.05)
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoint_disk, "write_file", slow_write)
+    monkeypatch.setattr(disk, "write_file", slow_write)
 
 
 def break_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments):
         raise RuntimeError("cosmic ray")
 
-    monkeypatch.setattr(checkpoint_write, "encode_manifest", broken)
+    monkeypatch.setattr(write, "encode_manifest", broken)
 
 
 def test_the_background_writes_what_was_there_at_save(tmp_path: Path, slow) -> None:

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from latte_scale import lease as module
-from latte_scale.lease import STALE_S, Holder, Lease, LeaseError, holder_of, process_start, this_process
+from latte_scale.run import lease as module
+from latte_scale.run.lease import STALE_S, Holder, Lease, LeaseError, holder_of, process_start, this_process
 
 
 def other_host(**changes):

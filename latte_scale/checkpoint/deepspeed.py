@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latte_scale import checkpoint_disk as disk
-from latte_scale.checkpoint import CheckpointError
-from latte_scale.ckpt_content import MOMENTS, Content, complete, read_facts, write_facts
+from latte_scale.checkpoint import disk
+from latte_scale.checkpoint.content import MOMENTS, Content, complete, read_facts, write_facts
+from latte_scale.checkpoint.format import CheckpointError
 
 OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # stages 1 and 2, stage 3

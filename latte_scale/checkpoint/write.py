@@ -16,12 +16,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from latte_scale import checkpoint_disk as disk
-from latte_scale.checkpoint import (
+from latte_scale.checkpoint import disk
+from latte_scale.checkpoint.format import (
     MANIFEST,
     Checkpoint,
     CheckpointError,
-    CheckpointSettings,
     Manifest,
     Piece,
     Trees,
@@ -29,9 +28,9 @@ from latte_scale.checkpoint import (
     encode_manifest,
     file_name,
     folder_name,
-    list_checkpoints,
-    verify_files,
 )
+from latte_scale.checkpoint.load import list_checkpoints, verify_files
+from latte_scale.checkpoint.settings import CheckpointSettings
 from latte_scale.engine.base import Ranks
 
 COMMIT_TIMEOUT_S = 3600.0

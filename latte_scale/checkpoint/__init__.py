@@ -1,0 +1,48 @@
+"""Checkpoints: complete or not there, from any engine and any number of ranks into any other.
+
+`format` says what a checkpoint folder holds, `load` finds the newest sound one and reads it, `save` writes one in the
+background (`write`), through the few functions of `disk`. Beside training: `content` compares checkpoints of any format
+and converts them, with `dcp` for torch's and `deepspeed` for DeepSpeed's.
+"""
+
+from latte_scale.checkpoint.format import (
+    MANIFEST,
+    STEP_FOLDER,
+    Checkpoint,
+    CheckpointError,
+    Manifest,
+    Piece,
+    Trees,
+    state_trees,
+)
+from latte_scale.checkpoint.load import (
+    find_newest_sound,
+    list_checkpoints,
+    load_full,
+    load_into,
+    open_checkpoint,
+    step_folders,
+    verify,
+)
+from latte_scale.checkpoint.save import Checkpointer
+from latte_scale.checkpoint.settings import CheckpointSettings
+
+__all__ = [
+    "MANIFEST",
+    "STEP_FOLDER",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointSettings",
+    "Checkpointer",
+    "Manifest",
+    "Piece",
+    "Trees",
+    "find_newest_sound",
+    "list_checkpoints",
+    "load_full",
+    "load_into",
+    "open_checkpoint",
+    "state_trees",
+    "step_folders",
+    "verify",
+]

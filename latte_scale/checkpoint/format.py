@@ -1,0 +1,144 @@
+"""What a checkpoint is: the files of a `step-00001000/` folder and the manifest over them.
+
+For each tree of tensors ("model", "ema/0.9999", "optim/exp_avg", "optim/exp_avg_sq") and each rank that saved, one
+safetensors file with that rank's 1-D pieces, and over them `manifest.json`: which rank held which range of which
+tensor, sizes and crc32c of the files, counters, configuration, and a checksum of itself.
+The decision worth knowing: a piece is a range of the flattened tensor, so a reader needs only the byte ranges that
+overlap its own piece, whoever wrote them, and nothing is gathered.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import torch
+from torch import Tensor
+
+from latte_scale.engine.base import LocalShard
+from latte_scale.store import MissingError, StoreError, open_store
+
+FORMAT = "latte_scale checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, found, trusted or used; the message names the folder and what to do."""
+
+
+class Piece(NamedTuple):
+    """A range of one flattened tensor of a tree, held by this rank."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    stop: int
+    tensor: Tensor  # 1-D fp32 of stop - start elements: read by a save, written by a load
+
+
+Trees = dict[str, list[Piece]]
+"""Tree name -> this rank's piece of every tensor. All trees have the same names and ranges."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    step: int
+    world_size: int  # ranks that saved
+    trees: list[str]
+    shapes: dict[str, list[int]]  # of every tensor, the same in all trees; all are float32
+    pieces: dict[str, list[list[int]]]  # tensor -> [rank, start, stop], by start; together they tile the tensor
+    files: dict[str, dict[str, int]]  # file -> size_bytes, crc32c
+    counters: dict[str, Any]
+    config: dict[str, Any]
+    data_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+
+def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[Tensor]]) -> Trees:
+    """Everything a run must save or load, as views: weights, moments and averages (Ema.trees) of this rank."""
+
+    def tree(tensors: Sequence[Tensor]) -> list[Piece]:
+        return [
+            Piece(shard.name, shard.shape, shard.start, shard.stop, tensor)
+            for shard, tensor in zip(shards, tensors, strict=True)
+        ]
+
+    trees = {"model": tree([shard.param for shard in shards])}
+    for key in ("exp_avg", "exp_avg_sq"):
+        trees[f"optim/{key}"] = tree([shard.state[key] for shard in shards])
+    return trees | {name: tree(tensors) for name, tensors in ema_trees.items()}
+
+
+def folder_name(step: int) -> str:
+    """The folder of a step, in which names sort as numbers: step-00001000."""
+    return f"step-{step:08d}"
+
+
+def file_name(tree: str, rank: int) -> str:
+    """The file that holds a rank's pieces of a tree: ema-0.9999.rank-00003.safetensors."""
+    return f"{tree.replace('/', '-')}.rank-{rank:05d}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------- the manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json, with a checksum over everything else in it."""
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    return _json({**content, "crc32c": google_crc32c.value(_json(content))})
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder. CheckpointError that says what is wrong with it."""
+    try:
+        content = json.loads(open_store(path).read(MANIFEST))
+    except MissingError as error:
+        raise CheckpointError(f"{path} has no {MANIFEST}: it was never completed, or is no checkpoint") from error
+    except StoreError as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST} is not of a {FORMAT}: another program wrote it")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {content.get('format_version')}, this release reads {FORMAT_VERSION}; "
+            "use the release that wrote it"
+        )
+    stored = content.pop("crc32c", None)
+    if stored != google_crc32c.value(_json(content)):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum does not fit its content")
+    manifest = Manifest(**{key: value for key, value in content.items() if key not in ("format", "format_version")})
+    if path.name != folder_name(manifest.step) and STEP_FOLDER.fullmatch(path.name):
+        raise CheckpointError(f"{path} holds step {manifest.step}: the folder was renamed; rename it back")
+    return manifest
+
+
+def check_tiling(shapes: Mapping[str, Sequence[int]], pieces: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Raise CheckpointError unless the pieces of each tensor, sorted by start, cover it once and without a gap."""
+    for name, shape in shapes.items():
+        position = 0
+        for rank, start, stop in pieces[name]:
+            if start != position:
+                raise CheckpointError(f"tensor {name}: rank {rank} holds [{start}, {stop}), expected from {position}")
+            position = stop
+        if position != torch.Size(shape).numel():
+            raise CheckpointError(f"tensor {name} of shape {tuple(shape)}: its pieces end at element {position}")
