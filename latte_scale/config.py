@@ -22,6 +22,7 @@ from latte_scale.engine.base import EngineSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.optim import OptimSettings
+from latte_scale.run.tracking import LogSettings
 from latte_scale.store import StoreSettings
 
 # Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
@@ -100,17 +101,6 @@ class TrainSettings:
             raise ValueError(f"train.max_skipped must be >= 0, came {self.max_skipped}")
         if self.joint_images < 0:
             raise ValueError(f"train.joint_images must be 0 or more, came {self.joint_images}")
-
-
-@dataclass(frozen=True)
-class LogSettings:
-    """What is written while training."""
-
-    every_steps: int = 10  # one line in metrics.jsonl and on the console per so many steps
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"log.every_steps must be at least 1, came {self.every_steps}")
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,12 @@ from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
+from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.run.journal import Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, Readback
 from latte_scale.run.stopping import StopSources
+from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.weights import load_weights
@@ -102,17 +104,19 @@ def train(
     # Resume: everything but tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
-    rewind_log(folder, progress, found, broken)
+    last_logged = rewind_log(folder, progress, found, broken)
     folder.write_config(config)
+    note_facts(folder, ranks, fingerprint)
     set_aside = [path for path, _ in broken]
     checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, set_aside, fence.check)
     checkpointer.check_room(trees)
-    journal = make_journal(config, progress, folder, fence, ranks)
+    trackers = make_trackers(config, folder, progress, last_logged)
+    journal = make_journal(config, progress, folder, fence, ranks, trackers)
     announce(config, plan, datasets, engine, progress)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     watchdog.arm(SLOW_FACTOR)
-    with make_loader(config, datasets, images, plan, ranks, progress.step) as loader:
+    with trackers, make_loader(config, datasets, images, plan, ranks, progress.step) as loader:
         for step in range(progress.step, config.train.steps):
             updates = journal.progress.updates_before(step)
             lr = learning_rate(config, updates)
@@ -221,11 +225,20 @@ def make_loader(
     )
 
 
-def make_journal(config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks) -> Journal:
+def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_logged: int) -> Trackers:
+    """Where the metrics are copied to: rank 0's business."""
+    if folder.rank != 0:
+        return Trackers()
+    return open_trackers(config.log, folder.path, to_mapping(config), progress.step, last_logged)
+
+
+def make_journal(
+    config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks, trackers: Trackers
+) -> Journal:
     recompute = config.engine.activation_checkpointing == "full"
     return Journal(
         progress,
-        MetricsFile(folder.metrics_path, fence.check) if ranks.rank == 0 else None,
+        MetricsFile(folder.metrics_path, fence.check, trackers.log) if ranks.rank == 0 else None,
         console,
         ranks.device,
         num_devices=ranks.size,
@@ -313,13 +326,16 @@ def resume(
 
 def rewind_log(
     folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[Path, str]]
-) -> None:
-    """Take back the logged steps after the checkpoint, which run again, and say so (rank 0)."""
+) -> int:
+    """Take back the logged steps after the checkpoint, which run again, and say so (rank 0).
+
+    Returns the last step that was logged before, -1 for none.
+    """
     if folder.rank != 0:
-        return
+        return -1
     replayed = MetricsFile(folder.metrics_path).rewind(progress.step, folder.logs / "rewound.jsonl")
     if found is None and not replayed:
-        return
+        return -1
     source = "the start: no checkpoint was complete" if found is None else str(found.path)
     again = f", steps {replayed[0]} to {replayed[-1]} are run again" if replayed else ""
     console.print(f"resumed at step {progress.step} from {source}{again}")
@@ -327,6 +343,14 @@ def rewind_log(
     for problem in problems:
         console.print(f"broken checkpoint set aside: {problem}", markup=False)
     folder.note_restart(progress.step, source, replayed, problems)
+    return max(replayed, default=progress.step - 1)
+
+
+def note_facts(folder: RunFolder, ranks: Ranks, fingerprint: str) -> None:
+    """Write down how this attempt was made: command, commit, versions, hosts. A collective."""
+    gathered = ranks.all_gather_object(describe_rank(ranks.rank, str(ranks.device)))
+    if ranks.rank == 0:
+        write_facts(folder.path, collect_facts(gathered, fingerprint))
 
 
 def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:

@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "engine.base",
         "model",
         "optim",
+        "run.tracking",
         "store",
     },
     "check_data": {"config", "data", "encoders"},

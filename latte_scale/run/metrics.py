@@ -114,9 +114,17 @@ class SpikeDetector:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended and flushed, rewound to the step a run resumes from."""
 
-    def __init__(self, path: str | Path, fence: Callable[[], None] = lambda: None) -> None:
-        """`fence` is asked before each line; it raises once this attempt may not write any more."""
-        self.path, self._fence = Path(path), fence
+    def __init__(
+        self,
+        path: str | Path,
+        fence: Callable[[], None] = lambda: None,
+        then: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        """`fence` is asked before each line; it raises once this attempt may not write any more.
+
+        `then` is given every line that was written.
+        """
+        self.path, self._fence, self._then = Path(path), fence, then
 
     def rewind(self, step: int, keep_in: str | Path) -> list[int]:
         """Move every line of a step >= `step` to the file `keep_in`; returns those steps.
@@ -145,6 +153,7 @@ class MetricsFile:
         self._fence()
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+        self._then(record)
 
 
 def _parse_or_none(line: str) -> dict[str, Any] | None:

@@ -1,0 +1,81 @@
+"""How a run was made: `RUN/facts.json` of the newest attempt, and all of them in `RUN/logs/facts.jsonl`.
+
+In: the process and its environment. Out: command, commit, versions of everything installed, hosts and devices, the
+environment variables that change what a run does, and the fingerprint of the data. Variables are taken by name from a
+list, so that no key or token ends up in a run folder.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+VARIABLES = re.compile(
+    r"(SLURM|NCCL|GLOO|CUDA|TORCH|TORCHELASTIC|PYTORCH|OMP|MKL|DS|LATTE|TRITON|UCX|FI)_\w+"
+    r"|MASTER_(ADDR|PORT)|(LOCAL_|NODE_)?(RANK|WORLD_SIZE)|HF_HUB_OFFLINE|AWS_ENDPOINT_URL(_S3)?|AWS_REGION"
+)
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|JWT", re.IGNORECASE)
+
+
+def describe_rank(rank: int, device: str) -> dict[str, Any]:
+    """What one rank says of itself, to be gathered."""
+    return {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "device": device}
+
+
+def collect_facts(ranks: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
+    """Everything about this attempt; `ranks` is what `describe_rank` gave on each."""
+    return {
+        "time": time.time(),
+        "command": [sys.executable, *sys.argv],
+        "cwd": os.getcwd(),
+        "git_commit": git_commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "hosts": sorted({rank["host"] for rank in ranks}),
+        "ranks": list(ranks),
+        "environment": environment(os.environ),
+        "data_fingerprint": fingerprint,
+    }
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Replace `facts.json` and add a line to `logs/facts.jsonl`."""
+    temporary = folder / "facts.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(temporary, folder / "facts.json")
+    with open(folder / "logs" / "facts.jsonl", "a") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change what a run does; none whose name speaks of a secret."""
+    return {
+        name: value
+        for name, value in sorted(variables.items())
+        if VARIABLES.fullmatch(name) and not SECRET.search(name)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Version of every installed distribution."""
+    found = importlib.metadata.distributions()
+    return dict(sorted((d.metadata["Name"], d.version) for d in found if d.metadata["Name"]))
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit this code runs from, with `-dirty` where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

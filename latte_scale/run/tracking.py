@@ -1,0 +1,184 @@
+"""Where the lines of `metrics.jsonl` go besides: Weights & Biases and TensorBoard, when the `log` section asks.
+
+In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
+of wandb lasts over all attempts of a run: its id lies in `RUN/wandb-id`.
+The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so whatever is wrong with a
+tracking service is told and never ends a training step; but a service that is asked for and not installed is an error
+before the first step.
+"""
+
+import importlib.util
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+logger = logging.getLogger("latte_scale")
+
+START_TIMEOUT_S, FINISH_TIMEOUT_S = 30.0, 30.0
+"""How long wandb may take to begin and to end: the nodes of a job wait for it, and a grace time is short."""
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is written while training. All of it may change on resume."""
+
+    every_steps: int = 10  # one line in metrics.jsonl and on the console per so many steps
+    tensorboard: bool = False  # also RUN/tensorboard
+    wandb: Literal["off", "online", "offline"] = "off"  # offline: RUN/wandb, sent later by `wandb sync`
+    wandb_project: str = "latte_scale"
+    wandb_entity: str | None = None  # user or team; None: the account's own
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"log.every_steps must be at least 1, came {self.every_steps}")
+
+
+class Tracker(Protocol):
+    """A copy of the metrics somewhere else."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one line of metrics.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left. Bounded in time."""
+        ...
+
+
+class Trackers:
+    """Those that a run has; use it in `with`, which closes them."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give one line of metrics.jsonl to each."""
+        for tracker in self._trackers:
+            tracker.log(record)
+
+
+def open_trackers(
+    settings: LogSettings, folder: Path, config: Mapping[str, Any], first_step: int, last_logged: int
+) -> Trackers:
+    """The trackers that the settings ask for.
+
+    Args:
+        settings: the `log` section.
+        folder: the run folder.
+        config: the resolved configuration, nested mappings.
+        first_step: the step this attempt begins with; TensorBoard forgets what an earlier one wrote from there on.
+        last_logged: the last step that an earlier attempt logged, -1 for none; wandb cannot forget, so it is not sent
+            these steps again.
+
+    Raises ValueError where one that is asked for is not installed.
+    """
+    trackers: list[Tracker] = []
+    if settings.tensorboard:
+        trackers.append(TensorBoard(folder / "tensorboard", first_step))
+    if settings.wandb != "off":
+        trackers.append(Wandb(settings, folder, config, last_logged))
+    return Trackers(trackers)
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics line by name; a list becomes `name/0`, `name/1`; what is null or text is left out."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        for name, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(number, (int, float)) and key not in ("step", "time"):
+                found[key if name is None else f"{key}/{name}"] = float(number)
+    return found
+
+
+class TensorBoard:
+    """Event files that `tensorboard --logdir RUN` shows."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        _check_installed("tensorboard", "log.tensorboard=false")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one line of metrics.jsonl."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"], walltime=record.get("time"))
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """One run of Weights & Biases over all attempts of a run."""
+
+    def __init__(self, settings: LogSettings, folder: Path, config: Mapping[str, Any], last_logged: int) -> None:
+        _check_installed("wandb", "log.wandb=off")
+        import wandb
+
+        self._last_logged, self._failed = last_logged, False
+        arguments = {
+            "project": settings.wandb_project,
+            "entity": settings.wandb_entity,
+            "name": folder.resolve().name,
+            "id": _run_id(folder),
+            "resume": "allow",
+            "dir": str(folder),
+            "config": dict(config),
+            "settings": wandb.Settings(
+                init_timeout=START_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                console="off",
+                disable_code=True,
+            ),
+        }
+        try:
+            self._run = wandb.init(mode=settings.wandb, **arguments)
+        except wandb.errors.Error as error:
+            logger.error(
+                "wandb did not begin (%s); this attempt is tracked offline: send it later with wandb sync %s",
+                error,
+                folder / "wandb",
+            )
+            wandb.teardown()  # its process still holds the id
+            self._run = wandb.init(mode="offline", **arguments)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one line of metrics.jsonl; a step that an earlier attempt sent is not sent again."""
+        if record["step"] <= self._last_logged or self._failed:
+            return
+        try:
+            self._run.log(scalars(record), step=record["step"])
+        except Exception as error:  # whatever a service does, training goes on
+            self._failed = True
+            logger.error("wandb failed at step %d (%s); metrics.jsonl goes on without it", record["step"], error)
+
+    def close(self) -> None:
+        """Send what is left, for FINISH_TIMEOUT_S at most."""
+        try:
+            self._run.finish()
+        except Exception as error:
+            logger.error("wandb did not end well (%s); wandb sync sends what is left", error)
+
+
+def _check_installed(package: str, otherwise: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed: pip install 'latte_scale[{package}]', or set {otherwise}")
+
+
+def _run_id(folder: Path) -> str:
+    """The id of this run at the service, drawn once."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()
