@@ -12,6 +12,7 @@ VERBS = {  # verb -> (module:function, what it does)
     "import": ("latte_scale.import_weights:main", "read released weights into a folder that model.init takes"),
     "export": ("latte_scale.export:main", "write a folder that diffusers' LattePipeline loads, or an official .pt"),
     "ckpt": ("latte_scale.ckpt:main", "list, verify, compare and convert checkpoints"),
+    "bench": ("latte_scale.bench:main", "how fast steps run here, beside diffusers or plain PyTorch, and why"),
     "table": ("latte_scale.table:main", "parameters and FLOPs of every size and variant"),
 }
 

@@ -12,7 +12,6 @@ anything else. Rank 0 also writes code and reason to `exit.json`, because launch
 
 import argparse
 import logging
-import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from typing import NoReturn
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from latte_scale.check_data import check_data
 from latte_scale.checkpoint import (
@@ -34,7 +32,7 @@ from latte_scale.checkpoint import (
     load_into,
     state_trees,
 )
-from latte_scale.conditioning import Conditioner, ModelInputs
+from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, guarded_differences, load_config
 from latte_scale.data.loader import (
     DataSettings,
@@ -48,14 +46,13 @@ from latte_scale.data.loader import (
 from latte_scale.data.plan import Plan
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import ManifestError
-from latte_scale.diffusion.contrastive import info_nce
-from latte_scale.diffusion.loss import diffusion_loss, draw_timestep, schedule_of
-from latte_scale.diffusion.schedule import Schedule
+from latte_scale.diffusion.loss import schedule_of
 from latte_scale.ema import Ema
 from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
+from latte_scale.engine.base import make_deterministic
+from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.build import build_model
-from latte_scale.model.flops import num_flops
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
@@ -84,7 +81,8 @@ def train(
     allow_change: Sequence[str],
 ) -> int:
     """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
-    make_deterministic(config)
+    if config.train.deterministic:
+        make_deterministic()
     found, broken = find_newest_sound(config.checkpoint_dir, ranks)
 
     # Data: what is stored, whether it fits the model, and which samples form step k.
@@ -133,9 +131,8 @@ def train(
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):
                 inputs = conditioner(micro_batch, step)
-                loss_B, contrastive_B = losses_of(config, engine, schedule, inputs)
-                total_B = loss_B if contrastive_B is None else loss_B + config.contrastive.weight * contrastive_B
-                share = (total_B * inputs.weight_B).sum() / config.train.global_batch
+                loss_B, contrastive_B = losses_of(config, engine.model, schedule, inputs)
+                share = share_of(config, inputs, loss_B, contrastive_B)
                 engine.backward(share, last_microbatch=number == len(micro_batches))
                 tally.add(inputs, loss_B, contrastive_B, *cost_of(config, inputs))
             result = engine.step(lr, clip=updates >= config.optim.clip_from_update)
@@ -160,13 +157,6 @@ def train(
     watchdog.arm(SLOW_FACTOR)
     checkpointer.finish(hurry=journal.stop_requested)  # the last save is complete before the exit code says so
     return DONE if journal.progress.step == config.train.steps else REQUEUE
-
-
-def make_deterministic(config: Config) -> None:
-    """Ask torch for deterministic kernels when train.deterministic is set; bitwise resume on a GPU needs it."""
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Checkpoint | None) -> DataSettings:
@@ -235,7 +225,6 @@ def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_lo
 def make_journal(
     config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks, trackers: Trackers
 ) -> Journal:
-    recompute = config.engine.activation_checkpointing == "full"
     return Journal(
         progress,
         MetricsFile(folder.metrics_path, fence.check, trackers.log) if ranks.rank == 0 else None,
@@ -244,7 +233,7 @@ def make_journal(
         num_devices=ranks.size,
         every_steps=config.log.every_steps,
         total_steps=config.train.steps,
-        recompute_share=1 / 3 if recompute else 0.0,  # one more forward beside forward and backward
+        recompute_share=recompute_share(config),
         max_skipped=config.train.max_skipped,
         contrastive=bool(config.contrastive.weight),
     )
@@ -258,35 +247,6 @@ def learning_rate(config: Config, updates: int) -> float:
         warmup_steps=config.train.warmup_steps,
         total_steps=config.train.steps,
     )
-
-
-def losses_of(config: Config, engine: Engine, schedule: Schedule, inputs: ModelInputs) -> tuple[Tensor, Tensor | None]:
-    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive one where it is asked for."""
-    uniform_B = torch.from_numpy(inputs.uniform_B)
-    t_B = draw_timestep(uniform_B, config.diffusion).to(engine.device, non_blocking=True)
-    features: list[Tensor] = []
-
-    def predict(noisy_BCFHW: Tensor, timestep: Tensor) -> Tensor:
-        output_BOFHW, *pair = inputs.predict(engine.model, noisy_BCFHW, timestep, bool(config.contrastive.weight))
-        features.extend(pair)
-        return output_BOFHW
-
-    latents, noise, known = inputs.latents_BCFHW, inputs.noise_BCFHW, inputs.known_BF
-    loss_B = diffusion_loss(predict, latents, t_B, noise, config.diffusion, schedule, known_BF=known).loss_B
-    if not features:
-        return loss_B, None
-    group, temperature = config.contrastive.group, config.contrastive.temperature
-    return loss_B, info_nce(*features, inputs.condition_B, group, temperature)
-
-
-def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
-    """Latent tokens, and FLOPs of forward and backward (3 x forward), of a micro-batch's real samples."""
-    frames, height, width = inputs.latents_BCFHW.shape[2:]
-    size = (frames - inputs.num_images, height, width)
-    tokens = inputs.num_samples * frames * height * width // config.model.patch_size**2
-    lengths = [length for length in inputs.num_tokens_B if length] or [0] * inputs.num_samples
-    images = {"num_images": inputs.num_images, "own_conditions": inputs.images_have_conditions}
-    return tokens, 3.0 * sum(num_flops(config.model, *size, length, **images) for length in lengths)
 
 
 def counters_of(progress: Progress) -> dict:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = {
-    "train", "sample", "evaluate", "import_weights", "export", "report", "ckpt", "table", "quickstart",
+    "train", "sample", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench", "quickstart",
 }  # fmt: skip
 
 # module (or package) -> what it may import of this repository. An entry point may import everything but data_tools and
@@ -27,6 +27,8 @@ MAY_IMPORT = {
     # From a micro-batch to the loss's arguments, and from a step's numbers to the metrics file: parts of the train loop
     # that have a life of their own. Only entry points import them.
     "conditioning": {"data", "encoders", "rng"},
+    # A micro-batch's losses and work: what the trainer and the benchmark of a step share.
+    "losses": {"conditioning", "config", "diffusion", "model"},
     "run": {"run", "settings"},
     "run.metrics": {"engine.base"},
     "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},

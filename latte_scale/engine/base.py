@@ -8,6 +8,7 @@ and reductions, so that all engines compute the same function.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -106,6 +107,12 @@ class Engine(Protocol):
     def after_load(self, num_updates: int) -> None:
         """Make the model and the step counters follow what was written into the local shards."""
         ...
+
+
+def make_deterministic() -> None:
+    """Ask torch for deterministic kernels; bitwise resume on a GPU needs them. Must run before the first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def check_model(model: nn.Module) -> None:

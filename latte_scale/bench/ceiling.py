@@ -1,0 +1,98 @@
+"""What the device could do at best: matrix products at the model's own shapes, and copies.
+
+In: a Config and a device. Out: rates. The decision worth knowing: a step spends most of its FLOPs in a handful of
+products whose one side is the number of tokens and whose others are multiples of the width. Their measured rate over
+the device's peak is the MFU that no kernel around them can pass.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from latte_scale.bench.inputs import latent_sides
+from latte_scale.config import Config
+from latte_scale.model.build import build_model
+
+SECONDS = 0.2  # of a measurement, after one call that does not count
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
+
+
+def gemm_rates(config: Config, device: torch.device, seconds: float = SECONDS) -> dict:
+    """TFLOP/s of every product of the blocks' linear layers over video tokens: forward, and both of backward.
+
+    Returns {"products": [{tokens, in, out, layers, forward, grad_input, grad_weight}], "tflops_per_s": of all of them
+    as often as a step runs them}.
+    """
+    tokens, dtype = num_tokens(config), torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    products, flops, spent_s = [], 0.0, 0.0
+    for (inner, outer), layers in sorted(linear_shapes(config).items()):
+        x = torch.randn(tokens, inner, device=device, dtype=dtype)
+        weight = torch.randn(outer, inner, device=device, dtype=dtype)
+        grad = torch.randn(tokens, outer, device=device, dtype=dtype)
+        calls = {
+            "forward": lambda x=x, weight=weight: torch.mm(x, weight.T),
+            "grad_input": lambda grad=grad, weight=weight: torch.mm(grad, weight),
+            "grad_weight": lambda grad=grad, x=x: torch.mm(grad.T, x),
+        }
+        once = 2.0 * tokens * inner * outer
+        times_s = {name: call_time(call, device, seconds) for name, call in calls.items()}
+        flops += 3 * once * layers
+        spent_s += sum(times_s.values()) * layers
+        rates = {name: once / value / 1e12 for name, value in times_s.items()}
+        products.append({"tokens": tokens, "in": inner, "out": outer, "layers": layers, **rates})
+    return {"products": products, "tflops_per_s": flops / spent_s / 1e12}
+
+
+def linear_shapes(config: Config) -> Counter[tuple[int, int]]:
+    """(in, out) of the blocks' linear layers that see every token, and how many of each: no modulation, no captions."""
+    with torch.device("meta"):
+        blocks = build_model(config.model).repeated_blocks()
+    apart = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")  # one row a clip; one a caption's token
+    return Counter(
+        (layer.in_features, layer.out_features)
+        for block in blocks
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear) and not name.startswith(apart)
+    )
+
+
+def num_tokens(config: Config) -> int:
+    """Video and image tokens of a micro-batch."""
+    height, width = latent_sides(config)
+    patches = height * width // config.model.patch_size**2
+    frames = config.video.frames // getattr(config.model, "tubelet_size", 1) + config.train.joint_images
+    return config.train.micro_batch * frames * patches
+
+
+def copy_bandwidth(device: torch.device, seconds: float = SECONDS) -> float:
+    """Bytes read and written a second by a copy on the device."""
+    source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / call_time(lambda: target.copy_(source), device, seconds)
+
+
+def call_time(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median seconds of a call, over five groups that take about `seconds` together."""
+    call()
+    number = max(1, int(seconds / 5 / max(_group_time(call, device, 1), 1e-7)))
+    return statistics.median(_group_time(call, device, number) / number for _ in range(5))
+
+
+def _group_time(call: Callable[[], object], device: torch.device, number: int) -> float:
+    if device.type != "cuda":
+        began_s = time.perf_counter()
+        for _ in range(number):
+            call()
+        return time.perf_counter() - began_s
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(number):
+        call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3

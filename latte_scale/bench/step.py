@@ -1,0 +1,238 @@
+"""Optimizer steps of a config on synthetic latents: how fast, where the time goes, and how it compares.
+
+    latte-scale bench step --config configs/t2v_512.yaml --against diffusers --out step.json train.global_batch=4
+
+In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: median and spread of the
+step, samples/s, TFLOP/s, MFU and HFU, memory, the step's budget by kind of kernel, the rate of the model's own matrix
+products and of copies, and all of it for the rival. `train.global_batch` says how many samples a step has (over all
+ranks: the command runs under torchrun too, then without a rival), `train.micro_batch` how many at a time. subjects.py
+tells the rivals; they take turns with ours. A rival that does not fit into memory is reported as such.
+Exit code 0, or 78 for a config or a comparison that cannot be.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+
+from latte_scale.bench.budget import budget
+from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
+from latte_scale.bench.inputs import Captions, step_inputs
+from latte_scale.bench.subjects import Ours, Rival, Subject, rival
+from latte_scale.bench.table import markdown
+from latte_scale.bench.timing import Turns
+from latte_scale.conditioning import ModelInputs
+from latte_scale.config import Config, load_config
+from latte_scale.engine import Ranks, init_distributed, shutdown
+from latte_scale.engine.base import make_deterministic
+from latte_scale.losses import cost_of, recompute_share
+from latte_scale.run.metrics import peak_flops, utilization
+from latte_scale.settings import SettingsError, to_mapping
+
+STOP = 78  # exit code: no use in trying again
+console = Console(soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report; 0, or 78 with the reason."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        ranks = init_distributed(timeout_s=config.engine.timeout_s)
+        if args.against and ranks.size > 1:
+            raise ValueError(f"--against {args.against} compares on one rank, {ranks.size} were started; leave it out")
+        result = {"command": ["latte-scale", "bench", "step", *argv]} | measure(config, ranks, args)
+    except (SettingsError, ValueError) as error:
+        console.print(f"error: {error}", markup=False)
+        return STOP
+    shutdown()
+    if ranks.rank == 0:
+        console.print(markdown([result]), markup=False)
+        if args.out:
+            write(args.out, result)
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale bench step", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--against", choices=get_args(Rival), help="the same work done otherwise, in the same run")
+    parser.add_argument("--captions", choices=get_args(Captions), default="full", help="full length, or of all lengths")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn (default 4)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that are not counted (default 3)")
+    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
+    parser.add_argument("--out", help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the JSON holds."""
+    if config.train.deterministic:
+        make_deterministic()
+    device = ranks.device
+    micro_batches = step_inputs(config, device, ranks.size, args.captions)
+    turns, subjects = Turns(device), {}
+    say(ranks, f"building and warming up on {device_name(device)}")
+    subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches))
+    turns.warm_up(subjects["latte_scale"], args.warm_up)
+    failed = {}
+    if args.against:
+        try:
+            subjects[args.against] = turns.build(lambda: rival(args.against, config, device, micro_batches))
+            turns.warm_up(subjects[args.against], args.warm_up)
+        except torch.OutOfMemoryError:
+            failed[args.against] = drop(subjects, args.against)
+    compiled = num_graphs()
+    failed |= run_rounds(subjects, turns, ranks, args)
+    work = work_of(config, micro_batches, ranks.size)
+    peak = peak_flops(device_name(device))
+    results: dict[str, Any] = {}
+    for name, subject in subjects.items():
+        summary = turns.measured[name].summary()
+        share = 0.0 if name == "eager" else work["recompute_share"]
+        results[name] = summary | rates(summary["step_s"], work, ranks.size, peak, share)
+        results[name]["budget"] = budget(subject, summary, device)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "environment": environment(device, ranks.size),
+        "config": to_mapping(config),
+        "settings": {key: value for key, value in vars(args).items() if key not in ("config", "overrides", "out")},
+        "work": work,
+        "subjects": results | failed,
+        "ratio": ratio(results, args.against),
+        "compile": {"graphs": compiled, "graphs_while_measured": num_graphs() - compiled},
+        "device": ceiling(config, device, peak),
+    }
+
+
+def run_rounds(
+    subjects: dict[str, Subject], turns: Turns, ranks: Ranks, args: argparse.Namespace
+) -> dict[str, dict[str, str]]:
+    """Rounds of turns until all are done or the time is up; returns the rivals that ran out of memory on the way."""
+    failed, began_s = {}, time.perf_counter()
+    for number in range(args.rounds):
+        for name in list(subjects):
+            try:
+                turns.turn(subjects[name], args.steps)
+            except torch.OutOfMemoryError:
+                if name == "latte_scale":
+                    raise
+                failed[name] = drop(subjects, name)
+        spent_s = time.perf_counter() - began_s
+        say(ranks, f"round {number + 1}/{args.rounds}, {spent_s:.0f} s")
+        if ranks.broadcast_object(spent_s > args.budget_s):  # one rank decides for all
+            break
+    return failed
+
+
+def drop(subjects: dict[str, Subject], name: str) -> dict[str, str]:
+    """Give a rival's memory back; what is reported of it."""
+    subjects.pop(name, None)
+    torch.cuda.empty_cache()
+    return {"error": "out of device memory"}
+
+
+def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_ranks: int) -> dict[str, Any]:
+    """What one step is, on this rank; FLOPs are 3 x forward, without recompute."""
+    tokens, flops = map(sum, zip(*(cost_of(config, inputs) for inputs in micro_batches), strict=True))
+    samples = sum(inputs.num_samples for inputs in micro_batches)
+    return {
+        "num_ranks": num_ranks,
+        "samples": samples,
+        "micro_batches": len(micro_batches),
+        "latents": list(micro_batches[0].latents_BCFHW.shape[1:]),
+        "tokens": tokens,
+        "model_flops": flops,
+        "recompute_share": recompute_share(config),
+    }
+
+
+def rates(step_s: float, work: dict[str, Any], num_ranks: int, peak: float | None, recomputed: float) -> dict[str, Any]:
+    """Samples a second over all ranks; FLOP/s, MFU and HFU of a rank."""
+    flops = work["model_flops"]
+    return {
+        "samples_per_s": work["samples"] * num_ranks / step_s,
+        "tflops_per_s": flops / step_s / 1e12,
+        "mfu": utilization(flops, step_s, 1, peak),
+        "hfu": utilization(flops * (1 + recomputed), step_s, 1, peak),
+    }
+
+
+def ratio(results: dict[str, dict[str, Any]], against: str | None) -> dict[str, Any] | None:
+    """Ours over the rival's: samples a second, and peak memory."""
+    if against not in results:
+        return None
+    ours, theirs = results["latte_scale"], results[against]
+    memory = ours["peak_bytes"] / theirs["peak_bytes"] if ours["peak_bytes"] else None
+    return {"against": against, "samples_per_s": ours["samples_per_s"] / theirs["samples_per_s"], "memory": memory}
+
+
+def ceiling(config: Config, device: torch.device, peak: float | None) -> dict[str, Any]:
+    """What the device does at best, and the MFU that the matrix products at their measured rate allow."""
+    gemm = gemm_rates(config, device)
+    share = None if peak is None else gemm["tflops_per_s"] * 1e12 / peak
+    peak_tflops = None if peak is None else peak / 1e12
+    return {"peak_tflops": peak_tflops, "gemm": gemm, "gemm_mfu": share, "copy_bytes_per_s": copy_bandwidth(device)}
+
+
+def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
+    """What the figures were made with."""
+    return {
+        "device": device_name(device),
+        "num_ranks": num_ranks,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The checkout's commit, "+" behind it if files were changed; None outside of a checkout."""
+    root = Path(__file__).resolve().parent.parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if changed else "")
+
+
+def num_graphs() -> int:
+    """Graphs that torch.compile has made in this process; more of them later are recompilations."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def write(path: str, result: dict[str, Any]) -> None:
+    """The JSON file, complete or not there."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(result, indent=2, default=dataclasses.asdict) + "\n")
+    temporary.replace(path)
+
+
+def say(ranks: Ranks, line: str) -> None:
+    if ranks.rank == 0:
+        console.print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

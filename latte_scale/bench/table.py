@@ -1,0 +1,95 @@
+"""Results of `bench step` as a Markdown table, for the console and for benchmarks/RESULTS.md.
+
+    python -m latte_scale.bench.table a.json b.json
+
+In: results as step.py writes them. Out: a row for each subject of each result, and the budgets below.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("config", "who", "step s (quartiles)", "samples/s", "TFLOP/s", "MFU", "HFU", "peak GiB", "x")
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The table of steps, then one line a subject that says where the step's time went, then what the device can do."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | --- " + "| ---: " * (len(COLUMNS) - 2) + "|"]
+    for result in results:
+        lines += [f"| {' | '.join(row)} |" for row in _rows(result)]
+    lines.append("")
+    for result in results:
+        lines += _budgets(result)
+        lines.append(_ceiling(result))
+    return "\n".join(lines)
+
+
+def title(result: dict[str, Any]) -> str:
+    """Model, shape of a clip, batch, and how it runs."""
+    config, work = result["config"], result["work"]
+    engine = config["engine"]
+    compiled = ", compile" if engine["compile"] else ""
+    shape = "x".join(map(str, work["latents"][1:]))
+    batch = f"{work['samples']} in {work['micro_batches']}, {config['train']['precision']}"
+    how = f"{engine['kind']}, checkpointing {engine['activation_checkpointing']}{compiled}"
+    return f"{config['model']['kind']} {shape}, {batch}, {how}"
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    rows, against = [], result["ratio"]
+    for name, subject in result["subjects"].items():
+        if "error" in subject:
+            rows.append([title(result), name, subject["error"], *[""] * (len(COLUMNS) - 3)])
+            continue
+        low, high = subject["step_s_quartiles"]
+        times = "" if against is None or name != "latte_scale" else f"{against['samples_per_s']:.2f}"
+        rows.append(
+            [
+                title(result),
+                name,
+                f"{subject['step_s']:.4g} ({low:.4g} to {high:.4g})",
+                f"{subject['samples_per_s']:.4g}",
+                f"{subject['tflops_per_s']:.4g}",
+                _percent(subject["mfu"]),
+                _percent(subject["hfu"]),
+                "" if subject["peak_bytes"] is None else f"{subject['peak_bytes'] / 2**30:.1f}",
+                times,
+            ]
+        )
+    return rows
+
+
+def _budgets(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, subject in result["subjects"].items():
+        if "budget" in subject:
+            shares = sorted(subject["budget"]["shares"].items(), key=lambda item: -item[1])
+            lines.append(f"- {name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares if share >= 0.005))
+    return lines
+
+
+def _ceiling(result: dict[str, Any]) -> str:
+    device, environment = result["device"], result["environment"]
+    share = "" if device["gemm_mfu"] is None else f", {device['gemm_mfu']:.1%} of the peak"
+    return (
+        f"- {environment['device']}: its matrix products at the model's shapes {device['gemm']['tflops_per_s']:.4g} "
+        f"TFLOP/s{share}; copies {device['copy_bytes_per_s'] / 1e9:.4g} GB/s; torch {environment['torch']}, "
+        f"commit {environment['commit']}; recompilations while measured: {result['compile']['graphs_while_measured']}"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table of the named files."""
+    paths = sys.argv[1:] if argv is None else argv
+    print(markdown([json.loads(Path(path).read_text()) for path in paths]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

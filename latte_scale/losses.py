@@ -1,0 +1,68 @@
+"""From a micro-batch that is ready to what a step is made of: its losses, and the work that they took.
+
+In: a Config, the model to call, ModelInputs on its device. Out: a loss a slot, and FLOPs. The decision worth knowing:
+the trainer and `latte-scale bench step` call the same functions, so what is measured is what trains.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latte_scale.conditioning import ModelInputs
+from latte_scale.config import Config
+from latte_scale.diffusion.contrastive import info_nce
+from latte_scale.diffusion.loss import diffusion_loss, draw_timestep
+from latte_scale.diffusion.schedule import Schedule
+from latte_scale.model.flops import flops_by_part, num_flops
+
+
+def losses_of(
+    config: Config, model: Callable[..., Any], schedule: Schedule, inputs: ModelInputs
+) -> tuple[Tensor, Tensor | None]:
+    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive one where it is asked for."""
+    latents, noise, known = inputs.latents_BCFHW, inputs.noise_BCFHW, inputs.known_BF
+    uniform_B = torch.from_numpy(inputs.uniform_B)
+    t_B = draw_timestep(uniform_B, config.diffusion).to(latents.device, non_blocking=True)
+    features: list[Tensor] = []
+
+    def predict(noisy_BCFHW: Tensor, timestep: Tensor) -> Tensor:
+        output_BOFHW, *pair = inputs.predict(model, noisy_BCFHW, timestep, bool(config.contrastive.weight))
+        features.extend(pair)
+        return output_BOFHW
+
+    loss_B = diffusion_loss(predict, latents, t_B, noise, config.diffusion, schedule, known_BF=known).loss_B
+    if not features:
+        return loss_B, None
+    group, temperature = config.contrastive.group, config.contrastive.temperature
+    return loss_B, info_nce(*features, inputs.condition_B, group, temperature)
+
+
+def share_of(config: Config, inputs: ModelInputs, loss_B: Tensor, contrastive_B: Tensor | None) -> Tensor:
+    """What a micro-batch adds to the step's loss, 0-d: the weighted sum of its slots over the global batch."""
+    total_B = loss_B if contrastive_B is None else loss_B + config.contrastive.weight * contrastive_B
+    return (total_B * inputs.weight_B).sum() / config.train.global_batch
+
+
+def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
+    """Latent tokens, and FLOPs of forward and backward (3 x forward), of a micro-batch's real samples."""
+    frames, height, width = inputs.latents_BCFHW.shape[2:]
+    size = (frames - inputs.num_images, height, width)
+    tokens = inputs.num_samples * frames * height * width // config.model.patch_size**2
+    lengths = [length for length in inputs.num_tokens_B if length] or [0] * inputs.num_samples
+    images = {"num_images": inputs.num_images, "own_conditions": inputs.images_have_conditions}
+    return tokens, 3.0 * sum(num_flops(config.model, *size, length, **images) for length in lengths)
+
+
+def recompute_share(config: Config) -> float:
+    """FLOPs that activation checkpointing runs again, over the 3 x forward of `cost_of`: what HFU adds to MFU.
+
+    full and offload run every block's forward a second time; selective keeps the results of all matrix products, so
+    what it repeats is not counted as FLOPs at all. Blocks are all but a few permille of the model.
+    """
+    if config.engine.activation_checkpointing not in ("full", "offload"):
+        return 0.0
+    # Any size of clip does: what is not in the blocks is as small for all of them.
+    flops = flops_by_part(config.model, config.model.num_frames, *[config.model.patch_size * 16] * 2)
+    return (flops.attention + flops.mlp) / flops.total / 3.0
