@@ -127,7 +127,7 @@ class VideoAutoencoder:
 
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.folder = _find_vae(name)
-        with _loading(name, self.folder):
+        with loading(name, self.folder):
             self.model = AutoencoderKL.from_pretrained(
                 self.folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
             )
@@ -213,7 +213,7 @@ class TextEncoder:
         self.device, self.dtype = torch.device(device), dtype
         self.folder = _find_text(name)
         self.tokenizer_folder = _tokenizer_folder(name, self.folder)
-        with _loading(name, self.folder):
+        with loading(name, self.folder):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
             self.model = T5EncoderModel.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
         self.model.eval().requires_grad_(False).to(self.device)
@@ -289,17 +289,20 @@ def _read_config(folder: Path) -> dict:
 
 
 def _find_vae(name: str) -> Path:
-    return _find(name, "tiny_vae", "vae", "an AutoencoderKL (config.json and weights, or a vae/ folder)")
+    return find_folder(name, "tiny_vae", "vae", "an AutoencoderKL (config.json and weights, or a vae/ folder)")
 
 
 def _find_text(name: str) -> Path:
     expected = "a T5 encoder (config.json, weights and tokenizer, or text_encoder/ and tokenizer/ folders)"
-    return _find(name, "tiny_t5", "text_encoder", expected)
+    return find_folder(name, "tiny_t5", "text_encoder", expected)
 
 
-def _find(name: str, tiny: str, subfolder: str, expected: str) -> Path:
-    """The folder with config.json and weights: shipped, local, or fetched from the hub."""
-    if name == TINY:
+def find_folder(name: str, tiny: str | None, subfolder: str, expected: str) -> Path:
+    """The folder with config.json and weights: shipped (`tiny`, if there is one), local, or fetched from the hub.
+
+    Raises EncoderError saying what was expected.
+    """
+    if name == TINY and tiny is not None:
         return ASSETS / tiny
     if Path(name).is_dir():
         return _inside(name, Path(name), subfolder, expected)
@@ -380,7 +383,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _loading(name: str, folder: Path) -> Iterator[None]:
+def loading(name: str, folder: Path) -> Iterator[None]:
     """Turn whatever from_pretrained raises (OSError, ValueError, KeyError, ...) into an EncoderError with the place."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -42,30 +42,51 @@ class Weights:
         return model.eval()
 
 
+@dataclass(frozen=True)
+class Stored:
+    """One tree of a run's checkpoint and what it is of; the tensors have not been read."""
+
+    source: str  # for messages: the path and the tree
+    checkpoint: checkpoint.Checkpoint
+    tree: str
+    architecture: LatteSettings | LatteT2VSettings
+    diffusion: DiffusionSettings
+    config: dict  # the run's, as nested values
+
+
 def load_weights(source: str, tree: str | None = None) -> Weights:
     """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a folder of weights.
 
-    tree: "raw", "ema" (the first decay) or a tree's own name; overrides the one after "#".
-    Raises ValueError naming what was found there instead.
+    A .safetensors file stands for its folder, whose config.json says what the weights are. tree: "raw", "ema" (the
+    first decay) or a tree's own name; overrides the one after "#". Raises ValueError naming what was found instead.
     """
+    stored = find_stored(source, tree)
+    if stored is None:
+        root = Path(source.partition("#")[0])
+        architecture, state_dict = read_transformer(root)
+        return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
+    state_dict = checkpoint.load_full(stored.checkpoint.path, stored.tree)
+    return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
+
+
+def find_stored(source: str, tree: str | None = None) -> Stored | None:
+    """The tree of a checkpoint that `load_weights` would read, by its manifest; None for a folder of weights."""
     path, _, named = source.partition("#")
-    tree = tree or named or "ema"
     root = Path(path)
+    if root.suffix in (".safetensors", ".json") and root.is_file():
+        return None
     if root.is_file():
         raise ValueError(f"{root}: expected a folder, came a file; bring it in with latte-scale import --source {root}")
     if not root.is_dir():
         raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
     step_folder = find_step_folder(root)
     if step_folder is None:
-        architecture, state_dict = read_transformer(root)
-        return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
-    manifest = checkpoint.open_checkpoint(step_folder).manifest
-    name = _tree_name(tree, manifest.trees, step_folder)
-    config = manifest.config
+        return None
+    found = checkpoint.open_checkpoint(step_folder)
+    name, config = _tree_name(tree or named or "ema", found.manifest.trees, step_folder), found.manifest.config
     architecture = _architecture(config["model"], str(step_folder))
-    state_dict = checkpoint.load_full(step_folder, name)
     diffusion = settings.from_mapping(DiffusionSettings, config["diffusion"], str(step_folder), "diffusion.")
-    return Weights(f"{step_folder}#{name}", architecture, state_dict, diffusion, config)
+    return Stored(f"{step_folder}#{name}", found, name, architecture, diffusion, config)
 
 
 def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings:
@@ -79,6 +100,7 @@ def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings
 
 def _diffusion_of(root: Path) -> DiffusionSettings:
     """What a pipeline's scheduler says; Latte's own settings for a transformer folder that has none beside it."""
+    root = root.parent if root.is_file() else root
     for folder in (root, root.parent):
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():

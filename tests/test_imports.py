@@ -34,6 +34,19 @@ MAY_IMPORT = {
     "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
     "weights": {"checkpoint", "diffusion", "model", "settings"},
+    # Requests, models and walks from noise to videos, for everything that samples: the command and validation.
+    "sampling": {
+        "sampling",
+        "checkpoint",
+        "data",
+        "diffusion",
+        "encoders",
+        "engine.dist",
+        "engine.fsdp2",
+        "model",
+        "settings",
+        "weights",
+    },
     "config": {
         "settings",
         "checkpoint",

@@ -23,6 +23,7 @@ from latte_scale.checkpoint.load import (
     open_checkpoint,
     step_folders,
     verify,
+    verify_in_shares,
 )
 from latte_scale.checkpoint.save import Checkpointer
 from latte_scale.checkpoint.settings import CheckpointSettings
@@ -45,4 +46,5 @@ __all__ = [
     "state_trees",
     "step_folders",
     "verify",
+    "verify_in_shares",
 ]

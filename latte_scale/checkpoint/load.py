@@ -74,6 +74,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
+def verify_in_shares(checkpoint: Checkpoint, ranks: Ranks, tree: str) -> None:
+    """CheckpointError on all ranks if a file of one tree is damaged; each rank reads its share. A collective."""
+    pieces = checkpoint.manifest.pieces.values()
+    names = sorted({file_name(tree, rank) for ranges in pieces for rank, start, stop in ranges})
+    problems = ranks.all_gather_object(verify_files(checkpoint, names[ranks.rank :: ranks.size]))
+    if any(problems):
+        found = "; ".join(problem for share in problems for problem in share)
+        raise CheckpointError(f"{checkpoint.path} is not sound: {found}; use another checkpoint")
+
+
 def step_folders(folder: str | Path) -> list[Path]:
     """Folders named as checkpoints, oldest first, committed or not; none if `folder` does not exist."""
     folder = Path(folder)

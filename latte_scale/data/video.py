@@ -210,15 +210,16 @@ def _opened_image(path: Path) -> Iterator[tuple[Any, Any]]:
         raise VideoError(f"corrupt: {path.name} is no image that can be read ({error})") from error
 
 
-def write_mp4(path: Path, frames_FHWC: np.ndarray, fps: int) -> None:
+def write_mp4(path: Path, frames_FHWC: np.ndarray, fps: int, metadata: dict[str, str] | None = None) -> None:
     """Encode [F, H, W, 3] uint8 RGB frames as H.264 (crf 12, a keyframe every 8) and put them at `path`, complete.
 
     Even heights and widths only (4:2:0 colour). One thread and bit-exact muxing: equal frames give equal files on one
-    machine.
+    machine. metadata: of the keys that mp4 has (title, comment, ...).
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     options = {"crf": "12", "preset": "veryfast", "g": "8", "bf": "0", "threads": "1"}
     with av.open(str(temporary), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        container.metadata.update(metadata or {})
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = "yuv420p"

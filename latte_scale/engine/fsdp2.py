@@ -46,7 +46,7 @@ class Fsdp2Engine:
         check_equal_weights(model, ranks)
         self.device, self.ranks, self.dp_rank, self.dp_size = ranks.device, ranks, ranks.rank, ranks.size
         decayed = decay_flags(model)
-        self.module = shard(model, blocks, settings, ranks)
+        self.module = shard(model.to(ranks.device), blocks, settings, ranks)
         self._params = list(model.named_parameters())
         pieces = [param.to_local().detach().view(-1) for _, param in self._params]
         self._optimizer = GuardedAdamW(pieces, decayed, optim, self.device)
@@ -89,14 +89,16 @@ class Fsdp2Engine:
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, ranks: Ranks) -> FSDPModule:
-    """fully_shard groups of `blocks_per_unit` blocks and then the rest, with gradients summed over ranks in fp32."""
+    """fully_shard groups of `blocks_per_unit` blocks and then the rest, with gradients summed over ranks in fp32.
+
+    The model lies on the ranks' device, or on meta and gets its memory afterwards.
+    """
     # Each step would warn that the model's output is a view; the loss does nothing in place on it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("data",))
     reshard = settings.reshard_after_forward == "yes" or (
         settings.reshard_after_forward == "auto" and num_bytes(model) > RESHARD_ABOVE_BYTES
     )
-    model.to(ranks.device)
     for first in range(0, len(blocks), settings.blocks_per_unit):
         unit = list(blocks[first : first + settings.blocks_per_unit])
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=reshard)
@@ -106,6 +108,23 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSetting
             module.set_force_sum_reduction_for_comms(True)  # before the factor: 1.0 then means a plain sum
             module.set_gradient_divide_factor(1.0)
     return model
+
+
+def shard_empty(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> list[LocalShard]:
+    """Shard a model that was built on the meta device, for inference: weights are gathered block by block and freed.
+
+    Returns this rank's pieces, uninitialised and without optimizer state, for a checkpoint to fill: no rank ever holds
+    the whole model.
+    """
+    shard(model, blocks, EngineSettings(kind="fsdp2", reshard_after_forward="yes"), ranks)
+    model.to_empty(device=ranks.device)
+    model.requires_grad_(False)
+    shards = []
+    for name, param in model.named_parameters():
+        piece = param.to_local().detach().view(-1)
+        start = row_range(param.shape[0], ranks.rank, ranks.size)[0] * param.shape[1:].numel()
+        shards.append(LocalShard(name, tuple(param.shape), start, start + piece.numel(), piece, {}))
+    return shards
 
 
 def row_range(num_rows: int, rank: int, size: int) -> tuple[int, int]:

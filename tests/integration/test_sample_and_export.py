@@ -1,6 +1,8 @@
 """A trained run's weights, used: sampled here, exported, loaded by diffusers, imported and trained on."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import probe, read_clip
 from latte_scale.encoders import EncoderSettings, load_encoders
 from latte_scale.model.transformer_folder import read_transformer
+from latte_scale.sampling.latents import Sampling, sample_latents
+from latte_scale.sampling.requests import requests_of
+from latte_scale.sampling.videos import read_about
 from latte_scale.weights import load_weights
 from tests.conftest import run_in_process
 
@@ -31,34 +36,36 @@ def encoders():
     return load_encoders(EncoderSettings("tiny", "tiny", 48))
 
 
-def draw(run, encoders, batches):
-    """Latents of PROMPTS, sampled in the given batches of prompt numbers."""
-    weights, (vae, text) = load_weights(str(run)), encoders
-    how = sample.Sampling("ddim", 4, 7.5, seed=3, batch_size=2)
+def draw(source, encoders, batches, negative="", sampler="ddim"):
+    """Latents of PROMPTS, sampled in the given batches of prompt numbers, from the seeds 3, 4, ..."""
+    weights, (vae, text), cpu = load_weights(str(source)), encoders, torch.device("cpu")
+    how, shape = Sampling(sampler, 4, 7.5), (vae.channels, 4, 16, 16)
     latents = []
     for batch in batches:
-        texts = text.encode([PROMPTS[number] for number in batch])
-        negatives = [text.null()] * len(batch)
-        model, cpu, shape = weights.build(), torch.device("cpu"), (vae.channels, 4, 16, 16)
-        model_fn = sample.text_model_fn(model, texts, negatives, True, cpu)
-        numbers = range(batch[0], batch[-1] + 1)
-        latents.append(sample.sample_latents(model_fn, model, weights.diffusion, how, shape, numbers, cpu))
+        requests = requests_of([{"text": PROMPTS[n], "seed": 3 + n} for n in batch], text, negative)
+        model = weights.build()
+        latents.append(sample_latents(model, weights.architecture, weights.diffusion, how, requests, shape, cpu))
     return torch.cat(latents)
 
 
-def test_a_prompt_gets_the_same_latents_alone_and_in_a_batch(run, encoders):
-    together, alone = draw(run, encoders, [[0, 1]]), draw(run, encoders, [[0], [1]])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_prompt_gets_the_same_latents_alone_and_in_a_batch(run, encoders, sampler):
+    together, alone = (draw(run, encoders, batches, sampler=sampler) for batches in ([[0, 1]], [[0], [1]]))
     assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
-def test_lattepipeline_draws_the_same_latents_from_the_exported_run(run, encoders, tmp_path):
+@pytest.mark.parametrize("negative", ["", "a green triangle moves down, blurred"])
+def test_lattepipeline_draws_the_same_latents_from_the_exported_run(run, encoders, tmp_path, negative):
+    """From the run's weights and from the exported folder's."""
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "pipeline")]) == 0
     pipeline = LattePipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": 32, "width": 32, "video_length": 4}
-    for number, wanted in enumerate(draw(run, encoders, [[0], [1]])):
+    exported = draw(tmp_path / "pipeline", encoders, [[0], [1]], negative)
+    for number, wanted in enumerate(draw(run, encoders, [[0], [1]], negative)):
         theirs = pipeline(
             PROMPTS[number],
+            negative_prompt=negative,
             num_inference_steps=4,
             guidance_scale=7.5,
             generator=torch.Generator().manual_seed(3 + number),
@@ -66,7 +73,8 @@ def test_lattepipeline_draws_the_same_latents_from_the_exported_run(run, encoder
             output_type="latent",
             **size,
         ).frames[0]
-        assert (wanted - theirs).abs().max() < 1e-5 * theirs.abs().max()
+        for ours in (wanted, exported[number]):
+            assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize(("which", "tree"), [("ema", "ema/0.99"), ("raw", "model")])
@@ -101,6 +109,74 @@ def test_the_sample_command_writes_videos_and_what_they_show(run, tmp_path):
     for record in records:
         info = probe(out / record["file"])
         assert (info.num_frames, info.width, info.height) == (4, 32, 32)
+        about = read_about(out / record["file"])
+        assert about.items() <= record.items() and about["text"] == record["text"] and about["steps"] == 2
+
+
+def frames_of(folder):
+    """Every video of a folder that the command wrote, in order."""
+    records = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    return [read_clip(folder / record["file"], VideoSettings(4, 32, 32, 1)) for record in records]
+
+
+def test_every_source_of_weights_and_the_files_of_a_sampling_give_the_same_videos(run, tmp_path):
+    """A run, an exported pipeline (which knows its encoders), an imported file, and prompts.jsonl passed again."""
+    assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "pipeline")]) == 0
+    assert import_weights.main(["--source", str(tmp_path / "pipeline"), "--out", str(tmp_path / "weights")]) == 0
+    (weights,) = (tmp_path / "weights").glob("*.safetensors")
+    how = ["--steps", "2", "--seed", "5", "--negative", "blue", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
+    config = str(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text((run / "config.yaml").read_text())
+    for name, source in {
+        "of-run": [str(run)],
+        "of-pipeline": [str(tmp_path / "pipeline")],
+        "of-file": [str(weights), "--config", config],
+    }.items():
+        assert sample.main(["--checkpoint", *source, *how, "--out", str(tmp_path / name)]) == 0
+    again = ["--steps", "2", "--prompts", str(tmp_path / "of-run" / "prompts.jsonl")]
+    assert sample.main(["--checkpoint", str(run), *again, "--out", str(tmp_path / "again")]) == 0
+    wanted = frames_of(tmp_path / "of-run")
+    for name in ("of-pipeline", "of-file", "again"):
+        for ours, theirs in zip(frames_of(tmp_path / name), wanted, strict=True):
+            assert abs(ours.astype(int) - theirs).max() <= 1, name
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["whole", "sharded"])
+def test_many_ranks_write_the_videos_of_one(run, tmp_path, options):
+    """Three prompts on two ranks as torchrun starts them: the last batch of rank 1 is empty."""
+    how = ["--checkpoint", str(run), "--steps", "2", "--prompt", "x", *(w for p in PROMPTS for w in ("--prompt", p))]
+    assert sample.main([*how, "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "latte_scale.sample", *how, *options, "--batch-size", "1", "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("sampled 3 videos") == 1
+    one, two = ((tmp_path / name / "prompts.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    for ours, theirs in zip(frames_of(tmp_path / "two"), frames_of(tmp_path / "one"), strict=True):
+        assert abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_wrong_encoders_or_size_are_refused(run, tmp_path, capsys):
+    config = tmp_path / "other.yaml"
+    config.write_text(
+        "video: {frames: 8, height: 36, width: 32, frame_interval: 1}\nencoders: {vae: tiny, text: null}\n"
+    )
+    command = ["--checkpoint", str(run), "--prompt", "x", "--config", str(config), "--out", str(tmp_path / "out")]
+    assert sample.main(command) == 2
+    said = capsys.readouterr().err
+    for part in ("encoders.text is null", "at most 4 frames, video.frames is 8", "multiples of 8 pixels, came 36 x 32"):
+        assert part in said
+
+
+def test_formats(run, tmp_path, capsys):
+    command = ["--checkpoint", str(run), "--prompt", "x", "--steps", "1", "--out", str(tmp_path / "out")]
+    assert sample.main([*command, "--formats", "mp4,gif,png"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000.gif", "00000.mp4", "00000.png", "prompts.jsonl",
+    ]  # fmt: skip
+    assert sample.main([*command, "--formats", "avi"]) == 2
+    assert "expected some of mp4, gif, png, came 'avi'" in capsys.readouterr().err
 
 
 def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):

@@ -1,0 +1,99 @@
+"""What is asked for: prompts, classes or just a number of videos, as records and as requests that a model can be given.
+
+In: prompts from a command line or a file, or classes. Out: records (plain JSON values: what prompts.jsonl holds), held
+to what the model can be asked, and requests: the seed of the noise with the condition as tensors.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from latte_scale.encoders import TextEncoder
+from latte_scale.model.latte_settings import LatteSettings
+from latte_scale.model.latte_t2v import LatteT2VSettings
+
+Architecture = LatteSettings | LatteT2VSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video that is asked for."""
+
+    seed: int  # of its noise
+    text_LD: Tensor | None = None  # embedding of the caption, real tokens only
+    negative_LD: Tensor | None = None  # embedding of the negative prompt, whole (maximum length); to be cut
+    label: int | None = None  # class, of a model of classes
+
+
+def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any]]:
+    """Records with "text" or "label": from a list of prompts, then a file with one prompt a line, or JSON lines.
+
+    A record may name its own "seed" and "negative"; its other keys are kept. Raises ValueError with the line.
+    """
+    records: list[dict[str, Any]] = [{"text": text} for text in prompt]
+    if file is None:
+        return records
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(map(str.strip, lines), 1):
+        try:
+            if line:
+                records.append(json.loads(line) if line.startswith("{") else {"text": line})
+        except ValueError as error:
+            raise ValueError(
+                f'{file}, line {number}: expected a prompt, or JSON as {{"text": ...}} ({error})'
+            ) from error
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"{file} is empty: expected one prompt a line")
+    return records
+
+
+def check_records(records: Sequence[dict[str, Any]], architecture: Architecture) -> None:
+    """Hold what was asked for to what the model can be asked. Raises ValueError."""
+    if isinstance(architecture, LatteT2VSettings):
+        wanted, kind, how = "text", str, "--prompt TEXT, or --prompts FILE with one prompt a line"
+    elif architecture.num_classes:
+        wanted, kind, how = "label", int, f"--label N, 0 to {architecture.num_classes - 1}"
+    else:
+        wanted, kind, how = None, None, "--count N, the number of videos: the model is unconditional"
+    if not records:
+        raise ValueError(f"nothing to sample: pass {how}")
+    for record in records:
+        if set(record) & {"text", "label"} != {wanted} - {None} or (kind and type(record[wanted]) is not kind):
+            raise ValueError(f"expected {wanted or 'no condition'} in every record, came {record}; pass {how}")
+        if wanted == "label" and not 0 <= record["label"] < architecture.num_classes:
+            raise ValueError(f"label {record['label']}: the model has {architecture.num_classes} classes; pass {how}")
+        for key, of_type in (("seed", int), ("negative", str)):
+            if key in record and type(record[key]) is not of_type:
+                raise ValueError(f"expected {key} of type {of_type.__name__}, came {record}")
+
+
+def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
+    """Records with a "seed" as requests; captions go through the text encoder (None: there are none).
+
+    A record's own "negative" stands before the one given here.
+    """
+    if text is None:
+        return [Request(record["seed"], label=record.get("label")) for record in records]
+    texts = text.encode([record["text"] for record in records])
+    negatives = [record.get("negative", negative) for record in records]
+    whole = {each: text.encode_whole(each) for each in sorted(set(negatives))}
+    return [Request(r["seed"], t, whole[each]) for r, t, each in zip(records, texts, negatives, strict=True)]
+
+
+def default_guidance(architecture: Architecture) -> float:
+    """What Latte samples with: 7.5 for text, 7 for classes; 1 (none) where there is no condition."""
+    if isinstance(architecture, LatteT2VSettings):
+        return 7.5
+    return 7.0 if architecture.num_classes else 1.0
+
+
+def check_guidance(guidance: float, architecture: Architecture) -> None:
+    """ValueError for guidance of a model that nothing can guide."""
+    if guidance > 1 and isinstance(architecture, LatteSettings) and not architecture.num_classes:
+        raise ValueError(
+            f"guidance {guidance}: the model is unconditional and has nothing to be guided by; leave it out"
+        )

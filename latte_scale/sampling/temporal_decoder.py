@@ -1,0 +1,65 @@
+"""The temporal decoder of Stable Video Diffusion in place of the VAE's own: frames that flicker less.
+
+In: latents in model units. Out: uint8 pixels, as `VideoAutoencoder.decode` gives them. It is a frozen diffusers
+AutoencoderKLTemporalDecoder (Latte-1's folder `vae_temporal_decoder`), trained on the latents of Stable Diffusion's VAE
+and of no other. The decision worth knowing: frames are decoded in chunks of 14, as LattePipeline does, but a chunk
+never spans two clips, as LattePipeline's do in a batch, so a video does not depend on its neighbours.
+
+Shapes: B clips, F frames, C channels, H W pixels, h w latents. diffusers is imported when a decoder is loaded.
+"""
+
+import torch
+from torch import Tensor
+
+from latte_scale.encoders import EncoderError, find_folder, loading
+
+CHUNK = 14
+"""Frames decoded together: what the decoder was trained with, and LattePipeline's default."""
+
+
+class TemporalDecoder:
+    """A frozen AutoencoderKLTemporalDecoder; only its decoder is used."""
+
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """`name`: a folder with config.json and weights, one that has vae_temporal_decoder/ inside, or a hub id.
+
+        Raises EncoderError if it cannot be loaded.
+        """
+        from diffusers import AutoencoderKLTemporalDecoder
+
+        self.name, self.device, self.dtype = name, torch.device(device), dtype
+        expected = "an AutoencoderKLTemporalDecoder (config.json and weights, or a vae_temporal_decoder/ folder)"
+        folder = find_folder(name, None, "vae_temporal_decoder", expected)
+        with loading(name, folder):
+            self.model = AutoencoderKLTemporalDecoder.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            )
+        self.model.eval().requires_grad_(False).to(self.device)
+        config = self.model.config
+        self.scale = float(config.scaling_factor)
+        self.downscale = 2 ** (len(config.block_out_channels) - 1)
+        self.channels = int(config.latent_channels)
+
+    @torch.no_grad()
+    def decode(self, latents_BFChw: Tensor) -> Tensor:
+        """uint8 RGB clips [B, F, 3, H, W] on the decoder's device, of latents [B, F, C, h, w] in model units.
+
+        Raises EncoderError for another number of channels, or latents that are not finite.
+        """
+        if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != self.channels:
+            raise EncoderError(
+                f"temporal decoder {self.name}: expected latents [B, F, {self.channels}, h, w], came "
+                f"{list(latents_BFChw.shape)}"
+            )
+        if not bool(latents_BFChw.isfinite().all()):
+            raise EncoderError(
+                f"temporal decoder {self.name}: the latents hold NaN or infinity; the model that made them diverged"
+            )
+        clips = []
+        for latents_FChw in latents_BFChw:
+            frames = []
+            for chunk in (latents_FChw.to(self.device).float() / self.scale).to(self.dtype).split(CHUNK):
+                pixels = (self.model.decode(chunk, num_frames=len(chunk)).sample.float() + 1) * 127.5
+                frames.append(pixels.round().clamp(0, 255).to(torch.uint8))
+            clips.append(torch.cat(frames))
+        return torch.stack(clips)

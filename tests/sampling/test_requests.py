@@ -1,0 +1,56 @@
+"""Prompts from files, and what a model can be asked."""
+
+import pytest
+
+from latte_scale.model.latte_settings import LatteSettings
+from latte_scale.model.latte_t2v import LatteT2VSettings
+from latte_scale.sampling.requests import check_guidance, check_records, default_guidance, read_prompts
+
+TEXT = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=12, sample_size=8, num_frames=3)
+CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3)
+PLAIN = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=0)
+
+
+def test_prompts_of_both_kinds_of_lines(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('a red circle \n\n{"text": "a cat", "seed": 4, "negative": "dog", "mine": 1}\n', encoding="utf-8")
+    records = read_prompts(["first"], file)
+    assert records[:2] == [{"text": "first"}, {"text": "a red circle"}]
+    assert records[2] == {"text": "a cat", "seed": 4, "negative": "dog", "mine": 1}
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("\n \n", "is empty"), ("a\n{b\n", "line 2")])
+def test_files_that_hold_no_prompts(tmp_path, content, message):
+    (tmp_path / "prompts.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts([], tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "records", "message"),
+    [
+        (TEXT, [], "nothing to sample: pass --prompt"),
+        (TEXT, [{"label": 1}], "expected text in every record"),
+        (TEXT, [{"text": "a", "seed": "3"}], "expected seed of type int"),
+        (TEXT, [{"text": "a", "negative": 3}], "expected negative of type str"),
+        (CLASSES, [{"text": "a"}], "expected label in every record"),
+        (CLASSES, [{"label": 3}], "the model has 3 classes"),
+        (PLAIN, [{"label": 0}], "expected no condition in every record"),
+    ],
+)
+def test_what_a_model_cannot_be_asked(architecture, records, message):
+    with pytest.raises(ValueError, match=message):
+        check_records(records, architecture)
+
+
+def test_what_a_model_can_be_asked():
+    check_records([{"text": "a", "seed": 1, "negative": "b"}], TEXT)
+    check_records([{"label": 2}], CLASSES)
+    check_records([{}], PLAIN)
+
+
+def test_guidance():
+    assert [default_guidance(model) for model in (TEXT, CLASSES, PLAIN)] == [7.5, 7.0, 1.0]
+    check_guidance(1.0, PLAIN)
+    with pytest.raises(ValueError, match="nothing to be guided by"):
+        check_guidance(3.0, PLAIN)
