@@ -1,302 +1,137 @@
-"""Score sampled videos: `latte-scale evaluate --metrics shapes --real CLIPS --fake SAMPLES --out scores.json`.
+"""Score sampled videos: `latte-scale evaluate --metrics fvd,clip --real shards --fake samples --out scores.json`.
 
-In: a folder of videos with `prompts.jsonl` ({"file", "text"} a line, as `latte-scale sample` writes it) and, for the
-metric "shapes", the clips' folder with its `shapes.json` (colours, outlines, directions; `latte-data shapes`). Out: a
-JSON file with the share of videos that show the prompted colour, shape and direction, and a verdict for each video. The
-metric "psnr" compares each video with the real clip that its line names, for models that were overfitted to them.
+In: --fake, a folder of videos (with `prompts.jsonl`, as `latte-scale sample` writes it) or shards; --real, a folder of
+videos or shards, in s3:// too. Out: a JSON file with a number a metric, and under "metrics" its 95 % interval, counts,
+frame policy and the sha256 of the network. On several GPUs: `torchrun --nproc_per_node 8 -m latte_scale.evaluate ...`;
+the scores do not depend on how many.
 
-The decision worth knowing: a video is measured without looking at its prompt. The object is what differs from the
-border's colour; it gets a colour, a shape and a direction, or None where there is nothing to see. So a model that
-ignores its prompts scores at chance, and an empty video scores 0.
-
-Shapes: F frames, H W pixels, V vertices of an outline.
+fvd, fid, kid compare with real clips; is, clip (frames and their prompt) and clip_consistency (neighbouring frames)
+look at the samples alone. Their networks are files you name (--i3d, --inception, --clip) or put at their usual place;
+without them the command says what to fetch and where to put it. Features of real clips are kept in $LATTE_CACHE.
+shapes says whether moving shapes follow their prompts (--real: the clips with shapes.json), psnr how near overfitted
+videos come to their clips; they need no network.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from latte_scale.engine.dist import Ranks, init_distributed, shutdown
+from latte_scale.evaluation.clips import open_clips
+from latte_scale.evaluation.metrics import NEEDS_REAL, NETWORK_OF, Protocol, Scorer, Show
+from latte_scale.evaluation.networks import TO_FETCH
+from latte_scale.evaluation.shapes import score_shapes
+from latte_scale.evaluation.videos import score_psnr
 
-MIN_CONTRAST = 40.0  # distance in RGB of 0..255 from the background below which nothing is seen
-MIN_SHARE, MAX_SHARE = 0.01, 0.6  # of the frame that an object may cover
-MIN_TRAVEL = 0.05  # of the frame's side, from the first frame to the last: less is no motion
-ASPECTS = ("colour", "shape", "direction")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The words of the shapes clips and what they look like."""
-
-    colours: dict[str, tuple[float, float, float]]  # RGB in 0..255
-    shapes: dict[str, np.ndarray]  # [V, 2] convex outlines of area 1 around the origin, counter-clockwise, x then y
-    directions: dict[str, tuple[float, float]]  # x to the right, y downwards
-
-    def words(self, aspect: str) -> list[str]:
-        return list(getattr(self, f"{aspect}s"))
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a video shows; None where it shows no such thing."""
-
-    colour: str | None
-    shape: str | None
-    direction: str | None
-
-
-def load_vocabulary(path: Path) -> Vocabulary:
-    """Read a shapes.json. Raises ValueError with what to do if it is missing or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Vocabulary(
-            {word: tuple(rgb) for word, rgb in content["colours"].items()},
-            {word: np.array(outline, float).reshape(-1, 2) for word, outline in content["shapes"].items()},
-            {word: tuple(xy) for word, xy in content["directions"].items()},
-        )
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"no {path}; --real takes the folder that `latte-data shapes` wrote (clips and shapes.json)"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a vocabulary of `latte-data shapes` ({error!r}); write the clips again"
-        ) from error
-
-
-def score_clip(frames_FHWC: np.ndarray, vocabulary: Vocabulary) -> Seen:
-    """What uint8 RGB frames [F, H, W, 3] show, from 24 to some hundred pixels a side, in any number of frames.
-
-    Colour: the nearest of the vocabulary to the object's core. Shape: the outline that, drawn at the object's place and
-    area, is nearest to it in the mean over the frames. Direction: the one nearest to the line through its centres.
-    """
-    if frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or len(frames_FHWC) == 0:
-        raise ValueError(f"expected frames [F, H, W, 3], came {list(frames_FHWC.shape)}")
-    seen = [found for frame in frames_FHWC.astype(np.float32) if (found := _find_object(frame)) is not None]
-    if len(seen) < max(1, len(frames_FHWC) // 2):
-        return Seen(None, None, None)
-    side = min(frames_FHWC.shape[1:3])
-    colour = _nearest_colour(np.mean([found.rgb for found in seen], axis=0), vocabulary)
-    return Seen(colour, _best_shape(seen, vocabulary), _direction(seen, side, vocabulary))
-
-
-@dataclass(frozen=True)
-class _Object:
-    """The object of one frame."""
-
-    alpha_HW: np.ndarray  # 0 background, 1 object, between on its edge
-    centre_xy: np.ndarray  # pixels
-    rgb: np.ndarray
-
-
-def _find_object(frame_HWC: np.ndarray) -> _Object | None:
-    """The largest connected thing that differs from the border's colour, or None."""
-    border = np.concatenate([frame_HWC[0], frame_HWC[-1], frame_HWC[:, 0], frame_HWC[:, -1]])
-    distance_HW = np.linalg.norm(frame_HWC - np.median(border, axis=0), axis=2)
-    # The contrast of the object's core: the brightest pixels, less a few that may be noise.
-    num_core = max(4, int(MIN_SHARE * distance_HW.size))
-    contrast = np.median(np.sort(distance_HW, axis=None)[-num_core:])
-    if contrast < MIN_CONTRAST:
-        return None
-    mask_HW = _largest_part(distance_HW > contrast / 2)
-    share = mask_HW.mean()
-    if not MIN_SHARE <= share <= MAX_SHARE:
-        return None
-    contrast = np.median(distance_HW[mask_HW])
-    alpha_HW = np.clip(distance_HW / contrast, 0, 1) * _grown(mask_HW)
-    alpha_HW[alpha_HW < 0.15] = 0  # the background's unevenness
-    y, x = np.mgrid[: frame_HWC.shape[0], : frame_HWC.shape[1]] + 0.5
-    centre_xy = np.array([(alpha_HW * x).sum(), (alpha_HW * y).sum()]) / alpha_HW.sum()
-    core_HW = mask_HW & (distance_HW > 0.8 * contrast)
-    return _Object(alpha_HW, centre_xy, np.median(frame_HWC[core_HW], axis=0))
-
-
-def _grown(mask_HW: np.ndarray) -> np.ndarray:
-    """The mask and its direct neighbours."""
-    padded = np.pad(mask_HW, 1)
-    return padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:] | mask_HW
-
-
-def _largest_part(mask_HW: np.ndarray) -> np.ndarray:
-    """The connected part with the most pixels: grown from each unvisited pixel until it stays the same."""
-    left, best = mask_HW.copy(), np.zeros_like(mask_HW)
-    while left.sum() > best.sum():
-        part = np.zeros_like(mask_HW)
-        part[np.unravel_index(np.argmax(left), left.shape)] = True
-        size = 0
-        while part.sum() > size:
-            size = part.sum()
-            part = _grown(part) & left
-        left &= ~part
-        if size > best.sum():
-            best = part
-    return best
-
-
-def _nearest_colour(rgb: np.ndarray, vocabulary: Vocabulary) -> str:
-    return min(vocabulary.colours, key=lambda word: float(np.linalg.norm(rgb - np.array(vocabulary.colours[word]))))
-
-
-def _best_shape(seen: list[_Object], vocabulary: Vocabulary) -> str:
-    def error(word: str) -> float:
-        outline = vocabulary.shapes[word]
-        return sum(float(((found.alpha_HW - _drawn(outline, found)) ** 2).mean()) for found in seen)
-
-    return min(vocabulary.shapes, key=error)
-
-
-def _drawn(outline_V2: np.ndarray, found: _Object) -> np.ndarray:
-    """Coverage 0..1 [H, W] of an outline with the object's area and centre."""
-    vertices = outline_V2 * np.sqrt(found.alpha_HW.sum()) + found.centre_xy
-    edges = np.roll(vertices, -1, axis=0) - vertices
-    normals = np.stack([edges[:, 1], -edges[:, 0]], axis=1) / np.linalg.norm(edges, axis=1, keepdims=True)
-    y, x = (np.arange(size) + 0.5 for size in found.alpha_HW.shape)
-    offsets = (normals * vertices).sum(1)[:, None, None]
-    outside_VHW = normals[:, 0, None, None] * x + normals[:, 1, None, None] * y[:, None] - offsets
-    return np.clip(0.5 - outside_VHW.max(axis=0), 0, 1)
-
-
-def _direction(seen: list[_Object], side: int, vocabulary: Vocabulary) -> str | None:
-    """The direction of the least-squares line through the centres; None if the object hardly moves."""
-    centres = np.array([found.centre_xy for found in seen])
-    times = np.arange(len(seen)) - (len(seen) - 1) / 2
-    if len(seen) < 2:
-        return None
-    travel_xy = times @ centres / (times @ times) * (len(seen) - 1)
-    if np.linalg.norm(travel_xy) < MIN_TRAVEL * side:
-        return None
-    return max(vocabulary.directions, key=lambda word: float(travel_xy @ np.array(vocabulary.directions[word])))
-
-
-def prompted(text: str, vocabulary: Vocabulary) -> dict[str, str]:
-    """Which word of each aspect a prompt holds. Raises ValueError if it is not exactly one."""
-    words, wanted = text.lower().replace(",", " ").replace(".", " ").split(), {}
-    for aspect in ASPECTS:
-        found = sorted({word for word in words if word in vocabulary.words(aspect)})
-        if len(found) != 1:
-            raise ValueError(
-                f"prompt {text!r}: expected one {aspect} of {', '.join(vocabulary.words(aspect))}, "
-                f"came {found or 'none'}"
-            )
-        wanted[aspect] = found[0]
-    return wanted
-
-
-def evaluate_shapes(real: Path, fake: Path) -> dict[str, Any]:
-    """Scores of a folder of videos: n, the shares right in colour, shape, direction and all three, and each clip.
-
-    A clip's "colour" is whether it is right, "seen" is what the video shows. Raises ValueError for a folder or prompt
-    that cannot be scored.
-    """
-    vocabulary = load_vocabulary(real / "shapes.json" if real.is_dir() else real)
-    clips = []
-    for record in _read_prompts(fake):
-        wanted = prompted(record["text"], vocabulary)
-        seen = score_clip(_read_frames(fake / record["file"]), vocabulary)
-        right = {aspect: getattr(seen, aspect) == wanted[aspect] for aspect in ASPECTS}
-        clips.append({"file": record["file"], "text": record["text"], **right, "seen": vars(seen)})
-    shares = {aspect: float(np.mean([clip[aspect] for clip in clips])) for aspect in ASPECTS}
-    all_right = float(np.mean([all(clip[aspect] for aspect in ASPECTS) for clip in clips]))
-    return {"n": len(clips), **shares, "all": all_right, "clips": clips}
-
-
-def evaluate_psnr(real: Path, fake: Path) -> dict[str, Any]:
-    """How near each video comes to the clip it was trained on: n, the mean PSNR in dB, and each clip's.
-
-    Every line of prompts.jsonl names its "clip" (a file in `real`) and, as `latte-scale sample` writes it, the frame
-    policy "video"; the clip's frames are those that `latte-data encode` takes, from the centre. PSNR is over all
-    frames of a clip. Raises ValueError for a line without these, or a video of another size.
-    """
-    from latte_scale.data.schema import VideoSettings
-    from latte_scale.data.video import read_random_clip
-
-    clips = []
-    for record in _read_prompts(fake):
-        if "clip" not in record or "video" not in record:
-            raise ValueError(f'{fake}: psnr needs "clip" and "video" in every line of prompts.jsonl, came {record}')
-        pixels_FCHW, _ = read_random_clip(real / record["clip"], VideoSettings(**record["video"]), u=0.5)
-        frames, wanted = _read_frames(fake / record["file"]), pixels_FCHW.transpose(0, 2, 3, 1)
-        if frames.shape != wanted.shape:
-            raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, came {frames.shape}")
-        clips.append({"file": record["file"], "text": record["text"], "psnr_db": psnr_db(frames, wanted)})
-    return {"n": len(clips), "psnr_db": float(np.mean([clip["psnr_db"] for clip in clips])), "clips": clips}
-
-
-def psnr_db(image: np.ndarray, wanted: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 pixels in dB; infinite where they are equal."""
-    mse = np.mean((image.astype(np.float64) - wanted.astype(np.float64)) ** 2)
-    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
-
-
-def _read_prompts(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "prompts.jsonl"
-    if not path.is_file():
-        raise ValueError(f"no {path}; --fake takes a folder that `latte-scale sample` wrote (videos and prompts.jsonl)")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        record = json.loads(line) if line.strip() else None
-        if record is None:
-            continue
-        if not isinstance(record.get("file"), str) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{path}, line {number}: expected {{"file", "text"}}, came {line[:80]!r}')
-        records.append(record)
-    if not records:
-        raise ValueError(f"{path} is empty: there is nothing to score")
-    return records
-
-
-def _read_frames(path: Path) -> np.ndarray:
-    """Every frame of a video, uint8 [F, H, W, 3] RGB."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); sample it again") from error
-    if not frames:
-        raise ValueError(f"{path} holds no frame; sample it again")
-    return np.stack(frames)
-
-
-METRICS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"shapes": evaluate_shapes, "psnr": evaluate_psnr}
-LATER = ("fvd", "fid", "is", "clip")
+FOLDER_METRICS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"shapes": score_shapes, "psnr": score_psnr}
+METRICS = (*FOLDER_METRICS, *NETWORK_OF)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    default = Protocol()
     parser.add_argument("--metrics", default="shapes", help=f"comma-separated, of: {', '.join(METRICS)}")
-    parser.add_argument("--real", required=True, type=Path, help="the real clips' folder (shapes: with shapes.json)")
-    parser.add_argument("--fake", required=True, type=Path, help="folder of videos with prompts.jsonl")
+    parser.add_argument("--real", help="real clips: a folder, or shards with pixels")
+    parser.add_argument("--fake", required=True, help="sampled videos: a folder, or shards with pixels")
     parser.add_argument("--out", required=True, type=Path, help="JSON file for the scores")
+    for name, (usual, _) in TO_FETCH.items():
+        parser.add_argument(
+            f"--{name}", help=f"the {name} network: path or URL (default: networks/{usual} in the cache)"
+        )
+    parser.add_argument("--frames", type=int, help="frames of a clip (default: of the samples, else 16)")
+    parser.add_argument("--frame-interval", type=int, help="of real clips (default: of the samples, else 3)")
+    parser.add_argument("--size", type=int, help="pixels a side (default: those of the first sampled clip)")
+    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="of each side (default 2048)")
+    parser.add_argument("--resamples", type=int, default=default.num_resamples, help="for intervals; 0: none")
+    parser.add_argument("--seed", type=int, default=default.seed, help="chooses clips, windows and resamples")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="clips at a time (memory only)")
     return parser.parse_args(argv)
+
+
+def metric_names(text: str) -> list[str]:
+    """The metrics asked for. Raises ValueError for one that there is not."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"no metric {name!r}; expected one of {', '.join(METRICS)}")
+    return names
+
+
+def score_with_networks(args: argparse.Namespace, names: list[str], ranks: Ranks, show: Show) -> dict[str, Any]:
+    """The scores of the metrics that look through a network. A collective."""
+    protocol = Protocol(
+        args.frames, args.frame_interval, args.size, args.num_clips, args.resamples, args.seed, args.batch_size
+    )
+    real = open_clips(args.real) if args.real and set(names) & set(NEEDS_REAL) else None
+    scorer = Scorer(
+        real, open_clips(args.fake), {name: getattr(args, name) for name in TO_FETCH}, protocol, ranks, show
+    )
+    for name in names:
+        scorer.check(name)  # all of them before the first hour of work
+    records = {name: scorer.score(name) for name in names}
+    return {**{name: record["value"] for name, record in records.items()}, "metrics": records}
+
+
+@contextlib.contextmanager
+def progress_bars(visible: bool) -> Iterator[Show]:
+    """What shows the progress of each stage as a bar of its own."""
+    from rich.progress import Progress
+
+    with Progress(disable=not visible) as bars:
+
+        def show(what: str) -> Callable[[int, int], None]:
+            task = None
+
+            def update(done: int, total: int) -> None:
+                nonlocal task
+                task = bars.add_task(what) if task is None else task
+                bars.update(task, completed=done, total=total)
+
+            return update
+
+        yield show
 
 
 def run(args: argparse.Namespace) -> int:
     """Compute every metric and write the scores. Raises ValueError with what to do."""
-    names = [name.strip() for name in args.metrics.split(",")]
-    for name in names:
-        if name in LATER:
-            raise ValueError(f"metric {name!r} comes with a later release; now there is {', '.join(METRICS)}")
-        if name not in METRICS:
-            raise ValueError(f"no metric {name!r}; expected one of {', '.join(METRICS)}")
+    names = metric_names(args.metrics)
+    in_folders = [name for name in names if name in FOLDER_METRICS]
+    with_networks = [name for name in names if name not in FOLDER_METRICS]
+    if in_folders and args.real is None:
+        raise ValueError(f"{in_folders[0]} compares with the clips: pass --real FOLDER")
     scores: dict[str, Any] = {}
-    for name in names:
-        scores |= METRICS[name](args.real, args.fake)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f"{args.out.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(scores, indent=1) + "\n")
-    os.replace(temporary, args.out)
-    print("  ".join(f"{key} {value:.4g}" for key, value in scores.items() if isinstance(value, int | float)))
-    print(f"scores: {args.out}")
+    ranks = init_distributed()
+    try:
+        if ranks.rank == 0:
+            for name in in_folders:
+                scores |= FOLDER_METRICS[name](Path(args.real), Path(args.fake))
+        if with_networks:
+            with progress_bars(ranks.rank == 0) as show:
+                scores |= score_with_networks(args, with_networks, ranks, show)
+    finally:
+        shutdown()
+    if ranks.rank == 0:
+        _write(args.out, scores)
+        print("  ".join(f"{key} {value:.4g}" for key, value in scores.items() if isinstance(value, int | float)))
+        for name, record in scores.get("metrics", {}).items():
+            if record["low"] is not None:
+                print(f"  {name}: {record['level']:.0%} between {record['low']:.4g} and {record['high']:.4g}")
+        print(f"scores: {args.out}")
     return 0
+
+
+def _write(path: Path, scores: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(scores, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> int:

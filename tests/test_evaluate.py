@@ -1,162 +1,174 @@
-"""The scorer of shapes clips: right on true clips after the VAE, at chance for wrong prompts, blind to empty videos."""
+"""The command: one result over folders or shards and on one rank or two, kept features, and mistakes named."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data_tools import shapes
+from data_tools.cli import main as latte_data
 from latte_scale import evaluate
-from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import read_clip, write_mp4
-from latte_scale.encoders import VideoAutoencoder
+from latte_scale.data.video import write_mp4
+from tests.evaluation.networks import SmallI3D, SmallInception, write_clip, write_script
 
-NUM_CLIPS = 64
-ALL = [combination for kind in shapes.combinations() for combination in kind]  # 32: held-out ones, too
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("real")
-    shapes.write_shapes(folder, 1)
-    return folder
+NUM = 10
+NUMBERS = ["--num-clips", str(NUM), "--resamples", "20"]
 
 
 @pytest.fixture(scope="module")
-def vocabulary(real: Path) -> evaluate.Vocabulary:
-    return evaluate.load_vocabulary(real / "shapes.json")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`real` (with captions.jsonl), `shards` of it, `fake` with prompts.jsonl, and the three networks."""
+    root = tmp_path_factory.mktemp("evaluate")
+    assert latte_data(["shapes", "--output", str(root / "real"), "--count", "12"]) == 0
+    assert latte_data(["shard", "--input", str(root / "real"), "--output", str(root / "shards")]) == 0
+    (root / "fake").mkdir()
+    rows, kinds = [], [combination for kind in shapes.combinations() for combination in kind]
+    for number in range(NUM):
+        clip = shapes.plan_clip(3, number, kinds)
+        frames = shapes.render(clip)[:4, ::2, ::2]
+        write_mp4(root / "fake" / f"{number}.mp4", frames, 8)
+        policy = {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
+        rows.append({"file": f"{number}.mp4", "text": shapes.prompt(clip.combination), "video": policy})
+    write_lines(root / "fake" / "prompts.jsonl", rows)
+    write_script(SmallI3D, root / "i3d.pt")
+    write_script(SmallInception, root / "inception.pt")
+    write_clip(root / "clip")
+    return root
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every combination twice, as the best possible model would sample it: encoded, decoded, 4 frames of 32 x 32."""
-    folder, vae, rows = tmp_path_factory.mktemp("fake"), VideoAutoencoder("tiny"), []
-    for index in range(NUM_CLIPS):
-        clip = shapes.plan_clip(77, index, ALL)
-        write_mp4(folder / "whole.mp4", shapes.render(clip), shapes.FPS)
-        pixels = torch.from_numpy(read_clip(folder / "whole.mp4", VideoSettings(4, 32, 32, 4)))[None]
-        decoded = vae.decode(vae.to_model_units(vae.encode(pixels)[0]))[0]
-        write_mp4(folder / f"{index:05d}.mp4", decoded.permute(0, 2, 3, 1).numpy(), 8)
-        rows.append({"file": f"{index:05d}.mp4", "text": shapes.prompt(clip.combination)})
-    write_prompts(folder, rows)
-    return folder
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("LATTE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def write_prompts(folder: Path, rows: list[dict]) -> None:
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_prompts(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+def command(clips: Path, out: Path, metrics: str, real: str = "real", fake: str = "fake") -> list[str]:
+    files = {"--i3d": "i3d.pt", "--inception": "inception.pt", "--clip": "clip"}
+    networks = [word for option, name in files.items() for word in (option, str(clips / name))]
+    sides = ["--real", str(clips / real), "--fake", str(clips / fake)]
+    return ["--metrics", metrics, *sides, *networks, "--out", str(out), *NUMBERS]
 
 
-def test_true_clips_are_right_after_the_vae(real: Path, fake: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scores" / "scores.json"
-    arguments = ["--metrics", "shapes", "--real", str(real), "--fake", str(fake), "--out", str(out)]
-    assert evaluate.main(arguments) == 0
-    scores = json.loads(out.read_text())
-    assert scores["n"] == NUM_CLIPS
-    assert min(scores[aspect] for aspect in ("colour", "shape", "direction", "all")) >= 0.99
-    first = scores["clips"][0]
-    assert first["colour"] is True and set(first["seen"]) == {"colour", "shape", "direction"}
+def scores(clips: Path, out: Path, metrics: str, **sides: str) -> dict:
+    assert evaluate.main(command(clips, out, metrics, **sides)) == 0
+    return json.loads(out.read_text())
 
 
-def test_wrong_prompts_score_at_chance(fake: Path, vocabulary: evaluate.Vocabulary) -> None:
-    """Every video against every prompt: over all pairings of combinations chance is 1/4, 1/2, 1/4."""
-    rows = read_prompts(fake)
-    texts = [row["text"] for row in rows]
-    seen = [evaluate.score_clip(evaluate._read_frames(fake / row["file"]), vocabulary) for row in rows]
-    wanted = [evaluate.prompted(text, vocabulary) for text in texts]
-    pairs = [(s, w) for s in seen for w in wanted]
-    for aspect, chance in (("colour", 0.25), ("shape", 0.5), ("direction", 0.25)):
-        share = np.mean([getattr(s, aspect) == w[aspect] for s, w in pairs])
-        assert share == pytest.approx(chance, abs=0.02)
+ALL = "fvd,fid,kid,is,clip,clip_consistency"
 
 
-@pytest.mark.parametrize("index", range(0, 32, 3))
-def test_full_size_clips_are_right(index: int, vocabulary: evaluate.Vocabulary) -> None:
-    clip = shapes.plan_clip(5, index, ALL)
-    seen = evaluate.score_clip(shapes.render(clip), vocabulary)
-    assert (seen.colour, seen.shape, seen.direction) == clip.combination
+def test_two_ranks_find_what_one_finds(clips: Path, tmp_path: Path) -> None:
+    one = scores(clips, tmp_path / "one.json", ALL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = command(clips, tmp_path / "two.json", ALL)
+    subprocess.run([*torchrun, "-m", "latte_scale.evaluate", *two], check=True, capture_output=True)
+    other = json.loads((tmp_path / "two.json").read_text())
+    assert one.keys() == other.keys() == {*ALL.split(","), "metrics"}
+    for name, record in one["metrics"].items():
+        assert record["low"] < record["value"] < record["high"] or name == "clip"
+        for key in ("value", "low", "high", "std_error"):
+            assert other["metrics"][name][key] == pytest.approx(record[key], rel=1e-6, abs=1e-9), (name, key)
+    assert one["fvd"] > 0 and 1 < one["is"] <= 5 and 0 < one["clip_consistency"] <= 1
 
 
-def test_noise_does_not_mislead(vocabulary: evaluate.Vocabulary) -> None:
-    draw = np.random.default_rng(0)
-    for index in range(8):
-        clip = shapes.plan_clip(6, index, ALL)
-        frames = shapes.render(clip)[::4].reshape(4, 32, 2, 32, 2, 3).mean((2, 4))
-        noisy = np.clip(frames + draw.normal(0, 15, frames.shape), 0, 255).astype(np.uint8)
-        seen = evaluate.score_clip(noisy, vocabulary)
-        assert (seen.colour, seen.shape, seen.direction) == clip.combination
+def test_shards_hold_what_their_folder_holds(clips: Path, tmp_path: Path) -> None:
+    """With windows as long as the clips, so that nothing is drawn."""
+    whole = ["--frame-interval", "5", "--num-clips", "12", "--resamples", "0"]
+    (tmp_path / "more").mkdir()
+    for number in range(12):
+        (tmp_path / "more" / f"{number}.mp4").write_bytes((clips / "fake" / f"{number % NUM}.mp4").read_bytes())
+    found = []
+    for real in ("real", "shards"):
+        out = tmp_path / f"{real}.json"
+        arguments = command(clips, out, "fvd,kid", real=real, fake=str(tmp_path / "more"))
+        assert evaluate.main([*arguments, *whole, "--frames", "4"]) == 0
+        found.append(json.loads(out.read_text()))
+    for name in ("fvd", "kid"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-9) != 0
+    assert found[0]["metrics"]["fvd"]["low"] is None
 
 
-def test_nothing_is_seen_where_nothing_is(vocabulary: evaluate.Vocabulary) -> None:
-    nothing = evaluate.Seen(None, None, None)
-    grey = np.full((4, 32, 32, 3), 30, np.uint8)
-    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    assert evaluate.score_clip(grey, vocabulary) == nothing
-    assert evaluate.score_clip(noise, vocabulary) == nothing
+def test_features_of_real_clips_are_kept_until_a_byte_changes(clips: Path, cache: Path, tmp_path: Path) -> None:
+    first = scores(clips, tmp_path / "a.json", "fvd")
+    (kept,) = (cache / "features").glob("*.npy")
+    with kept.open("rb") as file:
+        features = np.load(file)
+    with kept.open("wb") as file:
+        np.save(file, features + 1)  # so that it shows whether they are used
+    assert scores(clips, tmp_path / "b.json", "fvd")["fvd"] > first["fvd"] + 1
+    other = tmp_path / "real"
+    other.mkdir()
+    for path in (clips / "real").glob("*.mp4"):
+        (other / path.name).write_bytes(path.read_bytes() + b"\0")
+    assert scores(clips, tmp_path / "c.json", "fvd", real=str(other))["fvd"] == first["fvd"]
+    assert len(list((cache / "features").glob("*.npy"))) == 2
 
 
-def test_a_still_object_has_no_direction(vocabulary: evaluate.Vocabulary) -> None:
-    clip = shapes.plan_clip(1, 0, [("red", "circle", "left")])
-    still = np.repeat(shapes.render(clip)[:1], 4, axis=0)
-    assert evaluate.score_clip(still, vocabulary) == evaluate.Seen("red", "circle", None)
-    backwards = shapes.render(clip)[::-1]
-    assert evaluate.score_clip(backwards, vocabulary) == evaluate.Seen("red", "circle", "right")
+def test_the_record_says_how_it_was_made(clips: Path, tmp_path: Path) -> None:
+    record = scores(clips, tmp_path / "a.json", "fid")["metrics"]["fid"]
+    assert record["video"] == {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
+    assert len(record["network"]["sha256"]) == len(record["real_fingerprint"]) == 64
+    assert (record["num_resamples"], record["level"], record["seed"]) == (20, 0.95, 0)
 
 
-def test_half_the_frames_without_an_object_is_not_a_clip(vocabulary: evaluate.Vocabulary) -> None:
-    frames = shapes.render(shapes.plan_clip(1, 0, [("red", "circle", "left")])).copy()
-    frames[3:] = 30
-    assert evaluate.score_clip(frames, vocabulary) == evaluate.Seen(None, None, None)
+def test_shapes_without_networks(clips: Path, tmp_path: Path) -> None:
+    found = scores(clips, tmp_path / "scores" / "a.json", "shapes")
+    assert found["n"] == NUM and {"colour", "shape", "direction", "all", "clips"} <= found.keys()
 
 
-def test_mistakes_are_named(real: Path, fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*, metrics: str = "shapes", real: Path = real, fake: Path = fake) -> str:
-        out = str(tmp_path / "scores.json")
-        code = evaluate.main(["--metrics", metrics, "--real", str(real), "--fake", str(fake), "--out", out])
-        assert code == 2 and not Path(out).exists()
-        return capsys.readouterr().err
-
-    assert "metric 'fvd' comes with a later release" in run(metrics="shapes,fvd")
-    assert "no metric 'psnrr'; expected one of" in run(metrics="psnrr")
-    assert "no " + str(tmp_path / "shapes.json") in run(real=tmp_path)
-    (tmp_path / "shapes.json").write_text("{}")
-    assert "is not a vocabulary" in run(real=tmp_path)
-    assert "prompts.jsonl; --fake takes a folder" in run(fake=tmp_path)
-    write_prompts(tmp_path, [{"file": "x.mp4", "text": "a red cat moves left"}])
-    assert "expected one shape of circle, triangle, came none" in run(fake=tmp_path)
-    write_prompts(tmp_path, [{"file": "x.mp4", "text": "a red circle moves left"}])
-    assert "x.mp4 cannot be read" in run(fake=tmp_path)
-    (tmp_path / "prompts.jsonl").write_text('{"file": 3}\n')
-    assert 'line 1: expected {"file", "text"}' in run(fake=tmp_path)
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert evaluate.main(list(arguments)) == 2
+    return capsys.readouterr().err
 
 
-def test_psnr_is_that_of_the_frames_encode_took(tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
-    frames[:] = frames[:, ::4, ::4].repeat(4, 1).repeat(4, 2)  # coarse, so that the codec keeps it
-    real, fake = tmp_path / "real", tmp_path / "fake"
-    real.mkdir()
-    fake.mkdir()
-    write_mp4(real / "clip.mp4", frames, 8)
-    policy = {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
-    start = int(0.5 * (16 - 13 + 1))  # the middle one of the four places where 13 frames fit
-    write_mp4(fake / "0.mp4", frames[start : start + 13 : 4], 8)
-    line = {"file": "0.mp4", "text": "noise", "clip": "clip.mp4", "video": policy}
-    (fake / "prompts.jsonl").write_text(json.dumps(line) + "\n")
-    scores = evaluate.evaluate_psnr(real, fake)
-    assert scores["n"] == 1 and scores["psnr_db"] > 25
-    write_mp4(fake / "0.mp4", frames[start + 1 : start + 14 : 4], 8)  # one frame later: other noise altogether
-    assert evaluate.evaluate_psnr(real, fake)["psnr_db"] < 12
-    (fake / "prompts.jsonl").write_text(json.dumps({"file": "0.mp4", "text": "noise"}) + "\n")
-    with pytest.raises(ValueError, match='needs "clip" and "video"'):
-        evaluate.evaluate_psnr(real, fake)
+def test_missing_networks_say_what_to_fetch(clips: Path, cache: Path, tmp_path: Path, capsys) -> None:
+    sides = ["--real", str(clips / "real"), "--fake", str(clips / "fake"), "--out", str(tmp_path / "x"), *NUMBERS]
+    error = said(capsys, "--metrics", "fvd", *sides)
+    assert "i3d_torchscript.pt?dl=1" in error and str(cache / "networks" / "i3d_torchscript.pt") in error
+    assert "there is no such file; fetch" in said(capsys, "--metrics", "fid", *sides, "--inception", "/nowhere.pt")
+    (tmp_path / "text.pt").write_text("not a network")
+    assert "is no TorchScript module" in said(capsys, "--metrics", "fid", *sides, "--inception", f"{tmp_path}/text.pt")
+    wrong = str(clips / "inception.pt")
+    assert "does not take input [8, 3, 4, 32, 32]" in said(capsys, "--metrics", "fvd", *sides, "--i3d", wrong)
+    assert "is no CLIP model" in said(capsys, "--metrics", "clip", *sides, "--clip", str(tmp_path))
+    (cache / "networks").mkdir(parents=True)
+    (cache / "networks" / "i3d_torchscript.pt").write_bytes((clips / "i3d.pt").read_bytes())
+    assert evaluate.main(["--metrics", "fvd", *sides]) == 0
 
 
-def test_psnr_in_closed_form() -> None:
-    image = np.full((2, 2), 100, np.uint8)
-    assert evaluate.psnr_db(image, image) == float("inf")
-    assert evaluate.psnr_db(image, image + np.uint8(5)) == pytest.approx(20 * np.log10(255 / 5))
+def test_clips_that_cannot_be_scored_are_named(clips: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.json"
+    assert "no metric 'fvdd'; expected one of" in said(capsys, *command(clips, out, "fvdd"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds none" in said(capsys, *command(clips, out, "fvd", real=str(empty)))
+    assert "there is neither" in said(capsys, *command(clips, out, "fvd", real="nowhere"))
+    assert "fvd compares with real clips" in said(
+        capsys, "--metrics", "fvd", "--fake", str(clips / "fake"), "--out", "x"
+    )
+    few = [*command(clips, out, "fvd"), "--num-clips", "2048"]
+    assert "expected 2048 clips, came 10 sampled and 12 real; sample more, or pass --num-clips 10" in said(capsys, *few)
+    long = [*command(clips, out, "fvd"), "--frames", "9"]
+    error = said(capsys, *long)
+    assert "too short: expected" in error and "leave such clips out" in error and "mp4" in error
+    (tmp_path / "silent").mkdir()
+    for path in (clips / "fake").glob("*.mp4"):
+        (tmp_path / "silent" / path.name).write_bytes(path.read_bytes())
+    silent = command(clips, out, "clip", fake=str(tmp_path / "silent"))
+    assert "10 have none, the first is 0.mp4" in said(capsys, *silent)
+    (tmp_path / "silent" / "3.mp4").write_text("no video")
+    assert "3.mp4: corrupt" in said(capsys, *command(clips, out, "is", fake=str(tmp_path / "silent")), "--frames", "4")
+    assert not out.exists()
+
+
+def test_latents_are_not_clips(data_sets, clips: Path, tmp_path: Path, capsys) -> None:
+    error = said(capsys, *command(clips, tmp_path / "x", "fvd", real=str(data_sets.latents)))
+    assert "expected clips with pixels, came a data set of latents" in error

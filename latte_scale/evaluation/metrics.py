@@ -1,0 +1,169 @@
+"""FVD, FID, KID, IS, CLIP score and CLIP consistency of sampled clips: which features each needs, and what is recorded.
+
+In: the names of metrics, two sets of clips and the networks' files. Out: a value with its interval and everything a
+reader needs to compare it: counts, frames, size, network and its sha256. FVD follows StyleGAN-V: clips of 16 frames,
+real ones every third frame at a random place, generated ones as they are, 2048 of each, covariances over N. Here the
+draws are seeded, and the default frames are those the samples were made for.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import probe
+from latte_scale.engine.dist import Ranks
+from latte_scale.evaluation import scores
+from latte_scale.evaluation.bootstrap import LEVEL, bootstrap
+from latte_scale.evaluation.clips import Clip, ClipSet, choose
+from latte_scale.evaluation.features import Window, extract, kept
+from latte_scale.evaluation.networks import Network, cache_folder, find_network, load_network
+
+NETWORK_OF = {
+    "fvd": "i3d",
+    "fid": "inception",
+    "kid": "inception",
+    "is": "inception",
+    "clip": "clip",
+    "clip_consistency": "clip",
+}
+NEEDS_REAL = ("fvd", "fid", "kid")
+NEEDS_COUNT = (*NEEDS_REAL, "is")  # those whose value depends on the number of clips
+STYLEGAN_V = VideoSettings(frames=16, frame_interval=3)
+
+Show = Callable[[str], Callable[[int, int], None]]  # what begins -> how far it is
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How clips are taken and scores computed; None: what the samples were made for, else StyleGAN-V's."""
+
+    frames: int | None = None
+    frame_interval: int | None = None  # of real clips; sampled ones are taken as they are
+    size: int | None = None  # pixels a side; None: of the first sampled clip
+    num_clips: int = 2048  # of each side
+    num_resamples: int = 200
+    seed: int = 0
+    batch_size: int = 8  # clips embedded at a time: memory only
+
+
+class Scorer:
+    """Computes metrics one after another; networks and features are made when first needed and used again."""
+
+    def __init__(
+        self,
+        real: ClipSet | None,
+        fake: ClipSet,
+        network_files: dict[str, str | None],
+        protocol: Protocol,
+        ranks: Ranks,
+        show: Show,
+    ) -> None:
+        """network_files: network -> path or URL, None for its usual place. A collective, as every method."""
+        self._real_set, self._protocol, self._ranks, self._show = real, protocol, ranks, show
+        self._files = network_files
+        self._fake = choose(fake, protocol.num_clips, protocol.seed)
+        self._real = choose(real, protocol.num_clips, protocol.seed) if real else []
+        video = _video(fake, protocol)
+        self._windows = {
+            "real": Window(video, protocol.seed),
+            "fake": Window(replace(video, frame_interval=1, window=None, sampling="stride"), None),
+        }
+        self._network = functools.cache(self._load)
+        self._features = functools.cache(self._make_features)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError if `name` cannot be computed: real clips, their number, or the network's file."""
+        if name in NEEDS_REAL and self._real_set is None:
+            raise ValueError(f"{name} compares with real clips: pass --real URL")
+        came = [len(self._fake)] + ([len(self._real)] if name in NEEDS_REAL else [])
+        if name in NEEDS_COUNT and min(came) < max(2, self._protocol.num_clips):
+            words = f"{len(self._fake)} sampled" + (f" and {len(self._real)} real" if name in NEEDS_REAL else "")
+            raise ValueError(
+                f"{name}: expected {self._protocol.num_clips} clips, came {words}; sample more, or pass --num-clips "
+                f"{max(2, min(came))}: scores of different counts do not compare"
+            )
+        if name == "clip_consistency" and self._windows["fake"].video.frames < 2:
+            raise ValueError("clip_consistency: expected clips of 2 frames or more, came 1; drop it")
+        if name == "clip" and (without := [clip.name for clip in self._fake if clip.load()[1] == ""]):
+            raise ValueError(
+                f"clip: expected a prompt for every video, {len(without)} have none, the first is {without[0]}; pass "
+                "a folder that `latte-scale sample` wrote (prompts.jsonl)"
+            )
+        find_network(NETWORK_OF[name], self._files[NETWORK_OF[name]])
+
+    def score(self, name: str) -> dict[str, Any]:
+        """The record of one metric: value, low, high, std_error, and how it was made."""
+        protocol, network = self._protocol, self._network(NETWORK_OF[name])
+        score, num_real = self._score_function(name), len(self._real) if name in NEEDS_REAL else 0
+        interval = bootstrap(
+            score, num_real, len(self._fake), protocol.num_resamples, protocol.seed, self._ranks,
+            self._show(f"{name}: resampling"),
+        )  # fmt: skip
+        video = self._windows["real" if num_real else "fake"].video
+        return {
+            **vars(interval),
+            "level": LEVEL,
+            "num_resamples": protocol.num_resamples,
+            "num_real": num_real,
+            "num_fake": len(self._fake),
+            "video": video.stored(),
+            "seed": protocol.seed,
+            "network": {"source": network.source, "sha256": network.sha256},
+            "real_fingerprint": self._real_fingerprint() if num_real else None,
+        }
+
+    def _score_function(self, name: str) -> scores.Score:
+        if name in ("fvd", "fid"):
+            return scores.frechet_score(*self._both(NETWORK_OF[name]))
+        if name == "kid":
+            return scores.kernel_score(*self._both("inception"))
+        if name == "is":
+            return scores.inception_score(self._features("inception", "fake", "classes"))
+        rows_UKD = self._features("clip", "fake", "features")
+        frames_UKD, text_U1D = rows_UKD[:, :-1], rows_UKD[:, -1:]
+        return scores.clip_score(frames_UKD, text_U1D) if name == "clip" else scores.temporal_score(frames_UKD)
+
+    def _both(self, network: str) -> tuple[Tensor, Tensor]:
+        return self._features(network, "real", "features"), self._features(network, "fake", "features")
+
+    def _load(self, name: str) -> Network:
+        return load_network(name, find_network(name, self._files[name]), self._ranks.device)
+
+    def _make_features(self, name: str, side: str, kind: str) -> Tensor:
+        network, window = self._network(name), self._windows[side]
+        clips: list[Clip] = self._real if side == "real" else self._fake
+        show = self._show(f"{name}: {len(clips)} {side} clips")
+
+        def make() -> Tensor:
+            return extract(clips, window, getattr(network, kind), self._ranks, self._protocol.batch_size, show)
+
+        if side == "fake":
+            return make()
+
+        def facts() -> list[object]:
+            names = [clip.name for clip in clips]
+            return [self._real_fingerprint(), network.sha256, name, kind, window, names, torch.__version__]
+
+        return kept(make, cache_folder() / "features", facts, self._ranks)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return self._real_set.fingerprint()
+
+    def _real_fingerprint(self) -> str | None:
+        """Of the real set; rank 0 alone reads the files, and alone writes the record."""
+        return self._fingerprint if self._ranks.rank == 0 else None
+
+
+def _video(fake: ClipSet, protocol: Protocol) -> VideoSettings:
+    """The frame policy of real clips. Raises ValueError for a policy that is none or a first clip that is no video."""
+    video = VideoSettings(**fake.policy) if fake.policy else STYLEGAN_V
+    info = probe(fake.clips[0].load()[0])
+    size = {"height": protocol.size or info.height, "width": protocol.size or info.width}
+    given = {key: getattr(protocol, key) for key in ("frames", "frame_interval")}
+    return replace(video, **size, hflip=False, **{key: value for key, value in given.items() if value is not None})

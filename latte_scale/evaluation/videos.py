@@ -1,0 +1,83 @@
+"""Folders of sampled videos: what each file was asked to show, its frames, and how near it is to a known clip.
+
+In: a folder of videos with `prompts.jsonl` ({"file", "text"} a line, as `latte-scale sample` writes it). Out: the
+records, frames, and for models that were overfitted the PSNR to the clip that each line names.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import read_random_clip
+
+
+def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
+    """The lines of a folder's prompts.jsonl. Raises ValueError with the line that is none.
+
+    with_text: whether every line must have a "text"; those of classes have a "label" instead.
+    """
+    path = folder / "prompts.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no {path}; --fake takes a folder that `latte-scale sample` wrote (videos and prompts.jsonl)")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        record = _parse_or_none(line)
+        if record is None or not all(isinstance(record.get(key), str) for key in ("file", "text")[: 1 + with_text]):
+            wanted = '{"file", "text"}' if with_text else '{"file"}'
+            raise ValueError(f"{path}, line {number}: expected {wanted}, came {line[:80]!r}")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} is empty: there is nothing to score")
+    return records
+
+
+def _parse_or_none(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """Every frame of a video, uint8 [F, H, W, 3] RGB."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); sample it again") from error
+    if not frames:
+        raise ValueError(f"{path} holds no frame; sample it again")
+    return np.stack(frames)
+
+
+def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
+    """How near each video comes to the clip it was trained on: n, the mean PSNR in dB, and each clip's.
+
+    Every line of prompts.jsonl names its "clip" (a file in `real`) and, as `latte-scale sample` writes it, the frame
+    policy "video"; the clip's frames are those that `latte-data encode` takes, from the centre. PSNR is over all
+    frames of a clip. Raises ValueError for a line without these, or a video of another size.
+    """
+    clips = []
+    for record in read_prompts(fake):
+        if "clip" not in record or "video" not in record:
+            raise ValueError(f'{fake}: psnr needs "clip" and "video" in every line of prompts.jsonl, came {record}')
+        pixels_FCHW, _ = read_random_clip(real / record["clip"], VideoSettings(**record["video"]), u=0.5)
+        frames, wanted = read_frames(fake / record["file"]), pixels_FCHW.transpose(0, 2, 3, 1)
+        if frames.shape != wanted.shape:
+            raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, came {frames.shape}")
+        clips.append({"file": record["file"], "text": record["text"], "psnr_db": psnr_db(frames, wanted)})
+    return {"n": len(clips), "psnr_db": float(np.mean([clip["psnr_db"] for clip in clips])), "clips": clips}
+
+
+def psnr_db(image: np.ndarray, wanted: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 pixels in dB; infinite where they are equal."""
+    mse = np.mean((image.astype(np.float64) - wanted.astype(np.float64)) ** 2)
+    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))

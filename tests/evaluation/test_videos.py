@@ -1,0 +1,52 @@
+"""Folders of sampled videos: their records, and PSNR to the clips that were overfitted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latte_scale.data.video import write_mp4
+from latte_scale.evaluation.videos import psnr_db, read_prompts, score_psnr
+
+
+def test_psnr_is_that_of_the_frames_encode_took(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
+    frames[:] = frames[:, ::4, ::4].repeat(4, 1).repeat(4, 2)  # coarse, so that the codec keeps it
+    real, fake = tmp_path / "real", tmp_path / "fake"
+    real.mkdir()
+    fake.mkdir()
+    write_mp4(real / "clip.mp4", frames, 8)
+    policy = {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
+    start = int(0.5 * (16 - 13 + 1))  # the middle one of the four places where 13 frames fit
+    write_mp4(fake / "0.mp4", frames[start : start + 13 : 4], 8)
+    line = {"file": "0.mp4", "text": "noise", "clip": "clip.mp4", "video": policy}
+    (fake / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    scores = score_psnr(real, fake)
+    assert scores["n"] == 1 and scores["psnr_db"] > 25
+    write_mp4(fake / "0.mp4", frames[start + 1 : start + 14 : 4], 8)  # one frame later: other noise altogether
+    assert score_psnr(real, fake)["psnr_db"] < 12
+    (fake / "prompts.jsonl").write_text(json.dumps({"file": "0.mp4", "text": "noise"}) + "\n")
+    with pytest.raises(ValueError, match='needs "clip" and "video"'):
+        score_psnr(real, fake)
+
+
+def test_psnr_in_closed_form() -> None:
+    image = np.full((2, 2), 100, np.uint8)
+    assert psnr_db(image, image) == float("inf")
+    assert psnr_db(image, image + np.uint8(5)) == pytest.approx(20 * np.log10(255 / 5))
+
+
+@pytest.mark.parametrize("line", ['{"file": 3}', "no json", "[1]", '{"file": "x.mp4"}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"file": "0.mp4", "text": "a"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=r'line 3: expected {"file", "text"}, came'):
+        read_prompts(tmp_path)
+
+
+def test_records_of_classes_have_no_text(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"file": "0.mp4", "label": 3}\n')
+    assert read_prompts(tmp_path, with_text=False) == [{"file": "0.mp4", "label": 3}]
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="nothing to score"):
+        read_prompts(tmp_path)
