@@ -63,10 +63,20 @@ class ModelInputs:
         return self.image_label_BN is not None or (self.text is not None and self.text.ndim == 4)
 
     def predict(
-        self, model: Callable[..., Any], noisy_BCFHW: Tensor, timestep: Tensor, features: bool
+        self,
+        model: Callable[..., Any],
+        noisy_BCFHW: Tensor,
+        timestep: Tensor,
+        features: bool,
+        reshard: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Call the model on its own layout: (output [B, O, F, H, W],), with `features` also the contrastive pair."""
-        options = {"num_images": self.num_images, "features": features}
+        """Call the model on its own layout: (output [B, O, F, H, W],), with `features` also the contrastive pair.
+
+        reshard: goes to the model, which then gets a part of the frames; None: the model's own, for whole clips.
+        """
+        options: dict[str, Any] = {"num_images": self.num_images, "features": features}
+        if reshard is not None:
+            options["reshard"] = reshard
         if self.text is not None:
             out = model(noisy_BCFHW, timestep, self.text, self.mask, **options)
             return out if features else (out,)

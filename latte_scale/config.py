@@ -145,6 +145,7 @@ class Config:
                 "train.joint_images and train.known_frames"
             )
         self._check_contrastive()
+        self._check_sequence_parallel()
 
     def _check_contrastive(self) -> None:
         weight, group = self.contrastive.weight, self.contrastive.group
@@ -161,6 +162,33 @@ class Config:
                     f"train.{name} is {getattr(self.train, name)}, not a multiple of contrastive.group {group}: a "
                     "group of negatives must lie in one micro-batch; change one of them"
                 )
+
+    def _check_sequence_parallel(self) -> None:
+        """What needs all frames of a clip on one rank, by name."""
+        size, rows = self.engine.sequence_parallel, self.video.frames // self.model.frames_per_token
+        if size == 1:
+            return
+        wanted = {
+            "train.joint_images": self.train.joint_images,
+            "train.known_frames.share": self.train.known_frames.share,
+            "contrastive.weight": self.contrastive.weight,
+        }
+        for key, value in wanted.items():
+            if value:
+                raise ValueError(
+                    f"engine.sequence_parallel={size} cuts clips by frames, which does not go with {key}={value}: set "
+                    f"{key}=0 or engine.sequence_parallel=1"
+                )
+        if self.model.kind == "latte" and self.model.variant in ("sequential", "parallel"):
+            raise ValueError(
+                f"engine.sequence_parallel={size}: a block of model.variant={self.model.variant} attends over space "
+                "and over time, so clips cannot be cut; use interleaved or late_fusion, or engine.sequence_parallel=1"
+            )
+        if rows < size:
+            raise ValueError(
+                f"engine.sequence_parallel={size} needs as many frames, a clip has {rows} (of tokens); set "
+                f"engine.sequence_parallel to {rows} or less"
+            )
 
     @property
     def sample_group(self) -> int:

@@ -15,22 +15,34 @@ from latte_scale.config import Config
 from latte_scale.diffusion.contrastive import info_nce
 from latte_scale.diffusion.loss import diffusion_loss, draw_timestep
 from latte_scale.diffusion.schedule import Schedule
+from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.model.flops import flops_by_part, num_flops
+
+ALONE = SequenceGroup()
 
 
 def losses_of(
-    config: Config, model: Callable[..., Any], schedule: Schedule, inputs: ModelInputs
+    config: Config,
+    model: Callable[..., Any],
+    schedule: Schedule,
+    inputs: ModelInputs,
+    sequence: SequenceGroup = ALONE,
 ) -> tuple[Tensor, Tensor | None]:
-    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive one where it is asked for."""
+    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive one where it is asked for.
+
+    Ranks of a sequence group pass the same inputs and get the same losses; each runs the model on a part of each clip.
+    """
     latents, noise, known = inputs.latents_BCFHW, inputs.noise_BCFHW, inputs.known_BF
     uniform_B = torch.from_numpy(inputs.uniform_B)
     t_B = draw_timestep(uniform_B, config.diffusion).to(latents.device, non_blocking=True)
     features: list[Tensor] = []
 
     def predict(noisy_BCFHW: Tensor, timestep: Tensor) -> Tensor:
-        output_BOFHW, *pair = inputs.predict(model, noisy_BCFHW, timestep, bool(config.contrastive.weight))
+        clip = sequence.clip(noisy_BCFHW.shape[2], config.model.frames_per_token)
+        mine_BCFHW, with_features = clip.cut(noisy_BCFHW), bool(config.contrastive.weight)
+        output_BOFHW, *pair = inputs.predict(model, mine_BCFHW, timestep, with_features, clip.reshard)
         features.extend(pair)
-        return output_BOFHW
+        return clip.join(output_BOFHW)
 
     loss_B = diffusion_loss(predict, latents, t_B, noise, config.diffusion, schedule, known_BF=known).loss_B
     if not features:

@@ -114,12 +114,12 @@ def train(
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     watchdog.arm(SLOW_FACTOR)
-    with trackers, make_loader(config, datasets, images, plan, ranks, progress.step) as loader:
+    with trackers, make_loader(config, datasets, images, plan, engine, progress.step) as loader:
         for step in range(progress.step, config.train.steps):
             updates = journal.progress.updates_before(step)
             lr = learning_rate(config, updates)
             journal.begin(step, lr, plan.epoch(step + 1), (step + 1) * config.train.global_batch)
-            tally = Tally(ranks.device)
+            tally = Tally(ranks.device, engine.sequence.rank, engine.sequence.size)
             waiting_since_s = time.perf_counter()
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
@@ -131,7 +131,7 @@ def train(
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):
                 inputs = conditioner(micro_batch, step)
-                loss_B, contrastive_B = losses_of(config, engine.model, schedule, inputs)
+                loss_B, contrastive_B = losses_of(config, engine.model, schedule, inputs, engine.sequence)
                 share = share_of(config, inputs, loss_B, contrastive_B)
                 engine.backward(share, last_microbatch=number == len(micro_batches))
                 tally.add(inputs, loss_B, contrastive_B, *cost_of(config, inputs))
@@ -195,8 +195,9 @@ def initial_model(config: Config) -> Latte | LatteT2V:
 
 
 def make_loader(
-    config: Config, datasets: Sequence[Dataset], images: Dataset | None, plan: Plan, ranks: Ranks, start_step: int
+    config: Config, datasets: Sequence[Dataset], images: Dataset | None, plan: Plan, engine: Engine, start_step: int
 ) -> Loader:
+    """The samples of this rank's share of each batch; ranks of a sequence group read the same ones."""
     return Loader(
         config.data,
         datasets,
@@ -204,11 +205,11 @@ def make_loader(
         plan,
         seed=config.run.seed,
         micro_batch=config.train.micro_batch,
-        rank=ranks.rank,
-        size=ranks.size,
+        rank=engine.dp_rank,
+        size=engine.dp_size,
         start_step=start_step,
         caption_drop=config.train.caption_drop,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=engine.device.type == "cuda",
         num_images=config.train.joint_images,
         images=images,
         group=config.sample_group,
@@ -334,8 +335,9 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     parameters = sum(torch.Size(shard.shape).numel() for shard in engine.local_shards())
     kind = f"zero-{config.engine.zero_stage}" if config.engine.kind == "zero" else config.engine.kind
     name = "LatteT2V" if config.model.kind == "latte_t2v" else "Latte"
+    together = f", {engine.sequence.size} ranks a clip" if engine.sequence.size > 1 else ""
     console.print(
-        f"[bold]{name}[/] {parameters:,} parameters, {kind} on {engine.dp_size} x {engine.device.type}, "
+        f"[bold]{name}[/] {parameters:,} parameters, {kind} on {engine.ranks.size} x {engine.device.type}{together}, "
         f"{config.train.precision}, {config.diffusion.objective}; global batch {config.train.global_batch}"
     )
     for dataset in datasets:

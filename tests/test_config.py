@@ -123,3 +123,28 @@ def test_compression_patches_are_refused_for_single_frames():
     for override in ("train.joint_images=2", "train.known_frames.share=0.5"):
         with pytest.raises(SettingsError, match="mixes the frames of a patch"):
             load_config(ROOT / "configs" / "ffs.yaml", ["model.tubelet_size=2", override])
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "words"),
+    [
+        ("tiny_cpu", "train.joint_images=1", "sequence_parallel=2 cuts clips by frames.*train.joint_images=1"),
+        ("tiny_cpu", "train.known_frames.share=0.5", "train.known_frames.share=0.5: set"),
+        ("tiny_cpu", "engine.sequence_parallel=5", "sequence_parallel=5 needs as many frames, a clip has 4"),
+        ("tiny_cpu", "engine.sequence_parallel=0", "must be 1 or more ranks"),
+        ("tiny_cpu", "engine.kind=single", "engine.kind=single runs on one; set engine.kind to fsdp2 or zero"),
+        ("ffs", "model.variant=parallel", "model.variant=parallel attends over space and over time"),
+    ],
+)
+def test_what_does_not_go_with_clips_over_several_ranks(config, override, words):
+    options = ["engine.kind=fsdp2", "engine.sequence_parallel=2"]
+    load_config(ROOT / "configs" / f"{config}.yaml", options)
+    with pytest.raises(SettingsError, match=words):
+        load_config(ROOT / "configs" / f"{config}.yaml", [*options, override])
+
+
+def test_contrastive_loss_does_not_go_with_clips_over_several_ranks():
+    options = ["model.contrastive_width=8", "contrastive.weight=0.1", "contrastive.group=4", "engine.kind=fsdp2"]
+    load_config(ROOT / "configs" / "tiny_cpu.yaml", options)
+    with pytest.raises(SettingsError, match=r"does not go with contrastive.weight=0.1"):
+        load_config(ROOT / "configs" / "tiny_cpu.yaml", [*options, "engine.sequence_parallel=2"])

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     # From a micro-batch to the loss's arguments, and from a step's numbers to the metrics file: parts of the train loop
     # that have a life of their own. Only entry points import them.
     "conditioning": {"data", "encoders", "rng"},
-    # A micro-batch's losses and work: what the trainer and the benchmark of a step share.
-    "losses": {"conditioning", "config", "diffusion", "model"},
+    # A micro-batch's losses and work: what the trainer and the benchmark of a step share. Here the model is called, so
+    # here clips are cut for the ranks of a sequence group and their predictions joined.
+    "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
     "run": {"run", "settings"},
     "run.metrics": {"engine.base"},
     "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},

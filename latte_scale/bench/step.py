@@ -83,7 +83,8 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
     if config.train.deterministic:
         make_deterministic()
     device = ranks.device
-    micro_batches = step_inputs(config, device, ranks.size, args.captions)
+    num_shares = max(1, ranks.size // config.engine.sequence_parallel)  # of the batch: one a sequence group
+    micro_batches = step_inputs(config, device, num_shares, args.captions)
     turns, subjects = Turns(device), {}
     say(ranks, f"building and warming up on {device_name(device)}")
     subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches))
@@ -97,7 +98,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
             failed[args.against] = drop(subjects, args.against)
     compiled = num_graphs()
     failed |= run_rounds(subjects, turns, ranks, args)
-    work = work_of(config, micro_batches, ranks.size)
+    work = work_of(config, micro_batches, num_shares)
     peak = peak_flops(device_name(device))
     results: dict[str, Any] = {}
     for name, subject in subjects.items():

@@ -68,7 +68,7 @@ class Ours:
     def forward_backward(self) -> Tensor:
         shares, last = [], len(self._micro_batches)
         for number, inputs in enumerate(self._micro_batches, 1):
-            losses = losses_of(self._config, self._engine.model, self._schedule, inputs)
+            losses = losses_of(self._config, self._engine.model, self._schedule, inputs, self._engine.sequence)
             share = share_of(self._config, inputs, *losses)
             self._engine.backward(share, last_microbatch=number == last)
             shares.append(share.detach())

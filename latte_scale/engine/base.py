@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latte_scale.engine.dist import Ranks
+from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import is_decayed
 
 Precision = Literal["fp32", "bf16"]
@@ -34,6 +35,7 @@ class EngineSettings:
     blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"  # full: recompute each block
     compile: bool = False  # torch.compile each block
+    sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)
     timeout_s: float = 600.0  # a collective, or a step, that takes longer ends the job, with stacks in RUN/logs
 
     def __post_init__(self) -> None:
@@ -48,6 +50,13 @@ class EngineSettings:
             raise ValueError(
                 "engine.compile does not work with ZeRO stage 3, whose hooks gather weights inside the blocks; "
                 "use zero_stage 1 or 2, or engine.kind=fsdp2"
+            )
+        if self.sequence_parallel < 1:
+            raise ValueError(f"engine.sequence_parallel must be 1 or more ranks, got {self.sequence_parallel}")
+        if self.sequence_parallel > 1 and self.kind == "single":
+            raise ValueError(
+                f"engine.sequence_parallel={self.sequence_parallel} needs several ranks, and engine.kind=single runs "
+                "on one; set engine.kind to fsdp2 or zero"
             )
         if self.blocks_per_unit < 1:
             raise ValueError(f"engine.blocks_per_unit must be 1 or more, got {self.blocks_per_unit}")
@@ -79,7 +88,8 @@ class Engine(Protocol):
     module: nn.Module  # the model that was handed in
     device: torch.device
     ranks: Ranks
-    dp_rank: int  # which share of the global batch is this rank's
+    sequence: SequenceGroup  # the ranks that hold each clip together, this one among them: they share their samples
+    dp_rank: int  # which share of the global batch is this rank's and its group's
     dp_size: int
 
     @property
@@ -93,7 +103,10 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
-        """Add the gradient of `loss`, 0-d: this rank's share. The step's gradient is the sum over ranks and shares."""
+        """Add the gradient of `loss`, 0-d: this rank's share. The step's gradient is the sum over ranks and shares.
+
+        Ranks of a sequence group pass the same loss; each adds what reached its weights through its part of the clips.
+        """
         ...
 
     def step(self, lr: float, clip: bool = True) -> StepResult:

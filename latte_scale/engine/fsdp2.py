@@ -24,6 +24,7 @@ from latte_scale.engine.base import (
     prepare,
 )
 from latte_scale.engine.dist import Ranks
+from latte_scale.engine.parallel.sequence import make_sequence_group
 from latte_scale.optim import GuardedAdamW, OptimSettings
 
 RESHARD_ABOVE_BYTES = 8 * 2**30
@@ -44,7 +45,9 @@ class Fsdp2Engine:
     ) -> None:
         prepare(model, blocks, settings, precision, ranks.device.type)
         check_equal_weights(model, ranks)
-        self.device, self.ranks, self.dp_rank, self.dp_size = ranks.device, ranks, ranks.rank, ranks.size
+        self.device, self.ranks = ranks.device, ranks
+        self.sequence = make_sequence_group(ranks, settings.sequence_parallel, settings.timeout_s)
+        self.dp_rank, self.dp_size = ranks.rank // self.sequence.size, ranks.size // self.sequence.size
         decayed = decay_flags(model)
         self.module = shard(model.to(ranks.device), blocks, settings, ranks)
         self._params = list(model.named_parameters())

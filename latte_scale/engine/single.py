@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from latte_scale.engine.base import EngineSettings, LocalShard, Precision, StepResult, decay_flags, prepare
 from latte_scale.engine.dist import Ranks
+from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import GuardedAdamW, OptimSettings
 
 
@@ -28,6 +29,7 @@ class SingleEngine:
         prepare(model, blocks, settings, precision, ranks.device.type)
         self.module = model.to(ranks.device)
         self.device, self.ranks, self.dp_rank, self.dp_size = ranks.device, ranks, 0, 1
+        self.sequence = SequenceGroup()
         self._params = list(model.named_parameters())
         pieces = [param.detach().view(-1) for _, param in self._params]
         self._optimizer = GuardedAdamW(pieces, decay_flags(model), optim, self.device)

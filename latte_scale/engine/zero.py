@@ -26,6 +26,7 @@ from latte_scale.engine.base import (
     prepare,
 )
 from latte_scale.engine.dist import Ranks
+from latte_scale.engine.parallel.sequence import make_sequence_group
 from latte_scale.optim import OptimSettings, make_adamw, zero_state
 
 BUCKET_ELEMENTS = 50_000_000
@@ -50,7 +51,8 @@ class ZeroEngine:
         prepare(model, blocks, settings, precision, ranks.device.type)
         check_equal_weights(model, ranks)
         self.module, self.device, self.ranks = model, ranks.device, ranks
-        self.dp_rank, self.dp_size = ranks.rank, ranks.size
+        self.sequence = make_sequence_group(ranks, settings.sequence_parallel, settings.timeout_s)
+        self.dp_rank, self.dp_size = ranks.rank // self.sequence.size, ranks.size // self.sequence.size
         self._stage = settings.zero_stage
         self._names = [(name, tuple(param.shape)) for name, param in model.named_parameters()]
         self._adamw = make_adamw(list(zip(model.parameters(), decay_flags(model), strict=True)), optim)
@@ -74,7 +76,7 @@ class ZeroEngine:
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last_microbatch)
         # DeepSpeed averages over ranks (a sum is refused by stage 3): exact for a power of two, one rounding otherwise.
-        self._engine.backward(loss * self.dp_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
 
     def step(self, lr: float, clip: bool = True) -> StepResult:
         self._zero.clip_grad = self._clip_norm if clip else 0.0  # read by its step; 0 is no clipping

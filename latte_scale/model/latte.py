@@ -114,12 +114,14 @@ class Latte(nn.Module):
             condition_BGD = _add_rows(time_BGD, label_BGD, frames)
         else:
             x_BFTD, condition_BGD = _append_tokens(x_BFTD, time_BGD, label_BGD), None
-        rotary_2FE, pooled = self._rotary(x_BFTD, num_images), ()
+        rotary_2FE, pooled = None, ()
 
         for index, block in enumerate(self.blocks):
             x_BFTD = reshard(x_BFTD, "time" if block.layout == "time" else "space")
-            if index == self.positions_before and rotary_2FE is None:
-                x_BFTD = on_video(x_BFTD, num_images, self._add_frame_positions)
+            if index == self.positions_before:  # here, and not before, the frames are whole under any reshard
+                rotary_2FE = self._rotary(x_BFTD, num_images)
+                if rotary_2FE is None:
+                    x_BFTD = on_video(x_BFTD, num_images, self._add_frame_positions)
             x_BFTD = block(x_BFTD, condition_BGD, rotary_2FE, num_images)
             if features and index + 1 == (self.settings.depth + 1) // 2:
                 video_BFTD = x_BFTD[:, : x_BFTD.shape[1] - num_images, :num_patches]

@@ -110,6 +110,11 @@ class LatteSettings:
         return self.width // self.num_heads
 
     @property
+    def frames_per_token(self) -> int:
+        """Frames that one token stands for."""
+        return self.tubelet_size
+
+    @property
     def mlp_hidden(self) -> int:
         """Channels inside the MLP."""
         return int(self.width * self.mlp_ratio)

@@ -76,6 +76,11 @@ class LatteT2VSettings:
         """Channels of a token."""
         return self.num_heads * self.head_dim
 
+    @property
+    def frames_per_token(self) -> int:
+        """Frames that one token stands for."""
+        return 1
+
 
 class LatteT2V(nn.Module):
     """The text-to-video Transformer; weights are drawn by `init_weights` unless it is built on the meta device."""

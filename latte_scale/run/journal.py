@@ -29,6 +29,7 @@ HOST_FIELDS = (
     *("samples", "tokens", "flops", "data_wait_s"),
     *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
     *("digest_low", "digest_high"),
+    "digest_apart",  # 0 if the ranks of every sequence group had the same samples and noise
 )
 FIELDS = (
     "loss",
@@ -43,25 +44,29 @@ FIELDS = (
 
 @dataclass
 class Tally:
-    """This rank's numbers of one step."""
+    """This rank's numbers of one step. Ranks of a sequence group share their samples: the first of them counts them."""
 
     device: torch.device
+    sequence_rank: int = 0
+    sequence_size: int = 1
     host: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HOST_FIELDS, 0.0))
     losses: list[Tensor] = field(default_factory=list)  # a micro-batch: [2 + 2 NUM_BANDS] fp64 on the device
 
     def add(self, inputs: ModelInputs, loss_B: Tensor, contrastive_B: Tensor | None, tokens: int, flops: float) -> None:
         """Count one micro-batch; `tokens` and `flops` (of a step without recompute) are those of its real samples."""
         one_hot = np.eye(NUM_BANDS)[band_of(inputs.uniform_B)]
-        weight_B = inputs.weight_B.double()
+        counts = self.sequence_rank == 0
+        weight_B = inputs.weight_B.double() * counts
         band_BK = torch.from_numpy(one_hot).to(self.device, non_blocking=True) * weight_B[:, None]
         weighted_B = loss_B.detach().double() * weight_B
         contrastive = weighted_B.new_zeros(1) if contrastive_B is None else contrastive_B.detach().double() @ weight_B
         sums = [weighted_B.sum()[None], contrastive.view(1), weighted_B @ band_BK, band_BK.sum(0)]
         self.losses.append(torch.cat(sums))
         low, high = inputs.digest % HALF, inputs.digest // HALF
-        added = {"samples": inputs.num_samples, "tokens": tokens, "flops": flops}
-        for name, value in (added | {"digest_low": low, "digest_high": high}).items():
-            self.host[name] += value
+        added = {"samples": inputs.num_samples, "tokens": tokens, "flops": flops, "digest_low": low}
+        for name, value in (added | {"digest_high": high}).items():
+            self.host[name] += value * counts
+        self.host["digest_apart"] += low * (self.sequence_size - 1) if counts else -low
 
     def reduce(self, ranks: Ranks, result: StepResult) -> Tensor:
         """The step's numbers summed over the ranks, then norm and flag: [len(FIELDS)] fp64 on the device."""
@@ -149,6 +154,11 @@ class Journal:
             raise StopRunError(
                 f"stopped at step {step} without a save: the run folder was taken over by another attempt, or the "
                 "launcher of these processes is gone"
+            )
+        if values["digest_apart"]:
+            raise RuntimeError(
+                f"step {step}: the ranks of a sequence group had different samples, so its update mixed clips; nothing "
+                "was saved since. logs/replaced-*.jsonl names a sample that only some of them could read: run again"
             )
         skipped = self.progress.skipped_steps
         if not values["applied"]:

@@ -88,6 +88,30 @@ def test_digests_of_ranks_add_modulo_2_62():
     assert (int(values["digest_low"]) + int(values["digest_high"]) * 2**31) % 2**62 == (first + second) % 2**62
 
 
+def of_group(digests):
+    """What the ranks of one sequence group add up to; each has its own digest of the samples they should share."""
+    tallies = [Tally(CPU, rank, len(digests)) for rank in range(len(digests))]
+    for tally, digest in zip(tallies, digests, strict=True):
+        inputs = inputs_of([0.1, 0.9], [1.0, 0.0], digest)
+        tally.add(inputs, torch.tensor([3.0, 8.0]), torch.tensor([1.0, 1.0]), tokens=10, flops=6e9)
+    *rest, last = [tally.reduce(OneRank(), result_of()) for tally in tallies]
+    last[: -len(StepResult._fields)] += sum(rank[: -len(StepResult._fields)] for rank in rest)
+    return last.tolist()
+
+
+def test_a_sequence_group_counts_its_samples_once():
+    alone = numbers_of([3.0, 8.0], [0.1, 0.9], [1.0, 0.0], digest=2**60 + 7)
+    numbers = of_group([2**60 + 7] * 4)
+    contrastive = FIELDS.index("contrastive")
+    alone[contrastive] = numbers[contrastive] = 0.0
+    assert numbers == alone
+
+
+def test_a_sequence_group_of_different_samples_ends_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match="had different samples"):
+        take(journal_of(tmp_path), 0, of_group([5, 5, 6]))
+
+
 def test_a_skipped_update_holds_back_the_schedule_but_not_the_step(tmp_path):
     journal = journal_of(tmp_path)
     take(journal, 0, numbers_of([1.0], [0.5], [1.0]))

@@ -1,0 +1,184 @@
+"""Sequence parallelism for long clips: the ranks of a group hold each clip together and share samples and noise.
+
+DSP, dynamic sequence parallelism (Zhao et al. 2024, arXiv 2403.10266): where a block attends within a frame, a rank
+holds some frames whole; where it attends over time, it holds some tokens of all frames; between the two one all-to-all
+moves each rank's part. In: a model that calls `reshard(x, "space" or "time")` before each block, and whole noisy clips,
+equal on the ranks of a group. Out: the whole prediction, equal on them too.
+
+The decision worth knowing is where gradients are summed. Every rank of a group computes the same loss of the same
+joined prediction, but only what went through its own frames and tokens reaches its weights: `join` hands back the
+gradient of this rank's frames and nothing else, and the all-to-alls hand back what other ranks' tokens made of them. So
+the gradient of a clip is the sum over its group, each part counted once, and the sum over all ranks that every engine
+makes anyway is that of the global batch. No average and no weight, however uneven the cut is.
+
+Shape legend: B batch, C channels, O output channels, F frames, H W latent height and width, T tokens of a frame,
+D width.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from latte_scale.engine.dist import Ranks
+
+FRAMES, TOKENS = 1, 2
+"""Axes of x_BFTD."""
+
+
+class SequenceGroup:
+    """The ranks that hold each clip together. A rank alone is a group too, in which nothing is cut or moved."""
+
+    def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.size, self.group = rank, size, group
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank counts the group's samples: one of the group has to, and only one may."""
+        return self.rank == 0
+
+    def clip(self, num_frames: int, frames_per_token: int = 1) -> "ClipShare":
+        """This rank's share in one forward pass of clips of `num_frames`, `frames_per_token` of which make a token.
+
+        Raises ValueError if there are not as many rows of tokens on the frame axis as ranks.
+        """
+        return ClipShare(self, num_frames, frames_per_token)
+
+
+def make_sequence_group(ranks: Ranks, size: int, timeout_s: float) -> SequenceGroup:
+    """Groups of `size` consecutive ranks, which a launcher places on one machine. A collective.
+
+    Raises ValueError if the ranks do not make up whole groups.
+    """
+    if size == 1:
+        return SequenceGroup()
+    if ranks.size % size:
+        raise ValueError(
+            f"engine.sequence_parallel is {size}, but {ranks.size} ranks were started, which are no whole groups of "
+            f"{size}; start a multiple of {size} or set engine.sequence_parallel to a divisor of {ranks.size}"
+        )
+    group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
+    return SequenceGroup(ranks.rank % size, size, group)
+
+
+class ClipShare:
+    """One rank's part of a micro-batch of clips for one forward pass and its backward."""
+
+    def __init__(self, group: SequenceGroup, num_frames: int, frames_per_token: int) -> None:
+        rows = num_frames // frames_per_token
+        if rows < group.size:
+            raise ValueError(
+                f"a clip of {num_frames} frames has {rows} rows of tokens, fewer than the {group.size} ranks of "
+                f"engine.sequence_parallel; set engine.sequence_parallel to {rows} or less"
+            )
+        self._group, self._num_rows = group, rows
+        self._rows = even_split(rows, group.size)
+        self._frames = [count * frames_per_token for count in self._rows]
+        self._tokens: list[int] = []  # of each rank where frames are whole; known once the model has made tokens
+
+    def cut(self, x_BCFHW: Tensor) -> Tensor:
+        """This rank's frames of whole clips."""
+        return _part(x_BCFHW, 2, self._frames, self._group.rank)
+
+    @property
+    def reshard(self) -> Callable[[Tensor, Literal["space", "time"]], Tensor] | None:
+        """What the model is to call before each block; None for a rank alone, whose model keeps its own identity."""
+        return None if self._group.size == 1 else self._reshard
+
+    def join(self, out_BOFHW: Tensor) -> Tensor:
+        """Whole clips of every rank's frames, the same on all ranks of the group."""
+        return out_BOFHW if self._group.size == 1 else _Join.apply(out_BOFHW, self._group, self._frames)
+
+    def _reshard(self, x_BFTD: Tensor, whole: Literal["space", "time"]) -> Tensor:
+        time_is_whole = x_BFTD.shape[FRAMES] == self._num_rows  # else fewer: there are two ranks or more
+        if whole == "time" and not time_is_whole:
+            self._tokens = self._split_tokens(x_BFTD.shape[TOKENS])
+            return _Switch.apply(x_BFTD, self._group, TOKENS, self._tokens, FRAMES, self._rows)
+        if whole == "space" and time_is_whole:
+            return _Switch.apply(x_BFTD, self._group, FRAMES, self._rows, TOKENS, self._tokens)
+        return x_BFTD
+
+    def _split_tokens(self, num_tokens: int) -> list[int]:
+        if num_tokens < self._group.size:
+            raise ValueError(
+                f"a frame of {num_tokens} tokens cannot be cut for the {self._group.size} ranks of "
+                f"engine.sequence_parallel; set it to {num_tokens} or less"
+            )
+        return even_split(num_tokens, self._group.size)
+
+
+def even_split(count: int, size: int) -> list[int]:
+    """`count` over `size` ranks: the first ones get one more where it does not divide."""
+    return [count // size + (rank < count % size) for rank in range(size)]
+
+
+def _part(x: Tensor, axis: int, counts: Sequence[int], rank: int) -> Tensor:
+    return x.narrow(axis, sum(counts[:rank]), counts[rank])
+
+
+class _Switch(torch.autograd.Function):
+    """The all-to-all of DSP: cut one axis for the ranks, make the other one whole; backward is the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BFTD: Tensor,
+        group: SequenceGroup,
+        cut_axis: int,
+        cut_counts: Sequence[int],
+        join_axis: int,
+        join_counts: Sequence[int],
+    ) -> Tensor:
+        ctx.way_back = group, join_axis, join_counts, cut_axis, cut_counts
+        return switch(x_BFTD, group, cut_axis, cut_counts, join_axis, join_counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BFTD: Tensor) -> tuple[Tensor | None, ...]:
+        return switch(grad_BFTD, *ctx.way_back), None, None, None, None, None
+
+
+def switch(
+    x_BFTD: Tensor,
+    group: SequenceGroup,
+    cut_axis: int,
+    cut_counts: Sequence[int],
+    join_axis: int,
+    join_counts: Sequence[int],
+) -> Tensor:
+    """Rank r of the group gets its part of `cut_axis` from all ranks, put together on `join_axis` in rank order.
+
+    A collective of the group, of one all-to-all with parts of any size.
+    """
+    parts = x_BFTD.split(list(cut_counts), dim=cut_axis)
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    shapes = []
+    for count in join_counts:
+        shape = list(x_BFTD.shape)
+        shape[cut_axis], shape[join_axis] = cut_counts[group.rank], count
+        shapes.append(shape)
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group.group)
+    pieces = [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
+    return torch.cat(pieces, dim=join_axis)
+
+
+class _Join(torch.autograd.Function):
+    """Every rank's frames side by side; backward keeps this rank's, whose loss was the same on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BOFHW: Tensor, group: SequenceGroup, frames: Sequence[int]) -> Tensor:
+        ctx.own = frames, group.rank
+        batch, channels, _, height, width = out_BOFHW.shape
+        whole_BOFHW = out_BOFHW.new_zeros(batch, channels, sum(frames), height, width)
+        _part(whole_BOFHW, 2, frames, group.rank).copy_(out_BOFHW)
+        dist.all_reduce(whole_BOFHW, group=group.group)  # exact: one rank has a number there and the others 0
+        return whole_BOFHW
+
+    @staticmethod
+    def backward(ctx: Any, grad_BOFHW: Tensor) -> tuple[Tensor | None, ...]:
+        frames, rank = ctx.own
+        return _part(grad_BOFHW, 2, frames, rank).contiguous(), None, None
