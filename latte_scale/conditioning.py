@@ -52,7 +52,7 @@ class ModelInputs:
     digest: int  # sum over the samples of hash64(id that was read, key of its noise), modulo 2**62
     num_images: int = 0  # how many of the F frames are images
     text: Tensor | None = None  # [B, L, D], or [B, N, L, D] where images have captions of their own
-    mask: Tensor | None = None  # bool, True for real tokens: [B, L] or [B, N, L]
+    mask: Tensor | None = None  # bool, True for real tokens: [B, L] or [B, N, L]; none: all are real
     label_B: Tensor | None = None  # int64 classes, the null class where dropped
     image_label_BN: Tensor | None = None  # [B, n] int64; none: the clip's label
     known_BF: Tensor | None = None  # bool: frames given clean
@@ -171,7 +171,11 @@ class Conditioner:
         images = self._image_text(micro_batch)
         if images is not None:
             text, mask = _join_captions(text, mask, *images)
-        return {"text": self._to_device(text).float(), "mask": self._to_device(mask)}, lengths_B.tolist()
+        return {"text": self._to_device(text).float(), "mask": self._mask(mask)}, lengths_B.tolist()
+
+    def _mask(self, mask: Tensor) -> Tensor | None:
+        """None if the host can see that every token is real: attention then has no padding to step over."""
+        return None if mask.device.type == "cpu" and bool(mask.all()) else self._to_device(mask)
 
     def _text(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Text embeddings padded to the longest caption of the micro-batch, and their mask."""

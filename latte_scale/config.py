@@ -17,8 +17,9 @@ from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.contrastive import ContrastiveSettings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.ema import EmaSettings
-from latte_scale.encoders import EncoderSettings
+from latte_scale.encoders import EncoderSettings, vae_downscale
 from latte_scale.engine.base import EngineSettings
+from latte_scale.model.attention_backends import AttentionSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.optim import OptimSettings
@@ -35,6 +36,7 @@ FREE_ON_RESUME = (
     "data.num_workers",
     "data.prefetch",
     "store.",
+    "attention.",
     "run.time_budget_s",
 )
 
@@ -117,6 +119,7 @@ class Config:
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
@@ -204,6 +207,12 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a training YAML and `key.sub=value` overrides; SettingsError (a ValueError) says what is wrong and where."""
     return settings.load(Config, path, overrides)
+
+
+def latent_sides(config: Config) -> tuple[int, int]:
+    """Height and width of the latents of the config's clips."""
+    downscale = vae_downscale(config.encoders)
+    return config.video.height // downscale, config.video.width // downscale
 
 
 def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, object]]:

@@ -30,6 +30,7 @@ ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
 MAX_PIXELS = 1 << 21  # of one forward pass: 8 frames of 512 x 512, about 12 GB of activations of the SD VAE in fp32
 TEXT_BATCH = 16  # captions of one forward pass
+SD_DOWNSCALE = 8  # pixels a latent of the SD VAE, with which Latte was trained
 
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 _WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that is there; .bin is read with weights_only=True
@@ -85,6 +86,13 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
         text_sha256=text and _text_sha256(text, _tokenizer_folder(settings.text, text)),
         text_dim=text and int(_read_config(text)["d_model"]),
     )
+
+
+def vae_downscale(settings: EncoderSettings) -> int:
+    """Pixels a latent, from the VAE's config alone; that of the SD VAE where the files are not at hand."""
+    if not are_local(settings):
+        return SD_DOWNSCALE
+    return 2 ** (len(_read_config(_find_vae(settings.vae)).get("block_out_channels", (64,))) - 1)
 
 
 def encoder_folders(settings: EncoderSettings) -> tuple[Path, Path, Path]:

@@ -32,6 +32,7 @@ from latte_scale.checkpoint import (
     load_into,
     state_trees,
 )
+from latte_scale.choices import attention_backends
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, guarded_differences, load_config
 from latte_scale.data.loader import (
@@ -52,6 +53,7 @@ from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
+from latte_scale.model.attention import use_backends
 from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
@@ -96,6 +98,7 @@ def train(
 
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
     model = initial_model(config)
+    use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
     ema = Ema(engine.local_shards(), config.ema)
 

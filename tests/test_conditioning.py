@@ -166,3 +166,12 @@ def test_known_frames_come_first_in_the_asked_share_and_never_all():
 
 def test_bands_are_quarters_of_diffusion_time():
     assert band_of(np.array([0.0, 0.24, 0.25, 0.5, 0.999999])).tolist() == [0, 0, 1, 2, NUM_BANDS - 1]
+
+
+def test_captions_without_padding_have_no_mask(conditioner):
+    """What lets every attention back end go without a bias; the numbers are the same."""
+    batch = micro_batch([3, 4])
+    full = dataclasses.replace(batch, mask_BL=torch.ones_like(batch.mask_BL))
+    assert conditioner(full, step=5).mask is None
+    assert conditioner(full, step=5).num_tokens_B == [full.mask_BL.shape[1]] * 2
+    assert conditioner(dataclasses.replace(batch, mask_BL=full.mask_BL.tril()), step=5).mask is not None

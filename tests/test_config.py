@@ -2,7 +2,7 @@
 
 import pytest
 
-from latte_scale.config import guarded_differences, load_config
+from latte_scale.config import guarded_differences, latent_sides, load_config
 from latte_scale.settings import SettingsError, apply_overrides, read_mapping, to_mapping
 from tests.conftest import ROOT
 
@@ -67,6 +67,7 @@ def changed(*overrides, base=()):
     [
         "engine.kind=zero",
         "engine.zero_stage=3",
+        "attention.backend=math",
         "train.micro_batch=3",
         "train.steps=99",
         "data.num_workers=7",
@@ -148,3 +149,8 @@ def test_contrastive_loss_does_not_go_with_clips_over_several_ranks():
     load_config(ROOT / "configs" / "tiny_cpu.yaml", options)
     with pytest.raises(SettingsError, match=r"does not go with contrastive.weight=0.1"):
         load_config(ROOT / "configs" / "tiny_cpu.yaml", [*options, "engine.sequence_parallel=2"])
+
+
+@pytest.mark.parametrize(("name", "side"), [("t2v_512.yaml", 64), ("ffs.yaml", 32), ("tiny_cpu.yaml", 16)])
+def test_latent_sides_are_known_without_the_encoders_files(name, side):
+    assert latent_sides(load_config(ROOT / "configs" / name)) == (side, side)

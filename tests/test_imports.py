@@ -30,6 +30,9 @@ MAY_IMPORT = {
     # A micro-batch's losses and work: what the trainer and the benchmark of a step share. Here the model is called, so
     # here clips are cut for the ranks of a sequence group and their predictions joined.
     "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
+    # Seconds of a call; what is chosen by measurement before a run's first step. Only entry points import the latter.
+    "timing": set(),
+    "choices": {"config", "engine.dist", "model", "timing"},
     "run": {"run", "settings"},
     "run.metrics": {"engine.base"},
     "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},

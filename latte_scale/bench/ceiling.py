@@ -5,17 +5,14 @@ products whose one side is the number of tokens and whose others are multiples o
 the device's peak is the MFU that no kernel around them can pass.
 """
 
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from latte_scale.bench.inputs import latent_sides
-from latte_scale.config import Config
+from latte_scale.config import Config, latent_sides
 from latte_scale.model.build import build_model
+from latte_scale.timing import call_time
 
 SECONDS = 0.2  # of a measurement, after one call that does not count
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -73,26 +70,3 @@ def copy_bandwidth(device: torch.device, seconds: float = SECONDS) -> float:
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     return 2 * source.numel() / call_time(lambda: target.copy_(source), device, seconds)
-
-
-def call_time(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median seconds of a call, over five groups that take about `seconds` together."""
-    call()
-    number = max(1, int(seconds / 5 / max(_group_time(call, device, 1), 1e-7)))
-    return statistics.median(_group_time(call, device, number) / number for _ in range(5))
-
-
-def _group_time(call: Callable[[], object], device: torch.device, number: int) -> float:
-    if device.type != "cuda":
-        began_s = time.perf_counter()
-        for _ in range(number):
-            call()
-        return time.perf_counter() - began_s
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    first.record()
-    for _ in range(number):
-        call()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3

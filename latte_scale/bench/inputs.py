@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from latte_scale.conditioning import ModelInputs
-from latte_scale.config import Config
-from latte_scale.encoders import are_local, encoder_facts
+from latte_scale.config import Config, latent_sides
 
 Captions = Literal["full", "mixed"]
-DOWNSCALE = 8
-"""Pixels a latent where the VAE's files are not at hand: that of the SD VAE, the one Latte was trained with."""
 
 
 def step_inputs(config: Config, device: torch.device, num_ranks: int, captions: Captions = "full") -> list[ModelInputs]:
@@ -48,12 +45,6 @@ def micro_batch(config: Config, device: torch.device, generator: torch.Generator
     )
 
 
-def latent_sides(config: Config) -> tuple[int, int]:
-    """Height and width of the latents of the config's clips."""
-    downscale = encoder_facts(config.encoders).downscale if are_local(config.encoders) else DOWNSCALE
-    return config.video.height // downscale, config.video.width // downscale
-
-
 def _condition(config: Config, batch: int, captions: Captions, draw: dict) -> tuple[dict[str, Tensor], list[int]]:
     """Captions or classes, as arguments of ModelInputs, and the lengths of the captions."""
     device = draw["device"]
@@ -66,4 +57,4 @@ def _condition(config: Config, batch: int, captions: Captions, draw: dict) -> tu
     lengths_B = [max(1, round(longest * share)) for share in shares]
     mask_BL = torch.arange(longest)[None, :] < torch.tensor(lengths_B)[:, None]
     text_BLD = torch.randn((batch, longest, config.model.caption_channels), **draw)
-    return {"text": text_BLD, "mask": mask_BL.to(device)}, lengths_B
+    return {"text": text_BLD, "mask": None if mask_BL.all() else mask_BL.to(device)}, lengths_B

@@ -31,6 +31,7 @@ from latte_scale.bench.inputs import Captions, step_inputs
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
 from latte_scale.bench.table import markdown
 from latte_scale.bench.timing import Turns
+from latte_scale.choices import attention_backends
 from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
@@ -86,13 +87,14 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
     num_shares = max(1, ranks.size // config.engine.sequence_parallel)  # of the batch: one a sequence group
     micro_batches = step_inputs(config, device, num_shares, args.captions)
     turns, subjects = Turns(device), {}
-    say(ranks, f"building and warming up on {device_name(device)}")
-    subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches))
+    backends = attention_backends(config, ranks, None)
+    say(ranks, f"attention: {backends}; building and warming up on {device_name(device)}")
+    subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches, backends))
     turns.warm_up(subjects["latte_scale"], args.warm_up)
     failed = {}
     if args.against:
         try:
-            subjects[args.against] = turns.build(lambda: rival(args.against, config, device, micro_batches))
+            subjects[args.against] = turns.build(lambda: rival(args.against, config, device, micro_batches, backends))
             turns.warm_up(subjects[args.against], args.warm_up)
         except torch.OutOfMemoryError:
             failed[args.against] = drop(subjects, args.against)
@@ -112,6 +114,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
         "config": to_mapping(config),
         "settings": {key: value for key, value in vars(args).items() if key not in ("config", "overrides", "out")},
         "work": work,
+        "attention": backends,
         "subjects": results | failed,
         "ratio": ratio(results, args.against),
         "compile": {"graphs": compiled, "graphs_while_measured": num_graphs() - compiled},

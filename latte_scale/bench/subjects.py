@@ -14,7 +14,7 @@ The decision worth knowing: all start from the same weights and see the same num
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,11 +27,14 @@ from latte_scale.ema import Ema
 from latte_scale.engine import Ranks, build_engine
 from latte_scale.engine.base import prepare
 from latte_scale.losses import losses_of, share_of
+from latte_scale.model.attention import use_backends
+from latte_scale.model.attention_backends import Backend, Site
 from latte_scale.model.build import build_model
 from latte_scale.model.transformer_folder import transformer_config
 from latte_scale.optim import make_adamw
 
 Rival = Literal["diffusers", "plain", "eager"]
+Backends = Mapping[Site, Backend]
 
 
 class Subject(Protocol):
@@ -57,8 +60,11 @@ class Ours:
 
     name = "latte_scale"
 
-    def __init__(self, config: Config, ranks: Ranks, micro_batches: Sequence[ModelInputs]) -> None:
-        model = seeded_model(config)
+    def __init__(
+        self, config: Config, ranks: Ranks, micro_batches: Sequence[ModelInputs], backends: Backends | None = None
+    ) -> None:
+        """`backends`: who computes attention; None: the model's default."""
+        model = seeded_model(config, backends)
         precision, optim = config.train.precision, config.optim
         self._engine = build_engine(config.engine, optim, precision, model, model.repeated_blocks(), ranks)
         self._ema = Ema(self._engine.local_shards(), config.ema)
@@ -123,19 +129,31 @@ class Plain:
             torch._foreach_lerp_(averages, self._params, 1.0 - decay)
 
 
-def rival(kind: Rival, config: Config, device: torch.device, micro_batches: Sequence[ModelInputs]) -> Plain:
-    """The named rival. Raises ValueError for a config that it cannot run."""
-    make = {"diffusers": _diffusers, "plain": _plain, "eager": _eager}[kind]
-    return make(config, device, micro_batches)
+def rival(
+    kind: Rival,
+    config: Config,
+    device: torch.device,
+    micro_batches: Sequence[ModelInputs],
+    backends: Backends | None = None,
+) -> Plain:
+    """The named rival; `backends` are for `plain`. Raises ValueError for a config that it cannot run."""
+    if kind == "plain":
+        return _plain(config, device, micro_batches, backends)
+    return (_diffusers if kind == "diffusers" else _eager)(config, device, micro_batches)
 
 
-def seeded_model(config: Config) -> nn.Module:
+def seeded_model(config: Config, backends: Backends | None = None) -> nn.Module:
     """The model of step 0, equal for every subject."""
-    return build_model(config.model, torch.Generator().manual_seed(config.run.seed))
+    model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
+    if backends is not None:
+        use_backends(model, backends)
+    return model
 
 
-def _plain(config: Config, device: torch.device, micro_batches: Sequence[ModelInputs]) -> Plain:
-    model = seeded_model(config)
+def _plain(
+    config: Config, device: torch.device, micro_batches: Sequence[ModelInputs], backends: Backends | None
+) -> Plain:
+    model = seeded_model(config, backends)
     prepare(model, model.repeated_blocks(), config.engine, config.train.precision, device.type)
     model.to(device)
     return Plain("plain", model, model, _adamw(model, config), config, micro_batches)
@@ -161,8 +179,9 @@ def _diffusers(config: Config, device: torch.device, micro_batches: Sequence[Mod
     if config.engine.activation_checkpointing != "none":
         port.enable_gradient_checkpointing()
 
-    def call(noisy_BCFHW: Tensor, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor, **_: Any) -> Tensor:
-        mask_NL = mask_BL.repeat_interleave(noisy_BCFHW.shape[2], dim=0)  # the port wants a row for each frame
+    def call(noisy_BCFHW: Tensor, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor | None, **_: Any) -> Tensor:
+        # The port wants a row for each frame.
+        mask_NL = None if mask_BL is None else mask_BL.repeat_interleave(noisy_BCFHW.shape[2], dim=0)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             return port(noisy_BCFHW, timestep, text_BLD, mask_NL, return_dict=False)[0]
 

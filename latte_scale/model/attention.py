@@ -1,6 +1,7 @@
-"""Multi-head attention: every softmax of the model runs through `attend`, the one place to change the back end.
+"""Multi-head attention: every softmax of the model runs through `attend`, by the back end that its module was told.
 
-In: tokens, and for cross-attention the caption's tokens with an additive bias. Out: tokens of the same shape. Queries
+In: tokens, and for cross-attention the caption's tokens and which of them are padding. Out: tokens of the same shape.
+The back ends are in attention_backends.py; a model computes with "sdpa" until `use_backends` says otherwise. Queries
 of all frames of a clip attend to one set of caption keys and values: every frame has the same caption, so folding the
 frames into the query axis gives the same numbers as repeating keys and values per frame, without the repeats.
 
@@ -13,17 +14,16 @@ Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, 
 F frames (video, then images), T tokens of a frame, S the axis that is attended over, R the other one.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Axis = Literal["space", "time"]
+from latte_scale.model.attention_backends import BACKENDS, Backend, Padding, Site
 
-# Logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row without a
-# single real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
-MASKED_LOGIT = -10000.0
+Axis = Literal["space", "time"]
 
 
 class Linear(nn.Linear):
@@ -33,38 +33,40 @@ class Linear(nn.Linear):
         pass
 
 
-def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, bias_B11K: Tensor | None) -> Tensor:
+def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, padding: Padding | None, backend: Backend) -> Tensor:
     """Scaled dot-product attention, softmax(q k^T / sqrt(E) + bias) v (Vaswani et al. 2017, equation 1)."""
-    if bias_B11K is not None:
-        bias_B11K = bias_B11K.to(q_BNQE.dtype)
-    return F.scaled_dot_product_attention(q_BNQE, k_BNKE, v_BNKE, attn_mask=bias_B11K)
+    return BACKENDS[backend](q_BNQE, k_BNKE, v_BNKE, padding)
 
 
-def mask_to_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., L] with 1 or True for a real token -> additive bias [..., 1, 1, L], 0 or MASKED_LOGIT."""
-    bias_BL = (1.0 - mask_BL.to(dtype)) * MASKED_LOGIT
-    return bias_BL[..., None, None, :]
+def use_backends(model: nn.Module, backends: Mapping[Site, Backend]) -> None:
+    """Tell every attention of the model its back end. Must run before the blocks are compiled."""
+    for module in model.modules():
+        if isinstance(module, (Attention, SelfAttention)):
+            module.backend = backends[module.site]
+        elif isinstance(module, SplitAttention):
+            module.space_backend, module.time_backend = backends["space"], backends["time"]
 
 
 class Attention(nn.Module):
     """Projections q, k, v and out with biases; self-attention, or cross-attention when `context` is given."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, site: Site = "space") -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.site = num_heads, site
+        self.backend: Backend = "sdpa"
         self.to_q = Linear(width, width)
         self.to_k = Linear(width, width)
         self.to_v = Linear(width, width)
         self.to_out = nn.ModuleList([Linear(width, width)])  # a list of one: the released keys say to_out.0
 
-    def forward(self, x_BQD: Tensor, context_BKD: Tensor | None = None, bias_B11K: Tensor | None = None) -> Tensor:
-        """[B, Q, D], [B, K, D] (None: x itself), bias [B, 1, 1, K] or None -> [B, Q, D]."""
+    def forward(self, x_BQD: Tensor, context_BKD: Tensor | None = None, padding: Padding | None = None) -> Tensor:
+        """[B, Q, D], [B, K, D] (None: x itself) -> [B, Q, D]. `padding`: of the context; None: all of it is real."""
         if context_BKD is None:
             context_BKD = x_BQD
         q_BNQE = self._split_heads(self.to_q(x_BQD))
         k_BNKE = self._split_heads(self.to_k(context_BKD))
         v_BNKE = self._split_heads(self.to_v(context_BKD))
-        out_BNQE = attend(q_BNQE, k_BNKE, v_BNKE, bias_B11K)
+        out_BNQE = attend(q_BNQE, k_BNKE, v_BNKE, padding, self.backend)
         return self.to_out[0](out_BNQE.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x_BQD: Tensor) -> Tensor:
@@ -77,15 +79,17 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, axis: Axis) -> None:
         super().__init__()
         self.num_heads, self.axis = num_heads, axis
+        self.site: Site = axis
+        self.backend: Backend = "sdpa"
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
     def forward(self, x_BFTD: Tensor, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
         """`rotary_2FE`: turns q and k by the frame, over time only. The last num_images frames get 0 over time."""
         if self.axis == "space":
-            return self.proj(_self_attend(self._heads(x_BFTD), None))
+            return self.proj(_self_attend(self._heads(x_BFTD), None, self.backend))
         video_BTFD = x_BFTD[:, : x_BFTD.shape[1] - num_images].transpose(1, 2).contiguous()
-        out_BTFD = self.proj(_self_attend(self._heads(video_BTFD), rotary_2FE))
+        out_BTFD = self.proj(_self_attend(self._heads(video_BTFD), rotary_2FE, self.backend))
         return _zeros_for_images(out_BTFD.transpose(1, 2), num_images)
 
     def _heads(self, x_BRSD: Tensor) -> Tensor:
@@ -102,6 +106,8 @@ class SplitAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.space_backend: Backend = "sdpa"
+        self.time_backend: Backend = "sdpa"
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
@@ -110,8 +116,8 @@ class SplitAttention(nn.Module):
         qkv_BFT3NE = self.qkv(x_BFTD).unflatten(-1, (3, self.num_heads, -1))
         space_BFT3ME, time_BFT3ME = qkv_BFT3NE.chunk(2, dim=-2)
         video_BTF3ME = time_BFT3ME[:, : x_BFTD.shape[1] - num_images].transpose(1, 2)
-        time_BFTd = _self_attend(video_BTF3ME, rotary_2FE).transpose(1, 2)
-        halves = _self_attend(space_BFT3ME, None), _zeros_for_images(time_BFTd, num_images)
+        time_BFTd = _self_attend(video_BTF3ME, rotary_2FE, self.time_backend).transpose(1, 2)
+        halves = _self_attend(space_BFT3ME, None, self.space_backend), _zeros_for_images(time_BFTd, num_images)
         return self.proj(torch.cat(halves, dim=-1))
 
 
@@ -122,13 +128,13 @@ def rotate(x_BNSE: Tensor, rotary_2SE: Tensor) -> Tensor:
     return (x_BNSE * cosine_SE + torch.cat([-second, first], dim=-1) * sine_SE).to(x_BNSE.dtype)
 
 
-def _self_attend(qkv_BRS3NE: Tensor, rotary_2SE: Tensor | None) -> Tensor:
+def _self_attend(qkv_BRS3NE: Tensor, rotary_2SE: Tensor | None, backend: Backend) -> Tensor:
     """Attention over the third axis -> [B, R, S, N E]."""
     batch, rows = qkv_BRS3NE.shape[:2]
     q_bNSE, k_bNSE, v_bNSE = qkv_BRS3NE.flatten(0, 1).permute(2, 0, 3, 1, 4)
     if rotary_2SE is not None:
         q_bNSE, k_bNSE = rotate(q_bNSE, rotary_2SE), rotate(k_bNSE, rotary_2SE)
-    return attend(q_bNSE, k_bNSE, v_bNSE, None).transpose(1, 2).flatten(2).unflatten(0, (batch, rows))
+    return attend(q_bNSE, k_bNSE, v_bNSE, None, backend).transpose(1, 2).flatten(2).unflatten(0, (batch, rows))
 
 
 def _zeros_for_images(video_BFTD: Tensor, num_images: int) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from latte_scale.model.attention import Attention, Axis, Linear, SelfAttention, SplitAttention
+from latte_scale.model.attention_backends import Padding
 from latte_scale.model.layers import FeedForward, Mlp, modulate, normalise
 
 Reshard = Callable[[Tensor, Axis], Tensor]
@@ -85,8 +86,8 @@ class T2VBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, cross_attention: bool) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(6, width))
-        self.attn1 = Attention(width, num_heads)
-        self.attn2 = Attention(width, num_heads) if cross_attention else None
+        self.attn1 = Attention(width, num_heads, "space" if cross_attention else "time")
+        self.attn2 = Attention(width, num_heads, "cross") if cross_attention else None
         self.ff = FeedForward(width)
 
     def forward(
@@ -94,11 +95,11 @@ class T2VBlock(nn.Module):
         x_BRSD: Tensor,
         modulation_BG6D: Tensor,
         text_BLD: Tensor | None = None,
-        bias_B11L: Tensor | None = None,
+        padding: Padding | None = None,
         image_text_BnLD: Tensor | None = None,
-        image_bias_Bn11L: Tensor | None = None,
+        image_padding: Padding | None = None,
     ) -> Tensor:
-        """Spatial: x [B, F, T, D] with the captions' tokens and mask biases. Temporal: x [B, T, F, D] without them.
+        """Spatial: x [B, F, T, D] with the captions' tokens and their padding. Temporal: x [B, T, F, D] without them.
 
         modulation_BG6D: the shared modulation, G being 1 or F. The clip's caption serves all frames, or all but the
         last n where image_text_BnLD gives each of those its own.
@@ -108,25 +109,24 @@ class T2VBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BRS6D.unbind(-2)
         x_BRSD = residual(x_BRSD, self._attend, (shift_msa, scale_msa, gate_msa))
         if self.attn2 is not None and image_text_BnLD is None:
-            x_BRSD = x_BRSD + self._read(x_BRSD, text_BLD, bias_B11L)
+            x_BRSD = x_BRSD + self._read(x_BRSD, text_BLD, padding)
         elif self.attn2 is not None:
             num_frames = x_BRSD.shape[1] - image_text_BnLD.shape[1]
-            of_video = self._read(x_BRSD[:, :num_frames], text_BLD, bias_B11L)
-            of_images = self._read_each(x_BRSD[:, num_frames:], image_text_BnLD, image_bias_Bn11L)
+            of_video = self._read(x_BRSD[:, :num_frames], text_BLD, padding)
+            of_images = self._read_each(x_BRSD[:, num_frames:], image_text_BnLD, image_padding)
             x_BRSD = x_BRSD + torch.cat([of_video, of_images], dim=1)
         return residual(x_BRSD, self.ff, (shift_mlp, scale_mlp, gate_mlp))
 
     def _attend(self, h_BRSD: Tensor) -> Tensor:
         return self.attn1(h_BRSD.flatten(0, 1)).view_as(h_BRSD)
 
-    def _read(self, x_BFTD: Tensor, text_BLD: Tensor, bias_B11L: Tensor | None) -> Tensor:
+    def _read(self, x_BFTD: Tensor, text_BLD: Tensor, padding: Padding | None) -> Tensor:
         """Cross-attention of frames that share a caption: one row of queries, so its keys are made once."""
-        return self.attn2(x_BFTD.flatten(1, 2), text_BLD, bias_B11L).view_as(x_BFTD)
+        return self.attn2(x_BFTD.flatten(1, 2), text_BLD, padding).view_as(x_BFTD)
 
-    def _read_each(self, x_BnTD: Tensor, text_BnLD: Tensor, bias_Bn11L: Tensor | None) -> Tensor:
-        """Cross-attention of frames that have a caption each."""
-        bias_b11L = None if bias_Bn11L is None else bias_Bn11L.flatten(0, 1)
-        return self.attn2(x_BnTD.flatten(0, 1), text_BnLD.flatten(0, 1), bias_b11L).view_as(x_BnTD)
+    def _read_each(self, x_BnTD: Tensor, text_BnLD: Tensor, padding: Padding | None) -> Tensor:
+        """Cross-attention of frames that have a caption each; their padding has clips and images folded."""
+        return self.attn2(x_BnTD.flatten(0, 1), text_BnLD.flatten(0, 1), padding).view_as(x_BnTD)
 
 
 class LatteBlock(nn.Module):

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from latte_scale.model.attention import Linear, mask_to_bias
+from latte_scale.model.attention import Linear
+from latte_scale.model.attention_backends import Padding, padding_of
 from latte_scale.model.blocks import Reshard, T2VBlock, identity_reshard, on_video, video_rows
 from latte_scale.model.inputs import (
     check_contrastive,
@@ -179,8 +180,8 @@ class LatteT2V(nn.Module):
         out_BOFHW = unpatchify(x_BFTD, self.settings.patch_size, height, width).transpose(1, 2).contiguous()
         return (out_BOFHW, *pooled) if features else out_BOFHW
 
-    def _captions(self, text: Tensor, mask: Tensor | None) -> list[Tensor | None]:
-        """Projected tokens and mask bias of the clip's caption; behind them those of the images', if they have any.
+    def _captions(self, text: Tensor, mask: Tensor | None) -> list[Tensor | Padding | None]:
+        """Projected tokens and padding of the clip's caption; behind them those of the images', if they have any.
 
         The clip's go through a product of their own, so that its numbers are those without images.
         """
@@ -191,7 +192,7 @@ class LatteT2V(nn.Module):
         captions = []
         for part, real in parts:
             tokens = self.caption_projection(part.contiguous())
-            captions += [tokens, None if real is None else mask_to_bias(real, tokens.dtype)]
+            captions += [tokens, None if real is None else padding_of(real, tokens.dtype)]
         return captions
 
     def _over_time(

@@ -1,9 +1,10 @@
 """The run folder: what a run leaves beside its checkpoints, and how it is asked to stop.
 
-`config.yaml` (resolved, written before step 0), `metrics.jsonl`, `exit.json` (code, reason, which rank of which
-attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples that could not be read and what came instead),
-`restarts.jsonl` (one line a resume: from which checkpoint, which logged steps are run again) and `rewound.jsonl` (the
-lines of those steps as they were first logged, so that the two can be compared).
+`config.yaml` (resolved, written before step 0), `choices.json` (what was chosen by measurement), `metrics.jsonl`,
+`exit.json` (code, reason, which rank of which attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples
+that could not be read and what came instead), `restarts.jsonl` (one line a resume: from which checkpoint, which logged
+steps are run again) and `rewound.jsonl` (the lines of those steps as they were first logged, so that the two can be
+compared).
 """
 
 import dataclasses

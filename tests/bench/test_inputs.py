@@ -1,11 +1,10 @@
 """Synthetic micro-batches have the shapes that the loader and conditioner would give."""
 
-import pytest
 import torch
 
-from latte_scale.bench.inputs import latent_sides, step_inputs
+from latte_scale.bench.inputs import step_inputs
 from latte_scale.losses import cost_of
-from tests.bench.test_subjects import CLASSES, CONFIGS, CPU, tiny
+from tests.bench.test_subjects import CLASSES, CPU, tiny
 
 
 def test_a_step_is_cut_into_micro_batches_over_ranks() -> None:
@@ -17,7 +16,7 @@ def test_a_step_is_cut_into_micro_batches_over_ranks() -> None:
 def test_full_and_mixed_captions() -> None:
     config = tiny("train.global_batch=4", "train.micro_batch=4")
     (full,), (mixed,) = (step_inputs(config, CPU, 1, captions) for captions in ("full", "mixed"))
-    assert full.num_tokens_B == [48] * 4
+    assert full.num_tokens_B == [48] * 4 and full.mask is None
     assert mixed.num_tokens_B == [12, 24, 36, 48] == mixed.mask.sum(1).tolist()
     assert cost_of(config, mixed)[1] < cost_of(config, full)[1]  # padding is not credited
 
@@ -26,13 +25,6 @@ def test_images_and_classes() -> None:
     (inputs, _) = step_inputs(tiny(*CLASSES), CPU, 1)
     assert inputs.latents_BCFHW.shape == (2, 4, 4 + 2, 16, 16)
     assert inputs.num_images == 2 and inputs.label_B.shape == (2,) and inputs.text is None
-
-
-@pytest.mark.parametrize(("name", "side"), [("t2v_512.yaml", 64), ("ffs.yaml", 32)])
-def test_latents_of_an_encoder_that_is_not_at_hand(name, side) -> None:
-    from latte_scale.config import load_config
-
-    assert latent_sides(load_config(CONFIGS / name)) == (side, side)
 
 
 def test_the_same_numbers_every_time() -> None:

@@ -1,38 +1,26 @@
-"""`attend` against the formula written out, in float64; each attention against its definition."""
+"""Each attention against its definition; the back ends have a test of their own."""
 
 import pytest
 import torch
 
 from latte_scale.model.attention import (
-    MASKED_LOGIT,
     Attention,
     SelfAttention,
     SplitAttention,
-    attend,
-    mask_to_bias,
     rotate,
+    use_backends,
 )
 from latte_scale.model.layers import rotary_table
 
 
-@pytest.mark.parametrize("head_dim", [8, 72])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attend_is_softmax_attention(head_dim, masked) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, head_dim, generator=generator) for n in (5, 7, 7))
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
-    bias = mask_to_bias(mask, q.dtype) if masked else None
-    logits = q.double() @ k.double().transpose(-1, -2) / head_dim**0.5
-    if masked:
-        logits = logits.masked_fill(mask[:, None, None, :] == 0, float("-inf"))
-    expected = logits.softmax(-1) @ v.double()
-    torch.testing.assert_close(attend(q, k, v, bias).double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_mask_to_bias() -> None:
-    bias = mask_to_bias(torch.tensor([[True, False]]), torch.float32)
-    assert bias.shape == (1, 1, 1, 2)
-    assert bias.flatten().tolist() == [0.0, MASKED_LOGIT]
+def test_every_attention_is_told_its_back_end() -> None:
+    layers = torch.nn.ModuleList(
+        [Attention(16, 2, "cross"), SelfAttention(16, 2, "time"), SelfAttention(16, 2, "space"), SplitAttention(16, 2)]
+    )
+    assert [layer.backend for layer in layers[:3]] == ["sdpa"] * 3
+    use_backends(layers, {"space": "math", "time": "sdpa_flash", "cross": "sdpa"})
+    assert [layer.backend for layer in layers[:3]] == ["sdpa", "sdpa_flash", "math"]
+    assert (layers[3].space_backend, layers[3].time_backend) == ("math", "sdpa_flash")
 
 
 def test_one_caption_for_all_frames_equals_a_caption_repeated_per_frame() -> None:

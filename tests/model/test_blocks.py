@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from latte_scale.model.attention_backends import padding_of
 from latte_scale.model.blocks import LatteBlock, T2VBlock, apart, on_video, per_frame, residual, video_rows
 
 WIDTH, HEADS = 16, 2
@@ -158,9 +159,9 @@ def test_t2v_block_takes_one_modulation_a_frame(spatial) -> None:
 def test_t2v_block_reads_a_caption_for_the_video_and_one_for_each_image(masked) -> None:
     block, x, modulation = randomised(T2VBlock(WIDTH, HEADS, True)), random(2, 5, 4, WIDTH), random(2, 1, 6, WIDTH)
     text = random(2, 3, 6, WIDTH)
-    bias = torch.where(random(2, 3, 1, 1, 6) > 0.5, -10000.0, 0.0) if masked else None
-    biases = (None, None) if bias is None else (bias[:, 0], bias[:, 1:])
-    out = block(x, modulation, text[:, 0], biases[0], text[:, 1:], biases[1])
+    real = random(2, 3, 6) > -0.5 if masked else None
+    padding = [None if real is None else padding_of(real[:, row], x.dtype) for row in (0, slice(1, None), 1, 2)]
+    out = block(x, modulation, text[:, 0], padding[0], text[:, 1:], padding[1])
     for row, frames in enumerate((slice(0, 3), slice(3, 4), slice(4, 5))):
-        alone = block(x[:, frames], modulation, text[:, row], None if bias is None else bias[:, row])
+        alone = block(x[:, frames], modulation, text[:, row], padding[(0, 2, 3)[row]])
         torch.testing.assert_close(out[:, frames], alone, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,198 @@
+"""Choices made by measurement: made once, written to RUN/choices.json, and made again as they were on resume.
+
+In: a Config, the ranks and the file. Out: the attention back end of each site. The decision worth knowing: a choice is
+part of a run's numbers (back ends round differently), so a resumed run takes the recorded one, and measures again only
+where that cannot hold: on another kind of device, at other shapes or precision, or without the recorded back end. One
+whose outputs or gradients are not those of the formula is not chosen, however fast it is.
+"""
+
+import json
+import logging
+import os
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latte_scale.config import Config, latent_sides
+from latte_scale.engine.dist import Ranks
+from latte_scale.model.attention_backends import (
+    BACKENDS,
+    DETERMINISTIC,
+    Backend,
+    Padding,
+    Site,
+    padding_of,
+    why_absent,
+)
+from latte_scale.timing import call_time
+
+logger = logging.getLogger("latte_scale")
+
+SITES: tuple[Site, ...] = typing.get_args(Site)
+SECONDS = 0.05  # of a measurement of one back end at one site
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
+"""Largest difference to the formula in fp32, over its largest value: bf16 rounds by 4e-3, fp32 products may be TF32."""
+
+
+class Probe(NamedTuple):
+    """One attention call of the model, on one rank."""
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    num_heads: int
+    head_dim: int
+    ragged: bool = False  # keys of different lengths
+
+    def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Padding | None]:
+        """q, k and v as projections lay them out, ready for gradients, and the keys' padding."""
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v = (
+            torch.randn(self.batch, length, self.num_heads, self.head_dim, generator=generator, device=device)
+            .to(dtype)
+            .transpose(1, 2)
+            .requires_grad_()
+            for length in (self.num_queries, self.num_keys, self.num_keys)
+        )
+        if not self.ragged:
+            return q, k, v, None
+        lengths_B1 = torch.linspace(self.num_keys / 4, self.num_keys, self.batch, device=device).ceil()[:, None]
+        return q, k, v, padding_of(torch.arange(self.num_keys, device=device)[None, :] < lengths_B1, dtype)
+
+    def small(self) -> "Probe":
+        """The same kind of call at a size for which the scores of the formula are nothing."""
+        return self._replace(batch=min(self.batch, 2), num_queries=min(self.num_queries, 512))
+
+
+def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Site, Backend]:
+    """The back end of every site, equal on all ranks. A collective on GPUs; `path`: RUN/choices.json, None for none.
+
+    Raises ValueError on all ranks when attention.backend names one that is not there.
+    """
+    wanted = config.attention.backend
+    if wanted != "auto":
+        reason = why_absent(wanted, ranks.device, _dtype(config))
+        if reason is not None:
+            there = ", ".join(present(config, ranks.device))
+            raise ValueError(f"attention.backend={wanted}: {reason}; choose auto, or one that is there: {there}")
+        return dict.fromkeys(SITES, wanted)
+    if ranks.device.type != "cuda":
+        return dict.fromkeys(SITES, "sdpa")
+    return ranks.broadcast_object(recorded_choice(config, ranks.device, path) if ranks.rank == 0 else None)
+
+
+def recorded_choice(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:
+    """What the file says, or what is measured now and written there."""
+    key = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": config.train.precision,
+        "deterministic": config.train.deterministic,
+        "probes": {site: list(probe) for site, probe in probes(config).items()},
+    }
+    recorded = _read(path).get("attention")
+    if recorded is not None:
+        missing = [name for name in recorded["backends"].values() if name not in present(config, device)]
+        if recorded["key"] == key and not missing:
+            logger.info("attention as recorded in %s: %s", path, recorded["backends"])
+            return recorded["backends"]
+        logger.warning("attention is measured again: %s", f"no {missing} here" if missing else "other device or shapes")
+    measured = {site: measure(probe, config, device) for site, probe in probes(config).items()}
+    chosen = {site: fastest(times) for site, times in measured.items()}
+    logger.info("attention measured, ms or why not: %s; chosen: %s", measured, chosen)
+    backends = dict.fromkeys(SITES, "sdpa") | chosen
+    if path is not None:
+        _write(path, _read(path) | {"attention": {"key": key, "backends": backends, "measured_ms": measured}})
+    return backends
+
+
+def present(config: Config, device: torch.device) -> list[Backend]:
+    """Back ends that can run this config here; with train.deterministic those whose gradients keep their bits."""
+    there = [backend for backend in BACKENDS if why_absent(backend, device, _dtype(config)) is None]
+    if config.train.deterministic and device.type == "cuda":
+        return [backend for backend in there if backend in DETERMINISTIC]
+    return there
+
+
+def probes(config: Config) -> dict[Site, Probe]:
+    """The attention calls of one micro-batch."""
+    model, batch = config.model, config.train.micro_batch
+    height, width = latent_sides(config)
+    patches = height * width // model.patch_size**2
+    video, frames = config.video.frames, config.video.frames + config.train.joint_images
+    heads = (model.num_heads, model.head_dim)
+    if model.kind == "latte":
+        tokens, video = patches + model.num_condition_tokens, video // model.tubelet_size
+        frames = video + config.train.joint_images
+        if model.variant == "parallel":
+            heads = (model.num_heads // 2, model.head_dim)
+        return {
+            "space": Probe(batch * frames, tokens, tokens, *heads),
+            "time": Probe(batch * tokens, video, video, *heads),
+        }
+    length = config.encoders.text_max_length
+    return {
+        "space": Probe(batch * frames, patches, patches, *heads),
+        "time": Probe(batch * patches, video, video, *heads),
+        "cross": Probe(batch, frames * patches, length, *heads, ragged=batch > 1),
+    }
+
+
+def measure(probe: Probe, config: Config, device: torch.device) -> dict[str, float | str]:
+    """Milliseconds of forward and backward by back end, or why one is out."""
+    dtype, results = _dtype(config), {}
+    for backend in present(config, device):
+        try:
+            error = difference(backend, probe.small(), device, dtype)
+            if error > TOLERANCE[dtype]:
+                results[backend] = f"off by {error:.1e} of the largest value"
+                continue
+            tensors = probe.tensors(device, dtype)
+            seconds = call_time(lambda b=backend, t=tensors: _forward_backward(b, *t), device, SECONDS)
+            results[backend] = round(seconds * 1e3, 4)
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            ImportError,
+        ) as error:  # a kernel that does not take this shape
+            results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return results
+
+
+def difference(backend: Backend, probe: Probe, device: torch.device, dtype: torch.dtype) -> float:
+    """Of output and gradients to the formula in fp32, the largest, over the largest value of each."""
+    q, k, v, padding = probe.tensors(device, dtype)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = _forward_backward("math", *exact, padding)
+    got = _forward_backward(backend, q, k, v, padding)
+    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+
+
+def fastest(times_ms: dict[str, float | str]) -> Backend:
+    """The name with the least time. Raises RuntimeError if no back end could run."""
+    ran = {name: value for name, value in times_ms.items() if not isinstance(value, str)}
+    if not ran:
+        raise RuntimeError(f"no attention back end runs at this shape: {times_ms}")
+    return min(ran, key=ran.__getitem__)
+
+
+def _forward_backward(backend: Backend, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> tuple[Tensor, ...]:
+    out = BACKENDS[backend](q, k, v, padding)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + out.detach())
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+def _write(path: Path, choices: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(choices, indent=2) + "\n")
+    os.replace(temporary, path)

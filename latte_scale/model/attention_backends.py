@@ -1,0 +1,153 @@
+"""The back ends of attention: who computes softmax(q k^T / sqrt(E) + bias) v, under one signature.
+
+In: q, k, v as [B, N, S, E] views of [B, S, N, E] memory, and what is known of padded keys. Out: [B, N, Q, E]. All give
+the same numbers up to rounding; how fast each is depends on the shape, so a model is told a back end for each of its
+three sites (`attention.use_backends`): over space, over time, and to a caption. The decision worth knowing: kernels
+that take no mask are given the real keys only, packed clip after clip, so captions of different lengths cost no work on
+padding; the packing is made on the device, once a forward pass (`Padding`), and no host waits for a length.
+
+Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, N heads, E width of a head.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Site = Literal["space", "time", "cross"]
+Backend = Literal["sdpa", "flash2", "flash3", "flash4", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "math"]
+
+# Logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row without a
+# single real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
+MASKED_LOGIT = -10000.0
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Who computes attention. Nothing here changes what is computed, beyond rounding."""
+
+    # auto: on a GPU the fastest at each site, measured at the start and kept in RUN/choices.json; elsewhere sdpa. A
+    # name: that one everywhere, or an error if it is not there. sdpa leaves the choice to torch; flash2 to flash4 are
+    # the flash-attn packages; sdpa_* are the kernels inside torch; math writes the scores out.
+    backend: Literal["auto", Backend] = "auto"
+
+
+class Padding(NamedTuple):
+    """Which keys are real, in the forms that back ends take."""
+
+    bias_B11K: Tensor  # 0 or MASKED_LOGIT
+    order: Tensor  # [B K] int64: all keys, flattened, real ones first, clip after clip
+    starts: Tensor  # [B + 1] int32: where each clip's real keys begin in that order; the last one is their number
+
+
+def padding_of(mask_BK: Tensor, dtype: torch.dtype) -> Padding:
+    """From a mask, 1 or True for a real token; leading axes are folded into the batch."""
+    real_BK = mask_BK.flatten(0, -2).bool()
+    bias_BK = (1.0 - real_BK.to(dtype)) * MASKED_LOGIT
+    order = torch.argsort((~real_BK).flatten().to(torch.uint8), stable=True)
+    starts = F.pad(real_BK.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Padding(bias_BK[:, None, None, :], order, starts)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
+    bias = None if padding is None else padding.bias_B11K.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _sdpa_by(kernel: SDPBackend) -> Callable[..., Tensor]:
+    """SDPA held to one of its kernels; a call that it cannot take raises RuntimeError."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
+        with sdpa_kernel(kernel):
+            return _sdpa(q, k, v, padding)
+
+    return run
+
+
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
+    """On a GPU torch's flash kernel takes no bias: keys of different lengths go through its varlen form."""
+    if padding is None or q.device.type == "cpu":
+        return _sdpa_by(SDPBackend.FLASH_ATTENTION)(q, k, v, padding)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return packed(varlen_attn, q, k, v, padding)
+
+
+def _flash_package(module: str) -> Callable[..., Tensor]:
+    """A flash-attn package. Version 2 returns the output, later ones the output and the log-sum-exp."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
+        flash = importlib.import_module(module)
+        options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+
+        def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int) -> Any:
+            lengths = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+            return flash.flash_attn_varlen_func(q, k, v, **lengths, **options)
+
+        if padding is not None:
+            return packed(varlen, q, k, v, padding)
+        return _first(flash.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options)).transpose(1, 2)
+
+    return run
+
+
+def packed(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
+    """Attention to the real keys alone, by a function of packed tokens [S, N, E] and where each clip starts in them.
+
+    A clip without a real key gets 0.
+    """
+    batch, _, num_queries, _ = q.shape
+    starts_q = torch.arange(0, (batch + 1) * num_queries, num_queries, device=q.device, dtype=torch.int32)
+    q_SNE, k_SNE, v_SNE = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    k_SNE, v_SNE = k_SNE.index_select(0, padding.order), v_SNE.index_select(0, padding.order)
+    out = _first(varlen(q_SNE, k_SNE, v_SNE, starts_q, padding.starts, num_queries, k.shape[2]))
+    return out.unflatten(0, (batch, num_queries)).transpose(1, 2)
+
+
+def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+BACKENDS: Mapping[Backend, Callable[[Tensor, Tensor, Tensor, Padding | None], Tensor]] = {
+    "sdpa": _sdpa,
+    "flash2": _flash_package("flash_attn"),
+    "flash3": _flash_package("flash_attn_interface"),
+    "flash4": _flash_package("flash_attn.cute"),
+    "sdpa_flash": _sdpa_flash,
+    "sdpa_cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+    "math": _sdpa_by(SDPBackend.MATH),
+}
+_PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+_HALF_ONLY = (*_PACKAGES, "sdpa_flash", "sdpa_cudnn")  # on a GPU
+_GPU_ONLY = (*_PACKAGES, "sdpa_cudnn", "sdpa_efficient")
+DETERMINISTIC: tuple[Backend, ...] = ("flash2", "flash3", "sdpa_flash", "math")
+"""Back ends whose gradients have the same bits each time, under torch.use_deterministic_algorithms on a GPU."""
+
+
+def why_absent(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a back end cannot run with this device and dtype, in words; None if it can."""
+    if device.type != "cuda" and backend in _GPU_ONLY:
+        return "it runs on NVIDIA GPUs only"
+    if device.type == "cuda" and backend in _HALF_ONLY and dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}; set train.precision=bf16"
+    package = _PACKAGES.get(backend)
+    if package is not None and not _is_installed(package):
+        return f"the package {package} is not installed; pip install flash-attn builds version 2 (needs nvcc)"
+    return None
+
+
+def _is_installed(package: str) -> bool:
+    """Whether the module is there; flash_attn in version 2, because later ones use the name too."""
+    try:
+        if importlib.util.find_spec(package) is None:
+            return False
+        return package != "flash_attn" or importlib.metadata.version("flash_attn").startswith("2")
+    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+        return False

@@ -1,0 +1,33 @@
+"""Seconds of a call on a device: what choices by measurement and benchmarks have in common."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+NUM_GROUPS = 5
+
+
+def call_time(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median seconds of a call, over NUM_GROUPS groups that take about `seconds` together; one call before is not
+    counted. On a GPU by events on the device, so launches that hide behind work before them cost nothing."""
+    call()
+    number = max(1, int(seconds / NUM_GROUPS / max(_group_time(call, device, 1), 1e-7)))
+    return statistics.median(_group_time(call, device, number) / number for _ in range(NUM_GROUPS))
+
+
+def _group_time(call: Callable[[], object], device: torch.device, number: int) -> float:
+    if device.type != "cuda":
+        began_s = time.perf_counter()
+        for _ in range(number):
+            call()
+        return time.perf_counter() - began_s
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(number):
+        call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3

@@ -1,0 +1,109 @@
+"""Attention back ends are measured once, recorded, and taken from the record on resume."""
+
+import json
+
+import pytest
+import torch
+
+from latte_scale import choices
+from latte_scale.choices import Probe, attention_backends, difference, fastest, probes, recorded_choice
+from latte_scale.config import load_config
+from latte_scale.model import attention_backends as backends
+from latte_scale.model.attention import Attention, SelfAttention, SplitAttention
+from latte_scale.model.build import build_model
+from tests.bench.test_subjects import ALONE, CLASSES, CONFIGS, CPU, tiny
+
+MIXED = ("train.global_batch=4", "train.micro_batch=2")
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path) -> None:
+    path = tmp_path / "choices.json"
+    assert attention_backends(tiny(), ALONE, path) == {"space": "sdpa", "time": "sdpa", "cross": "sdpa"}
+    assert not path.exists()
+
+
+def test_a_named_back_end_is_taken_or_refused() -> None:
+    assert set(attention_backends(tiny("attention.backend=math"), ALONE, None).values()) == {"math"}
+    with pytest.raises(
+        ValueError, match=r"attention.backend=flash2: .* choose auto, or one .*: sdpa, sdpa_flash, math"
+    ):
+        attention_backends(tiny("attention.backend=flash2"), ALONE, None)
+
+
+def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None:
+    path, config = tmp_path / "choices.json", tiny(*MIXED)
+    chosen = recorded_choice(config, CPU, path)
+    record = json.loads(path.read_text())["attention"]
+    assert record["backends"] == chosen
+    assert set(record["measured_ms"]["cross"]) == {"sdpa", "sdpa_flash", "math"}
+    for site, times in record["measured_ms"].items():
+        assert chosen[site] == fastest(times)
+
+    other = {
+        site: next(name for name in times if name != chosen[site]) for site, times in record["measured_ms"].items()
+    }
+    path.write_text(json.dumps({"attention": record | {"backends": other}, "else": 1}))
+    assert recorded_choice(config, CPU, path) == other, "a resumed run computes as it began"
+
+    assert recorded_choice(tiny("train.micro_batch=1"), CPU, path) != {}  # other shapes: measured anew
+    again = json.loads(path.read_text())
+    assert again["attention"]["key"] != record["key"] and again["else"] == 1
+
+    path.write_text(json.dumps({"attention": record | {"backends": dict.fromkeys(other, "flash4")}}))
+    assert "flash4" not in recorded_choice(config, CPU, path).values()
+
+
+def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:
+    def cannot(q, k, v, padding):
+        raise RuntimeError("head dim 16 is not for me\nand more")
+
+    half = {"sdpa": lambda q, k, v, padding: 0.5 * backends.BACKENDS["math"](q, k, v, padding), "sdpa_flash": cannot}
+    monkeypatch.setattr(choices, "BACKENDS", dict(backends.BACKENDS) | half)
+    measured = choices.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
+    assert "off by" in measured["sdpa"] and measured["sdpa_flash"] == "head dim 16 is not for me"
+    assert fastest(measured) == "math"
+    with pytest.raises(RuntimeError, match="no attention back end"):
+        fastest({"sdpa": "no"})
+
+
+def test_deterministic_runs_choose_among_deterministic_back_ends() -> None:
+    config = tiny("train.deterministic=true", "train.precision=bf16")
+    names = choices.present(config, torch.device("cuda"))
+    assert names == ["sdpa_flash", "math"] and "sdpa_efficient" in choices.present(tiny(), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*MIXED, "train.joint_images=1"),
+        CLASSES,
+        (*CLASSES, "model.injection=all_tokens"),
+        (*CLASSES, "model.variant=parallel"),
+        (*CLASSES, "model.variant=sequential"),
+    ],
+)
+def test_probes_are_the_calls_that_the_model_makes(overrides, monkeypatch) -> None:
+    from latte_scale.bench.inputs import step_inputs
+    from latte_scale.diffusion.loss import schedule_of
+    from latte_scale.losses import losses_of
+    from latte_scale.model import attention
+
+    config, seen = tiny(*overrides), set()
+
+    def noted(q, k, v, padding, backend):
+        seen.add((q.shape[0], q.shape[2], k.shape[2], q.shape[1], q.shape[3]))
+        return backends.BACKENDS[backend](q, k, v, padding)
+
+    monkeypatch.setattr(attention, "attend", noted)
+    model = build_model(config.model)
+    assert any(isinstance(module, (Attention, SelfAttention, SplitAttention)) for module in model.modules())
+    losses_of(config, model, schedule_of(config.diffusion), step_inputs(config, CPU, 1)[0])
+    assert seen == {tuple(probe)[:5] for probe in probes(config).values()}
+
+
+def test_the_probe_of_a_big_call_is_checked_on_a_small_one() -> None:
+    config = load_config(CONFIGS / "t2v_512.yaml")
+    assert probes(config)["cross"] == Probe(1, 16 * 1024, 120, 16, 72, ragged=False)
+    assert probes(config)["time"] == Probe(1024, 16, 16, 16, 72)
+    small = probes(config)["time"].small()
+    assert small == Probe(2, 16, 16, 16, 72) and difference("sdpa", small, CPU, torch.float32) < 1e-5
