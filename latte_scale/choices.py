@@ -117,8 +117,8 @@ def present(config: Config, device: torch.device) -> list[Backend]:
 
 
 def probes(config: Config) -> dict[Site, Probe]:
-    """The attention calls of one micro-batch."""
-    model, batch = config.model, config.train.micro_batch
+    """The attention calls of one micro-batch on one rank, which holds 1 / cut of each clip."""
+    model, batch, cut = config.model, config.train.micro_batch, config.engine.sequence_parallel
     height, width = latent_sides(config)
     patches = height * width // model.patch_size**2
     video, frames = config.video.frames, config.video.frames + config.train.joint_images
@@ -129,14 +129,14 @@ def probes(config: Config) -> dict[Site, Probe]:
         if model.variant == "parallel":
             heads = (model.num_heads // 2, model.head_dim)
         return {
-            "space": Probe(batch * frames, tokens, tokens, *heads),
-            "time": Probe(batch * tokens, video, video, *heads),
+            "space": Probe(batch * -(-frames // cut), tokens, tokens, *heads),
+            "time": Probe(batch * -(-tokens // cut), video, video, *heads),
         }
     length = config.encoders.text_max_length
     return {
-        "space": Probe(batch * frames, patches, patches, *heads),
-        "time": Probe(batch * patches, video, video, *heads),
-        "cross": Probe(batch, frames * patches, length, *heads, ragged=batch > 1),
+        "space": Probe(batch * -(-frames // cut), patches, patches, *heads),
+        "time": Probe(batch * -(-patches // cut), video, video, *heads),
+        "cross": Probe(batch, -(-frames // cut) * patches, length, *heads, ragged=batch > 1),
     }
 
 

@@ -17,10 +17,12 @@ from latte_scale.config import Config, latent_sides
 Captions = Literal["full", "mixed"]
 
 
-def step_inputs(config: Config, device: torch.device, num_ranks: int, captions: Captions = "full") -> list[ModelInputs]:
-    """One rank's micro-batches of a step: train.global_batch over ranks and train.micro_batch, the last one full."""
+def step_inputs(
+    config: Config, device: torch.device, num_shares: int, captions: Captions = "full"
+) -> list[ModelInputs]:
+    """The micro-batches of the largest of `num_shares` shares of a step's global batch, the last one full."""
     generator = torch.Generator(device).manual_seed(config.run.seed)
-    samples = -(-config.train.global_batch // num_ranks)
+    samples = -(-config.train.global_batch // num_shares)
     count = -(-samples // config.train.micro_batch)
     return [micro_batch(config, device, generator, captions) for _ in range(count)]
 

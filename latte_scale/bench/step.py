@@ -106,7 +106,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
     for name, subject in subjects.items():
         summary = turns.measured[name].summary()
         share = 0.0 if name == "eager" else work["recompute_share"]
-        results[name] = summary | rates(summary["step_s"], work, ranks.size, peak, share)
+        results[name] = summary | rates(summary["step_s"], work, peak, share)
         results[name]["budget"] = budget(subject, summary, device)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -149,12 +149,14 @@ def drop(subjects: dict[str, Subject], name: str) -> dict[str, str]:
     return {"error": "out of device memory"}
 
 
-def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_ranks: int) -> dict[str, Any]:
-    """What one step is, on this rank; FLOPs are 3 x forward, without recompute."""
+def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_shares: int) -> dict[str, Any]:
+    """What one step is; samples, tokens and FLOPs are those of one of `num_shares` shares of the global batch, each of
+    which `share_ranks` ranks work on. FLOPs are 3 x forward, without recompute."""
     tokens, flops = map(sum, zip(*(cost_of(config, inputs) for inputs in micro_batches), strict=True))
     samples = sum(inputs.num_samples for inputs in micro_batches)
     return {
-        "num_ranks": num_ranks,
+        "num_shares": num_shares,
+        "share_ranks": config.engine.sequence_parallel,
         "samples": samples,
         "micro_batches": len(micro_batches),
         "latents": list(micro_batches[0].latents_BCFHW.shape[1:]),
@@ -164,14 +166,14 @@ def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_ranks: int
     }
 
 
-def rates(step_s: float, work: dict[str, Any], num_ranks: int, peak: float | None, recomputed: float) -> dict[str, Any]:
-    """Samples a second over all ranks; FLOP/s, MFU and HFU of a rank."""
-    flops = work["model_flops"]
+def rates(step_s: float, work: dict[str, Any], peak: float | None, recomputed: float) -> dict[str, Any]:
+    """Samples a second over all ranks; FLOP/s, MFU and HFU of a rank. `recomputed`: FLOPs beside the model's."""
+    flops, devices = work["model_flops"], work["share_ranks"]
     return {
-        "samples_per_s": work["samples"] * num_ranks / step_s,
-        "tflops_per_s": flops / step_s / 1e12,
-        "mfu": utilization(flops, step_s, 1, peak),
-        "hfu": utilization(flops * (1 + recomputed), step_s, 1, peak),
+        "samples_per_s": work["samples"] * work["num_shares"] / step_s,
+        "tflops_per_s": flops / devices / step_s / 1e12,
+        "mfu": utilization(flops, step_s, devices, peak),
+        "hfu": utilization(flops * (1 + recomputed), step_s, devices, peak),
     }
 
 
