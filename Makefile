@@ -30,7 +30,7 @@ test: $(READY)  ## all tests that need no root
 	$(BIN)/python -m pytest
 
 test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 20 minutes)
-	LATTE_CLUSTER_TESTS=1 $(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
+	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
 
 test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on a quiet machine)
 	LATTE_FAULT_TESTS=1 $(BIN)/python -m pytest tests/faults

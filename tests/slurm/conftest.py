@@ -1,6 +1,5 @@
 """A two-node Slurm for the session, or a reason why there is none."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -78,14 +77,3 @@ def reference(data_sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     assert run_in_process(folder, data_sets.latents, *FEW) == 0
     return read_metrics(folder / "metrics.jsonl")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A Slurm and network namespaces of its own: asked for by name."""
-    if os.environ.get("LATTE_CLUSTER_TESTS"):
-        return
-    here = Path(__file__).parent
-    skip = pytest.mark.skip(reason="cluster tests run with make test-slurm")
-    for item in items:
-        if here in Path(item.fspath).parents:
-            item.add_marker(skip)
