@@ -3,32 +3,37 @@
     latte-data encode --input runs/shapes/shards --output runs/shapes/latents --config configs/encode_tiny.yaml
 
 In: a data set of clips (`latte-data shard` or `latte-data index`) and a config with the sections video (frame policy),
-encoders and latents. Out: latent shards with the same sample keys, order and shard numbers, an index beside each,
-`null-text.safetensors` (the empty caption, whole), `encode.json` (the settings and encoders that made this folder) and
-`manifest.json`, written last. Latents are stored raw and in float16; the manifest holds the scale. With encoders.text
-null there is no text, only latents and classes; with video.hflip the latents of the mirrored clip are stored as well.
-A clip that cannot be read or encoded is left out and named with its reason; captions that the encoder cuts are counted.
+encoders, latents and text. Out: latent shards with the same sample keys, order and shard numbers, an index beside each,
+`reports/` (what became of every clip, by shard), `null-text.safetensors` (the empty caption, whole), `encode.json` (the
+settings and encoders that made this folder) and `manifest.json`, written last. Latents are stored raw; the manifest
+holds the scale. With encoders.text null there is no text, only latents and classes; with video.hflip the latents of the
+mirrored clip are stored as well. A clip that cannot be read or encoded is left out and named with its reason, and is
+not tried again unless --retry-failed; captions that the encoder cuts are counted.
 
-The decision worth knowing: the unit of work is a shard. It is there whole, with its index, or not there, so the same
-command goes on after an interruption, and several --workers (processes, one shard each) give the same bytes as one.
+The decision worth knowing: the unit of work is a shard, there whole or not at all, and whoever wants one claims it in
+the output folder (data_tools/claims.py). So the same command goes on after an interruption, may run with any number of
+--workers (processes), and on any number of hosts at once on one shared folder or s3:// prefix (slurm/encode.sh); it
+ends when all shards are finished, whoever made them, and the bytes are the same as those of one worker.
 A folder that other settings or other clips began is refused unless --force, which starts it over.
-What becomes of one clip is in data_tools/encode_shard.py.
 """
 
 import argparse
 import hashlib
 import json
-import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from data_tools.encode_shard import Encoder, EncodeSettings, ShardOutcome
+from data_tools import claims, reports
+from data_tools.claims import Claims
+from data_tools.encode_shard import EncodeSettings
+from data_tools.reports import ShardReport, finished, read_report, report_name
+from data_tools.workers import MADE, Board, Job, encode_all
+from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import (
     ENCODE_HEADER,
     MANIFEST,
@@ -39,19 +44,22 @@ from latte_scale.data.schema import (
     ShardEntry,
     TextInfo,
     VaeInfo,
+    load_manifest,
     save_manifest,
 )
-from latte_scale.data.shards import finished_entry, shard_name
+from latte_scale.data.shards import shard_name
 from latte_scale.encoders import CAPTION_CLEANING, EncoderFacts, encoder_facts
 from latte_scale.settings import flatten, load
-from latte_scale.store import Store
+from latte_scale.store import TEMPORARY, LocalStore, Store, open_store
 
-_SHARD_FILE = re.compile(r"shard-\d{6,}\.(tar|index\.safetensors)")
-NUM_THREADS = 1  # of each process on a CPU: more would change the last bits, and --workers uses the cores better
+_OURS = re.compile(rf"shard-\d{{6,}}\.(tar|index\.safetensors)|({reports.FOLDER}|{claims.FOLDER})/.*")
+_YOUNGER = {("latents", "dtype"): "float16", ("text", "dtype"): "float16"}
+"""Settings that encode.json leaves out while they hold their default: folders begun before them lack them."""
+NUM_READERS = 16  # requests at a time for the small files of all shards
 
 
 class EncodeError(ValueError):
-    """An output folder or config that cannot be used, or a worker that died."""
+    """An output folder or config that cannot be used."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,55 +69,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="X.yaml", help="as configs/encode_tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the config, as video.frames=8")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one shard each (default 1)")
+    parser.add_argument(
+        "--decode-threads", type=int, metavar="N", help="a worker's (default 1; with GPUs its share of the cores)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything and count, encode nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="make the shards again that lack a clip")
     parser.add_argument("--force", action="store_true", help="start over in a folder that other settings began")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; 0, or 1 when no clip could be encoded. Raises ValueError and OSError with what to do."""
-    if args.workers < 1:
-        raise EncodeError(f"--workers must be at least 1, came {args.workers}")
+    for name in ("workers", "decode_threads"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise EncodeError(f"--{name.replace('_', '-')} must be at least 1, came {number}")
     settings = load(EncodeSettings, args.config, args.overrides)
-    encoder = Encoder(args.input, args.output, settings, _device(0))
-    manifest = encoder.source.manifest
-    if manifest.kind != "video":
-        raise EncodeError(
-            f"{args.input} is a {manifest.kind} data set; --input takes one of clips (`latte-data shard`)"
-        )
+    source = open_dataset(args.input).manifest
+    if source.kind != "video":
+        raise EncodeError(f"{args.input} is a {source.kind} data set; --input takes one of clips (`latte-data shard`)")
     facts = encoder_facts(settings.encoders)
-    _check_sizes(settings, facts)
-    header = _header(settings, facts, manifest)
-    store, num_shards = encoder.store, len(manifest.shards)
+    _check_settings(settings, facts)
+    store, header = open_store(args.output), _header(settings, facts, source)
     _check_folder(store, header, args.force and not args.dry_run)
+    counts = [shard.count for shard in source.shards]
     if args.dry_run:
-        finished = sum(finished_entry(store, shard_name(number)) is not None for number in range(num_shards))
-        print(f"dry run: {manifest.count} clips in {num_shards} shards, {finished} of them finished; {store.url}")
+        num_finished = sum(each is not None for each in _outcomes(store, counts))
+        print(f"dry run: {source.count} clips in {len(counts)} shards, {num_finished} of them finished; {store.url}")
         return 0
     if not store.exists(ENCODE_HEADER):
         store.write(ENCODE_HEADER, (json.dumps(header, indent=1) + "\n").encode())
-    begun = time.monotonic()
-    outcomes = _encode_all(encoder, args)
-    return _finish(encoder, facts, outcomes, time.monotonic() - begun)
+    if args.retry_failed:
+        _forget_failures(store, len(counts))
+    begun_s = time.monotonic()
+    job = Job(args.input, args.output, settings, args.workers, args.decode_threads)
+    board = encode_all(job, counts)
+    return _finish(store, _manifest_of(settings, facts, source, store), board, time.monotonic() - begun_s, settings)
 
 
 def _header(settings: EncodeSettings, facts: EncoderFacts, source: Manifest) -> dict[str, Any]:
     """What encode.json says: everything that the stored bytes follow from."""
-    return {
+    header = {
         "source_fingerprint": source.fingerprint(),
         "caption_cleaning": CAPTION_CLEANING,
         **asdict(settings),
         "video": settings.video.stored(),
         "facts": asdict(facts),
     }
+    for (section, key), default in _YOUNGER.items():
+        if header[section][key] == default:
+            del header[section][key]
+    return {name: value for name, value in header.items() if value != {}}
 
 
-def _check_sizes(settings: EncodeSettings, facts: EncoderFacts) -> None:
+def _check_settings(settings: EncodeSettings, facts: EncoderFacts) -> None:
     for name in ("height", "width"):
         if getattr(settings.video, name) % facts.downscale:
             raise EncodeError(
                 f"video.{name} {getattr(settings.video, name)} is not a multiple of {facts.downscale}, the pixels of a "
                 f"latent of encoders.vae {settings.encoders.vae}"
             )
+    _latents_info(settings, facts)
 
 
 def _check_folder(store: Store, header: dict[str, Any], force: bool) -> None:
@@ -129,13 +147,13 @@ def _check_folder(store: Store, header: dict[str, Any], force: bool) -> None:
         return
     if not force:
         flat_known, flat_wanted = flatten(known), flatten(header)
-        keys = [key for key in flat_wanted if flat_known.get(key) != flat_wanted[key]]
-        listing = "; ".join(f"{key}: there {flat_known.get(key)}, here {flat_wanted[key]}" for key in keys)
+        keys = [key for key in {**flat_known, **flat_wanted} if flat_known.get(key) != flat_wanted.get(key)]
+        listing = "; ".join(f"{key}: there {flat_known.get(key)}, here {flat_wanted.get(key)}" for key in keys)
         raise EncodeError(
             f"{store.url} holds a data set that was made otherwise ({listing}). Choose another --output, or start it "
             "over with --force"
         )
-    ours = [name for name in names if name in (MANIFEST, NULL_TEXT) or _SHARD_FILE.fullmatch(name)]
+    ours = [name for name in names if name in (MANIFEST, NULL_TEXT) or _OURS.fullmatch(name)]
     for name in [
         *sorted(ours, key=lambda name: name != MANIFEST),
         ENCODE_HEADER,
@@ -149,157 +167,94 @@ def _without_names(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "encoders": encoders}
 
 
-def _encode_all(encoder: Encoder, args: argparse.Namespace) -> list[ShardOutcome]:
-    """Every shard, in this process or over several, with a progress bar; outcomes in shard order."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    begun = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("clips", total=encoder.source.manifest.count, rate="")
-
-        def show(num_clips: int) -> None:
-            bar.update(task, completed=num_clips, rate=f"{num_clips / (time.monotonic() - begun):.1f} clips/s")
-
-        numbers = range(len(encoder.source.manifest.shards))
-        if args.workers == 1:
-            return _encode_here(encoder, numbers, show)
-        return _encode_parallel(encoder, numbers, args, show)
+def _outcomes(store: Store, counts: list[int]) -> list[tuple[ShardEntry | None, ShardReport] | None]:
+    """What is known of every shard; None for one that is not finished."""
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return list(pool.map(partial(finished, store), map(shard_name, range(len(counts))), counts))
 
 
-def _encode_here(encoder: Encoder, numbers: Sequence[int], show: Callable[[int], None]) -> list[ShardOutcome]:
-    num_clips = 0
-
-    def advance() -> None:
-        nonlocal num_clips
-        num_clips += 1
-        show(num_clips)
-
-    import torch
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(NUM_THREADS)
-    try:
-        _put_null_text(encoder)
-        return [encoder.shard(number, advance) for number in numbers]
-    finally:
-        torch.set_num_threads(num_threads)
+def _forget_failures(store: Store, num_shards: int) -> None:
+    """Remove the reports of shards that lack a clip, so that they are made again."""
+    for name in map(shard_name, range(num_shards)):
+        report = read_report(store, name)
+        if report is not None and report.left_out:
+            store.delete(report_name(name))
 
 
-def _encode_parallel(
-    encoder: Encoder, numbers: Sequence[int], args: argparse.Namespace, show: Callable[[int], None]
-) -> list[ShardOutcome]:
-    """One process a worker, spawned so that each has its own CUDA context; the first error stops all."""
-    context = multiprocessing.get_context("spawn")
-    started, num_clips = context.Value("q", 0), context.Value("q", 0)
-    setup = (args.input, args.output, encoder.settings, started, num_clips)
-    with ProcessPoolExecutor(args.workers, context, _start_worker, setup) as pool:
-        futures = [pool.submit(_work_null_text), *(pool.submit(_work_shard, number) for number in numbers)]
-        try:
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                show(num_clips.value)
-                for future in done:
-                    future.result()
-            return [future.result() for future in futures[1:]]
-        except BrokenProcessPool as error:
-            raise EncodeError(
-                "a worker process died (most often for lack of memory); finished shards are kept: run the same command "
-                "again, with fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, settings: EncodeSettings) -> int:
+    """Write the manifest and the summary, remove what killed workers left."""
+    outcomes = [each for each in _outcomes(store, board.counts) if each is not None]
+    if len(outcomes) < len(board.counts):
+        raise EncodeError(
+            f"{store.url}: {len(board.counts) - len(outcomes)} shards were finished and are not any more: another "
+            "command removes them (--force, --retry-failed); wait for it, then run this one again"
+        )
+    entries = tuple(entry for entry, _ in outcomes if entry is not None)
+    Claims(store).remove_all()
+    if isinstance(store, LocalStore):
+        _remove_unfinished(store)
+    made = [state == MADE for state in board.states]
+    done = sum(report.count for (_, report), here in zip(outcomes, made, strict=True) if here)
+    total, failed = sum(entry.count for entry in entries), _tell(store, [report for _, report in outcomes], settings)
+    if not entries:
+        print(f"no clip of the source could be encoded into {store.url}: see the reasons above", file=sys.stderr)
+        return 1
+    manifest = Manifest(**{**vars(manifest), "shards": entries})
+    if not store.exists(MANIFEST) or load_manifest(store).fingerprint() != manifest.fingerprint():
+        save_manifest(store, manifest)
+    print(
+        f"done {done}, skipped {total - done}, failed {failed}; {done / max(seconds, 1e-9):.1f} clips/s, "
+        f"{sum(entry.size_bytes for entry in entries) / total:.0f} bytes a clip; {len(entries)} shards in {store.url}"
+    )
+    return 0
 
 
-_worker: Encoder
-_worker_clips: Any
-
-
-def _start_worker(input_url: str, output_url: str, settings: EncodeSettings, started: Any, num_clips: Any) -> None:
-    """Set up this worker process: its GPU, its threads, its encoders."""
-    global _worker, _worker_clips
-    import torch
-
-    with started.get_lock():
-        place = started.value
-        started.value += 1
-    torch.set_num_threads(NUM_THREADS)
-    _worker = Encoder(input_url, output_url, settings, _device(place))
-    _worker_clips = num_clips
-
-
-def _work_null_text() -> None:
-    _put_null_text(_worker)
-
-
-def _work_shard(number: int) -> ShardOutcome:
-    def advance() -> None:
-        with _worker_clips.get_lock():
-            _worker_clips.value += 1
-
-    return _worker.shard(number, advance)
-
-
-def _put_null_text(encoder: Encoder) -> None:
-    """Store the embedding of the empty caption, unless an earlier run did or there is no text."""
-    if encoder.settings.encoders.text is not None and not encoder.store.exists(NULL_TEXT):
-        encoder.store.write(NULL_TEXT, encoder.null_text())
-
-
-def _device(place: int) -> str:
-    """The device of worker number `place`: the GPUs in turn, or the CPU."""
-    import torch
-
-    return f"cuda:{place % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-
-def _finish(encoder: Encoder, facts: EncoderFacts, outcomes: list[ShardOutcome], seconds: float) -> int:
-    """Write the manifest and the summary."""
-    done, skipped = (sum(getattr(o, name) for o in outcomes) for name in ("num_done", "num_skipped"))
-    failed = [failure for outcome in outcomes for failure in outcome.failed]
-    num_cut = sum(outcome.num_cut_captions for outcome in outcomes)
-    entries = tuple(outcome.entry for outcome in outcomes if outcome.entry is not None)
-    for failure in failed:
-        print(f"failed {failure}", file=sys.stderr)
-    if num_short := sum(outcome.num_short for outcome in outcomes):
-        needed = encoder.settings.video.min_frames
+def _tell(store: Store, found: list[ShardReport], settings: EncodeSettings) -> int:
+    """Name every clip that was left out, and what else its owner should know; returns how many were left out."""
+    for key, reason in (each for report in found for each in report.left_out):
+        print(f"failed {key}: {reason}", file=sys.stderr)
+    if num_short := sum(report.num_short for report in found):
+        needed = settings.video.min_frames
         print(f"{num_short} clips are shorter than the {needed} frames that the frame policy needs", file=sys.stderr)
-    if num_cut:
-        limit, longest = encoder.settings.encoders.text_max_length, max(o.longest_caption for o in outcomes)
+    if num_cut := sum(report.num_cut_captions for report in found):
+        limit, longest = settings.encoders.text_max_length, max(report.longest_caption for report in found)
         print(
             f"{num_cut} captions were cut to encoders.text_max_length {limit} tokens (the longest has {longest}); "
             "raise it, or shorten them, where their ends matter",
             file=sys.stderr,
         )
-    if not entries:
-        print(f"no clip of {encoder.source.store.url} could be encoded: see the reasons above", file=sys.stderr)
-        return 1
-    save_manifest(encoder.store, _manifest(encoder, facts, entries))
-    size_bytes = sum(entry.size_bytes for entry in entries) / (done + skipped)
-    print(
-        f"done {done}, skipped {skipped}, failed {len(failed)}; {done / max(seconds, 1e-9):.1f} clips/s, "
-        f"{size_bytes:.0f} bytes a clip; {len(entries)} shards in {encoder.store.url}"
-    )
-    return 0
+    return sum(len(report.left_out) for report in found)
 
 
-def _manifest(encoder: Encoder, facts: EncoderFacts, entries: tuple[ShardEntry, ...]) -> Manifest:
-    settings, text, null_text = encoder.settings, None, None
-    if settings.encoders.text is not None:
-        text = TextInfo(settings.encoders.text, facts.text_sha256, settings.encoders.text_max_length, facts.text_dim)
-        null_text = FileInfo(NULL_TEXT, hashlib.sha256(encoder.store.read(NULL_TEXT)).hexdigest())
+def _remove_unfinished(store: LocalStore) -> None:
+    """Remove the temporary files of killed workers; called when no shard is left to make."""
+    for path in store.root.rglob("*"):
+        if TEMPORARY.search(path.name):
+            path.unlink(missing_ok=True)
+    folder = store.root / claims.FOLDER
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _latents_info(settings: EncodeSettings, facts: EncoderFacts) -> LatentsInfo:
+    latents = settings.latents
+    return LatentsInfo(latents.kind, facts.channels, facts.downscale, facts.scale, facts.shift, latents.dtype)
+
+
+def _manifest_of(settings: EncodeSettings, facts: EncoderFacts, source: Manifest, store: Store) -> Manifest:
+    """The manifest without its shards."""
+    text, null_text, encoders = None, None, settings.encoders
+    if encoders.text is not None:
+        text = TextInfo(encoders.text, facts.text_sha256, encoders.text_max_length, facts.text_dim, settings.text.dtype)
+        null_text = FileInfo(NULL_TEXT, hashlib.sha256(store.read(NULL_TEXT)).hexdigest())
     return Manifest(
         kind="latents",
-        shards=entries,
+        shards=(),
         caption_cleaning=CAPTION_CLEANING,
         video=settings.video,
-        latents=LatentsInfo(settings.latents.kind, facts.channels, facts.downscale, facts.scale, facts.shift),
-        vae=VaeInfo(settings.encoders.vae, facts.vae_sha256),
+        latents=_latents_info(settings, facts),
+        vae=VaeInfo(encoders.vae, facts.vae_sha256),
         text=text,
         null_text=null_text,
-        class_names=encoder.source.manifest.class_names,
+        class_names=source.class_names,
     )

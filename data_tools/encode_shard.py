@@ -1,37 +1,53 @@
 """What `latte-data encode` makes of one shard of clips, and the settings that it follows.
 
-In: shard number n of a data set of clips. Out: shard n of latents, with the same sample keys in the same order, and
-what became of each clip. Of several captions every one is embedded; where the frame policy mirrors clips, the mirrored
-clip is encoded too, because the VAE of a mirrored clip is not the mirrored latents. Who calls this, in one process or
-several, is in data_tools/encode.py.
+In: shard number n of a data set of clips. Out: shard n of latents, with the same sample keys in the same order, and a
+report of what became of each clip. Decoding, text encoder, VAE and writing overlap (data_tools/pipeline.py). Of several
+captions every one is embedded; where the frame policy mirrors clips, the mirrored clip is encoded too, because the VAE
+of a mirrored clip is not the mirrored latents. Who calls this, in one process or many, is in data_tools/workers.py.
 
 Shapes: F frames, C channels, H W pixels, h w latent height and width, L tokens, D width; B is always 1 here, so that
 what a clip becomes does not depend on its neighbours.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 
-from latte_scale.data.index import index_name, load_index
+from data_tools.claims import Claim
+from data_tools.pipeline import in_order
+from data_tools.reports import ShardReport, write_report
+from latte_scale import rng
+from latte_scale.data.index import index_name
+from latte_scale.data.latents import pack_latents, pack_text
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
-from latte_scale.data.schema import LatentKind, ShardEntry, VideoSettings
-from latte_scale.data.shards import LatentSample, ShardFile, finished_entry, shard_name
+from latte_scale.data.schema import LatentKind, LatentsInfo, NumberType, VideoSettings
+from latte_scale.data.shards import LatentSample, ShardFile, shard_name
 from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, clean_caption, load_encoders
 from latte_scale.store import Store, open_store
 
-FLOAT16_MAX = 6e4  # a little below the largest float16, 65504
+NUM_THREADS = 1  # of torch on a CPU: more would change the last bits, and more workers use the cores better
 
 
 @dataclass(frozen=True)
 class LatentSettings:
     """What is stored of a clip, and how it is computed."""
 
-    kind: LatentKind = "mean_std"  # "mean_std": training draws fresh VAE noise; "mean": half the bytes
+    kind: LatentKind = "mean_logstd"  # what is kept of the posterior: latte_scale/data/latents.py
     window: Literal["centre", "first"] = "centre"  # where in the file the clip of the frame policy is taken
-    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic of both encoders; float16 is stored either way
+    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic of both encoders, whatever is stored
+    dtype: NumberType = "float16"  # of the numbers that are stored
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How embeddings are stored."""
+
+    dtype: NumberType = "float16"
 
 
 @dataclass(frozen=True)
@@ -41,146 +57,155 @@ class EncodeSettings:
     video: VideoSettings
     encoders: EncoderSettings
     latents: LatentSettings = field(default_factory=LatentSettings)
+    text: TextSettings = field(default_factory=TextSettings)
 
 
-@dataclass
-class ShardOutcome:
-    """What became of one shard of clips."""
+@dataclass(frozen=True)
+class _Clip:
+    """A clip between two stages."""
 
-    number: int
-    entry: ShardEntry | None = None  # None: no clip of it could be encoded
-    num_done: int = 0  # clips encoded now
-    num_skipped: int = 0  # clips that an earlier run encoded
-    num_cut_captions: int = 0
-    longest_caption: int = 0  # tokens, before it was cut; 0 where none was
-    num_short: int = 0  # of the failed: clips with fewer frames than the frame policy needs
-    failed: list[str] = field(default_factory=list)  # "key: reason"
+    sample: Sample
+    pixels_FCHW: np.ndarray
+    start_frame: int
+    texts: tuple[bytes, ...] = ()  # the stored embedding of every caption
+    posteriors: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # (mean, std) [F, C, h, w] fp32; of the mirrored clip
 
 
 class Encoder:
     """Encodes the shards of one data set; holds the frozen encoders, which are loaded when first needed."""
 
-    def __init__(self, input_url: str, output_url: str, settings: EncodeSettings, device: str) -> None:
-        self.settings, self.device = settings, device
+    def __init__(
+        self, input_url: str, output_url: str, settings: EncodeSettings, device: str, decode_threads: int = 1
+    ) -> None:
+        self.settings, self.device, self.decode_threads = settings, device, decode_threads
         self.source: Dataset = open_dataset(input_url)
         self.store: Store = open_store(output_url)
-        self._loaded: tuple[VideoAutoencoder, TextEncoder | None] | None = None
 
+    @cached_property
     def encoders(self) -> tuple[VideoAutoencoder, TextEncoder | None]:
-        """Both encoders, loaded once; no text encoder where the config has none."""
-        if self._loaded is None:
-            import torch
-
-            dtype = torch.bfloat16 if self.settings.latents.precision == "bf16" else torch.float32
-            self._loaded = load_encoders(self.settings.encoders, self.device, dtype)
-        return self._loaded
-
-    def null_text(self) -> bytes:
-        """null-text.safetensors: `embedding` [Lmax, D] float16."""
-        return arrays_to_bytes({"embedding": self.encoders()[1].null()})
-
-    def shard(self, number: int, advance: Callable[[], None]) -> ShardOutcome:
-        """Encode shard `number` of the source, or keep what an earlier run made of it. `advance` is called per clip."""
-        kept = self._kept(number, advance)
-        if kept is not None:
-            return kept
-        name, outcome = shard_name(number), ShardOutcome(number)
-        self.store.delete(index_name(name))  # an index proves a whole tar: the old one goes before the tar changes
-        texts: dict[str, bytes] = {}
-        with ShardFile(self.store, name, "latents") as shard:
-            for position in range(len(self.source.index(number))):
-                try:
-                    sample = self.source.read(number, position)
-                    shard.add(self._encode(sample, texts))
-                except (DamagedError, _BadClipError) as error:
-                    outcome.failed.append(f"{self.source.index(number).key(position)}: {error}")
-                    outcome.num_short += isinstance(error, _ShortClipError)
-                advance()
-            outcome.num_done = len(shard)
-            outcome.entry = shard.close() if len(shard) else None
-        limit = self.settings.encoders.text_max_length
-        text = self.encoders()[1]
-        too_long = [length for length in (text.num_tokens(list(texts)) if text else []) if length > limit]
-        outcome.num_cut_captions, outcome.longest_caption = len(too_long), max(too_long, default=0)
-        return outcome
-
-    def _kept(self, number: int, advance: Callable[[], None]) -> ShardOutcome | None:
-        """The outcome of a shard that an earlier run finished, or None if it must be made.
-
-        encode.json has vouched for settings, encoders and source. A clip that the shard lacks must still be unreadable.
-        """
-        entry = finished_entry(self.store, shard_name(number))
-        if entry is None:
-            return None
-        stored = {row.key for row in load_index(self.store, entry).rows()}
-        outcome = ShardOutcome(number, entry, num_skipped=len(stored))
-        for row in self.source.index(number).rows():
-            if row.key not in stored:
-                failure = self._try_again(number, row.key)
-                if failure is None:
-                    return None
-                outcome.failed.append(f"{row.key}: {failure}")
-                outcome.num_short += isinstance(failure, _ShortClipError)
-        for _ in range(len(self.source.index(number))):
-            advance()
-        return outcome
-
-    def _try_again(self, number: int, key: str) -> ValueError | None:
-        """Why the clip `key` still cannot be encoded; None if it can."""
-        index = self.source.index(number)
-        position = next(place for place in range(len(index)) if index.key(place) == key)
-        try:
-            self._encode(self.source.read(number, position), {})
-        except (DamagedError, _BadClipError) as error:
-            return error
-        return None
-
-    def _encode(self, sample: Sample, texts: dict[str, bytes]) -> LatentSample:
-        """One sample's latents and text; `texts` holds the embeddings of the shard's captions so far."""
-        text = self.encoders()[1]
-        pixels_FCHW, start_frame = self._pixels(sample)
-        latents, bucket = self._latents(pixels_FCHW)
-        captions = [clean_caption(caption) for caption in sample.captions]
-        for caption in captions:
-            if text is not None and caption not in texts:
-                texts[caption] = arrays_to_bytes({"embedding": text.encode([caption])[0]})
-        about = {name: sample.about[name] for name in ("source", "sha256", "fps") if name in sample.about}
-        return LatentSample(
-            sample.key,
-            captions[0],
-            bucket,
-            latents,
-            texts.get(captions[0]),
-            {**about, "start_frame": start_frame, **self.settings.video.stored()},
-            more_captions=tuple(captions[1:]),
-            more_texts=() if text is None else tuple(texts[caption] for caption in captions[1:]),
-            mirrored=self._latents(pixels_FCHW[..., ::-1])[0] if self.settings.video.hflip else None,
-            label=self.source.label(sample),
-        )
-
-    def _latents(self, pixels_FCHW: np.ndarray) -> tuple[bytes, str]:
-        """The stored latents of a clip, and their bucket."""
+        """Both encoders; no text encoder where the config has none."""
         import torch
 
-        pixels_BFCHW = torch.from_numpy(np.ascontiguousarray(pixels_FCHW))[None]
-        mean_BFChw, std_BFChw = self.encoders()[0].encode(pixels_BFCHW)
-        arrays = {"mean": mean_BFChw[0], "std": std_BFChw[0]}
-        if self.settings.latents.kind == "mean":
-            del arrays["std"]
-        num_frames, _, height, width = mean_BFChw.shape[1:]
-        return arrays_to_bytes(arrays), f"{num_frames}x{height}x{width}"
+        dtype = torch.bfloat16 if self.settings.latents.precision == "bf16" else torch.float32
+        return load_encoders(self.settings.encoders, self.device, dtype)
 
-    def _pixels(self, sample: Sample) -> tuple[np.ndarray, int]:
-        """The clip of the frame policy, uint8 [F, 3, H, W], and its first frame's number."""
+    @cached_property
+    def latents(self) -> LatentsInfo:
+        """How the manifest describes the latents."""
+        vae, latents = self.encoders[0], self.settings.latents
+        return LatentsInfo(latents.kind, vae.channels, vae.downscale, vae.scale, vae.shift, latents.dtype)
+
+    def null_text(self) -> bytes:
+        """The embedding of the empty caption, whole, as stored."""
+        return to_bytes(pack_text(self.encoders[1].null().cpu().numpy(), "float16"))
+
+    def shard(self, number: int, claim: Claim, advance: Callable[[], None]) -> ShardReport:
+        """Encode shard `number` of the source and put it in place with its report; `advance` is called per clip.
+
+        Raises LostClaimError when another worker has taken over.
+        """
+        name, report = shard_name(number), ShardReport()
+        for each in (index_name(name), name):  # an index proves a whole tar: the old one goes before the tar changes
+            if self.store.exists(each):
+                self.store.delete(each)
+        texts: dict[str, bytes] = {}
+        with ShardFile(self.store, name, "latents") as shard, self._stages(number, texts) as clips:
+            for position, clip in enumerate(clips):
+                try:
+                    shard.add(self._stored(clip.result()))
+                except (DamagedError, _BadClipError) as error:
+                    report.left_out.append([self.source.index(number).key(position), str(error)])
+                    report.num_short += isinstance(error, _ShortClipError)
+                claim.check()
+                advance()
+            report.count = len(shard)
+            self._count_long_captions(texts, report)
+            claim.look()
+            write_report(self.store, name, report)
+            if len(shard):
+                shard.close()
+        return report
+
+    @contextlib.contextmanager
+    def _stages(self, number: int, texts: dict[str, bytes]) -> Iterator[Iterator["Future[_Clip]"]]:
+        """The clips of a shard in order, decoded, with their text and encoded, a few ahead of who takes them."""
+        positions, threads = range(len(self.source.index(number))), self.decode_threads
+        decode = partial(self._decode, number)
+        with (
+            contextlib.closing(in_order(decode, positions, threads, ahead=2 * threads)) as decoded,
+            contextlib.closing(in_order(partial(self._add_texts, texts), decoded, set_up=_one_thread)) as captioned,
+            contextlib.closing(in_order(self._add_posteriors, captioned, set_up=_one_thread)) as encoded,
+        ):
+            yield encoded
+
+    def _decode(self, number: int, position: int) -> _Clip:
+        """First stage: the clip of the frame policy, read and decoded."""
         from latte_scale.data.video import TooShortError, VideoError, read_random_clip
 
+        sample = self.source.read(number, position)
         place = 0.5 if self.settings.latents.window == "centre" else 0.0
         try:
-            return read_random_clip(sample.fields["video"], self.settings.video, place)
+            return _Clip(sample, *read_random_clip(sample.fields["video"], self.settings.video, place))
         except TooShortError as error:
             raise _ShortClipError(str(error)) from error
         except VideoError as error:
             raise _BadClipError(str(error)) from error
+
+    def _add_texts(self, texts: dict[str, bytes], decoded: "Future[_Clip]") -> _Clip:
+        """Second stage: the embeddings of its captions; `texts` holds those of the shard so far."""
+        clip, text = decoded.result(), self.encoders[1]
+        if text is None:
+            return clip
+        captions = [clean_caption(caption) for caption in clip.sample.captions]
+        for caption in captions:
+            if caption not in texts:
+                embedding_LD = text.encode([caption])[0].cpu().numpy()
+                texts[caption] = to_bytes(_checked(pack_text, embedding_LD, self.settings.text.dtype))
+        return _Clip(clip.sample, clip.pixels_FCHW, clip.start_frame, tuple(texts[caption] for caption in captions))
+
+    def _add_posteriors(self, captioned: "Future[_Clip]") -> _Clip:
+        """Third stage: what the VAE makes of the clip, and of the mirrored clip."""
+        import torch
+
+        clip = captioned.result()
+        sides = (clip.pixels_FCHW, clip.pixels_FCHW[..., ::-1])[: 2 if self.settings.video.hflip else 1]
+        posteriors = []
+        for pixels_FCHW in sides:
+            mean, std = self.encoders[0].encode(torch.from_numpy(np.ascontiguousarray(pixels_FCHW))[None])
+            posteriors.append((mean[0].cpu().numpy(), std[0].cpu().numpy()))
+        return _Clip(clip.sample, clip.pixels_FCHW, clip.start_frame, clip.texts, tuple(posteriors))
+
+    def _stored(self, clip: _Clip) -> LatentSample:
+        """The sample as it is written."""
+        sample = clip.sample
+        latents = [
+            to_bytes(_checked(pack_latents, *posterior, self.latents, self._noise(f"{sample.key}/{side}", posterior)))
+            for side, posterior in zip(("latents", "mirrored"), clip.posteriors, strict=False)
+        ]
+        captions = [clean_caption(caption) for caption in sample.captions]
+        frames, _, height, width = clip.posteriors[0][0].shape
+        about = {name: sample.about[name] for name in ("source", "sha256", "fps") if name in sample.about}
+        return LatentSample(
+            sample.key,
+            captions[0],
+            f"{frames}x{height}x{width}",
+            latents[0],
+            clip.texts[0] if clip.texts else None,
+            {**about, "start_frame": clip.start_frame, **self.settings.video.stored()},
+            more_captions=tuple(captions[1:]),
+            more_texts=clip.texts[1:],
+            mirrored=latents[1] if len(latents) > 1 else None,
+            label=self.source.label(sample),
+        )
+
+    def _noise(self, name: str, posterior: tuple[np.ndarray, np.ndarray]) -> np.ndarray | None:
+        """The draw of a fixed sample, by its name: the same in every run."""
+        return rng.normal(posterior[0].shape, 0, name, 0, 0) if self.latents.kind == "sample" else None
+
+    def _count_long_captions(self, texts: dict[str, bytes], report: ShardReport) -> None:
+        limit, text = self.settings.encoders.text_max_length, self.encoders[1]
+        too_long = [length for length in (text.num_tokens(list(texts)) if text else []) if length > limit]
+        report.num_cut_captions, report.longest_caption = len(too_long), max(too_long, default=0)
 
 
 class _BadClipError(ValueError):
@@ -191,14 +216,23 @@ class _ShortClipError(_BadClipError):
     """A clip with fewer frames than the frame policy needs."""
 
 
-def arrays_to_bytes(tensors: dict[str, Any]) -> bytes:
-    """fp32 tensors as a safetensors file in float16. Raises _BadClipError for values that float16 cannot hold."""
+def to_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays as a safetensors file."""
     from safetensors.numpy import save
 
-    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    for name, array in arrays.items():
-        if not np.isfinite(array).all() or np.abs(array).max() > FLOAT16_MAX:
-            raise _BadClipError(
-                f"{name} holds NaN, infinity or values above {FLOAT16_MAX:g}, which float16 cannot hold"
-            )
-    return save({name: np.ascontiguousarray(array, dtype=np.float16) for name, array in arrays.items()})
+    return save(arrays)
+
+
+def _checked(pack: Callable[..., dict[str, np.ndarray]], *args: Any) -> dict[str, np.ndarray]:
+    """The packed arrays; numbers that cannot be stored are a bad clip."""
+    try:
+        return pack(*args)
+    except ValueError as error:
+        raise _BadClipError(str(error)) from error
+
+
+def _one_thread() -> None:
+    """Torch counts its threads per thread that calls it."""
+    import torch
+
+    torch.set_num_threads(NUM_THREADS)

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_tools.reports import FOLDER as REPORTS
 from latte_scale.data.arrays import read_arrays
+from latte_scale.data.latents import unpack_latents, unpack_text
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import ENCODE_HEADER, MANIFEST, ManifestError, ShardEntry
 from latte_scale.store import Store, StoreError
@@ -86,9 +88,10 @@ def unnamed_files(dataset: Dataset) -> list[str]:
     """Files below the root that the manifest does not name."""
     manifest = dataset.manifest
     named = {MANIFEST, ENCODE_HEADER} | {name for shard in manifest.shards for name in (shard.name, shard.index)}
+    reports = f"{REPORTS}/"
     if manifest.null_text is not None:
         named.add(manifest.null_text.name)
-    return [name for name in dataset.store.list() if name not in named]
+    return [name for name in dataset.store.list() if name not in named and not name.startswith(reports)]
 
 
 def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
@@ -123,26 +126,25 @@ def _latent_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[st
     """Shapes and finite numbers of a sample's latents, and of those of the mirrored clip."""
     manifest = dataset.manifest
     frames, height, width = (int(part) for part in bucket.split("x"))
-    shape = (frames, manifest.latents.channels, height, width)
     for field in ("latents", "mirrored") if manifest.video.hflip else ("latents",):
         arrays = read_arrays(sample.fields[field])[0] if field in sample.fields else {}
         prefix = "mirrored " if field == "mirrored" else ""
-        for name in ("mean", "std") if manifest.latents.kind == "mean_std" else ("mean",):
-            if name not in arrays or arrays[name].shape != shape:
-                came = arrays[name].shape if name in arrays else "nothing"
-                yield f"{prefix}{name}: expected shape {shape}, came {came}"
+        try:
+            unpack_latents(arrays, manifest.latents, (frames, manifest.latents.channels, height, width))
+        except ValueError as error:
+            yield f"{prefix}{error}"
         yield from (f"{prefix}{fault}" for fault in _number_faults(arrays))
 
 
 def _text_faults(dataset: Dataset, sample: Sample) -> Iterator[str]:
     """Shape and finite numbers of the embedding that was read."""
-    text = dataset.manifest.text
-    if text is None:
+    if dataset.manifest.text is None:
         return
     arrays = read_arrays(sample.fields["text"])[0] if "text" in sample.fields else {}
-    shape = arrays["embedding"].shape if "embedding" in arrays else ()
-    if len(shape) != 2 or shape[1] != text.dim or not 1 <= shape[0] <= text.max_length:
-        yield f"embedding: expected [1 to {text.max_length}, {text.dim}], came {shape or 'nothing'}"
+    try:
+        unpack_text(arrays, dataset.manifest.text)
+    except ValueError as error:
+        yield str(error)
     yield from _number_faults(arrays)
 
 

@@ -14,6 +14,7 @@ _TYPES = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "I32": np.dtype("<i4"),
     "U32": np.dtype("<u4"),
     "I64": np.dtype("<i8"),

@@ -42,7 +42,7 @@ class MicroBatch:
     captions: list[str]  # as stored, also where dropped; of several the one that was drawn
     replaced: list[Replacement] = field(default_factory=list)
     mean_BFCHW: Tensor | None = None  # float16 raw latents ("latents" data)
-    std_BFCHW: Tensor | None = None  # float16, latent kind "mean_std" only
+    std_BFCHW: Tensor | None = None  # float16, latent kinds "mean_std" and "mean_logstd" only
     text_BLD: Tensor | None = None  # float16, zeros after each caption's end; None: the data has no stored text
     mask_BL: Tensor | None = None  # bool, True for real tokens
     pixels_BFCHW: Tensor | None = None  # uint8 ("video" data)
@@ -163,7 +163,7 @@ class MicroBatches(torch.utils.data.Dataset):
             return
         shape = latent_shape(batch.bucket, info.channels)
         batch.mean_BFCHW = _stack([item and item.mean_FCHW for item in items], shape, torch.float16)
-        if info.kind == "mean_std":
+        if info.kind in ("mean_std", "mean_logstd"):
             batch.std_BFCHW = _stack([item and item.std_FCHW for item in items], shape, torch.float16)
 
     def _add_images(self, batch: MicroBatch, items: list[Item | None], slots: list[Slot]) -> None:

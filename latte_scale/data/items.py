@@ -17,6 +17,7 @@ import numpy as np
 from latte_scale import rng
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.index import Side, caption_hash
+from latte_scale.data.latents import unpack_latents, unpack_text
 from latte_scale.data.plan import Plan, SampleId
 from latte_scale.data.samples import DamagedError, Dataset, Sample
 from latte_scale.data.schema import ManifestError, VideoSettings
@@ -190,20 +191,14 @@ def _add_arrays(item: Item, sample: Sample, dataset: Dataset, bucket: str, mirro
     """The arrays of a latents sample; shapes are held to the bucket and the manifest."""
     manifest = dataset.manifest
     latents = _arrays(item, sample, "mirrored" if mirrored else "latents")
-    item.mean_FCHW, item.std_FCHW = latents.get("mean"), latents.get("std")
-    shape = latent_shape(bucket, manifest.latents.channels)
-    expected = [("mean", item.mean_FCHW, shape)]
-    if manifest.latents.kind == "mean_std":
-        expected.append(("std", item.std_FCHW, shape))
-    for what, array, want in expected:
-        if array is None or array.shape != want:
-            came = "none" if array is None else array.shape
-            raise ManifestError(f"{item.id}: {what}: expected shape {want}, came {came}; encode the data set again")
-    if manifest.text is None:
-        return
-    item.text_LD = _arrays(item, sample, "text").get("embedding")
-    if item.text_LD is None or item.text_LD.ndim != 2 or item.text_LD.shape[1] != manifest.text.dim:
-        raise ManifestError(f"{item.id}: embedding: expected [L, {manifest.text.dim}]; encode the data set again")
+    text = None if manifest.text is None else _arrays(item, sample, "text")
+    try:
+        shape = latent_shape(bucket, manifest.latents.channels)
+        item.mean_FCHW, item.std_FCHW = unpack_latents(latents, manifest.latents, shape)
+        if text is not None:
+            item.text_LD = unpack_text(text, manifest.text)
+    except ValueError as error:
+        raise ManifestError(f"{item.id}: {error}; encode the data set again") from error
 
 
 def _arrays(item: Item, sample: Sample, field: str) -> dict[str, np.ndarray]:

@@ -26,7 +26,8 @@ RAW_BUCKET = "raw"
 """The one bucket of "video" data sets: the frame policy of the run gives every clip the same shape."""
 
 Kind = Literal["video", "latents"]
-LatentKind = Literal["mean", "mean_std"]
+LatentKind = Literal["mean_logstd", "mean_std", "mean", "sample"]
+NumberType = Literal["float16", "int8"]
 
 _STRICT = {"extra": "forbid"}
 _ADDED_TO_VIDEO = {"window": None, "sampling": "stride", "hflip": False}
@@ -142,9 +143,13 @@ class LatentsInfo:
     downscale: int  # pixels per latent, height and width
     scale: float
     shift: float
-    dtype: Literal["float16"] = "float16"
+    dtype: NumberType = "float16"  # of mean or sample; data/latents.py says how each kind is stored
 
     __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        if self.kind == "mean_std" and self.dtype == "int8":
+            raise ValueError("latents of dtype int8 keep no whole std: use kind mean_logstd, mean or sample")
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ class TextInfo:
     sha256: str  # of its weights and tokenizer
     max_length: int  # tokens, longer captions were cut
     dim: int  # width of an embedding
+    dtype: NumberType = "float16"  # of the captions' embeddings; the null embedding is float16 always
 
     __pydantic_config__ = _STRICT
 
@@ -218,6 +224,8 @@ class Manifest:
             content["video"] = self.video.stored()
         if self.class_names is None:
             del content["class_names"]
+        if self.text is not None and self.text.dtype == "float16":
+            del content["text"]["dtype"]
         return content
 
     def fingerprint(self) -> str:

@@ -45,8 +45,8 @@ class LatentSample:
     key: str
     caption: str  # as the text encoder was given it
     bucket: str  # "FxHxW" in latent units
-    latents: bytes  # `mean` [F, C, h, w] float16 raw, and `std` for latent kind "mean_std"
-    text: bytes | None  # `embedding` [L, D] float16, real tokens only; None: the data set has no text
+    latents: bytes  # `mean` or `sample` [F, C, h, w] raw, and what the latent kind keeps of the std (data/latents.py)
+    text: bytes | None  # `embedding` [L, D], real tokens only; None: the data set has no text
     info: dict[str, Any] = field(default_factory=dict)
     more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
     more_texts: tuple[bytes, ...] = ()  # their embeddings, as `text`; none without text

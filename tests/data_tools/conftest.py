@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from data_tools.encode import NUM_THREADS
+from data_tools.encode_shard import NUM_THREADS
 
 
 @pytest.fixture

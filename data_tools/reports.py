@@ -1,0 +1,60 @@
+"""What became of the clips of one shard, kept beside it: `reports/shard-000012.json`.
+
+In: counts and, for each clip that is not stored, its reason. Out: a small file, the same bytes for the same clips, from
+which any later command or host tells the whole story without trying bad clips again. A report is written before its
+shard's index: a shard is finished when both are there and agree on the number of samples.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from latte_scale.data.schema import ShardEntry
+from latte_scale.data.shards import finished_entry
+from latte_scale.store import MissingError, Store
+
+FOLDER = "reports"
+
+
+@dataclass
+class ShardReport:
+    """What became of one shard of clips."""
+
+    count: int = 0  # samples that are stored
+    left_out: list[list[str]] = field(default_factory=list)  # [clip, reason]
+    num_short: int = 0  # of those: clips with fewer frames than the frame policy needs
+    num_cut_captions: int = 0
+    longest_caption: int = 0  # tokens, before it was cut; 0 where none was
+
+
+def report_name(shard: str) -> str:
+    """shard-000012.tar -> reports/shard-000012.json"""
+    return f"{FOLDER}/{shard.removesuffix('.tar')}.json"
+
+
+def write_report(store: Store, shard: str, report: ShardReport) -> None:
+    """Store the report of a shard."""
+    store.write(report_name(shard), (json.dumps(asdict(report), ensure_ascii=False) + "\n").encode())
+
+
+def read_report(store: Store, shard: str) -> ShardReport | None:
+    """The report of a shard; None if there is none that this version wrote."""
+    try:
+        return ShardReport(**json.loads(store.read(report_name(shard))))
+    except (MissingError, ValueError, TypeError):
+        return None
+
+
+def finished(store: Store, shard: str, num_clips: int) -> tuple[ShardEntry | None, ShardReport] | None:
+    """(entry, report) of a shard of `num_clips` that is finished, else None. An entry of None: no clip could be stored.
+
+    A shard with every clip of its source needs no report: versions before reports wrote none.
+    """
+    report = read_report(store, shard)
+    if report is not None and report.count == 0:
+        return None, report
+    entry = finished_entry(store, shard)
+    if entry is None:
+        return None
+    if report is None:
+        return (entry, ShardReport(entry.count)) if entry.count == num_clips else None
+    return (entry, report) if entry.count == report.count else None

@@ -1,0 +1,92 @@
+"""Several workers and commands on one folder: each shard once, dead workers' shards made by others, errors told."""
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools import workers
+from data_tools.claims import Claims
+from data_tools.workers import MADE, Board, Job, WorkerError, work
+from latte_scale.data.schema import MANIFEST
+from latte_scale.settings import load
+from tests.data_tools import kills
+from tests.data_tools.test_encode import CONFIG, contents, run, write_source
+
+WIDE = 8
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("data") / "shards", num_clips=WIDE, per_shard=1)
+
+
+def job(source: Path, output: Path) -> Job:
+    settings = load(workers.EncodeSettings, CONFIG)
+    return Job(str(source), str(output), settings, beat_s=0.05, stale_s=0.5)
+
+
+def test_commands_that_share_a_folder_share_the_work(source: Path, tmp_path: Path, one_thread: None) -> None:
+    """Three at once, as on three hosts: every shard is made by exactly one of them."""
+    shared = job(source, tmp_path / "out")
+    boards = [Board.empty([1] * WIDE, 1) for _ in range(3)]
+
+    def command(board: Board) -> None:
+        encoder = shared.encoder(0)
+        work(encoder, Claims(encoder.store, shared.beat_s, shared.stale_s), board, 0)
+
+    threads = [threading.Thread(target=command, args=(board,)) for board in boards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = [sum(board.states[number] == MADE for board in boards) for number in range(WIDE)]
+    assert made == [1] * WIDE
+    assert all(board.progress()[0] == WIDE for board in boards)
+    assert sum(board.progress()[1] for board in boards) == WIDE
+    assert run(source, tmp_path / "alone") == 0
+    alone = contents(tmp_path / "alone")
+    assert contents(tmp_path / "out") == {name: alone[name] for name in alone.keys() - {"encode.json", MANIFEST}}
+
+
+def test_the_shard_of_a_silent_worker_is_made_by_another(source: Path, tmp_path: Path, one_thread: None) -> None:
+    shared = job(source, tmp_path / "out")
+    encoder = shared.encoder(0)
+    elsewhere = Claims(encoder.store, shared.beat_s, shared.stale_s)
+    elsewhere.holder = type(elsewhere.holder)("far", "far", 1, "1", "token")
+    claim = elsewhere.take("shard-000003")
+    claim._stop.set()  # beats no more
+    board = Board.empty([1] * WIDE, 1)
+    work(encoder, Claims(encoder.store, shared.beat_s, shared.stale_s), board, 0)
+    assert list(board.states) == [MADE] * WIDE
+
+
+def test_bytes_are_the_same_after_kills(tmp_path: Path) -> None:
+    """The short form of `python -m tests.data_tools.kills`: it ends with a run of two workers that nobody kills."""
+    counts = kills.main(num_kills=1, seed=3, folder=tmp_path, num_clips=24, per_shard=2, most_workers=1)
+    assert counts.kills == 1 and counts.finished >= 1
+
+
+def test_a_workers_mistake_is_the_commands(source: Path, tmp_path: Path) -> None:
+    """The source loses a shard: what a worker process raises arrives as one message."""
+    (tmp_path / "shards").mkdir()
+    for name, data in contents(source).items():
+        if name != "shard-000005.tar":
+            (tmp_path / "shards" / name).write_bytes(data)
+    with pytest.raises(WorkerError, match=r"shard-000005\.tar.* no such file") as raised:
+        workers._work_in_processes(job(tmp_path / "shards", tmp_path / "out"), Board.empty([1] * WIDE, 1))
+    assert "Traceback" not in str(raised.value)
+
+
+def test_the_last_worker_to_die_is_told_and_one_of_many_only_named(capsys: pytest.CaptureFixture[str]) -> None:
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    process.kill()
+    process.join()
+    workers._judge(process, queue, num_living=2)
+    assert "a worker died (signal 9), most often for lack of memory; 2 go on" in capsys.readouterr().err
+    with pytest.raises(WorkerError, match=r"none is left\. Finished shards are kept: run the same command again"):
+        workers._judge(process, queue, num_living=0)
