@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},
     # What sampled videos are scored by; the command is an entry point, and training may ask for a score, too.
     "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
+    # What a report page is made of: it only reads run folders.
+    "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
     "weights": {"checkpoint", "diffusion", "model", "settings"},
     # Requests, models and walks from noise to videos, for everything that samples: the command and validation.

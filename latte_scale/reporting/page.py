@@ -1,0 +1,217 @@
+"""From runs to one HTML file: what stands in which section, rendered with assets/report; the page fetches nothing.
+
+The template escapes every text; only the style sheet, the script and the charts' numbers go in as they are.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from latte_scale.reporting.charts import all_charts
+from latte_scale.reporting.media import Medium, embed
+from latte_scale.reporting.runs import Evaluation, Run, SampledStep, replay_verdict
+from latte_scale.run.metrics import read_metrics
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "report"
+MAX_STEPS = 6  # of the steps that a run sampled at: evenly chosen, the first and the last among them
+LAST_LINES = 20  # logged lines that the last loss is a mean of
+ASPECTS = ("colour", "shape", "direction")
+STATES = {0: "finished", 75: "stopped and saved", 78: "stopped for good", 1: "failed"}
+
+
+def render(
+    runs: Sequence[Run],
+    title: str,
+    samples: Path | None = None,
+    evaluations: Sequence[Evaluation] = (),
+) -> str:
+    """The whole page. samples: a folder of videos with prompts.jsonl; evaluations: beyond those in the run folders."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        title=title,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        style=(ASSETS / "page.css").read_text(),
+        script=(ASSETS / "page.js").read_text(),
+        runs=runs,
+        overview=overview(runs),
+        charts=all_charts(runs),
+        scores=score_table(runs, evaluations),
+        clips=[] if samples is None else given_clips(samples, evaluations),
+        sampled=sampled_videos(runs),
+        replays=[replay_verdict(run) for run in runs],
+        differences=config_differences(runs),
+        surroundings=surroundings(runs),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- overview
+
+
+def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(what, its value in every run), without rows that are empty everywhere."""
+    columns = [_summary(run) for run in runs]
+    rows = [(label, [column[label] for column in columns]) for label in columns[0]]
+    return [(label, cells) for label, cells in rows if any(cells)]
+
+
+def _summary(run: Run) -> dict[str, str]:
+    last, train = run.metrics[-1], run.config.get("train", {})
+    losses = [r["loss"] for r in run.metrics[-LAST_LINES:] if r.get("loss") is not None]
+    checked = [r["loss"] for r in run.validation if r.get("loss") is not None]
+    stalls = _values(run, "checkpoint_stall_s")
+    return {
+        "state": _state(run),
+        "steps": f"{last['step'] + 1:,}" + (f" of {train['steps']:,}" if "steps" in train else ""),
+        "samples seen": _number(last.get("samples_seen"), ",.0f"),
+        "epochs": _number(last.get("epoch"), ".2f"),
+        f"loss, mean of the last {LAST_LINES} lines": _number(statistics.fmean(losses) if losses else None, ".4f"),
+        "validation loss, last": _number(checked[-1] if checked else None, ".4f"),
+        "validation loss, best": _number(min(checked, default=None), ".4f"),
+        "samples per second": _median(run, "samples_per_s", 1, ".1f"),
+        "MFU": _median(run, "mfu", 100, ".1f", " %"),
+        "waiting for data": _median(run, "data_wait_share", 100, ".1f", " %"),
+        "stalled by checkpoints": _number(sum(stalls) if stalls else None, ".1f", " s in all"),
+        "peak memory": _number(max(_values(run, "memory_gib"), default=None), ".2f", " GiB"),
+        "restarts": str(len(run.restarts)),
+        "skipped updates": _number(last.get("num_skipped"), ".0f"),
+    }
+
+
+def _state(run: Run) -> str:
+    if not run.exit:
+        return "running, or killed"
+    code = run.exit.get("code")
+    return f"{STATES.get(code, f'exit code {code}')}: {run.exit.get('reason', '')}".removesuffix(": finished")
+
+
+def _values(run: Run, key: str) -> list[float]:
+    return [record[key] for record in run.metrics if record.get(key) is not None]
+
+
+def _median(run: Run, key: str, scale: float, form: str, unit: str = "") -> str:
+    values = _values(run, key)
+    return _number(statistics.median(values) * scale if values else None, form, unit)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def score_table(runs: Sequence[Run], given: Sequence[Evaluation]) -> dict[str, Any]:
+    """{"columns": names of evaluations, "rows": [(metric, cells)]}; a cell is (value, interval or "")."""
+    several = len(runs) > 1
+    named = [(f"{run.name}: {e.name}" if several else e.name, e.scores) for run in runs for e in run.evaluations]
+    named += [(evaluation.name, evaluation.scores) for evaluation in given]
+    metrics = list(dict.fromkeys(key for _, scores in named for key, value in scores.items() if _is_number(value)))
+    rows = [(metric, [_score_cell(scores, metric) for _, scores in named]) for metric in metrics]
+    return {"columns": [name for name, _ in named], "rows": rows}
+
+
+def _score_cell(scores: dict[str, Any], metric: str) -> tuple[str, str]:
+    if not _is_number(scores.get(metric)):
+        return "", ""
+    record = scores.get("metrics", {}).get(metric, {})
+    interval = "" if record.get("low") is None else f"{record['low']:.4g} to {record['high']:.4g}"
+    return f"{scores[metric]:.4g}", interval
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ------------------------------------------------------------------------------------------------------------- videos
+
+
+def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
+    """Videos beside their prompts (and beside the original where one is named), with what the scorer said."""
+    verdicts = {clip["file"]: clip for evaluation in evaluations for clip in evaluation.scores.get("clips", [])}
+    clips = []
+    for record in read_metrics(samples / "prompts.jsonl"):
+        verdict = verdicts.get(record["file"], {})
+        clips.append(
+            {
+                "media": [embed(samples / record[key]) for key in ("original", "file") if record.get(key)],
+                "text": record.get("text", f"class {record['label']}" if "label" in record else ""),
+                "held_out": bool(record.get("held_out")),
+                "aspects": [(key, verdict[key]) for key in ASPECTS if isinstance(verdict.get(key), bool)],
+                "psnr_db": verdict.get("psnr_db"),
+            }
+        )
+    return clips
+
+
+def sampled_videos(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For every prompt a strip a run: [{"prompt", "strips": [(run, about, [(step, Medium)])]}]."""
+    strips: dict[str, list[tuple[str, str, list[tuple[int, Medium]]]]] = {}
+    for run in runs:
+        of_prompt: dict[str, list[tuple[int, Medium]]] = {}
+        for sampled in chosen_steps(run.samples):
+            for prompt, path in sampled.videos:
+                of_prompt.setdefault(prompt, []).append((sampled.step, embed(path)))
+        for prompt, media in of_prompt.items():
+            strips.setdefault(prompt, []).append((run.name, run.samples[-1].about, media))
+    return [{"prompt": prompt, "strips": of_runs} for prompt, of_runs in strips.items()]
+
+
+def chosen_steps(samples: Sequence[SampledStep]) -> list[SampledStep]:
+    """At most MAX_STEPS of them, evenly, with the first and the last."""
+    if len(samples) <= MAX_STEPS:
+        return list(samples)
+    return [samples[place * (len(samples) - 1) // (MAX_STEPS - 1)] for place in range(MAX_STEPS)]
+
+
+# ---------------------------------------------------------------------------------------------------- config and facts
+
+
+def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(key, value in every run) of the settings in which the runs differ."""
+    flat = [dict(_flattened(run.config)) for run in runs]
+    keys = sorted({key for mapping in flat for key in mapping})
+    rows = [(key, [str(mapping.get(key, "")) for mapping in flat]) for key in keys]
+    return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
+
+
+def _flattened(mapping: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def surroundings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(what, its value in every run) of what facts.json says, the longest lists at the end."""
+    columns = [_surroundings(run.facts) for run in runs]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    rows = [(key, [column.get(key, "") for column in columns]) for key in keys]
+    return [(key, cells) for key, cells in rows if any(cells)]
+
+
+def _surroundings(facts: dict[str, Any]) -> dict[str, str]:
+    versions, ranks = facts.get("versions", {}), facts.get("ranks", [])
+    devices = sorted({str(rank.get("device")) for rank in ranks})
+    return {
+        "command": " ".join(facts.get("command", [])),
+        "commit": facts.get("git_commit") or "",
+        "data fingerprint": facts.get("data_fingerprint") or "",
+        "hosts": ", ".join(facts.get("hosts", [])),
+        "ranks": f"{len(ranks)} on {', '.join(devices)}" if ranks else "",
+        "python": facts.get("python", ""),
+        "platform": facts.get("platform", ""),
+        "main packages": ", ".join(
+            f"{name} {versions[name]}"
+            for name in ("torch", "deepspeed", "diffusers", "transformers")
+            if name in versions
+        ),
+        "environment": "\n".join(f"{name}={value}" for name, value in facts.get("environment", {}).items()),
+        "all packages": "\n".join(f"{name} {version}" for name, version in versions.items()),
+    }

@@ -1,0 +1,132 @@
+"""What a report can say of a run folder: every file that is there, and a word for each that is not.
+
+In: a run folder. Out: `Run`. Only `metrics.jsonl` is needed; the rest (config.yaml, exit.json, facts.json,
+validation.jsonl, logs/restarts.jsonl, samples/step-*/samples.json, evaluation/*.json) is shown where it is.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latte_scale import settings
+from latte_scale.run.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """The videos that a run sampled at one step."""
+
+    step: int
+    about: str  # weights and sampler
+    videos: tuple[tuple[str, Path], ...]  # (prompt, file)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file that `latte-scale evaluate` wrote."""
+
+    name: str
+    scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a page shows of one run folder."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    config: dict[str, Any]
+    config_text: str
+    validation: list[dict[str, Any]]
+    restarts: list[dict[str, Any]]
+    rewound: list[dict[str, Any]]
+    exit: dict[str, Any]
+    facts: dict[str, Any]
+    samples: list[SampledStep]
+    evaluations: list[Evaluation]
+    absent: list[str]  # files that would have been shown
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder; ValueError if it holds no metrics, or a file that cannot be read."""
+    path = Path(path)
+    metrics = read_metrics(path / "metrics.jsonl")
+    if not metrics:
+        raise ValueError(f"{path}: expected a run folder with metrics.jsonl; it has none, has the run logged a step?")
+    config = path / "config.yaml"
+    validation, samples = read_metrics(path / "validation.jsonl"), _read_samples(path / "samples")
+    evaluations = [read_evaluation(file) for file in sorted((path / "evaluation").glob("*.json"))]
+    exit_record, facts = _read_json(path / "exit.json"), _read_json(path / "facts.json")
+    parts = {
+        "config.yaml": config.exists(),
+        "facts.json": facts,
+        "exit.json": exit_record,
+        "validation.jsonl": validation,
+        "samples/": samples,
+        "evaluation/": evaluations,
+    }
+    return Run(
+        name=path.resolve().name,
+        metrics=metrics,
+        config=settings.read_mapping(config) if config.exists() else {},
+        config_text=config.read_text() if config.exists() else "",
+        validation=validation,
+        restarts=read_metrics(path / "logs" / "restarts.jsonl"),
+        rewound=read_metrics(path / "logs" / "rewound.jsonl"),
+        exit=exit_record,
+        facts=facts,
+        samples=samples,
+        evaluations=evaluations,
+        absent=[name for name, there in parts.items() if not there],
+    )
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Several runs, told apart by name: runs of one name get that of the folder above, too."""
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    return [
+        run
+        if names.count(run.name) == 1
+        else Run(**{**vars(run), "name": f"{Path(path).resolve().parent.name}/{run.name}"})
+        for run, path in zip(runs, paths, strict=True)
+    ]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read a file of `latte-scale evaluate`."""
+    return Evaluation(path.stem, _read_json(path))
+
+
+def _read_samples(folder: Path) -> list[SampledStep]:
+    steps = []
+    for path in sorted(folder.glob("step-*/samples.json")):
+        record = _read_json(path)
+        videos = tuple((video["prompt"], path.parent / video["file"]) for video in record["videos"])
+        steps.append(SampledStep(record["step"], f"{record['weights']} weights, {record['sampler']}", videos))
+    return steps
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error}); remove the file, or write it again") from error
+
+
+def replay_verdict(run: Run) -> str:
+    """What became of the steps that were run twice: were the second losses, bit for bit, the first ones?"""
+    first = {record["step"]: record["loss"] for record in run.rewound}
+    second = {record["step"]: record["loss"] for record in run.metrics}
+    both = sorted(first.keys() & second.keys())
+    if not both:
+        return "no logged step was run twice"
+    equal = sum(first[step] == second[step] for step in both)
+    return (
+        f"steps {both[0]} to {both[-1]} were run twice ({len(both)} logged): {equal} of {len(both)} losses are "
+        "equal bit for bit"
+    )

@@ -1,0 +1,52 @@
+"""What stands in the sections: tables side by side, the steps that are shown, and texts that are only text."""
+
+from pathlib import Path
+
+from latte_scale.reporting.page import chosen_steps, config_differences, overview, render, score_table, surroundings
+from latte_scale.reporting.runs import Evaluation, SampledStep, read_run, read_runs
+from tests.reporting.making import make_run, write_lines
+
+
+def test_the_overview_stands_side_by_side(tmp_path: Path) -> None:
+    rows = dict(overview(read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", 1.5, steps=100)])))
+    assert rows["steps"] == ["200 of 200", "100 of 100"] and rows["MFU"][0].endswith(" %")
+    assert rows["stalled by checkpoints"] == ["3.2 s in all", "1.6 s in all"]
+    best = [float(cell) for cell in rows["validation loss, best"]]
+    assert best[1] > best[0]
+
+
+def test_rows_that_no_run_has_are_left_out(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 4, "loss": 1.0}])
+    rows = dict(overview([read_run(tmp_path)]))
+    assert rows["state"] == ["running, or killed"] and rows["steps"] == ["5"]
+    assert "MFU" not in rows and "validation loss, last" not in rows
+
+
+def test_scores_of_several_files_share_a_table(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
+    table = score_table(runs, [Evaluation("shapes", {"n": 8, "colour": 0.5, "clips": []})])
+    assert table["columns"] == ["a: final", "b: final", "shapes"]
+    rows = dict(table["rows"])
+    assert rows["fvd"] == [("181.2", "170.5 to 193"), ("181.2", "170.5 to 193"), ("", "")]
+    assert rows["colour"] == [("", ""), ("", ""), ("0.5", "")] and "metrics" not in rows
+
+
+def test_settings_and_facts_are_compared(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", 2.0, seed=7)])
+    assert config_differences(runs) == [("run.seed", ["0", "7"]), ("train.lr", ["0.001", "0.002"])]
+    rows = dict(surroundings(runs))
+    assert rows["ranks"][0] == "2 on cuda:0, cuda:1" and rows["environment"][1].splitlines()[0] == "OMP_NUM_THREADS=1"
+
+
+def test_few_of_many_steps_are_shown_with_the_first_and_the_last() -> None:
+    steps = [SampledStep(step, "", ()) for step in range(0, 5000, 100)]
+    shown = [sampled.step for sampled in chosen_steps(steps)]
+    assert len(shown) == 6 and shown[0] == 0 and shown[-1] == 4900 and shown == sorted(set(shown))
+    assert chosen_steps(steps[:3]) == steps[:3]
+
+
+def test_no_text_becomes_markup(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text("run: {dir: '</script><b>'}\n")
+    page = render([read_run(run)], title="</title><script>alert(1)</script>")
+    assert "<script>alert" not in page and "</script><b>" not in page and "a blue &lt;triangle&gt;" in page
