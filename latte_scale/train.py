@@ -30,6 +30,7 @@ from latte_scale.checkpoint import (
     Trees,
     find_newest_sound,
     load_into,
+    part_of_copies,
     state_trees,
 )
 from latte_scale.choices import attention_backends
@@ -110,7 +111,8 @@ def train(
     note_facts(folder, ranks, fingerprint)
     set_aside = [path for path, _ in broken]
     checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, set_aside, fence.check)
-    checkpointer.check_room(trees)
+    saved = part_of_copies(trees, engine.replica, engine.num_replicas)
+    checkpointer.check_room(saved)
     trackers = make_trackers(config, folder, progress, last_logged)
     journal = make_journal(config, progress, folder, fence, ranks, trackers)
     announce(config, plan, datasets, engine, progress)
@@ -152,7 +154,7 @@ def train(
                 journal.take(*readback.pop())
                 counters, may_skip = counters_of(journal.progress), not (is_last or journal.stop_requested)
                 watchdog.arm(SLOW_FACTOR)
-                stall_s = checkpointer.save(step + 1, trees, counters, to_mapping(config), fingerprint, may_skip)
+                stall_s = checkpointer.save(step + 1, saved, counters, to_mapping(config), fingerprint, may_skip)
                 journal.throughput.checkpoint_stall_s += stall_s
             if journal.stop_requested:
                 break
@@ -339,6 +341,7 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     kind = f"zero-{config.engine.zero_stage}" if config.engine.kind == "zero" else config.engine.kind
     name = "LatteT2V" if config.model.kind == "latte_t2v" else "Latte"
     together = f", {engine.sequence.size} ranks a clip" if engine.sequence.size > 1 else ""
+    together += f", {engine.num_replicas} copies of the weights" if engine.num_replicas > 1 else ""
     console.print(
         f"[bold]{name}[/] {parameters:,} parameters, {kind} on {engine.ranks.size} x {engine.device.type}{together}, "
         f"{config.train.precision}, {config.diffusion.objective}; global batch {config.train.global_batch}"

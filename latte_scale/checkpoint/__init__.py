@@ -13,6 +13,7 @@ from latte_scale.checkpoint.format import (
     Manifest,
     Piece,
     Trees,
+    part_of_copies,
     state_trees,
 )
 from latte_scale.checkpoint.load import (
@@ -43,6 +44,7 @@ __all__ = [
     "load_full",
     "load_into",
     "open_checkpoint",
+    "part_of_copies",
     "state_trees",
     "step_folders",
     "verify",

@@ -83,6 +83,21 @@ def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[T
     return trees | {name: tree(tensors) for name, tensors in ema_trees.items()}
 
 
+def part_of_copies(trees: Trees, replica: int, num_replicas: int) -> Trees:
+    """What this rank saves where one rank of each replica holds the same piece: its part, so that all is saved once.
+
+    Views, as in `trees`. The replicas share the writing: their parts of a piece tile it.
+    """
+
+    def part(piece: Piece) -> Piece:
+        size = piece.stop - piece.start
+        first, last = (size * copy // num_replicas for copy in (replica, replica + 1))
+        tensor = piece.tensor[first:last]
+        return Piece(piece.name, piece.shape, piece.start + first, piece.start + last, tensor)
+
+    return {tree: [part(piece) for piece in pieces] for tree, pieces in trees.items()}
+
+
 def folder_name(step: int) -> str:
     """The folder of a step, in which names sort as numbers: step-00001000."""
     return f"step-{step:08d}"

@@ -31,8 +31,13 @@ class EngineSettings:
     kind: Literal["single", "fsdp2", "zero"] = "single"  # one device | PyTorch FSDP2 | DeepSpeed ZeRO
     zero_stage: Literal[1, 2, 3] = 2  # zero: 1 shards the optimizer, 2 also gradients, 3 also weights
     cpu_offload: bool = False  # zero: master weights and moments in host memory
-    reshard_after_forward: Literal["auto", "yes", "no"] = "auto"  # fsdp2: free gathered weights; auto: large models
+    zero_bucket_elements: int = 50_000_000  # zero: reduced or gathered at a time; allocated whole, 200 MB in fp32
+    zero_prefetch_elements: int = 50_000_000  # zero stage 3: gathered ahead of their use
+    zero_persistent_elements: int = 10_000  # zero stage 3: parameters up to this size stay gathered (norms, biases)
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"  # fsdp2: free gathered weights; auto: if large
     blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
+    prefetch_units: int = 1  # fsdp2: units whose gathering is begun ahead; more hides more and holds more, 0: none
+    replicate: int | Literal["node"] = 1  # fsdp2: copies of the weights, each sharded (HSDP); node: one a machine
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"  # full: recompute each block
     compile: bool = False  # torch.compile each block
     sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)
@@ -58,10 +63,19 @@ class EngineSettings:
                 f"engine.sequence_parallel={self.sequence_parallel} needs several ranks, and engine.kind=single runs "
                 "on one; set engine.kind to fsdp2 or zero"
             )
-        if self.blocks_per_unit < 1:
-            raise ValueError(f"engine.blocks_per_unit must be 1 or more, got {self.blocks_per_unit}")
+        self._check_counts()
         if not self.timeout_s > 0.0:
             raise ValueError(f"engine.timeout_s must be positive, got {self.timeout_s}")
+
+    def _check_counts(self) -> None:
+        least = {"blocks_per_unit": 1, "prefetch_units": 0, "zero_bucket_elements": 1, "zero_prefetch_elements": 0}
+        for name, least_value in (least | {"zero_persistent_elements": 0}).items():
+            if getattr(self, name) < least_value:
+                raise ValueError(f"engine.{name} must be {least_value} or more, got {getattr(self, name)}")
+        if self.replicate != "node" and self.replicate < 1:
+            raise ValueError(f"engine.replicate must be node, or 1 copy or more, got {self.replicate}")
+        if self.replicate != 1 and self.kind != "fsdp2":
+            raise ValueError(f"engine.replicate={self.replicate} needs engine.kind=fsdp2, got {self.kind}; set kind")
 
 
 class StepResult(NamedTuple):
@@ -91,6 +105,8 @@ class Engine(Protocol):
     sequence: SequenceGroup  # the ranks that hold each clip together, this one among them: they share their samples
     dp_rank: int  # which share of the global batch is this rank's and its group's
     dp_size: int
+    replica: int  # of which copy of the weights this rank holds its pieces; every copy tiles all parameters
+    num_replicas: int
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -114,7 +130,10 @@ class Engine(Protocol):
         ...
 
     def local_shards(self) -> list[LocalShard]:
-        """This rank's piece of every parameter, in the order of named_parameters, empty pieces included."""
+        """This rank's piece of every parameter, in the order of named_parameters, empty pieces included.
+
+        The pieces of the ranks of one replica tile each parameter; other replicas hold the same, to the bit.
+        """
         ...
 
     def after_load(self, num_updates: int) -> None:

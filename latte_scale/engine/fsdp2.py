@@ -1,4 +1,4 @@
-"""PyTorch FSDP2: weights, gradients and moments sharded by rows over all ranks.
+"""PyTorch FSDP2: weights, gradients and moments sharded by rows over all ranks, or over those of each copy (HSDP).
 
 The decision worth knowing: the optimizer works on plain 1-D views of each rank's rows (DTensor Shard(0)), not on
 DTensors, so it is the same code as on one device and the gradient norm costs one all-reduce of one number.
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from latte_scale.engine.base import (
@@ -24,6 +24,7 @@ from latte_scale.engine.base import (
     prepare,
 )
 from latte_scale.engine.dist import Ranks
+from latte_scale.engine.parallel.mesh import ShardMesh, make_shard_mesh
 from latte_scale.engine.parallel.sequence import make_sequence_group
 from latte_scale.optim import GuardedAdamW, OptimSettings
 
@@ -49,7 +50,9 @@ class Fsdp2Engine:
         self.sequence = make_sequence_group(ranks, settings.sequence_parallel, settings.timeout_s)
         self.dp_rank, self.dp_size = ranks.rank // self.sequence.size, ranks.size // self.sequence.size
         decayed = decay_flags(model)
-        self.module = shard(model.to(ranks.device), blocks, settings, ranks)
+        self._mesh = make_shard_mesh(ranks, settings.replicate)
+        self.replica, self.num_replicas = self._mesh.replica, self._mesh.num_replicas
+        self.module = shard(model.to(ranks.device), blocks, settings, self._mesh)
         self._params = list(model.named_parameters())
         pieces = [param.to_local().detach().view(-1) for _, param in self._params]
         self._optimizer = GuardedAdamW(pieces, decayed, optim, self.device)
@@ -69,7 +72,7 @@ class Fsdp2Engine:
     @torch.no_grad()
     def step(self, lr: float, clip: bool = True) -> StepResult:
         grads = [None if param.grad is None else param.grad.to_local() for _, param in self._params]
-        result = self._optimizer.step(grads, lr, clip, self.ranks.sum_)
+        result = self._optimizer.step(grads, lr, clip, self._sum)
         for _, param in self._params:
             param.grad = None
         return StepResult(*result)
@@ -77,8 +80,7 @@ class Fsdp2Engine:
     def local_shards(self) -> list[LocalShard]:
         shards = []
         for index, ((name, param), piece) in enumerate(zip(self._params, self._optimizer.pieces, strict=True)):
-            start = row_range(param.shape[0], self.ranks.rank, self.ranks.size)[0] * param.shape[1:].numel()
-            moments = self._optimizer.moments(index)
+            start, moments = first_element(param, self._mesh), self._optimizer.moments(index)
             shards.append(LocalShard(name, tuple(param.shape), start, start + piece.numel(), piece, moments))
         return shards
 
@@ -90,22 +92,29 @@ class Fsdp2Engine:
                 block.reshard()
         self._optimizer.set_num_updates(num_updates)
 
+    def _sum(self, tensor: Tensor) -> None:
+        """Over the ranks of one copy, which hold every gradient once."""
+        if self._mesh.num_shards > 1:
+            dist.all_reduce(tensor, group=self._mesh.group)
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, ranks: Ranks) -> FSDPModule:
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, mesh: ShardMesh) -> FSDPModule:
     """fully_shard groups of `blocks_per_unit` blocks and then the rest, with gradients summed over ranks in fp32.
 
     The model lies on the ranks' device, or on meta and gets its memory afterwards.
     """
     # Each step would warn that the model's output is a view; the loss does nothing in place on it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("data",))
-    reshard = settings.reshard_after_forward == "yes" or (
+    reshard = settings.reshard_after_forward == "always" or (
         settings.reshard_after_forward == "auto" and num_bytes(model) > RESHARD_ABOVE_BYTES
     )
+    units = []
     for first in range(0, len(blocks), settings.blocks_per_unit):
         unit = list(blocks[first : first + settings.blocks_per_unit])
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh.mesh, reshard_after_forward=reshard)
+        units.append(unit[0])
+    fully_shard(model, mesh=mesh.mesh, reshard_after_forward=reshard)
+    prefetch([model, *units], settings.prefetch_units)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # before the factor: 1.0 then means a plain sum
@@ -119,15 +128,34 @@ def shard_empty(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> 
     Returns this rank's pieces, uninitialised and without optimizer state, for a checkpoint to fill: no rank ever holds
     the whole model.
     """
-    shard(model, blocks, EngineSettings(kind="fsdp2", reshard_after_forward="yes"), ranks)
+    mesh = make_shard_mesh(ranks, replicate=1)
+    shard(model, blocks, EngineSettings(kind="fsdp2", reshard_after_forward="always"), mesh)
     model.to_empty(device=ranks.device)
     model.requires_grad_(False)
     shards = []
     for name, param in model.named_parameters():
         piece = param.to_local().detach().view(-1)
-        start = row_range(param.shape[0], ranks.rank, ranks.size)[0] * param.shape[1:].numel()
+        start = first_element(param, mesh)
         shards.append(LocalShard(name, tuple(param.shape), start, start + piece.numel(), piece, {}))
     return shards
+
+
+def prefetch(units: Sequence[FSDPModule], ahead: int) -> None:
+    """Begin to gather `ahead` units early, in the order of forward and, in backward, against it.
+
+    FSDP2 begins the next gathering itself, but only when the next unit is called; named, it is issued before this unit
+    computes. With `ahead` 0 it is left to that. The first of `units` is the root, which forward enters first.
+    """
+    if ahead == 0:
+        return
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[index + 1 : index + 1 + ahead]))
+        unit.set_modules_to_backward_prefetch(list(units[max(1, index - ahead) : index][::-1]))
+
+
+def first_element(param: Tensor, mesh: ShardMesh) -> int:
+    """Where this rank's rows begin in the flattened whole."""
+    return row_range(param.shape[0], mesh.shard, mesh.num_shards)[0] * param.shape[1:].numel()
 
 
 def row_range(num_rows: int, rank: int, size: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class SingleEngine:
         prepare(model, blocks, settings, precision, ranks.device.type)
         self.module = model.to(ranks.device)
         self.device, self.ranks, self.dp_rank, self.dp_size = ranks.device, ranks, 0, 1
-        self.sequence = SequenceGroup()
+        self.sequence, self.replica, self.num_replicas = SequenceGroup(), 0, 1
         self._params = list(model.named_parameters())
         pieces = [param.detach().view(-1) for _, param in self._params]
         self._optimizer = GuardedAdamW(pieces, decay_flags(model), optim, self.device)

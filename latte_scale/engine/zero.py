@@ -29,11 +29,6 @@ from latte_scale.engine.dist import Ranks
 from latte_scale.engine.parallel.sequence import make_sequence_group
 from latte_scale.optim import OptimSettings, make_adamw, zero_state
 
-BUCKET_ELEMENTS = 50_000_000
-"""Elements reduced or gathered at a time. DeepSpeed allocates the reduce bucket whole: 200 MB in fp32."""
-PERSISTENT_ELEMENTS = 10_000
-"""Stage 3: parameters up to this size (norms, biases) stay gathered on every rank."""
-
 
 class ZeroEngine:
     """The model inside a DeepSpeed engine, with a client AdamW over this rank's flat partitions."""
@@ -53,6 +48,7 @@ class ZeroEngine:
         self.module, self.device, self.ranks = model, ranks.device, ranks
         self.sequence = make_sequence_group(ranks, settings.sequence_parallel, settings.timeout_s)
         self.dp_rank, self.dp_size = ranks.rank // self.sequence.size, ranks.size // self.sequence.size
+        self.replica, self.num_replicas = 0, 1
         self._stage = settings.zero_stage
         self._names = [(name, tuple(param.shape)) for name, param in model.named_parameters()]
         self._adamw = make_adamw(list(zip(model.parameters(), decay_flags(model), strict=True)), optim)
@@ -126,7 +122,7 @@ class ZeroEngine:
 
 def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_elements: int) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes are placeholders: micro-batches are counted by the train loop."""
-    bucket = min(BUCKET_ELEMENTS, num_elements)
+    bucket = min(settings.zero_bucket_elements, num_elements)
     zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": bucket}
     if settings.zero_stage == 3:
         zero |= {
@@ -134,8 +130,8 @@ def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_element
             # round bf16 twice: another function than the other engines compute. The price: without activation
             # checkpointing the gathered weights of a linear layer live until its backward.
             "memory_efficient_linear": False,
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "stage3_prefetch_bucket_size": min(settings.zero_prefetch_elements, num_elements),
+            "stage3_param_persistence_threshold": settings.zero_persistent_elements,
         }
     else:
         zero["allgather_bucket_size"] = bucket

@@ -49,7 +49,7 @@ PLAIN: tuple[dict, dict] = ({}, {})
 BF16: tuple[dict, dict] = ({"precision": "bf16"}, {})
 SHORT = {"steps": 8}
 VARIANTS: list[tuple[str, dict, dict]] = [
-    ("fsdp2", {"blocks_per_unit": 2, "activation_checkpointing": "full", "reshard_after_forward": "yes"}, SHORT),
+    ("fsdp2", {"blocks_per_unit": 2, "activation_checkpointing": "full", "reshard_after_forward": "always"}, SHORT),
     ("zero1", {"activation_checkpointing": "full"}, SHORT),
     ("zero3", {"activation_checkpointing": "full"}, SHORT),
     ("zero1", {"cpu_offload": True}, SHORT),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latte_scale.engine import EngineSettings, OptimSettings, Ranks
-from latte_scale.engine.zero import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, deepspeed_config
+from latte_scale.engine.zero import deepspeed_config
 from tests.engine.toy import build, full_weights, on_ranks, toy, train, train_step
 
 pytest.importorskip("deepspeed")
@@ -33,12 +33,24 @@ def test_deepspeed_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_configuration(stage: int) -> None:
     config = deepspeed_config(EngineSettings(kind="zero", zero_stage=stage), OptimSettings(clip_norm=None), 10**9)
-    assert config["gradient_clipping"] == 0.0 and config["zero_optimization"]["reduce_bucket_size"] == BUCKET_ELEMENTS
+    assert config["gradient_clipping"] == 0.0 and config["zero_optimization"]["reduce_bucket_size"] == 50_000_000
     assert not {"bf16", "fp16", "torch_autocast"} & set(config)
     assert "offload_optimizer" not in config["zero_optimization"]
     offloading = deepspeed_config(EngineSettings(kind="zero", cpu_offload=True), OptimSettings(), 10)
     assert offloading["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert offloading["zero_optimization"]["reduce_bucket_size"] == 10
+
+
+def test_bucket_sizes_can_be_set() -> None:
+    sizes = {"zero_bucket_elements": 7, "zero_prefetch_elements": 5, "zero_persistent_elements": 3}
+    third, second = (
+        deepspeed_config(EngineSettings(kind="zero", zero_stage=stage, **sizes), OptimSettings(), 10**9)
+        for stage in (3, 2)
+    )
+    zero = third["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 7 and zero["stage3_prefetch_bucket_size"] == 5
+    assert zero["stage3_param_persistence_threshold"] == 3
+    assert second["zero_optimization"]["allgather_bucket_size"] == 7
 
 
 def inside(ranks: Ranks) -> list[dict[str, Any]]:
@@ -85,4 +97,4 @@ def test_shards_are_live_views_and_a_load_reaches_the_model() -> None:
 def test_stage_3_gathers_and_keeps_parameters() -> None:
     """The toy has parameters on both sides of the threshold, so both paths of a load are taken."""
     sizes = [param.numel() for param in toy().parameters()]
-    assert min(sizes) <= PERSISTENT_ELEMENTS < max(sizes)
+    assert min(sizes) <= EngineSettings().zero_persistent_elements < max(sizes)

@@ -1,1 +1,1 @@
-"""Ways to spread a step over ranks beside cutting the batch: a clip over several ranks (sequence.py)."""
+"""Ways to spread a step over ranks: clips over a group (sequence.py), copies of the sharded weights (mesh.py)."""
