@@ -25,6 +25,7 @@ from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.optim import OptimSettings
 from latte_scale.run.tracking import LogSettings
 from latte_scale.store import StoreSettings
+from latte_scale.validation.settings import ValidationSettings
 
 # Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
 FREE_ON_RESUME = (
@@ -38,6 +39,7 @@ FREE_ON_RESUME = (
     "store.",
     "attention.",
     "run.time_budget_s",
+    "validation.",
 )
 
 
@@ -124,6 +126,7 @@ class Config:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def __post_init__(self) -> None:
         if self.model.num_frames != self.video.frames and self.video.frames != 1:
@@ -147,6 +150,8 @@ class Config:
                 f"model.tubelet_size={self.model.tubelet_size} mixes the frames of a patch: set it to 1 for "
                 "train.joint_images and train.known_frames"
             )
+        if self.validation.every_steps and not self.data.holdout:
+            raise ValueError("validation.every_steps needs held-out samples: set data.holdout, as 0.02")
         self._check_contrastive()
         self._check_sequence_parallel()
 

@@ -7,12 +7,13 @@ so its bits do not depend on where the shards are cut and equal those computed o
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from latte_scale.engine.base import LocalShard
+from latte_scale.engine.base import Engine, LocalShard
 
 CHUNK_BYTES = 256 * 2**20
 """Weights updated at a time: what the temporary difference may take."""
@@ -80,6 +81,35 @@ class Ema:
             for chunk in _chunks(self._params):
                 lerp_(averages[chunk], self._params[chunk], weight)
         self._num_updates += applied
+
+
+@contextmanager
+def swapped_in(engine: Engine, averages: Sequence[Tensor] | None) -> Iterator[None]:
+    """The engine's model with averaged weights for the length of a block: weights and averages change places.
+
+    averages: one of `Ema.trees`; None leaves the model as it is. Nothing is copied but one piece at a time, and at the
+    end all is as it was, bit for bit. A collective at both ends, but not where the block raises: then the weights are
+    put back into the shards alone, because other ranks may be gone.
+    """
+    if averages is None:
+        yield
+        return
+    num_updates, params = engine.num_updates, [shard.param for shard in engine.local_shards()]
+    _exchange(params, averages)
+    try:
+        engine.after_load(num_updates)
+        yield
+    finally:
+        _exchange(params, averages)
+    engine.after_load(num_updates)
+
+
+@torch.no_grad()
+def _exchange(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    for one, other in zip(first, second, strict=True):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 def lerp_(averages: list[Tensor], params: list[Tensor], weight: Tensor) -> None:

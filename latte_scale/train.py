@@ -68,6 +68,7 @@ from latte_scale.run.stopping import StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.validation.validator import Validator
 from latte_scale.weights import load_weights
 
 logger = logging.getLogger("latte_scale")
@@ -96,6 +97,7 @@ def train(
     plan = make_plan(config.data, datasets, config.run.seed, config.train.global_batch)
     fingerprint = data_fingerprint(plan, images)
     conditioner = make_conditioner(config, datasets, ranks.device)
+    validator = Validator(config, datasets, conditioner, ranks, folder, fence, console)
 
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
     model = initial_model(config)
@@ -107,6 +109,7 @@ def train(
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
     last_logged = rewind_log(folder, progress, found, broken)
+    validator.rewind(progress.step)
     folder.write_config(config)
     note_facts(folder, ranks, fingerprint)
     set_aside = [path for path, _ in broken]
@@ -149,6 +152,8 @@ def train(
                 journal.take(*readback.pop())  # the step before this one; this one may still be running
             for replacement in (r for micro_batch in micro_batches for r in micro_batch.replaced):
                 folder.note_replacement(replacement)
+            if validator.is_due(step + 1) and not journal.stop_requested:
+                journal.throughput.validation_s += validator.run(step + 1, engine, ema, watchdog)
             is_last = step + 1 == config.train.steps
             if is_last or journal.stop_requested or (step + 1) % config.checkpoint.every_steps == 0:
                 journal.take(*readback.pop())

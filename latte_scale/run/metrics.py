@@ -181,6 +181,7 @@ class Throughput:
     recomputed_flops: float = 0.0  # what activation checkpointing runs again
     data_wait_s: float = 0.0
     checkpoint_stall_s: float = 0.0
+    validation_s: float = 0.0
 
     def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float]:
         """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known."""
@@ -191,6 +192,7 @@ class Throughput:
             "tflops_per_s": self.model_flops / seconds / 1e12,
             "data_wait_share": min(self.data_wait_s / seconds, 1.0),
             "checkpoint_stall_s": self.checkpoint_stall_s,
+            "validation_s": self.validation_s,
         }
         if peak is not None:
             rates["mfu"] = utilization(self.model_flops, seconds, num_devices, peak)

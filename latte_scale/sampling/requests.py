@@ -6,10 +6,11 @@ to what the model can be asked, and requests: the seed of the noise with the con
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latte_scale.encoders import TextEncoder
@@ -27,6 +28,11 @@ class Request:
     text_LD: Tensor | None = None  # embedding of the caption, real tokens only
     negative_LD: Tensor | None = None  # embedding of the negative prompt, whole (maximum length); to be cut
     label: int | None = None  # class, of a model of classes
+
+    def to(self, device: torch.device | str) -> "Request":
+        """The same request with its tensors on another device."""
+        tensors = {"text_LD": self.text_LD, "negative_LD": self.negative_LD}
+        return replace(self, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
 
 
 def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any]]:

@@ -17,7 +17,13 @@ from latte_scale.engine.dist import Launch
 from latte_scale.optim import OptimSettings
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-multiprocessing.set_forkserver_preload(["latte_scale.engine.fsdp2", "latte_scale.ema", "deepspeed"])
+LAZY = (  # imported where they are used, for seconds: once here, and not once a rank
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
+    "transformers.models.t5.modeling_t5",
+)
+multiprocessing.set_forkserver_preload(["latte_scale.engine.fsdp2", "latte_scale.ema", "deepspeed", *LAZY])
 
 WIDTH = 64
 GLOBAL_BATCH = 8

@@ -1,0 +1,170 @@
+"""What the train loop calls: the held-out loss and the sample videos when they are due, with averaged weights.
+
+In: a step and the engine. Out: a line of `RUN/validation.jsonl` ({"step", "loss", "loss_bands", "weights",
+"num_samples", "seconds"}) and `RUN/samples/step-00001000/`. A line's step counts finished steps, as a checkpoint's name
+does, and it is written before the checkpoint of that step: a resumed run has each line once.
+The decision worth knowing: everything that can fail on one rank alone (reading, decoding, writing) runs without
+collectives and is followed by one that tells every rank how it went, so no rank waits for one that has given up.
+Validation that fails is told in every log and left out, and training goes on. The weights are exchanged in place with
+their averages, so it takes no memory, and exchanged again, so not one bit is lost. Every rank works on whole clips of
+its own, also where a sequence group shares each clip in training: without gradients one rank has room for it.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from latte_scale.conditioning import Conditioner
+from latte_scale.config import Config
+from latte_scale.data.samples import Dataset
+from latte_scale.ema import Ema, swapped_in, tree_name
+from latte_scale.engine.base import Engine
+from latte_scale.engine.dist import Ranks
+from latte_scale.run.folder import Fence, RunFolder
+from latte_scale.run.metrics import MetricsFile
+from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
+from latte_scale.validation.heldout import HeldOut
+from latte_scale.validation.prompts import PromptVideos
+
+logger = logging.getLogger("latte_scale")
+
+
+class Validator:
+    """Validation of one run. All ranks make one, before the model is built, and call it alike."""
+
+    def __init__(
+        self,
+        config: Config,
+        datasets: Sequence[Dataset],
+        conditioner: Conditioner,
+        ranks: Ranks,
+        folder: RunFolder,
+        fence: Fence,
+        console: Console,
+    ) -> None:
+        """A collective. Raises ValueError on all ranks for settings that do not fit the run or its data."""
+        settings = config.validation
+        self._settings, self._last_step, self._ranks, self._console = settings, config.train.steps, ranks, console
+        self._tree = weights_name(settings.weights, config.ema.decays)
+        self._held_out = HeldOut(config, datasets, conditioner, ranks) if settings.every_steps else None
+        self._videos = PromptVideos(config, conditioner, ranks) if settings.videos_every_steps else None
+        self._file = MetricsFile(folder.path / "validation.jsonl", fence.check)
+        self._samples, self._fence, self._rewound = folder.path / "samples", fence, folder.logs / "rewound.jsonl"
+
+    def rewind(self, step: int) -> None:
+        """Take back what was seen after `step` finished steps, which run again (rank 0)."""
+        if self._ranks.rank != 0:
+            return
+        self._file.rewind(step + 1, self._rewound)
+        for path in sorted(self._samples.glob("step-*")):
+            if path.name.removeprefix("step-").isdigit() and int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)  # drawn again, to the bit, if the run still asks for it
+
+    def is_due(self, step: int) -> bool:
+        """Whether anything is to be looked at after `step` finished steps; the last step always is."""
+        return self._loss_is_due(step) or self._videos_are_due(step)
+
+    def run(self, step: int, engine: Engine, ema: Ema, watchdog: Watchdog) -> float:
+        """Look at what is due after `step` finished steps; returns the seconds that took. A collective."""
+        began_s = time.perf_counter()
+        held_out = self._held_out if self._loss_is_due(step) else None
+        videos = self._videos if self._videos_are_due(step) else None
+
+        def beat() -> None:
+            watchdog.arm(SLOW_FACTOR)
+
+        beat()
+        if held_out is not None and not self._on_all("reading held-out samples", held_out.read):
+            held_out = None
+        if videos is not None and not self._on_all("loading the VAE", videos.load_decoder):
+            videos = None
+        drawn, loss, loss_at_s = {}, None, began_s
+        with swapped_in(engine, ema.trees.get(self._tree)):
+            if held_out is not None:
+                loss, loss_at_s = held_out.loss(engine.model, beat), time.perf_counter()
+            if videos is not None:
+                drawn = videos.draw(engine.model, beat)
+        if loss is not None:
+            self._write_loss(step, loss.loss, loss.bands, loss_at_s - began_s)
+        if videos is not None:
+            self._write_videos(step, videos, drawn, loss_at_s)
+        return time.perf_counter() - began_s
+
+    def _loss_is_due(self, step: int) -> bool:
+        return self._held_out is not None and _is_due(step, self._settings.every_steps, self._last_step)
+
+    def _videos_are_due(self, step: int) -> bool:
+        return self._videos is not None and _is_due(step, self._settings.videos_every_steps, self._last_step)
+
+    def _on_all(self, what: str, work: Callable[[], None]) -> bool:
+        """Run what makes no collective; whether it went well on every rank, which every log says. A collective."""
+        problem = None
+        try:
+            work()
+        except Exception as error:  # whatever it is, the other ranks wait for a word of this one
+            logger.exception("validation: %s failed", what)
+            problem = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
+        problems = [each for each in self._ranks.all_gather_object(problem) if each is not None]
+        if problems:
+            logger.error("validation: %s failed, training goes on without it: %s", what, "; ".join(problems))
+            self._say(f"validation: {what} failed, training goes on without it: {problems[0]}")
+        return not problems
+
+    def _write_loss(self, step: int, loss: float, bands: list[float | None], seconds: float) -> None:
+        record = {
+            "step": step,
+            "loss": _finite(loss),
+            "loss_bands": [_finite(band) for band in bands],
+            "weights": self._tree,
+            "num_samples": self._settings.num_samples,
+            "seconds": round(seconds, 3),
+        }
+        if self._ranks.rank == 0:
+            self._file.append(record)
+        self._say(f"validation at step {step}: loss {loss:.4f} of {self._tree}, {seconds:.1f} s")
+
+    def _write_videos(self, step: int, videos: PromptVideos, drawn: dict[int, Tensor], began_s: float) -> None:
+        folder = self._samples / f"step-{step:08d}"
+        about: dict[str, Any] = {"step": step, "weights": self._tree}
+
+        def write() -> None:
+            self._fence.check()
+            videos.write(folder, drawn, about)
+
+        self._on_all("writing sample videos", write)
+        seconds = time.perf_counter() - began_s
+        if self._ranks.rank == 0 and folder.is_dir():
+            videos.write_index(folder, about | {"seconds": round(seconds, 3)})
+        self._say(f"{len(videos.records)} sample videos of step {step} in {folder}, {seconds:.1f} s")
+
+    def _say(self, line: str) -> None:
+        if self._ranks.rank == 0:
+            self._console.print(line, markup=False)
+
+
+def weights_name(wanted: str, decays: Sequence[float]) -> str:
+    """The tree that `validation.weights` means: "model" for raw. Raises ValueError for an average that is not kept."""
+    averages = [tree_name(decay) for decay in decays]
+    if wanted in ("raw", "model"):
+        return "model"
+    if wanted == "ema" and averages:
+        return averages[0]
+    if wanted not in averages:
+        kept = ", ".join(averages) or "none"
+        raise ValueError(f"validation.weights={wanted}: expected raw or an average of ema.decays ({kept} kept)")
+    return wanted
+
+
+def _is_due(step: int, every_steps: int, last_step: int) -> bool:
+    return step % every_steps == 0 or step == last_step
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

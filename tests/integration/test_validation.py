@@ -1,0 +1,134 @@
+"""Validation inside a real run: training does not notice, a resume has each line once, videos are the command's."""
+
+import json
+
+import pytest
+
+from data_tools.cli import main as latte_data
+from latte_scale import checkpoint, sample, train
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import read_clip
+from latte_scale.run.metrics import read_metrics
+from latte_scale.sampling.videos import read_about
+from tests.conftest import ROOT, run_in_process
+
+SHORT = ("train.steps=6", "checkpoint.every_steps=3", "data.holdout=0.2")
+LOOK = ("validation.every_steps=2", "validation.num_samples=10")
+PROMPTS = ["a red circle moves left", "a blue triangle moves down"]
+SHOW = ("validation.videos_every_steps=3", f"validation.prompts=[{', '.join(PROMPTS)}]", "validation.sampling_steps=2")
+
+
+@pytest.fixture(scope="module")
+def runs(data_sets, tmp_path_factory):
+    """The same six steps without validation, and with everything."""
+    root = tmp_path_factory.mktemp("runs")
+    assert run_in_process(root / "plain", data_sets.latents, *SHORT) == 0
+    assert run_in_process(root / "watched", data_sets.latents, *SHORT, *LOOK, *SHOW) == 0
+    return root
+
+
+def lines(folder):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(folder / "validation.jsonl")]
+
+
+def test_losses_and_weights_are_those_of_a_run_without_it(runs):
+    plain, watched = (read_metrics(runs / name / "metrics.jsonl") for name in ("plain", "watched"))
+    for key in ("loss", "grad_norm", "sample_ids_sha"):
+        assert [record[key] for record in watched] == [record[key] for record in plain]
+    for tree in ("model", "ema/0.99", "optim/exp_avg_sq"):
+        ours, wanted = (
+            checkpoint.load_full(runs / name / "checkpoints" / "step-00000006", tree) for name in ("watched", "plain")
+        )
+        assert all((ours[name] == tensor).all() for name, tensor in wanted.items())
+    assert [record["validation_s"] > 0 for record in watched] == [False, True, True, True, False, True]
+
+
+def test_what_a_run_leaves(runs):
+    records = lines(runs / "watched")
+    assert [record["step"] for record in records] == [2, 4, 6]
+    assert all(record["loss"] == pytest.approx(1.0, abs=0.2) and len(record["loss_bands"]) == 4 for record in records)
+    assert len({record["loss"] for record in records}) == 3  # the weights moved, noise and timesteps did not
+    folders = sorted(path.name for path in (runs / "watched" / "samples").iterdir())
+    assert folders == ["step-00000003", "step-00000006"]
+    assert not (runs / "plain" / "validation.jsonl").exists() and not (runs / "plain" / "samples").exists()
+
+
+def test_the_videos_are_those_of_the_sample_command(runs, tmp_path):
+    """From the checkpoint of the same step, with the same seeds: the weights were those of the run's average."""
+    folder = runs / "watched" / "samples" / "step-00000003"
+    index = json.loads((folder / "samples.json").read_text())
+    source = str(runs / "watched" / "checkpoints" / "step-00000003")
+    command = ["--checkpoint", source, "--steps", "2", "--out", str(tmp_path)]
+    assert sample.main([*command, *(word for prompt in PROMPTS for word in ("--prompt", prompt))]) == 0
+    policy = VideoSettings(4, 32, 32, 1)
+    for number, video in enumerate(index["videos"]):
+        ours, theirs = (read_clip(path, policy) for path in (folder / video["file"], tmp_path / f"{number:05d}.mp4"))
+        assert abs(ours.astype(int) - theirs).max() <= 1
+        about = read_about(folder / video["file"])
+        assert (about["text"], about["seed"], about["step"]) == (PROMPTS[number], number, 3)
+
+
+def test_a_resumed_run_has_every_line_once(runs, data_sets, tmp_path):
+    """Stopped for good after its checkpoint of step 3, at step 4 or 5: those lines are written again, to the bit."""
+    folder = tmp_path / "run"
+    assert run_in_process(folder, data_sets.latents, *SHORT, *LOOK, *SHOW) == 0
+    for path in (folder / "checkpoints" / "step-00000006").iterdir():
+        path.unlink()
+    (folder / "checkpoints" / "step-00000006").rmdir()
+    (folder / "samples" / "step-00000006" / "stale.mp4").touch()
+    assert run_in_process(folder, data_sets.latents, *SHORT, *LOOK, *SHOW) == 0
+    assert lines(folder) == lines(runs / "watched")
+    assert not (folder / "samples" / "step-00000006" / "stale.mp4").exists()
+    rewound = read_metrics(folder / "logs" / "rewound.jsonl")
+    assert [record["step"] for record in rewound if "loss_bands" in record] == [4, 6]
+
+
+def test_another_seed_or_batch_of_the_run_changes_nothing(runs, data_sets, tmp_path):
+    """Runs are compared by the weights alone: here both start from the same ones and hardly move."""
+    still = ("train.lr=1e-30", "train.steps=2", "checkpoint.every_steps=2", "data.holdout=0.2", "ema.decays=[]")
+    look = (*LOOK, "validation.weights=raw", f"model.init={runs / 'plain'}")
+    for name, change in {"one": (), "other": ("run.seed=7", "train.global_batch=6", "train.micro_batch=3")}.items():
+        assert run_in_process(tmp_path / name, data_sets.latents, *still, *look, *change) == 0
+    (one,), (other,) = lines(tmp_path / "one"), lines(tmp_path / "other")
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["weights"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.holdout=0", "validation.every_steps=1"), "set data.holdout"),
+        (("validation.videos_every_steps=1",), "needs something to show"),
+        ((*LOOK, "validation.weights=ema/0.5"), "expected raw or an average of ema.decays (ema/0.99 kept)"),
+        ((*LOOK, "data.holdout=1e-9"), "holds out no sample"),
+        (("validation.videos_every_steps=1", "validation.prompts=nowhere.txt"), "no file nowhere.txt"),
+        (("validation.videos_every_steps=1", "validation.labels=[1]"), "expected text in every record"),
+        ((*SHOW, "validation.sampler=euler"), "expects one of ddim"),
+    ],
+)
+def test_settings_that_do_not_fit(data_sets, tmp_path, capsys, overrides, message):
+    assert run_in_process(tmp_path / "run", data_sets.latents, *SHORT, *overrides) == 78
+    assert message in capsys.readouterr().out.replace("\n", " ")
+
+
+def shown(folder):
+    return json.loads((folder / "samples" / "step-00000001" / "samples.json").read_text())["videos"]
+
+
+def test_raw_clips_go_through_the_runs_own_encoders(data_sets, tmp_path):
+    few = ("train.steps=1", "checkpoint.every_steps=1", "data.holdout=0.2")
+    assert run_in_process(tmp_path / "run", data_sets.shards, *few, *LOOK, *SHOW) == 0
+    (record,) = lines(tmp_path / "run")
+    assert record["step"] == 1 and record["loss"] == pytest.approx(1.0, abs=0.2)
+    assert [video["prompt"] for video in shown(tmp_path / "run")] == PROMPTS
+
+
+def test_a_model_of_classes_shows_its_classes(tmp_path):
+    clips, shards, run = (str(tmp_path / name) for name in ("clips", "shards", "run"))
+    assert latte_data(["shapes", "--output", clips, "--count", "24", "--labels"]) == 0
+    assert latte_data(["shard", "--input", clips, "--output", shards]) == 0
+    few = ["train.steps=1", "train.global_batch=4", "train.warmup_steps=0", "data.num_workers=0", "data.holdout=0.2"]
+    show = ["validation.videos_every_steps=1", "validation.labels=[0, 3]", "validation.sampling_steps=2"]
+    config = str(ROOT / "configs" / "ablations" / "shapes_base.yaml")
+    assert train.main(["--config", config, f"data.url={shards}", f"run.dir={run}", *few, *LOOK, *show]) == 0
+    assert [video["file"] for video in shown(tmp_path / "run")] == ["00-class-0.mp4", "01-class-3.mp4"]
+    assert len(lines(tmp_path / "run")) == 1
