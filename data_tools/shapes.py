@@ -41,7 +41,7 @@ BACKGROUND_TINT = 6  # each channel of the background moves by up to this
 COLOUR_JITTER = 10  # each channel of the shape's colour moves by up to this
 
 
-def _regular_polygon(num_sides: int, turn: float) -> list[tuple[float, float]]:
+def regular_polygon(num_sides: int, turn: float) -> list[tuple[float, float]]:
     """Vertices of a regular polygon of area 1 around the origin; `turn` in radians (0: a vertex on the x axis)."""
     radius = math.sqrt(2 / (num_sides * math.sin(2 * math.pi / num_sides)))
     angles = (turn + 2 * math.pi * k / num_sides for k in range(num_sides))
@@ -51,7 +51,7 @@ def _regular_polygon(num_sides: int, turn: float) -> list[tuple[float, float]]:
 # Convex outlines of area 1, counter-clockwise in the (x, y) plane. Another shape is another line here. Circle and
 # square of one area are too alike at 32 px to be learned in minutes: after 2400 steps the shape was still at chance
 # while colour and direction were right (benchmarks/RESULTS.md, 2026-11-22).
-SHAPES = {"circle": _regular_polygon(24, 0.0), "triangle": _regular_polygon(3, -math.pi / 2)}
+SHAPES = {"circle": regular_polygon(24, 0.0), "triangle": regular_polygon(3, -math.pi / 2)}
 
 Combination = tuple[str, str, str]  # colour, shape, direction
 
@@ -162,32 +162,64 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_shapes(
-    output: Path, count: int, seed: int = 0, progress: Iterable[int] | None = None, labels: bool = False
+    output: Path,
+    count: int,
+    seed: int = 0,
+    progress: Iterable[int] | None = None,
+    labels: bool = False,
+    scenes: bool = False,
 ) -> None:
     """Write `count` clips, captions.jsonl and shapes.json (last: it marks the folder complete) into `output`.
 
-    `progress` is an iterator over range(count) that may draw a bar; `labels` adds each clip's combination as its class.
-    Raises ValueError if count < 1.
+    `progress` is an iterator over range(count) that may draw a bar; `labels` adds each clip's combination as its class;
+    `scenes` draws those of data_tools/scenes.py. Raises ValueError if count < 1, or for labels of scenes.
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, came {count}")
+    if labels and scenes:
+        raise ValueError("--labels is of plain shapes: scenes have more combinations than classes; leave one out")
     output.mkdir(parents=True, exist_ok=True)
+    draw, words = (_draw_scene, _scene_vocabulary(seed)) if scenes else (_draw_clip, vocabulary())
     rows = []
     for index in progress or range(count):
-        clip = plan_clip(seed, index)
         name = f"{index:06d}.mp4"
-        write_mp4(output / name, render(clip), FPS)
-        row = {"file": name, "text": prompt(clip.combination)}
-        rows.append(json.dumps(row | {"label": " ".join(clip.combination)} if labels else row))
+        frames, text, label = draw(seed, index)
+        write_mp4(output / name, frames, FPS)
+        row = {"file": name, "text": text}
+        rows.append(json.dumps(row | {"label": label} if labels else row))
     _write_text(output / "captions.jsonl", "\n".join(rows) + "\n")
+    if scenes:
+        _write_text(output / "held_out.txt", "\n".join(words["held_out_prompts"]) + "\n")
     header = {"seed": seed, "count": count}
-    _write_text(output / "shapes.json", json.dumps(vocabulary() | header, indent=1) + "\n")
+    _write_text(output / "shapes.json", json.dumps(words | header, indent=1) + "\n")
+
+
+def _draw_clip(seed: int, index: int) -> tuple[np.ndarray, str, str]:
+    """Frames, caption and class of a plain clip."""
+    clip = plan_clip(seed, index)
+    return render(clip), prompt(clip.combination), " ".join(clip.combination)
+
+
+def _draw_scene(seed: int, index: int) -> tuple[np.ndarray, str, str]:
+    from data_tools import scenes  # which takes its outlines from here
+
+    scene = scenes.plan_scene(seed, index)
+    return scenes.render(scene), scenes.prompt(scene.words), ""
+
+
+def _scene_vocabulary(seed: int) -> dict:
+    from data_tools import scenes
+
+    return scenes.vocabulary(seed)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the clips (made if missing)")
     parser.add_argument("--count", required=True, type=int, metavar="N", help="number of clips")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other clips (default 0)")
+    parser.add_argument(
+        "--scenes", action="store_true", help="more colours and outlines, companions, speeds, backgrounds; held_out.txt"
+    )
     parser.add_argument("--labels", action="store_true", help="give each clip its combination as a class")
 
 
@@ -196,10 +228,10 @@ def main(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     steps = track(range(args.count), description="drawing clips") if args.count > 0 else None
-    write_shapes(output, args.count, args.seed, steps, args.labels)
-    seen, held_out = combinations()
+    write_shapes(output, args.count, args.seed, steps, args.labels, args.scenes)
+    words = _scene_vocabulary(args.seed) if args.scenes else vocabulary()
     print(
-        f"shapes: {args.count} done, 0 skipped, 0 failed -> {output} "
-        f"({len(seen)} combinations drawn, {len(held_out)} held out, see {output / 'shapes.json'})"
+        f"shapes: {args.count} done, 0 skipped, 0 failed -> {output} ({len(words['seen_prompts'])} combinations drawn, "
+        f"{len(words['held_out'])} held out, see {output / 'shapes.json'})"
     )
     return 0

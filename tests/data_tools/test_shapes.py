@@ -25,7 +25,7 @@ def test_a_quarter_is_held_out_and_every_pair_of_words_is_still_seen() -> None:
 
 
 def test_a_third_shape_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "square", shapes._regular_polygon(4, np.pi / 4))
+    monkeypatch.setitem(shapes.SHAPES, "square", shapes.regular_polygon(4, np.pi / 4))
     seen, held_out = shapes.combinations()
     assert len(held_out) == 12
     assert {(c[0], c[2]) for c in seen} == set(itertools.product(shapes.COLOURS, shapes.DIRECTIONS))
