@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.conditioning import ModelInputs
-from latte_scale.config import Config
+from latte_scale.config import Config, latent_sides
 from latte_scale.diffusion.contrastive import info_nce
 from latte_scale.diffusion.loss import diffusion_loss, draw_timestep
 from latte_scale.diffusion.schedule import Schedule
@@ -71,10 +71,11 @@ def recompute_share(config: Config) -> float:
     """FLOPs that activation checkpointing runs again, over the 3 x forward of `cost_of`: what HFU adds to MFU.
 
     full and offload run every block's forward a second time; selective keeps the results of all matrix products, so
-    what it repeats is not counted as FLOPs at all. Blocks are all but a few permille of the model.
+    what it repeats is not counted as FLOPs at all. For clips of the config's size, with captions of full length.
     """
     if config.engine.activation_checkpointing not in ("full", "offload"):
         return 0.0
-    # Any size of clip does: what is not in the blocks is as small for all of them.
-    flops = flops_by_part(config.model, config.model.num_frames, *[config.model.patch_size * 16] * 2)
-    return (flops.attention + flops.mlp) / flops.total / 3.0
+    text_length = config.encoders.text_max_length if config.model.kind == "latte_t2v" else 0
+    size = config.video.frames, *latent_sides(config)
+    flops = flops_by_part(config.model, *size, text_length, config.train.joint_images)
+    return config.engine.checkpointed_share * (flops.attention + flops.mlp) / flops.total / 3.0

@@ -46,7 +46,7 @@ def test_the_released_model_is_the_default():
         ("model.out_channels=8", "set model.out_channels=4"),
         ("run.seed=-1", "seed must be >= 0"),
         ("train.caption_drop=1.5", r"caption_drop must lie in \[0, 1\]"),
-        ("engine.activation_checkpointing=selective", "not available in this release"),
+        ("engine.checkpointed_share=2", r"checkpointed_share must lie in \[0, 1\]"),
     ],
 )
 def test_what_sections_say_of_each_other(override, words):

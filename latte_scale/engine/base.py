@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from latte_scale.engine.activations import checkpoint_blocks, keep_products, offload_blocks
 from latte_scale.engine.dist import Ranks
 from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import is_decayed
@@ -38,17 +38,17 @@ class EngineSettings:
     blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
     prefetch_units: int = 1  # fsdp2: units whose gathering is begun ahead; more hides more and holds more, 0: none
     replicate: int | Literal["node"] = 1  # fsdp2: copies of the weights, each sharded (HSDP); node: one a machine
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"  # full: recompute each block
+    # What blocks keep for backward: everything | results of matrix products and attention | their input, the rest is
+    # computed again | the same, with the input in host memory.
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    checkpointed_share: float = 1.0  # of the blocks, from the first one on, that do so: less where memory is left
     compile: bool = False  # torch.compile each block
     sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)
     timeout_s: float = 600.0  # a collective, or a step, that takes longer ends the job, with stacks in RUN/logs
 
     def __post_init__(self) -> None:
-        if self.activation_checkpointing in ("selective", "offload"):
-            raise ValueError(
-                f"engine.activation_checkpointing={self.activation_checkpointing} is not available in this release; "
-                "use none or full"
-            )
+        if not 0.0 <= self.checkpointed_share <= 1.0:
+            raise ValueError(f"engine.checkpointed_share must lie in [0, 1], got {self.checkpointed_share}")
         if self.cpu_offload and self.kind != "zero":
             raise ValueError(f"engine.cpu_offload needs engine.kind=zero, got {self.kind}; set kind or drop the key")
         if self.compile and self.kind == "zero" and self.zero_stage == 3:
@@ -215,15 +215,6 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
     model.forward = autocast_forward
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Make each block keep only its inputs and run its forward again in backward.
-
-    Replaces block.forward, so names and hooks stay. Random states are not kept: models here draw nothing in forward.
-    """
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
     """torch.compile each block in place: equal blocks share one compilation, and names stay."""
     for block in blocks:
@@ -235,8 +226,16 @@ def prepare(
 ) -> None:
     """What all engines do to the model before sharding it, in the order in which the wrappers must nest."""
     check_model(model)
+    chosen = blocks[: round(settings.checkpointed_share * len(blocks))]
     if settings.activation_checkpointing == "full":
-        checkpoint_blocks(blocks)
-    if settings.compile:
+        checkpoint_blocks(chosen)
+    elif settings.activation_checkpointing == "selective":
+        keep_products(chosen)
+    if settings.compile and settings.activation_checkpointing == "offload":
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+    elif settings.compile:
         compile_blocks(blocks)
+    if settings.activation_checkpointing == "offload":
+        offload_blocks(chosen, device_type)
     set_precision(model, precision, device_type)

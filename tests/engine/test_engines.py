@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from latte_scale.engine import EngineSettings, Ranks, build_engine
-from latte_scale.engine.base import checkpoint_blocks, compile_blocks
+from latte_scale.engine.activations import checkpoint_blocks
+from latte_scale.engine.base import compile_blocks
 from latte_scale.optim import OptimSettings
 from tests.engine.toy import GLOBAL_BATCH, Toy, build, full_weights, on_one, on_ranks, toy, train, train_step
 
@@ -51,6 +52,9 @@ SHORT = {"steps": 8}
 VARIANTS: list[tuple[str, dict, dict]] = [
     ("fsdp2", {"blocks_per_unit": 2, "activation_checkpointing": "full", "reshard_after_forward": "always"}, SHORT),
     ("zero1", {"activation_checkpointing": "full"}, SHORT),
+    ("fsdp2", {"activation_checkpointing": "selective", "checkpointed_share": 0.67}, SHORT),
+    ("fsdp2", {"activation_checkpointing": "offload"}, SHORT),
+    ("zero3", {"activation_checkpointing": "selective"}, SHORT),
     ("zero3", {"activation_checkpointing": "full"}, SHORT),
     ("zero1", {"cpu_offload": True}, SHORT),
     ("zero2", {"cpu_offload": True}, SHORT),
@@ -268,8 +272,7 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation_checkpointing": "selective"}, "use none or full"),
-        ({"activation_checkpointing": "offload"}, "use none or full"),
+        ({"checkpointed_share": 1.5}, r"must lie in \[0, 1\]"),
         ({"cpu_offload": True}, "needs engine.kind=zero"),
         ({"kind": "zero", "zero_stage": 3, "compile": True}, "stage 3"),
         ({"blocks_per_unit": 0}, "blocks_per_unit"),

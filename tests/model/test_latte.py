@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from latte_scale.diffusion.loss import DiffusionSettings, diffusion_loss, schedule_of
-from latte_scale.engine.base import checkpoint_blocks, compile_blocks
+from latte_scale.engine.activations import checkpoint_blocks
+from latte_scale.engine.base import compile_blocks
 from latte_scale.model.latte import Latte, LatteSettings
 from tests.model.latte_by_hand import latte_by_hand
 

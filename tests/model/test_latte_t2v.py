@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import LatteTransformer3DModel
 
-from latte_scale.engine.base import checkpoint_blocks
+from latte_scale.engine.activations import checkpoint_blocks
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 
 TINY = LatteT2VSettings(

@@ -1,0 +1,132 @@
+"""What a block keeps for its backward pass: everything, its products, its input, or its input in host memory.
+
+In: the blocks of a model. Out: the same blocks, each with another `forward`; names, hooks and values stay. The less is
+kept, the more of the block's forward runs again in backward:
+
+  selective  keeps the results of matrix products and attention; norms, modulation and activations run again
+  full       keeps the block's input; the whole block runs again
+  offload    the same, with that input copied to host memory in the background and fetched back ahead of its block
+
+The decision worth knowing: nothing is kept of random states, because models here draw nothing in forward, and what runs
+again has the same bits, so gradients are those without checkpointing (tests/engine/test_activations.py).
+"""
+
+import functools
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+KEPT = re.compile(r"::(mm|addmm|bmm|baddbmm)$|attention|attn|flash")
+"""Operators whose results selective checkpointing keeps: matrix products and attention, of torch and of flash-attn."""
+MIN_BYTES = 4 * 2**20
+"""Smaller tensors (modulation, captions) stay on the device: all blocks share them, so a copy would free nothing."""
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Make each block keep only its inputs and run its forward again in backward."""
+    for block in blocks:
+        block.forward = functools.partial(_checkpointed, block.forward)
+
+
+def keep_products(blocks: Sequence[nn.Module]) -> None:
+    """Make each block keep its inputs and the results of its products and of attention."""
+    for block in blocks:
+        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+        block.forward = functools.partial(_checkpointed, block.forward, context_fn=contexts)
+
+
+def offload_blocks(blocks: Sequence[nn.Module], device_type: str, min_bytes: int = MIN_BYTES) -> None:
+    """Make each block keep only its inputs, those of at least `min_bytes` in host memory. Must run after compilation:
+    what moves tensors between devices is not compiled."""
+    stash = HostStash(device_type, min_bytes)
+    for block in blocks:
+        block.forward = stash.around(functools.partial(_checkpointed, block.forward))
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    is_kept = KEPT.search(operator.name().partition(".")[0]) is not None
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class HostStash:
+    """Saved tensors on the way to host memory and back, on a stream of their own beside the computation."""
+
+    def __init__(self, device_type: str, min_bytes: int) -> None:
+        self.stream = torch.cuda.Stream() if device_type == "cuda" else None
+        self.num_stashed = 0
+        self._min_bytes = min_bytes
+        self._last: weakref.ref[_Stashed] | None = None
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` with what it saves for backward stashed here."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                return forward(*args, **kwargs)
+
+        return run
+
+    def _pack(self, tensor: Tensor) -> "Tensor | _Stashed":
+        if tensor.numel() * tensor.element_size() < self._min_bytes:
+            return tensor
+        stashed = _Stashed(tensor, self.stream, self._last)
+        self._last = weakref.ref(stashed)
+        self.num_stashed += 1
+        return stashed
+
+
+class _Stashed:
+    """One tensor in host memory, which knows the one that was stashed before it: backward asks for that one next."""
+
+    def __init__(
+        self, tensor: Tensor, stream: "torch.cuda.Stream | None", before: "weakref.ref[_Stashed] | None"
+    ) -> None:
+        self._stream, self._before, self._device = stream, before, tensor.device
+        self._back: Tensor | None = None
+        if stream is None:
+            self._host = tensor.clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is not given away before the copy has been made
+
+    def fetch(self) -> None:
+        """Begin to copy the tensor back; nothing if that has begun."""
+        if self._back is not None:
+            return
+        if self._stream is None:
+            self._back = self._host
+            return
+        # Allocated on the stream of the computation, whose order frees and reuses it; the copy waits for that.
+        self._back = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._back.copy_(self._host, non_blocking=True)
+        self._back.record_stream(self._stream)
+        self._arrived = self._stream.record_event()
+
+    def take(self) -> Tensor:
+        """The tensor on its device; the next one that backward will ask for is on its way when this returns."""
+        self.fetch()
+        back, self._back = self._back, None
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._arrived)
+        before = None if self._before is None else self._before()
+        if before is not None:
+            before.fetch()
+        return back
+
+
+def _unpack(saved: "Tensor | _Stashed") -> Tensor:
+    return saved.take() if isinstance(saved, _Stashed) else saved
