@@ -42,7 +42,7 @@ def test_against_diffusers(step) -> None:
 
 def test_a_class_model_sharded_and_checkpointed(step, tmp_path, capsys) -> None:
     result, _ = step(*CLASSES, "engine.kind=fsdp2", "engine.activation_checkpointing=full", "--against", "plain")
-    assert result["work"]["recompute_share"] == pytest.approx(1 / 3, rel=0.2)
+    assert 0.2 < result["work"]["recompute_share"] < 1 / 3
     first = [result["subjects"][name]["first_loss"] for name in ("latte_scale", "plain")]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     assert print_table([str(tmp_path / "step.json")] * 2) == 0
