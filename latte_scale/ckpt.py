@@ -5,8 +5,9 @@
     latte-scale ckpt diff A B                           configuration, counters and tensors that differ
     latte-scale ckpt convert A TARGET --to deepspeed    also --to dcp and --to latte
 
-PATH is a run folder, its checkpoints folder or one step folder; `diff` and `convert` also take a folder of DeepSpeed's
-save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. One tensor is held at a time.
+PATH is a run folder, its checkpoints folder or one step, on a disk or as s3://BUCKET/PREFIX; `diff` and `convert` also
+take a folder of DeepSpeed's save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. One
+tensor is held at a time. A bucket is reached as boto3's environment says (AWS_ENDPOINT_URL, AWS_PROFILE).
 Exit code 1 if something is not sound or differs, 2 if there is nothing to look at or it cannot be converted.
 """
 
@@ -17,36 +18,43 @@ from pathlib import Path
 
 from latte_scale import checkpoint
 from latte_scale.checkpoint.content import Content, differences, open_native, write_native
+from latte_scale.store import Store, StoreError, open_store
+from latte_scale.weights import places
 
 FORMATS = ("latte", "dcp", "deepspeed")
 
 
-def step_folders(path: Path) -> list[Path]:
-    """Every folder below PATH that is named as a checkpoint, oldest first. ValueError if there is none."""
-    if checkpoint.STEP_FOLDER.fullmatch(path.name) and path.is_dir():
-        return [path]
-    found = checkpoint.step_folders(path / "checkpoints") or checkpoint.step_folders(path)
-    if not found:
-        raise ValueError(f"{path}: expected a run, a checkpoints folder or a step-XXXXXXXX folder; no checkpoint there")
-    return found
+def steps_at(path: str) -> list[Store]:
+    """Every checkpoint at PATH, oldest first. ValueError if there is none."""
+    if checkpoint.STEP_FOLDER.fullmatch(path.rstrip("/").rpartition("/")[2]) and open_store(path).list():
+        return [open_store(path)]
+    for place in reversed(places(path)):
+        if found := checkpoint.list_steps(place):
+            return found
+    raise ValueError(f"{path}: expected a run, a place with checkpoints or a step-XXXXXXXX; no checkpoint there")
 
 
-def describe(path: Path) -> tuple[str, bool]:
+def describe(step: Store) -> tuple[str, bool]:
     """One line about a checkpoint from its manifest, and whether it has one."""
     try:
-        manifest = checkpoint.open_checkpoint(path).manifest
+        manifest = checkpoint.open_checkpoint(step).manifest
     except checkpoint.CheckpointError as error:
-        return f"{path.name}  NOT COMPLETE  {error}", False
+        return f"{name_of(step)}  NOT COMPLETE  {error}", False
     size = sum(file["size_bytes"] for file in manifest.files.values())
     skipped = len(manifest.counters.get("skipped_steps", []))
     trees = ", ".join(manifest.trees)
-    return f"{path.name}  {size / 2**20:.1f} MiB  {manifest.world_size} ranks  {skipped} skipped  [{trees}]", True
+    return f"{name_of(step)}  {size / 2**20:.1f} MiB  {manifest.world_size} ranks  {skipped} skipped  [{trees}]", True
 
 
-def verify(path: Path) -> tuple[str, bool]:
+def verify(step: Store) -> tuple[str, bool]:
     """One line about a checkpoint after reading all of it, and whether it is sound."""
-    problems = checkpoint.verify(path)
-    return f"{path.name}  {'sound' if not problems else 'BROKEN: ' + '; '.join(problems)}", not problems
+    problems = checkpoint.verify(step)
+    return f"{name_of(step)}  {'sound' if not problems else 'BROKEN: ' + '; '.join(problems)}", not problems
+
+
+def name_of(step: Store) -> str:
+    """step-00001000"""
+    return step.url.rpartition("/")[2]
 
 
 def look(args: argparse.Namespace) -> int:
@@ -54,32 +62,35 @@ def look(args: argparse.Namespace) -> int:
     line_of = {"ls": describe, "verify": verify}[args.verb]
     all_sound = True
     for path in args.paths:
-        for folder in step_folders(path):
-            line, sound = line_of(folder)
+        for step in steps_at(path):
+            line, sound = line_of(step)
             print(line, flush=True)
             all_sound &= sound
     return 0 if all_sound else 1
 
 
-def open_any(path: Path) -> Content:
-    """A checkpoint of any format that is known here; of a run folder, the newest. ValueError, CheckpointError."""
+def open_any(path: str) -> Content:
+    """A checkpoint of any format that is known here; of a run, the newest. ValueError, CheckpointError."""
     from latte_scale.checkpoint.dcp import is_dcp, open_dcp
     from latte_scale.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 
-    if not path.is_dir():
+    if "://" in path:
+        return open_native(steps_at(path)[-1])
+    folder = Path(path)
+    if not folder.is_dir():
         raise ValueError(f"{path}: expected a folder; there is none")
-    if (path / checkpoint.MANIFEST).is_file():
+    if (folder / checkpoint.MANIFEST).is_file():
         return open_native(path)
-    if is_dcp(path):
-        return open_dcp(path)
-    if is_deepspeed(path):
-        return open_deepspeed(path)
+    if is_dcp(folder):
+        return open_dcp(folder)
+    if is_deepspeed(folder):
+        return open_deepspeed(folder)
     try:
-        return open_native(step_folders(path)[-1])
+        return open_native(steps_at(path)[-1])
     except ValueError as error:
         raise ValueError(
             f"{path}: expected a run, a step folder, or a folder of DeepSpeed or torch.distributed.checkpoint; it "
-            f"holds {', '.join(sorted(entry.name for entry in path.iterdir())[:5]) or 'nothing'}"
+            f"holds {', '.join(sorted(entry.name for entry in folder.iterdir())[:5]) or 'nothing'}"
         ) from error
 
 
@@ -104,7 +115,12 @@ def convert(args: argparse.Namespace) -> int:
     if args.config is not None:
         content = replace(content, config=run_config(args.config))
     content = with_averages(content, args.ema_from_weights)
-    path = {"latte": write_native, "dcp": write_dcp, "deepspeed": write_deepspeed}[args.to](content, args.target)
+    if args.to == "latte":
+        path = write_native(content, args.target)
+    elif "://" in args.target:
+        raise ValueError(f"{args.target}: a folder of --to {args.to} is written to a disk; copy it from there")
+    else:
+        path = {"dcp": write_dcp, "deepspeed": write_deepspeed}[args.to](content, Path(args.target))
     print(f"{path}: step {content.step}, {len(content.shapes)} tensors in {', '.join(content.trees)}")
     return 0
 
@@ -146,15 +162,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, what in (("ls", "list checkpoints"), ("verify", "read them and check every byte")):
         verb = verbs.add_parser(name, help=what)
-        verb.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+        verb.add_argument("paths", nargs="+", metavar="PATH")
         verb.set_defaults(run=look)
     verb = verbs.add_parser("diff", help="what differs between two checkpoints")
-    verb.add_argument("first", type=Path, metavar="A")
-    verb.add_argument("second", type=Path, metavar="B")
+    verb.add_argument("first", metavar="A")
+    verb.add_argument("second", metavar="B")
     verb.set_defaults(run=diff)
     verb = verbs.add_parser("convert", help="to and from DeepSpeed's and torch's folders")
-    verb.add_argument("source", type=Path, metavar="SOURCE")
-    verb.add_argument("target", type=Path, metavar="TARGET", help="a new folder; for latte, the checkpoints folder")
+    verb.add_argument("source", metavar="SOURCE")
+    verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
     verb.add_argument("--to", choices=FORMATS, required=True)
     verb.add_argument("--config", type=Path, help="the run's config, for a source that does not hold it")
     verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
@@ -167,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, checkpoint.CheckpointError) as error:
+    except (ValueError, checkpoint.CheckpointError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -5,7 +5,7 @@ it. `load_config` reads a YAML file and overrides; `check_data` in train.py hold
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.optim import OptimSettings
 from latte_scale.run.tracking import LogSettings
-from latte_scale.store import StoreSettings
+from latte_scale.store import Store, StoreSettings, open_store
 from latte_scale.validation.settings import ValidationSettings
 
 # Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
@@ -205,8 +205,13 @@ class Config:
 
     @property
     def checkpoint_dir(self) -> str:
-        """The folder that holds step-XXXXXXXX/ folders."""
+        """The folder or s3:// prefix that holds the step-XXXXXXXX/."""
         return self.checkpoint.dir or str(Path(self.run.dir) / "checkpoints")
+
+    @property
+    def checkpoint_store(self) -> Store:
+        """The same, reached as the `store` section says, but never through its cache: a checkpoint is read once."""
+        return open_store(self.checkpoint_dir, replace(self.store, cache_dir=None))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -87,7 +86,8 @@ def train(
     """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
     if config.train.deterministic:
         make_deterministic()
-    found, broken = find_newest_sound(config.checkpoint_dir, ranks)
+    checkpoints = config.checkpoint_store
+    found, broken = find_newest_sound(checkpoints, ranks)
 
     # Data: what is stored, whether it fits the model, and which samples form step k.
     datasets = open_datasets(config.data, config.store)
@@ -112,8 +112,8 @@ def train(
     validator.rewind(progress.step)
     folder.write_config(config)
     note_facts(folder, ranks, fingerprint)
-    set_aside = [path for path, _ in broken]
-    checkpointer = Checkpointer(config.checkpoint_dir, config.checkpoint, ranks, set_aside, fence.check)
+    set_aside = [url for url, _ in broken]
+    checkpointer = Checkpointer(checkpoints, config.checkpoint, ranks, set_aside, fence.check, folder.run_id)
     saved = part_of_copies(trees, engine.replica, engine.num_replicas)
     checkpointer.check_room(saved)
     trackers = make_trackers(config, folder, progress, last_logged)
@@ -284,9 +284,9 @@ def resume(
     if manifest.data_fingerprint != fingerprint:
         if "data" not in allow_change:
             raise StopRunError(
-                f"{found.path} was trained on other data, or in another order: expected plan "
+                f"{found.url} was trained on other data, or in another order: expected plan "
                 f"{manifest.data_fingerprint[:16]}, came {fingerprint[:16]}. Restore the data set (latte-data "
-                f"verify), start a new run with model.init={found.path}, or pass --allow-change data to go on with it"
+                f"verify), start a new run with model.init={found.url}, or pass --allow-change data to go on with it"
             )
         logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, fingerprint)
     load_into(found, trees)
@@ -296,7 +296,7 @@ def resume(
 
 
 def rewind_log(
-    folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[Path, str]]
+    folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[str, str]]
 ) -> int:
     """Take back the logged steps after the checkpoint, which run again, and say so (rank 0).
 
@@ -307,10 +307,10 @@ def rewind_log(
     replayed = MetricsFile(folder.metrics_path).rewind(progress.step, folder.logs / "rewound.jsonl")
     if found is None and not replayed:
         return -1
-    source = "the start: no checkpoint was complete" if found is None else str(found.path)
+    source = "the start: no checkpoint was complete" if found is None else found.url
     again = f", steps {replayed[0]} to {replayed[-1]} are run again" if replayed else ""
     console.print(f"resumed at step {progress.step} from {source}{again}")
-    problems = [f"{path}: {problem}" for path, problem in broken]
+    problems = [f"{url}: {problem}" for url, problem in broken]
     for problem in problems:
         console.print(f"broken checkpoint set aside: {problem}", markup=False)
     folder.note_restart(progress.step, source, replayed, problems)

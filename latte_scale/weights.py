@@ -1,12 +1,13 @@
 """Weights from wherever they lie: a run's checkpoint, or a folder that `latte-scale import` or `export` wrote.
 
-In: a path, optionally `PATH#TREE` to choose among a checkpoint's trees ("model" for the raw weights, "ema/0.999" for
-one decay; by default the first EMA). Out: what the model is and a full fp32 state dict on the host. For sampling,
-export and the start of a new run (`model.init`); a resume reads its own shards instead and never comes here.
+In: a path, or an s3:// URL of checkpoints, optionally `PATH#TREE` to choose among a checkpoint's trees ("model" for the
+raw weights, "ema/0.999" for one decay; by default the first EMA). Out: what the model is and a full fp32 state dict on
+the host. For sampling, export and the start of a new run (`model.init`); a resume reads its own shards instead and
+never comes here.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from latte_scale.model.latte import Latte
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import read_transformer
+from latte_scale.store import Store, StoreSettings, open_store
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
 
@@ -65,7 +67,7 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
         root = Path(source.partition("#")[0])
         architecture, state_dict = read_transformer(root)
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
-    state_dict = checkpoint.load_full(stored.checkpoint.path, stored.tree)
+    state_dict = checkpoint.load_full(stored.checkpoint.store, stored.tree)
     return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
 
 
@@ -75,18 +77,23 @@ def find_stored(source: str, tree: str | None = None) -> Stored | None:
     root = Path(path)
     if root.suffix in (".safetensors", ".json") and root.is_file():
         return None
-    if root.is_file():
+    if "://" not in path and root.is_file():
         raise ValueError(f"{root}: expected a folder, came a file; bring it in with latte-scale import --source {root}")
-    if not root.is_dir():
+    if "://" not in path and not root.is_dir():
         raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
-    step_folder = find_step_folder(root)
-    if step_folder is None:
+    step = find_step(path)
+    if step is None and "://" in path:
+        raise ValueError(
+            f"{path}: expected a checkpoint or a place with some, none is there; a folder of weights is read from a "
+            "disk: copy it there"
+        )
+    if step is None:
         return None
-    found = checkpoint.open_checkpoint(step_folder)
-    name, config = _tree_name(tree or named or "ema", found.manifest.trees, step_folder), found.manifest.config
-    architecture = _architecture(config["model"], str(step_folder))
-    diffusion = settings.from_mapping(DiffusionSettings, config["diffusion"], str(step_folder), "diffusion.")
-    return Stored(f"{step_folder}#{name}", found, name, architecture, diffusion, config)
+    found = checkpoint.open_checkpoint(step)
+    name, config = _tree_name(tree or named or "ema", found.manifest.trees, step.url), found.manifest.config
+    architecture = _architecture(config["model"], step.url)
+    diffusion = settings.from_mapping(DiffusionSettings, config["diffusion"], step.url, "diffusion.")
+    return Stored(f"{step.url}#{name}", found, name, architecture, diffusion, config)
 
 
 def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings:
@@ -108,26 +115,37 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
     return DiffusionSettings()
 
 
-def find_step_folder(root: Path) -> Path | None:
-    """The step folder that `root` is, or the newest sound one of a run or checkpoints folder; None if there is none.
+def find_step(where: str) -> Store | None:
+    """The checkpoint that `where` is, or the newest sound one of a run or a place with checkpoints; None without any.
 
     Raises CheckpointError if checkpoints are there and none is sound.
     """
-    if (root / checkpoint.MANIFEST).exists():
-        return root
     problems = []
-    for folder in (root, root / "checkpoints"):
-        for path in reversed(checkpoint.step_folders(folder)):
-            found = checkpoint.verify(path)
+    for place in places(where):
+        if place.exists(checkpoint.MANIFEST):
+            return place
+        for step in reversed(checkpoint.list_steps(place)):
+            found = checkpoint.verify(step)
             if not found:
-                return path
-            problems += [f"  {path}: {problem}" for problem in found]
+                return step
+            problems += [f"  {step.url}: {problem}" for problem in found]
     if problems:
-        raise checkpoint.CheckpointError(f"{root} holds checkpoints and none is sound:\n" + "\n".join(problems))
+        raise checkpoint.CheckpointError(f"{where} holds checkpoints and none is sound:\n" + "\n".join(problems))
     return None
 
 
-def _tree_name(wanted: str, trees: list[str], where: Path) -> str:
+def places(where: str) -> list[Store]:
+    """Where the checkpoints of `where` may lie: there, below it and, for a run's folder, where its config says."""
+    root = open_store(where)
+    found, config = [root, root.below("checkpoints")], Path(where) / "config.yaml"
+    section = settings.read_mapping(config) if "://" not in where and config.is_file() else {}
+    if folder := (section.get("checkpoint") or {}).get("dir"):
+        reached = settings.from_mapping(StoreSettings, section.get("store") or {}, str(config), "store.")
+        found.append(open_store(folder, replace(reached, cache_dir=None)))
+    return found
+
+
+def _tree_name(wanted: str, trees: list[str], where: str) -> str:
     averages = [name for name in trees if name.startswith("ema/")]
     if wanted == "ema" and not averages:
         raise ValueError(f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights")

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # What a report page is made of: it only reads run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
-    "weights": {"checkpoint", "diffusion", "model", "settings"},
+    "weights": {"checkpoint", "diffusion", "model", "settings", "store"},
     # Requests, models and walks from noise to videos, for everything that samples: the command and validation.
     "sampling": {
         "sampling",

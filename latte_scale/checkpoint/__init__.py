@@ -1,8 +1,9 @@
 """Checkpoints: complete or not there, from any engine and any number of ranks into any other.
 
-`format` says what a checkpoint folder holds, `load` finds the newest sound one and reads it, `save` writes one in the
-background (`write`), through the few functions of `disk`. Beside training: `content` compares checkpoints of any format
-and converts them, with `dcp` for torch's and `deepspeed` for DeepSpeed's.
+`format` says what a checkpoint holds, `load` finds the newest sound one and reads it, `save` writes one in the
+background (`write`). `depot` is what they know of the place: `folder` (by the few functions of `disk`) or `bucket`.
+Beside training: `content` compares checkpoints of any format and converts them, with `dcp` for torch's and `deepspeed`
+for DeepSpeed's.
 """
 
 from latte_scale.checkpoint.format import (
@@ -18,11 +19,10 @@ from latte_scale.checkpoint.format import (
 )
 from latte_scale.checkpoint.load import (
     find_newest_sound,
-    list_checkpoints,
+    list_steps,
     load_full,
     load_into,
     open_checkpoint,
-    step_folders,
     verify,
     verify_in_shares,
 )
@@ -40,13 +40,12 @@ __all__ = [
     "Piece",
     "Trees",
     "find_newest_sound",
-    "list_checkpoints",
+    "list_steps",
     "load_full",
     "load_into",
     "open_checkpoint",
     "part_of_copies",
     "state_trees",
-    "step_folders",
     "verify",
     "verify_in_shares",
 ]

@@ -1,11 +1,13 @@
 """What a checkpoint holds, whatever its format: the middle between this project's folders, DeepSpeed's and torch's.
 
-In: a folder. Out: `Content`, whose tensors are read one at a time, so that a conversion or a comparison holds one
-tensor and not the state. What no other format has a place for (counters, configuration, fingerprint of the data, the
-averages' names) travels in `latte_scale.json` beside it, so that a checkpoint comes back as it went.
+In: a folder, or a step in a bucket. Out: `Content`, whose tensors are read one at a time, so that a conversion or a
+comparison holds one tensor and not the state. What no other format has a place for (counters, configuration,
+fingerprint of the data, the averages' names) travels in `latte_scale.json` beside it, so that a checkpoint comes back
+as it went.
 """
 
 import json
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 
 from latte_scale.checkpoint import disk
-from latte_scale.checkpoint.format import CheckpointError, Manifest, file_name, folder_name
+from latte_scale.checkpoint.depot import open_depot
+from latte_scale.checkpoint.format import CheckpointError, Manifest, TensorFile, file_name
 from latte_scale.checkpoint.load import Reader, open_checkpoint, verify
-from latte_scale.checkpoint.write import commit
+from latte_scale.store import Store
 
 FACTS = "latte_scale.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Content:
     """One checkpoint."""
 
-    path: Path
+    path: str  # or URL
     step: int
     trees: tuple[str, ...]  # "model", "ema/0.9999", "optim/exp_avg" ...
     shapes: dict[str, tuple[int, ...]]  # of every tensor, the same in all trees
@@ -40,16 +43,16 @@ class Content:
     read: Callable[[str, str], Tensor]  # (tree, name) -> the whole tensor, fp32 on the host
 
 
-def open_native(path: Path) -> Content:
-    """A step folder of this project, every byte held to its checksum. Raises CheckpointError."""
-    problems = verify(path)
+def open_native(where: str | Path | Store) -> Content:
+    """A checkpoint of this project, every byte held to its checksum. Raises CheckpointError."""
+    problems = verify(where)
     if problems:
-        raise CheckpointError(f"{path} is not sound: {'; '.join(problems)}")
-    checkpoint = open_checkpoint(path)
+        raise CheckpointError(f"{where} is not sound: {'; '.join(problems)}")
+    checkpoint = open_checkpoint(where)
     manifest = checkpoint.manifest
     shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}
     return Content(
-        path,
+        checkpoint.url,
         manifest.step,
         tuple(manifest.trees),
         shapes,
@@ -60,35 +63,51 @@ def open_native(path: Path) -> Content:
     )
 
 
-def write_native(content: Content, folder: Path) -> Path:
-    """Write a step folder below `folder`, as one rank would have; the folder's path. Raises CheckpointError."""
+def write_native(content: Content, where: str | Path | Store) -> str:
+    """Write a checkpoint below a folder or s3:// prefix, as one rank would have; its URL. Raises CheckpointError."""
     if content.config is None:
         raise CheckpointError(
             f"{content.path} says nothing of the run that it belongs to; pass --config CONFIG.yaml, the config that "
             "goes on with it (a run's config.yaml has the resolved one)"
         )
-    final = folder / folder_name(content.step)
-    with complete(final) as temporary:
+    sizes = {name: torch.Size(shape).numel() for name, shape in content.shapes.items()}
+    held = [(name, size) for name, size in sizes.items() if size]
+    draft = open_depot(where).begin(content.step, len(content.trees) * 4 * sum(sizes.values()))
+    try:
         files = {}
         for tree in content.trees:
-            sizes = [(name, torch.Size(shape).numel()) for name, shape in content.shapes.items()]
-            held = [(name, size) for name, size in sizes if size]
-            arrays = (content.read(tree, name).contiguous().view(-1).numpy() for name, _ in held)
-            name = file_name(tree, 0)
-            files[name] = disk.write_tensors(temporary / name, held, arrays, {"tree": tree, "rank": "0"})
+            file = TensorFile(held, _one_at_a_time(content, tree), {"tree": tree, "rank": "0"})
+            files |= draft.write(file_name(tree, 0), file)
         manifest = Manifest(
             step=content.step,
             world_size=1,
             trees=list(content.trees),
             shapes={name: list(shape) for name, shape in content.shapes.items()},
-            pieces={name: [[0, 0, size]] if size else [] for name, size in sizes},
+            pieces={name: [[0, 0, size]] if size else [] for name, size in sizes.items()},
             files=files,
             counters=content.counters,
             config=content.config,
             data_fingerprint=content.data_fingerprint,
         )
-        commit(temporary, final, manifest)
-    return final
+        draft.commit(manifest, lambda: None)
+    except BaseException:
+        draft.discard()
+        raise
+    return draft.url
+
+
+def _one_at_a_time(content: Content, tree: str) -> Callable[[str], Any]:
+    """Buffers of a tree's tensors by name. The last one is kept, for an upload asks for a tensor part by part."""
+    lock, held = threading.Lock(), {}
+
+    def array(name: str) -> Any:
+        with lock:
+            if name not in held:
+                held.clear()
+                held[name] = content.read(tree, name).contiguous().view(-1).numpy()
+            return held[name]
+
+    return array
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def open_dcp(path: Path) -> Content:
     if facts is None:
         facts = _facts_of(reader, sizes)
     counters, config, fingerprint = (facts[key] for key in ("counters", "config", "data_fingerprint"))
-    return Content(path, facts["step"], tuple(keys), shapes, counters, config, fingerprint, read)
+    return Content(str(path), facts["step"], tuple(keys), shapes, counters, config, fingerprint, read)
 
 
 def _load(reader: _Reader, key: str) -> Tensor:

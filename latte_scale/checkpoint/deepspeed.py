@@ -174,7 +174,7 @@ class _Partitions:
             raise CheckpointError(f"{self.tag}: expected AdamW's moments, {', '.join(missing)} are not there")
         updates = int(self.moments(0, 0)["step"])
         counters = {"skipped_steps": [], "updates": updates}
-        return Content(self.tag, updates, tuple(KEYS), shapes, counters, None, "", self.read)
+        return Content(str(self.tag), updates, tuple(KEYS), shapes, counters, None, "", self.read)
 
 
 # --------------------------------------------------------------------------------------------- the universal layout
@@ -198,9 +198,9 @@ def _open_universal(tag: Path) -> Content:
         step_file = folders[0] / "step.pt"
         updates = int(load_file(step_file) if step_file.is_file() else state[0]["step"])
         counters = {"skipped_steps": [], "updates": updates}
-        return Content(tag, updates, tuple(KEYS), shapes, counters, None, "", read)
+        return Content(str(tag), updates, tuple(KEYS), shapes, counters, None, "", read)
     counters, config, fingerprint = (facts[key] for key in ("counters", "config", "data_fingerprint"))
-    return Content(tag, facts["step"], tuple(facts["trees"]), shapes, counters, config, fingerprint, read)
+    return Content(str(tag), facts["step"], tuple(facts["trees"]), shapes, counters, config, fingerprint, read)
 
 
 def write_deepspeed(content: Content, target: Path) -> Path:

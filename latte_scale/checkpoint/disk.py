@@ -2,14 +2,12 @@
 
 In: paths and buffers. Out: files and folders. The decision worth knowing: whatever changes the disk is one of the
 functions in CHANGES, called through this module, so that tests kill or fail the process before, after and in the middle
-of each of them in turn, and so that another kind of store has one file to take the place of.
+of each of them in turn.
 """
 
-import itertools
-import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,27 +66,6 @@ def write_file(path: Path, blobs: Iterable[Any]) -> dict[str, int]:
                 size += len(chunk)
         flush(file.fileno())
     return {"size_bytes": size, "crc32c": crc}
-
-
-def write_tensors(
-    path: Path, sizes: Sequence[tuple[str, int]], arrays: Iterable[Any], metadata: dict[str, str]
-) -> dict[str, int]:
-    """Write 1-D float32 arrays as a safetensors file, one at a time; its size_bytes and crc32c.
-
-    Args:
-        path: a file that does not exist yet.
-        sizes: name and number of elements of each tensor, in the order of `arrays`; empty ones are left out by both.
-        arrays: buffers of that many float32, asked for when it is their turn.
-        metadata: strings kept in the file's header.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, size in sizes:
-        start, end = end, end + 4 * size
-        header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for 8-byte alignment of the data
-    return write_file(path, itertools.chain([len(text).to_bytes(8, "little") + text], arrays))
 
 
 def sync_folder(path: Path) -> None:

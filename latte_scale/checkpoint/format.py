@@ -1,17 +1,19 @@
-"""What a checkpoint is: the files of a `step-00001000/` folder and the manifest over them.
+"""What a checkpoint is: the files of a `step-00001000/`, on a disk or in an object store, and the manifest over them.
 
 For each tree of tensors ("model", "ema/0.9999", "optim/exp_avg", "optim/exp_avg_sq") and each rank that saved, one
 safetensors file with that rank's 1-D pieces, and over them `manifest.json`: which rank held which range of which
 tensor, sizes and crc32c of the files, counters, configuration, and a checksum of itself.
 The decision worth knowing: a piece is a range of the flattened tensor, so a reader needs only the byte ranges that
-overlap its own piece, whoever wrote them, and nothing is gathered.
+overlap its own piece, whoever wrote them, and nothing is gathered. Names of files are relative to the manifest, so a
+checkpoint that was copied from one kind of store to the other is one there.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.engine.base import LocalShard
-from latte_scale.store import MissingError, StoreError, open_store
+from latte_scale.store import CredentialsError, MissingError, Store, StoreError, TransientError
 
 FORMAT = "latte_scale checkpoint"
 FORMAT_VERSION = 1
@@ -29,6 +31,10 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, found, trusted or used; the message names the folder and what to do."""
+
+
+UNKNOWN = (TransientError, CredentialsError)
+"""Errors of a store that say nothing about the checkpoint in it: it must not be taken for a broken one."""
 
 
 class Piece(NamedTuple):
@@ -54,7 +60,7 @@ class Manifest:
     trees: list[str]
     shapes: dict[str, list[int]]  # of every tensor, the same in all trees; all are float32
     pieces: dict[str, list[list[int]]]  # tensor -> [rank, start, stop], by start; together they tile the tensor
-    files: dict[str, dict[str, int]]  # file -> size_bytes, crc32c
+    files: dict[str, dict[str, int]]  # name, relative to the manifest -> size_bytes, crc32c
     counters: dict[str, Any]
     config: dict[str, Any]
     data_fingerprint: str
@@ -64,8 +70,13 @@ class Manifest:
 class Checkpoint:
     """A committed checkpoint."""
 
-    path: Path
+    store: Store  # its folder, or the prefix of its objects
     manifest: Manifest
+
+    @property
+    def url(self) -> str:
+        """Where it is, for people and for `open_checkpoint`."""
+        return self.store.url
 
 
 def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[Tensor]]) -> Trees:
@@ -121,29 +132,33 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint folder. CheckpointError that says what is wrong with it."""
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a checkpoint. CheckpointError that says what is wrong with it, or one of UNKNOWN."""
+    where = store.join(MANIFEST)
     try:
-        content = json.loads(open_store(path).read(MANIFEST))
+        content = json.loads(store.read(MANIFEST))
     except MissingError as error:
-        raise CheckpointError(f"{path} has no {MANIFEST}: it was never completed, or is no checkpoint") from error
+        raise CheckpointError(f"{store.url} has no {MANIFEST}: it was never completed, or is no checkpoint") from error
+    except UNKNOWN:
+        raise
     except StoreError as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error}") from error
+        raise CheckpointError(f"{where} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST} is not of a {FORMAT}: another program wrote it")
+        raise CheckpointError(f"{where} is not of a {FORMAT}: another program wrote it")
     if content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {content.get('format_version')}, this release reads {FORMAT_VERSION}; "
+            f"{store.url} has format version {content.get('format_version')}, this release reads {FORMAT_VERSION}; "
             "use the release that wrote it"
         )
     stored = content.pop("crc32c", None)
     if stored != google_crc32c.value(_json(content)):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its checksum does not fit its content")
+        raise CheckpointError(f"{where} is damaged: its checksum does not fit its content")
     manifest = Manifest(**{key: value for key, value in content.items() if key not in ("format", "format_version")})
-    if path.name != folder_name(manifest.step) and STEP_FOLDER.fullmatch(path.name):
-        raise CheckpointError(f"{path} holds step {manifest.step}: the folder was renamed; rename it back")
+    name = store.url.rpartition("/")[2]
+    if name != folder_name(manifest.step) and STEP_FOLDER.fullmatch(name):
+        raise CheckpointError(f"{store.url} holds step {manifest.step}: the folder was renamed; rename it back")
     return manifest
 
 
@@ -157,3 +172,63 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], pieces: Mapping[str, Seque
             position = stop
         if position != torch.Size(shape).numel():
             raise CheckpointError(f"tensor {name} of shape {tuple(shape)}: its pieces end at element {position}")
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless every file of the manifest is there at its size. Looks at no content."""
+    sizes = checkpoint.store.sizes()
+    for name, expected in checkpoint.manifest.files.items():
+        if sizes.get(name) != expected["size_bytes"]:
+            raise CheckpointError(f"{checkpoint.store.join(name)} is not there with {expected['size_bytes']} bytes")
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+class TensorFile:
+    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range; nothing of them is kept here."""
+
+    def __init__(
+        self, sizes: Sequence[tuple[str, int]], array: Callable[[str], Any], metadata: Mapping[str, str]
+    ) -> None:
+        """
+        Args:
+            sizes: name and number of elements of each tensor, in the order of the file; none is empty.
+            array: a buffer of that many float32, by name; asked for again whenever it is needed.
+            metadata: strings kept in the file's header.
+        """
+        ends = list(itertools.accumulate((4 * size for _, size in sizes), initial=0))
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        for (name, size), start in zip(sizes, ends, strict=False):
+            header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [start, start + 4 * size]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format asks for 8-byte alignment of the data
+        self._head = len(text).to_bytes(8, "little") + text
+        self._names, self._array = [name for name, _ in sizes], array
+        self._starts = [0, *(len(self._head) + end for end in ends)]  # of the header, each tensor, and the end
+        self.size_bytes = self._starts[-1]
+
+    def blobs(self) -> Iterator[memoryview]:
+        """All of it in order: the header, then one tensor at a time."""
+        return (self._blob(number) for number in range(len(self._starts) - 1))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size), which lie inside the file."""
+        parts, stop = [], offset + size
+        number = bisect_right(self._starts, offset) - 1
+        while offset < stop:
+            start = self._starts[number]
+            parts.append(self._blob(number)[offset - start : stop - start])
+            number += 1
+            offset = self._starts[number]
+        return b"".join(parts)
+
+    def _blob(self, number: int) -> memoryview:
+        return memoryview(self._array(self._names[number - 1]) if number else self._head).cast("B")
+
+
+def pieces_file(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> TensorFile:
+    """The file of the pieces that are not empty."""
+    held = {piece.name: piece.tensor for piece in pieces if piece.tensor.numel()}
+    sizes = [(name, tensor.numel()) for name, tensor in held.items()]
+    return TensorFile(sizes, lambda name: held[name].detach().cpu().numpy(), metadata)

@@ -1,19 +1,24 @@
 """Finding the newest sound checkpoint, and loading any of it into any engine on any number of ranks.
 
-In: a folder of checkpoints. Out: the newest whose every byte fits its checksums, and this rank's pieces filled from it.
+In: a folder or s3:// prefix of checkpoints. Out: the newest whose every byte fits its checksums, and this rank's pieces
+filled from it.
+The decision worth knowing: ranges that lie near each other in a file are read together, because a bucket answers a
+thousand small reads in a minute and one large one in a second.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import google_crc32c
 import torch
 from torch import Tensor
 
+from latte_scale.checkpoint.depot import Depot, open_depot
 from latte_scale.checkpoint.format import (
-    STEP_FOLDER,
+    UNKNOWN,
     Checkpoint,
     CheckpointError,
     Piece,
@@ -27,23 +32,35 @@ from latte_scale.store import Store, StoreError, open_store
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 4 * 2**20
-"""Read and checksummed at a time."""
+NEAR_CHUNK_BYTES = 4 * 2**20
+"""Read and checksummed at a time from a disk."""
+FAR_CHUNK_BYTES = 64 * 2**20
+"""From an object store, which is asked for its parts side by side."""
+GAP_BYTES = 2**18
+"""Bytes between two wanted ranges that are read along rather than asked for apart."""
 
 # ------------------------------------------------------------------------------------------- verifying and finding
 
 
+def chunk_bytes(store: Store) -> int:
+    """How much to read at a time."""
+    return FAR_CHUNK_BYTES if store.is_far else NEAR_CHUNK_BYTES
+
+
 def crc32c_of(store: Store, name: str) -> int:
     """crc32c of a stored file, read in chunks."""
-    crc, size = 0, store.size(name)
-    for offset in range(0, size, CHUNK_BYTES):
-        crc = google_crc32c.extend(crc, store.read(name, offset, min(CHUNK_BYTES, size - offset)))
+    crc, size, step = 0, store.size(name), chunk_bytes(store)
+    for offset in range(0, size, step):
+        crc = google_crc32c.extend(crc, store.read(name, offset, min(step, size - offset)))
     return crc
 
 
 def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
-    """What is wrong with these files of a checkpoint; empty if their sizes and checksums fit the manifest."""
-    store, problems = open_store(checkpoint.path), []
+    """What is wrong with these files of a checkpoint; empty if their sizes and checksums fit the manifest.
+
+    Raises one of UNKNOWN where a store cannot be reached: that is no fault of the checkpoint.
+    """
+    store, problems = checkpoint.store, []
     for name in names:
         expected = checkpoint.manifest.files[name]
         try:
@@ -52,83 +69,102 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
                 problems.append(f"{name} has {size} bytes, expected {expected['size_bytes']}: truncated or replaced")
             elif crc32c_of(store, name) != expected["crc32c"]:
                 problems.append(f"{name} is damaged: its checksum does not fit the manifest")
+        except UNKNOWN:
+            raise
         except StoreError as error:
             problems.append(f"{name} cannot be read: {error}")
     return problems
 
 
-def verify(path: str | Path) -> list[str]:
-    """Everything that is wrong with a checkpoint folder, every byte read; empty if it is sound."""
+def verify(where: str | Path | Store) -> list[str]:
+    """Everything that is wrong with a checkpoint, every byte read; empty if it is sound. Raises one of UNKNOWN."""
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(where)
     except CheckpointError as error:
         return [str(error)]
     return verify_files(checkpoint, sorted(checkpoint.manifest.files))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint folder by its manifest; the files are not read. CheckpointError if it is not a complete one."""
-    path = Path(path)
-    manifest = read_manifest(path)
+def open_checkpoint(where: str | Path | Store) -> Checkpoint:
+    """A checkpoint (`.../step-00001000`) by its manifest; its files are not read.
+
+    Raises CheckpointError if it is not a complete one, one of UNKNOWN if that cannot be told.
+    """
+    store = where if isinstance(where, Store) else open_store(where)
+    manifest = read_manifest(store)
     check_tiling(manifest.shapes, manifest.pieces)
-    return Checkpoint(path, manifest)
+    return Checkpoint(store, manifest)
 
 
 def verify_in_shares(checkpoint: Checkpoint, ranks: Ranks, tree: str) -> None:
     """CheckpointError on all ranks if a file of one tree is damaged; each rank reads its share. A collective."""
-    pieces = checkpoint.manifest.pieces.values()
-    names = sorted({file_name(tree, rank) for ranges in pieces for rank, start, stop in ranges})
-    problems = ranks.all_gather_object(verify_files(checkpoint, names[ranks.rank :: ranks.size]))
-    if any(problems):
-        found = "; ".join(problem for share in problems for problem in share)
-        raise CheckpointError(f"{checkpoint.path} is not sound: {found}; use another checkpoint")
+    names = Reader(checkpoint).files_of(tree)
+    shares = ranks.all_gather_object(_verify_share(checkpoint, names[ranks.rank :: ranks.size]))
+    found = "; ".join([problem for share, _ in shares for problem in share] + [why for _, why in shares if why])
+    if found:
+        raise CheckpointError(f"{checkpoint.url} is not sound: {found}; use another checkpoint")
 
 
-def step_folders(folder: str | Path) -> list[Path]:
-    """Folders named as checkpoints, oldest first, committed or not; none if `folder` does not exist."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+def list_steps(where: str | Path | Store) -> list[Store]:
+    """What is named as a checkpoint in a place, oldest first, sound or not; nothing if the place is not there."""
+    return open_depot(where).steps()
 
 
-def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
-    """Committed checkpoints, oldest first. Their files are not read; folders without a sound manifest are left out."""
+def list_checkpoints(depot: Depot) -> list[Checkpoint]:
+    """Committed checkpoints, oldest first. Their files are not read; those without a sound manifest are left out."""
     checkpoints = []
-    for path in step_folders(folder):
+    for store in depot.steps():
         try:
-            checkpoints.append(open_checkpoint(path))
+            checkpoints.append(open_checkpoint(store))
         except CheckpointError:
             continue  # not committed: `verify` says why
     return checkpoints
 
 
-def find_newest_sound(folder: str | Path, ranks: Ranks) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint whose every byte fits its checksums, and (path, problem) of each broken newer one.
+def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
+    """The newest checkpoint whose every byte fits its checksums, and (url, problem) of each broken newer one.
 
-    A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if the
-    folder holds no checkpoint at all. Raises CheckpointError on all ranks if it holds some and none is sound.
+    A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if there
+    is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is sound, or if the store
+    does not let itself be read: what cannot be seen is not taken for broken.
     """
-    problems: list[tuple[Path, str]] = []
-    for path in reversed(on_rank_0(ranks, lambda: step_folders(folder))):
-        try:
-            checkpoint = on_rank_0(ranks, lambda path=path: open_checkpoint(path))
-        except CheckpointError as error:
-            problems.append((path, str(error)))
+    problems: list[tuple[str, str]] = []
+    for store in reversed(on_rank_0(ranks, lambda: open_depot(where).steps())):
+        checkpoint, problem = on_rank_0(ranks, lambda store=store: _open_or_problem(store))
+        if checkpoint is None:
+            problems.append((store.url, problem))
             continue
         by_size = sorted(checkpoint.manifest.files, key=lambda name: -checkpoint.manifest.files[name]["size_bytes"])
-        found = ranks.all_gather_object(verify_files(checkpoint, by_size[ranks.rank :: ranks.size]))
-        if not any(found):
+        shares = ranks.all_gather_object(_verify_share(checkpoint, by_size[ranks.rank :: ranks.size]))
+        failures = [failure for _, failure in shares if failure]
+        if failures:
+            raise CheckpointError(f"{store.url} cannot be verified, so the run does not start: {failures[0]}")
+        found = [problem for share, _ in shares for problem in share]
+        if not found:
             return checkpoint, problems
-        problems.append((path, "; ".join(problem for share in found for problem in share)))
+        problems.append((store.url, "; ".join(found)))
     if problems:
-        listing = "\n".join(f"  {path}: {problem}" for path, problem in problems)
+        listing = "\n".join(f"  {url}: {problem}" for url, problem in problems)
         raise CheckpointError(
-            f"{folder} holds checkpoints and none is sound, so the run does not start from zero:\n{listing}\n"
-            "restore one, or move them away to start anew"
+            f"{where.url if isinstance(where, Store) else where} holds checkpoints and none is sound, so the run does "
+            f"not start from zero:\n{listing}\nrestore one, or move them away to start anew"
         )
     return None, []
+
+
+def _open_or_problem(store: Store) -> tuple[Checkpoint | None, str]:
+    try:
+        return open_checkpoint(store), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[str], str]:
+    """(what is wrong with the files, why that could not be told)."""
+    try:
+        return verify_files(checkpoint, names), ""
+    except UNKNOWN as error:
+        return [], str(error)
 
 
 def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
@@ -152,39 +188,43 @@ def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
 def load_into(checkpoint: Checkpoint, trees: Trees) -> None:
     """Fill this rank's pieces from a verified checkpoint that any engine on any number of ranks wrote.
 
-    Reads only the bytes that overlap, CHUNK_BYTES at a time. Needs Engine.after_load and Ema.after_load afterwards.
-    Raises CheckpointError if a tree or tensor is missing, or a shape differs.
+    Reads only the bytes that overlap, and holds one chunk of them. Needs Engine.after_load and Ema.after_load
+    afterwards. Raises CheckpointError if a tree or tensor is missing, or a shape differs.
     """
     manifest = checkpoint.manifest
     missing = sorted(set(trees) - set(manifest.trees))
     if missing:
-        raise CheckpointError(f"{checkpoint.path} has no {', '.join(missing)}; it has {', '.join(manifest.trees)}")
+        raise CheckpointError(f"{checkpoint.url} has no {', '.join(missing)}; it has {', '.join(manifest.trees)}")
     reader = Reader(checkpoint)
     for tree, pieces in trees.items():
         _check_shapes(checkpoint, {piece.name: piece.shape for piece in pieces})
-        for piece in pieces:
-            reader.fill(tree, piece)
+        reader.fill(tree, pieces)
 
 
-def load_full(path: str | Path, tree: str = "model") -> dict[str, Tensor]:
+def load_full(where: str | Path | Store, tree: str = "model") -> dict[str, Tensor]:
     """All tensors of one tree, whole, on the CPU: for sampling, export and model.init. Verifies the files it reads.
 
     Args:
-        path: a checkpoint folder.
+        where: a checkpoint.
         tree: "model", or an average such as "ema/0.9999".
 
     Raises CheckpointError if the checkpoint or the tree is not there, or a file is damaged.
     """
-    checkpoint = open_checkpoint(path)
-    manifest = checkpoint.manifest
+    checkpoint = open_checkpoint(where)
+    manifest, reader = checkpoint.manifest, Reader(checkpoint)
     if tree not in manifest.trees:
-        raise CheckpointError(f"{path} has no tree {tree!r}; it has {', '.join(manifest.trees)}")
-    names = {file_name(tree, rank) for pieces in manifest.pieces.values() for rank, start, stop in pieces}
-    problems = verify_files(checkpoint, sorted(names))
+        raise CheckpointError(f"{checkpoint.url} has no tree {tree!r}; it has {', '.join(manifest.trees)}")
+    problems = verify_files(checkpoint, reader.files_of(tree))
     if problems:
-        raise CheckpointError(f"{path} is not sound: {'; '.join(problems)}; use another checkpoint")
-    reader = Reader(checkpoint)
-    return {name: reader.tensor(tree, name) for name in manifest.shapes}
+        raise CheckpointError(f"{checkpoint.url} is not sound: {'; '.join(problems)}; use another checkpoint")
+    tensors = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest.shapes.items()}
+    reader.fill(tree, [whole_piece(name, tensor) for name, tensor in tensors.items()])
+    return tensors
+
+
+def whole_piece(name: str, tensor: Tensor) -> Piece:
+    """A contiguous tensor as the one piece of itself."""
+    return Piece(name, tuple(tensor.shape), 0, tensor.numel(), tensor.view(-1))
 
 
 def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -197,8 +237,16 @@ def _check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]])
         if stored.get(name) != shapes.get(name)
     ]
     raise CheckpointError(
-        f"{checkpoint.path} is of another model: {len(differences)} tensors differ, first {'; '.join(differences[:3])}"
+        f"{checkpoint.url} is of another model: {len(differences)} tensors differ, first {'; '.join(differences[:3])}"
     )
+
+
+class _Wanted(NamedTuple):
+    """A range of a file, and where it goes."""
+
+    start: int  # byte
+    stop: int
+    target: Tensor  # 1-D, (stop - start) / 4 elements
 
 
 class Reader:
@@ -206,26 +254,48 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._pieces, self._shapes = checkpoint.manifest.pieces, checkpoint.manifest.shapes
-        self._store = open_store(checkpoint.path)
+        self._store = checkpoint.store
+        self._names = {name.rpartition("/")[2]: name for name in checkpoint.manifest.files}
         self._headers: dict[str, dict[str, int]] = {}  # file -> tensor -> byte offset of its data
 
+    def files_of(self, tree: str) -> list[str]:
+        """The files that hold a tree, by the names of the manifest."""
+        ranks = {rank for pieces in self._pieces.values() for rank, _, _ in pieces}
+        return [self._names[file_name(tree, rank)] for rank in sorted(ranks)]
+
     @torch.no_grad()
-    def fill(self, tree: str, piece: Piece) -> None:
-        """Write elements [start, stop) of the stored tensor into piece.tensor."""
-        for rank, start, stop in self._pieces[piece.name]:
-            for first, last in _chunks(max(start, piece.start), min(stop, piece.stop)):
-                file = file_name(tree, rank)
-                offset = self._offset(file, piece.name) + 4 * (first - start)
-                data = bytearray(self._store.read(file, offset, 4 * (last - first)))
-                values = torch.frombuffer(data, dtype=torch.float32)
-                piece.tensor[first - piece.start : last - piece.start].copy_(values)
+    def fill(self, tree: str, pieces: Sequence[Piece]) -> None:
+        """Write elements [start, stop) of the stored tensors into piece.tensor of each."""
+        wanted: dict[str, list[_Wanted]] = defaultdict(list)
+        for piece in pieces:
+            for file, each in self._ranges(tree, piece):
+                wanted[file].append(each)
+        for file, ranges in wanted.items():
+            for run in _runs(ranges, chunk_bytes(self._store)):
+                begin, end = run[0].start, max(each.stop for each in run)
+                data = bytearray(self._store.read(file, begin, end - begin))
+                for each in run:
+                    values = torch.frombuffer(
+                        data, dtype=torch.uint8, count=each.stop - each.start, offset=each.start - begin
+                    )
+                    each.target.copy_(values.view(torch.float32))
 
     def tensor(self, tree: str, name: str) -> Tensor:
         """One tensor of a tree, whole, fp32 on the host. Checksums are not looked at."""
-        shape = self._shapes[name]
-        tensor = torch.empty(shape, dtype=torch.float32)
-        self.fill(tree, Piece(name, tuple(shape), 0, tensor.numel(), tensor.view(-1)))
+        tensor = torch.empty(self._shapes[name], dtype=torch.float32)
+        self.fill(tree, [whole_piece(name, tensor)])
         return tensor
+
+    def _ranges(self, tree: str, piece: Piece) -> Iterator[tuple[str, _Wanted]]:
+        """(file, range) of everything stored that overlaps a piece, none longer than a chunk."""
+        step = chunk_bytes(self._store) // 4
+        for rank, start, stop in self._pieces[piece.name]:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            for begin in range(first, last, step):
+                end, file = min(begin + step, last), self._names[file_name(tree, rank)]
+                base = self._offset(file, piece.name) - 4 * start
+                target = piece.tensor[begin - piece.start : end - piece.start]
+                yield file, _Wanted(base + 4 * begin, base + 4 * end, target)
 
     def _offset(self, file: str, name: str) -> int:
         if file not in self._headers:
@@ -236,7 +306,13 @@ class Reader:
         return self._headers[file][name]
 
 
-def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    size = CHUNK_BYTES // 4
-    for first in range(start, stop, size):
-        yield first, min(first + size, stop)
+def _runs(ranges: list[_Wanted], limit: int) -> Iterator[list[_Wanted]]:
+    """The ranges in the order of the file, near ones together, as long as a run is no longer than `limit`."""
+    run: list[_Wanted] = []
+    for each in sorted(ranges, key=lambda each: each.start):
+        if run and (each.start - run[-1].stop > GAP_BYTES or each.stop - run[0].start > limit):
+            yield run
+            run = []
+        run.append(each)
+    if run:
+        yield run

@@ -1,16 +1,14 @@
 """Saving checkpoints: complete or not there, in the background, with nothing gathered on one rank.
 
-In: the trees of checkpoint.state_trees, counters and the configuration. Out: a committed `step-00001000/`, written by a
-Job (write.py). A save that fails is told on every rank within a step (`poll`, which the trainer sums over
-the ranks) and tried again at the next one; the last must not fail.
+In: the trees of checkpoint.state_trees, counters and the configuration. Out: a committed `step-00001000/` in a folder
+or a bucket (depot.py), written by a Job (write.py). A save that fails is told on every rank within a step (`poll`,
+which the trainer sums over the ranks) and tried again at the next one; the last must not fail.
 The decision worth knowing: collectives happen in `save` and `finish`, on the main thread, so that they cannot mix with
 those of training; the background threads talk through files only.
 """
 
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,60 +16,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte_scale.checkpoint import disk
-from latte_scale.checkpoint.format import STEP_FOLDER, CheckpointError, Manifest, Trees, folder_name
+from latte_scale.checkpoint.depot import Draft, open_depot
+from latte_scale.checkpoint.format import CheckpointError, Manifest, Trees, folder_name
 from latte_scale.checkpoint.load import on_rank_0
 from latte_scale.checkpoint.settings import CheckpointSettings
-from latte_scale.checkpoint.write import Job, explain, no_room
+from latte_scale.checkpoint.write import Job, not_saved
 from latte_scale.engine.base import Ranks
-
-TEMPORARY_FOLDER = re.compile(rf"{STEP_FOLDER.pattern}\.(tmp|old)-[0-9a-f]+")
-"""Folders being written (tmp) or removed (old); what a dead attempt leaves behind."""
+from latte_scale.store import Store
 
 logger = logging.getLogger("latte_scale")
 
 
 class Checkpointer:
-    """Saves the state of one run into one folder, one checkpoint at a time. All ranks make one and call it alike."""
+    """Saves the state of one run into one place, one checkpoint at a time. All ranks make one and call it alike."""
 
     def __init__(
         self,
-        folder: str | Path,
+        where: str | Path | Store,
         settings: CheckpointSettings,
         ranks: Ranks,
-        broken: Sequence[Path] = (),
+        broken: Sequence[str] = (),
         fence: Callable[[], None] = lambda: None,
+        run_id: str = "",
     ) -> None:
         """A collective.
 
         Args:
-            folder: where the step folders lie; shared by all ranks.
+            where: the folder or s3:// prefix of the steps, which all ranks reach.
             settings: the `checkpoint` section.
             ranks: of the job.
             broken: what find_newest_sound reported, set aside so that their steps can be saved.
             fence: raises once this attempt may not write any more; asked before a commit and before a removal.
+            run_id: of the run whose lease is held; tells what dead attempts of it left in a bucket.
         """
-        self.folder = Path(str(folder).removeprefix("file://"))
+        self._depot = open_depot(where, run_id)
         self._settings, self._ranks, self._fence = settings, ranks, fence
         self._job: Job | None = None
         self._saved: set[int] = set()
         self._failures: list[str] = []  # of the saves since the last one that worked, the same on all ranks
         self._host: dict[str, list[Tensor]] = {}  # tree -> host copies, reused from save to save
         self.removed, self.set_aside = on_rank_0(ranks, lambda: self._clean(broken))
-        """Names of the folders removed, left by dead attempts, and of the broken ones renamed: for the log."""
+        """Names of what dead attempts left, now removed, and of the broken ones renamed: for the log."""
 
     def check_room(self, trees: Trees) -> None:
-        """Raise CheckpointError on all ranks if the disk has no room for one checkpoint. A collective.
+        """Raise CheckpointError on all ranks if one checkpoint cannot be written there now. A collective.
 
         For the start of a run: the first save would find out after an hour, and then be tried again.
         """
         needed = self._size_bytes(trees)
 
         def look() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = disk.free_bytes(self.folder)
-            if free < needed:
-                raise CheckpointError(no_room(self.folder, needed, free))
+            try:
+                self._depot.check(needed)
+            except OSError as error:
+                raise not_saved(self._depot, error, self._depot.url, needed) from error
 
         on_rank_0(self._ranks, look)
 
@@ -95,13 +93,13 @@ class Checkpointer:
         `asynchronous` it returns when the checkpoint is complete. A step that this run has saved is not saved again.
 
         Args:
-            step: steps done, which names the folder.
+            step: steps done, which names the checkpoint.
             trees: this rank's pieces, from state_trees; free to change as soon as this returns.
             counters, config: plain JSON values, the same on all ranks.
             data_fingerprint: of the data plan.
             may_skip: rather than wait for the save before, leave this one out, with a log line.
 
-        Raises CheckpointError on all ranks: the folder exists already, or more than `checkpoint.max_failed` saves in a
+        Raises CheckpointError on all ranks: the step exists already, or more than `checkpoint.max_failed` saves in a
         row failed (no room counts as a failure). A single failure is logged on all ranks.
         """
         begin = time.monotonic()
@@ -111,8 +109,8 @@ class Checkpointer:
         if step in self._saved:
             return time.monotonic() - begin
         needed = self._size_bytes(trees)
-        temporary, problem = on_rank_0(self._ranks, lambda: self._make_room(step, needed))
-        if temporary is None:
+        draft, problem = on_rank_0(self._ranks, lambda: self._begin(step, needed))
+        if draft is None:
             self._note_failure(problem)
             return time.monotonic() - begin
         if self._settings.asynchronous:
@@ -128,7 +126,7 @@ class Checkpointer:
             config=config,
             data_fingerprint=data_fingerprint,
         )
-        self._job = Job(temporary, manifest, trees, self._ranks, self._settings, needed, self._fence)
+        self._job = Job(self._depot, draft, manifest, trees, self._ranks, self._settings, needed, self._fence)
         self._job.thread.start()
         if not self._settings.asynchronous:
             self._settle()
@@ -160,7 +158,7 @@ class Checkpointer:
         if behind:  # rank 0 would wait for ever for the files of a rank that failed
             logger.warning(
                 "step %d is not saved: step %d is still being written; raise checkpoint.every_steps or use a faster "
-                "disk",
+                "checkpoint.dir",
                 step,
                 job.manifest.step,
             )
@@ -189,7 +187,7 @@ class Checkpointer:
             self._failures = []
             return
         if self._ranks.rank == 0:
-            job.remove_temporary()  # no rank writes there any more
+            job.discard()  # no rank writes there any more
         self._note_failure("\n".join(messages))
 
     def _note_failure(self, message: str) -> None:
@@ -202,21 +200,13 @@ class Checkpointer:
                 f"{self._settings.max_failed}), so the run stops"
             )
 
-    def _make_room(self, step: int, needed: int) -> tuple[Path | None, str]:
-        """The temporary folder for a step on a disk with room for `needed` bytes, or None and what is in the way."""
-        final = self.folder / folder_name(step)
-        if final.exists():
-            raise CheckpointError(f"{final} exists already and is never overwritten; move it away to save step {step}")
-        temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+    def _begin(self, step: int, needed: int) -> tuple[Draft | None, str]:
+        """The draft of a step, or None and what is in the way."""
         try:
-            disk.make_folder(temporary)
+            return self._depot.begin(step, needed), ""
         except OSError as error:
-            return None, str(explain(error, final, needed))
-        free = disk.free_bytes(temporary)
-        if free < needed:
-            disk.remove_folder(temporary)
-            return None, no_room(final, needed, free)
-        return temporary, ""
+            url = f"{self._depot.url}/{folder_name(step)}"
+            return None, str(not_saved(self._depot, error, url, needed))
 
     def _copy(self, trees: Trees) -> Trees:
         """The trees in host memory of our own, complete on return."""
@@ -235,16 +225,9 @@ class Checkpointer:
             torch.cuda.synchronize(self._ranks.device)  # the copies must be done before the next step moves the weights
         return copies
 
-    def _clean(self, broken: Sequence[Path]) -> tuple[list[str], list[str]]:
+    def _clean(self, broken: Sequence[str]) -> tuple[list[str], list[str]]:
         """Remove what dead attempts left and rename broken checkpoints; the names of both."""
-        removed, aside = [], []
-        if self.folder.is_dir():
-            for path in sorted(self.folder.iterdir()):
-                if TEMPORARY_FOLDER.fullmatch(path.name):
-                    disk.remove_tree(path)
-                    removed.append(path.name)
-        for path in broken:
-            target = path.with_name(f"{path.name}.broken-{uuid.uuid4().hex[:8]}")
-            disk.rename(path, target)
-            aside.append(target.name)
-        return removed, aside
+        removed = self._depot.clean()
+        if removed:
+            logger.info("removed what dead attempts left in %s: %s", self._depot.url, ", ".join(removed))
+        return removed, [self._depot.set_aside(url) for url in broken]

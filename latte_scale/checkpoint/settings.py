@@ -8,7 +8,7 @@ class CheckpointSettings:
     """When and where to save. All of it may change on resume."""
 
     every_steps: int = 1000  # steps between saves; the last step is saved in any case
-    dir: str | None = None  # folder; None: RUN/checkpoints
+    dir: str | None = None  # folder that all ranks share, or s3://BUCKET/PREFIX; None: RUN/checkpoints
     keep_last: int = 3  # complete checkpoints kept; older ones are removed after a newer one is complete
     keep_every: int | None = None  # steps; checkpoints at multiples of it are never removed. None: none is kept so
     asynchronous: bool = True  # write in the background from a copy in host memory
@@ -26,8 +26,8 @@ class CheckpointSettings:
             )
         if self.max_failed < 0:
             raise ValueError(f"checkpoint.max_failed must be 0 or more, got {self.max_failed}")
-        if self.dir is not None and "://" in self.dir and not self.dir.startswith("file://"):
+        scheme, separator, _ = (self.dir or "").partition("://")
+        if separator and scheme not in ("file", "s3"):
             raise ValueError(
-                f"checkpoint.dir {self.dir}: object stores come with the next release; "
-                "give a folder that all ranks share"
+                f"checkpoint.dir {self.dir}: expected a folder that all ranks share, or s3://BUCKET/PREFIX"
             )

@@ -1,10 +1,11 @@
 """The run folder: what a run leaves beside its checkpoints, and how it is asked to stop.
 
-`config.yaml` (resolved, written before step 0), `choices.json` (what was chosen by measurement), `metrics.jsonl`,
-`exit.json` (code, reason, which rank of which attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples
-that could not be read and what came instead), `restarts.jsonl` (one line a resume: from which checkpoint, which logged
-steps are run again) and `rewound.jsonl` (the lines of those steps as they were first logged, so that the two can be
-compared).
+`run_id` (this run among all, made by its first attempt), `config.yaml` (resolved, written before step 0),
+`choices.json` (what was chosen by measurement), `metrics.jsonl`, `exit.json` (code, reason, which rank of which
+attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples that could not be read and what came instead),
+`restarts.jsonl` (one line a resume: from which checkpoint, which logged steps are run again) and `rewound.jsonl` (the
+lines of those steps as they were first logged, so that the two can be compared).
+The folder is one that all nodes share, also where the checkpoints are in a bucket: its lease keeps a second job away.
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ class RunFolder:
         self.path, self.rank = Path(path), rank
         self.metrics_path = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
-        self._attempt: Holder | None = None  # rank 0's, on every rank, once it holds the folder
+        self.run_id = ""  # on every rank, once rank 0 holds the folder
+        self._attempt: Holder | None = None  # rank 0's, likewise
 
     def open(self) -> None:
         """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written."""
@@ -77,12 +79,21 @@ class RunFolder:
                 lease = Lease(self.path, this_process())
             except (LeaseError, OSError) as error:
                 refusal = str(error)
-        refusal, self._attempt = broadcast((refusal, None if lease is None else lease.holder))
+        identity = None if lease is None else (lease.holder, self._read_or_make_id())
+        refusal, identity = broadcast((refusal, identity))
         if refusal is not None:
             raise StopRunError(refusal)
+        self._attempt, self.run_id = identity
         if self.rank == 0:
             (self.path / "exit.json").unlink(missing_ok=True)  # the last attempt's
         return Fence(lease)
+
+    def _read_or_make_id(self) -> str:
+        """The run's id; called by who holds the lease."""
+        path = self.path / "run_id"
+        if not path.exists():
+            _replace(path, uuid.uuid4().hex[:12])
+        return path.read_text()
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config (rank 0)."""

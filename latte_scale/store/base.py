@@ -65,6 +65,14 @@ class Store(ABC):
     def list(self, prefix: str = "") -> list[str]:
         """Sorted names that start with `prefix`, without unfinished writes. An absent root lists nothing."""
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Size in bytes of each name that `list` gives."""
+        return {name: self.size(name) for name in self.list(prefix)}
+
+    @abstractmethod
+    def below(self, name: str) -> "Store":
+        """The store at the folder `name`, reached in the same way; nothing needs to exist."""
+
     @abstractmethod
     def write(self, name: str, data: bytes, only_new: bool = False) -> None:
         """Store `data` under `name`, complete and durable on return, or unchanged.

@@ -56,6 +56,9 @@ class LocalStore(Store):
             names += [(relative / file).as_posix() for file in files if not TEMPORARY.search(file)]
         return sorted(name for name in names if name.startswith(prefix))
 
+    def below(self, name: str) -> "LocalStore":
+        return LocalStore(self._path(name))
+
     def write(self, name: str, data: bytes, only_new: bool = False) -> None:
         path = self.scratch(name)
         try:

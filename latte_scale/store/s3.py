@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from latte_scale.store.base import MissingError, Store, StoreError, check_name, 
 from latte_scale.store.cache import Cache, CacheKey
 from latte_scale.store.connection import Connection, Passed, connection_for
 from latte_scale.store.faults import exists_error
+from latte_scale.store.listing import Found, Prefix
 from latte_scale.store.local import explained
 from latte_scale.store.readahead import ReadAhead
 from latte_scale.store.settings import StoreSettings
@@ -83,23 +84,19 @@ class S3Store(Store):
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        root = f"{self.prefix}/" if self.prefix else ""
-        names, token = [], None
-        while True:
-            more = {"ContinuationToken": token} if token else {}
+        return [found.name for found in self.objects(prefix)]
 
-            def page(client: Any, more: dict[str, str] = more) -> dict[str, Any]:
-                return client.list_objects_v2(Bucket=self.bucket, Prefix=root + prefix, **more)
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {found.name: found.size_bytes for found in self.objects(prefix)}
 
-            answer = self.connection.call(self.url, "listing", page)
-            names += [found["Key"][len(root) :] for found in answer.get("Contents", ())]
-            token = answer.get("NextContinuationToken")
-            if not token:
-                return sorted(name for name in names if name and not name.endswith("/"))
+    def below(self, name: str) -> "S3Store":
+        check_name(name, self.url)
+        return S3Store(self.join(name), self.settings)
 
     def write(self, name: str, data: bytes, only_new: bool = False) -> None:
         if len(data) > self.settings.part_bytes and not only_new:
-            return self._upload(name, lambda offset, size: data[offset : offset + size], len(data))
+            self.upload(name, lambda offset, size: data[offset : offset + size], len(data))
+            return
         writer = uuid.uuid4().hex
         metadata = {"crc32c": crc32c_hex(google_crc32c.value(data)), "writer": writer}
         condition = {"IfNoneMatch": "*"} if only_new else {}
@@ -130,12 +127,50 @@ class S3Store(Store):
             if size <= self.settings.part_bytes:
                 self.write(name, file.read())
             else:
-                self._upload(name, lambda offset, size: os.pread(file.fileno(), size, offset), size)
+                self.upload(name, lambda offset, size: os.pread(file.fileno(), size, offset), size)
             path.unlink()
 
     def delete(self, name: str) -> None:
         self._here().facts.pop(name, None)
         self._call(name, "deleting it", lambda client: client.delete_object(**self._object(name)))
+
+    # What only object stores have to offer; checkpoint/bucket.py stands on it.
+
+    def objects(self, prefix: str = "") -> list[Found]:
+        """Name, size and age of everything whose name starts with `prefix`, by name."""
+        return self._place.objects(prefix)
+
+    def folders(self) -> list[str]:
+        """Names before the first "/" of what lies below, sorted; one request a thousand, whatever is in them."""
+        return self._place.folders()
+
+    def upload(self, name: str, read: Callable[[int, int], bytes], size: int) -> int:
+        """Store `size` bytes, which `read(offset, size)` gives in any order and from several threads; their crc32c.
+
+        Holds one part a connection at a time. They are read twice: the digest goes up before the bytes.
+        """
+        self._here().facts.pop(name, None)
+        if size > self.settings.part_bytes:
+            return Upload(self.connection, self._object(name), self.join(name), read, size).run()
+        data = read(0, size)
+        self.write(name, data)
+        return google_crc32c.value(data)
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Remove objects, several at a time; those that are not there are no error."""
+        run_all([lambda name=name: self.delete(name) for name in names], self.connection.readers)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Copy an object inside the service, then delete it; it can be there twice in between, never not at all."""
+        source = {"CopySource": {"Bucket": self.bucket, "Key": self._object(name)["Key"]}}
+        self._call(
+            name, f"copying it to {new_name}", lambda client: client.copy_object(**self._object(new_name), **source)
+        )
+        self.delete(name)
+
+    def drop_uploads(self, doomed: Callable[[str, float], bool]) -> list[str]:
+        """Take back the parts of unfinished uploads for which `doomed(name, age_s)` holds; their names."""
+        return self._place.drop_uploads(doomed)
 
     def expect(self, name: str, offset: int, size: int) -> None:
         if 0 < size <= self.settings.part_bytes:
@@ -245,9 +280,9 @@ class S3Store(Store):
 
     # ----------------------------------------------------------------------------------------------------- details
 
-    def _upload(self, name: str, read: Callable[[int, int], bytes], size: int) -> None:
-        self._here().facts.pop(name, None)
-        Upload(self.connection, self._object(name), self.join(name), read, size).run()
+    @property
+    def _place(self) -> Prefix:
+        return Prefix(self.connection, self.bucket, f"{self.prefix}/" if self.prefix else "", self.url)
 
     def _here(self) -> "_Mine":
         """What this process knows; a forked child begins anew, for its parent's threads are not its own."""

@@ -50,9 +50,10 @@ class Upload:
         """For messages."""
         return f"writing {self.size} bytes"
 
-    def run(self) -> None:
-        """Send all parts and finish. Raises StoreError."""
-        crc = crc32c_hex(self._crc())
+    def run(self) -> int:
+        """Send all parts and finish; the crc32c of the whole. Raises StoreError."""
+        whole = self._crc()
+        crc = crc32c_hex(whole)
 
         def create(client: Any) -> str:
             return client.create_multipart_upload(**self.target, Metadata={"crc32c": crc})["UploadId"]
@@ -63,12 +64,13 @@ class Upload:
         except BaseException:
             self._abort(upload)
             raise
+        return whole
 
     def _crc(self) -> int:
         """crc32c of the whole."""
         crc = 0
         for offset in range(0, self.size, READ_BYTES):
-            crc = google_crc32c.extend(crc, self.read(offset, READ_BYTES))
+            crc = google_crc32c.extend(crc, self.read(offset, min(READ_BYTES, self.size - offset)))
         return crc
 
     def _parts(self, upload: dict[str, str]) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ class Upload:
         parts: list[dict[str, Any]] = [{} for _ in range(0, self.size, step)]
 
         def put(number: int) -> None:
-            data = self.read(number * step, step)
+            data = self.read(number * step, min(step, self.size - number * step))
 
             def send(client: Any) -> str:
                 answer = client.upload_part(**upload, PartNumber=number + 1, Body=data, ContentMD5=content_md5(data))

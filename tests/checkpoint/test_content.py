@@ -40,14 +40,14 @@ def changed(content: Content, tree: str, name: str, by: float) -> Content:
 
 def test_a_rewritten_checkpoint_is_the_same(content: Content, tmp_path: Path) -> None:
     path = write_native(content, tmp_path / "again")
-    assert path == tmp_path / "again" / "step-00000007" and verify(path) == [] and values(path) == 7.0
+    assert path == str(tmp_path / "again" / "step-00000007") and verify(path) == [] and values(path) == 7.0
     assert differences(content, open_native(path)) == []
     mine, theirs = open_checkpoint(content.path).manifest, open_checkpoint(path).manifest
     assert mine.counters == theirs.counters and mine.files.keys() == theirs.files.keys()
 
 
 def test_a_broken_one_is_not_read(content: Content) -> None:
-    flip_a_bit(content.path)
+    flip_a_bit(Path(content.path))
     with pytest.raises(CheckpointError, match=r"is not sound: .*checksum"):
         open_native(content.path)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from latte_scale.checkpoint import disk
 from tests.checkpoint.making import Fault
@@ -40,19 +39,6 @@ def test_a_short_write_is_gone_on_with() -> None:
     file = Filling()
     disk.append(file, b"0123456789")
     assert file.getvalue() == b"0123456789"
-
-
-def test_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
-    asked = []
-
-    def arrays():
-        for size in (4, 2):
-            asked.append(size)
-            yield np.full(size, size, dtype=np.float32)
-
-    disk.write_tensors(tmp_path / "x.safetensors", [("a", 4), ("b", 2)], arrays(), {"tree": "model"})
-    stored = load_file(tmp_path / "x.safetensors")
-    assert asked == [4, 2] and stored["a"].tolist() == [4.0] * 4 and stored["b"].tolist() == [2.0] * 2
 
 
 def test_every_change_goes_through_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_used(tmp_path: Path,
     fault(broken)
     checkpoint, problems = find_newest_sound(tmp_path, RANKS)
     assert checkpoint is not None and checkpoint.manifest.step == 1
-    assert [path for path, _ in problems] == [broken] and FAULTS[fault] in problems[0][1]
+    assert [url for url, _ in problems] == [str(broken)] and FAULTS[fault] in problems[0][1]
     assert verify(broken) != []
     shutil.rmtree(tmp_path / "step-00000001")
     with pytest.raises(CheckpointError, match="none is sound") as caught:
@@ -117,7 +117,7 @@ def test_a_broken_step_is_set_aside_and_can_be_saved_again(tmp_path: Path) -> No
     save(saver(tmp_path), 2)
     truncate(tmp_path / "step-00000002")
     _, problems = find_newest_sound(tmp_path, RANKS)
-    again = Checkpointer(tmp_path, CheckpointSettings(), RANKS, broken=[path for path, _ in problems])
+    again = Checkpointer(tmp_path, CheckpointSettings(), RANKS, broken=[url for url, _ in problems])
     assert [name.rpartition("-")[0] for name in again.set_aside] == ["step-00000002.broken"]
     save(again, 2, value=20.0)
     again.finish()
@@ -144,7 +144,7 @@ def test_another_model_or_a_missing_tree_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no ema/0\.5; it has .*ema/0\.9999"):
         load_into(checkpoint, {"ema/0.5": []})
     with pytest.raises(CheckpointError, match=r"has no tree 'ema/0\.5'"):
-        load_full(checkpoint.path, "ema/0.5")
+        load_full(checkpoint.url, "ema/0.5")
     wrong = [Piece("a.weight", (3, 5), 0, 15, torch.zeros(15)), Piece("new", (1,), 0, 1, torch.zeros(1))]
     with pytest.raises(
         CheckpointError, match=r"another model: 4 tensors differ, first a.bias: checkpoint \(5,\), model no"
@@ -176,7 +176,7 @@ def test_pieces_that_do_not_tile_are_refused(pieces: list) -> None:
         ({"keep_last": 0}, "keep_last"),
         ({"keep_every": 1500}, "multiple of checkpoint.every_steps=1000"),
         ({"max_failed": -1}, "max_failed"),
-        ({"dir": "s3://b/c"}, "next release"),
+        ({"dir": "gs://b/c"}, "expected a folder that all ranks share, or s3://"),
     ],
 )
 def test_settings_refuse(change: dict, message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.checkpoint import CheckpointError, disk, write
+from latte_scale.checkpoint import CheckpointError, disk, folder
 from tests.checkpoint.making import newest, save, saver, trees, values
 
 
@@ -35,7 +35,7 @@ def break_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments):
         raise RuntimeError("cosmic ray")
 
-    monkeypatch.setattr(write, "encode_manifest", broken)
+    monkeypatch.setattr(folder, "encode_manifest", broken)
 
 
 def test_the_background_writes_what_was_there_at_save(tmp_path: Path, slow) -> None:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.checkpoint import CheckpointError, CheckpointSettings, list_checkpoints, write
-from latte_scale.checkpoint.write import explain, retain
+from latte_scale.checkpoint import CheckpointError, CheckpointSettings, folder, write
+from latte_scale.checkpoint.depot import open_depot
+from latte_scale.checkpoint.load import list_checkpoints
+from latte_scale.checkpoint.write import not_saved, retain
 from tests.checkpoint.making import flip_a_bit, newest, save, saver, truncate
 
 
 def steps(folder: Path) -> list[int]:
-    return [checkpoint.manifest.step for checkpoint in list_checkpoints(folder)]
+    return [checkpoint.manifest.step for checkpoint in list_checkpoints(open_depot(folder))]
 
 
 def test_retention_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
@@ -34,18 +36,18 @@ def test_retention_keeps_every_so_many_steps(tmp_path: Path) -> None:
 def test_the_last_sound_one_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that loses a bit of the new checkpoint after it was written: sizes fit, checksums do not."""
     save(saver(tmp_path, keep_last=3), 1)
-    commit = write.commit
+    commit = folder.FolderDraft.commit
 
-    def commit_on_a_bad_disk(temporary: Path, final: Path, manifest) -> None:
-        commit(temporary, final, manifest)
-        flip_a_bit(final)
+    def commit_on_a_bad_disk(draft: folder.FolderDraft, *arguments) -> None:
+        commit(draft, *arguments)
+        flip_a_bit(draft.final)
 
-    monkeypatch.setattr(write, "commit", commit_on_a_bad_disk)
+    monkeypatch.setattr(folder.FolderDraft, "commit", commit_on_a_bad_disk)
     writer = saver(tmp_path, keep_last=1)
     for step in (2, 3):
         save(writer, step)
     assert (tmp_path / "step-00000001").is_dir() and newest(tmp_path) == 1
-    monkeypatch.setattr(write, "commit", commit)
+    monkeypatch.setattr(folder.FolderDraft, "commit", commit)
     save(writer, 4)
     assert newest(tmp_path) == 4 and steps(tmp_path) == [4]
 
@@ -56,9 +58,10 @@ def test_in_a_hurry_nothing_is_removed(tmp_path: Path) -> None:
         save(writer, step)
     hurry = threading.Event()
     hurry.set()
-    assert retain(tmp_path, CheckpointSettings(keep_last=1), lambda: None, hurry) == []
+    depot = open_depot(tmp_path)
+    assert retain(depot, CheckpointSettings(keep_last=1), lambda: None, hurry) == []
     hurry.clear()
-    assert retain(tmp_path, CheckpointSettings(keep_last=1), lambda: None, hurry) == ["step-00000001", "step-00000002"]
+    assert retain(depot, CheckpointSettings(keep_last=1), lambda: None, hurry) == [1, 2]
 
 
 def test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing(tmp_
     assert steps(tmp_path) == [1]
     with pytest.raises(RuntimeError, match="taken over"):
         save(saver(tmp_path), 2)
-        retain(tmp_path, CheckpointSettings(keep_last=1), fallen, threading.Event())
+        retain(open_depot(tmp_path), CheckpointSettings(keep_last=1), fallen, threading.Event())
     assert steps(tmp_path) == [1, 2]
 
 
@@ -87,5 +90,6 @@ def test_a_removal_that_fails_does_not_undo_the_save(tmp_path: Path, monkeypatch
 
 
 def test_a_folder_without_permission_is_explained(tmp_path: Path) -> None:
-    error = explain(PermissionError(13, "Permission denied"), tmp_path / "step-00000001", 100)
+    depot = open_depot(tmp_path)
+    error = not_saved(depot, PermissionError(13, "Permission denied"), f"{tmp_path}/step-00000001", 100)
     assert "Permission denied; make" in str(error) and "checkpoint.dir" in str(error)

@@ -216,7 +216,7 @@ def verdicts(ranks: Ranks, folder: str) -> list[str]:
         file.write_bytes(file.read_bytes()[:-8])
     ranks.barrier()
     found, problems = find_newest_sound(folder, ranks)
-    heard.append(f"{found.path.name} {[path.name for path, _ in problems]}")
+    heard.append(f"{Path(found.url).name} {[Path(url).name for url, _ in problems]}")
     try:
         Checkpointer(folder, CheckpointSettings(), ranks).save(2, trees, {}, {}, "data")
     except CheckpointError as error:

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latte_scale.checkpoint import step_folders, verify
+from latte_scale.checkpoint import list_steps, verify
 from latte_scale.checkpoint.content import differences, open_native
 from latte_scale.run.metrics import read_metrics
 from tests.faults.attempts import ROOT, Attempt, Server
@@ -55,7 +55,7 @@ class Tally:
 def kill_at_random(attempt: Attempt, draw: random.Random, tally: Tally) -> bool:
     """Kill an attempt at a random moment of its time, often in the middle of a save; False if it had ended."""
     steps_before = len(read_metrics(attempt.folder / "metrics.jsonl"))
-    done = max((int(path.name[5:]) for path in step_folders(attempt.folder / "checkpoints")), default=0)
+    done = max((int(step.url[-8:]) for step in list_steps(attempt.folder / "checkpoints")), default=0)
     time.sleep(draw.uniform(0.3 * tally.start_s, tally.start_s + (STEPS - done) * tally.step_s))
     if draw.random() < 0.4:
         wait_for_a_save(attempt.folder / "checkpoints", timeout_s=2 * EVERY * tally.step_s)
@@ -108,16 +108,16 @@ def compare(folder: Path, golden: Path, tally: Tally) -> None:
         tally.steps_run_again += 1
         if record["loss"] != theirs[record["step"]]["loss"]:
             tally.problems.append(f"{folder}: step {record['step']} was logged with another loss before it ran again")
-    last, expected = (open_native(step_folders(path / "checkpoints")[-1]) for path in (folder, golden))
+    last, expected = (open_native(list_steps(path / "checkpoints")[-1]) for path in (folder, golden))
     expected.config["run"]["dir"] = str(folder)  # all else is the same
     tally.problems += [f"{folder}: {line}" for line in differences(last, expected)[:3]]
-    kept = [path.name for path in step_folders(folder / "checkpoints")]
+    kept = [step.url[-13:] for step in list_steps(folder / "checkpoints")]
     always = [f"step-{step:08d}" for step in range(5 * EVERY, STEPS + 1, 5 * EVERY)]
     # A killed attempt may leave the save of a step out that another one made; those to be kept are never left out.
     if not set(always) <= set(kept) or kept[-1] != f"step-{STEPS:08d}":
         tally.problems.append(f"{folder}: checkpoints {kept}, expected {always} among them")
-    for path in step_folders(folder / "checkpoints"):
-        tally.problems += [f"{path}: {problem}" for problem in verify(path)]
+    for step in list_steps(folder / "checkpoints"):
+        tally.problems += [f"{step.url}: {problem}" for problem in verify(step)]
 
 
 def soak(kills: int, kinds: list[str], data: Path, out: Path, seed: int) -> dict[str, Tally]:

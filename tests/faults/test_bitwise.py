@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.checkpoint import step_folders
+from latte_scale.checkpoint import list_steps
 from latte_scale.checkpoint.content import differences, open_native
 from tests.faults.attempts import Server
 from tests.faults.conftest import digests, losses
@@ -34,7 +34,7 @@ CASES = {
 
 def assert_bitwise(folder: Path, whole: Path) -> None:
     assert losses(folder) == losses(whole) and digests(folder) == digests(whole)
-    mine, theirs = (open_native(step_folders(path / "checkpoints")[-1]) for path in (folder, whole))
+    mine, theirs = (open_native(list_steps(path / "checkpoints")[-1]) for path in (folder, whole))
     theirs.config["run"]["dir"] = mine.config["run"]["dir"]
     assert differences(mine, theirs) == []
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load, save, save_file
 
-from latte_scale.checkpoint import load_full, step_folders
+from latte_scale.checkpoint import list_steps, load_full
 from latte_scale.run.metrics import read_metrics
 from tests.faults.attempts import Server
 from tests.faults.conftest import losses
@@ -63,7 +63,7 @@ def test_f16_a_nan_on_one_rank_is_skipped_by_all_and_named(server: Server, poiso
     logs = [(tmp_path / "run" / "logs" / f"rank-{rank:05d}.log").read_text() for rank in range(2)]
     assert all(f"step {bad}: gradient norm" in log and "skipped on all ranks" in log for log in logs)
     assert sum(f"/{key}" in log for log in logs) == 1  # the rank that read it names it
-    before, after = (step_folders(tmp_path / "run" / "checkpoints")[step - 1 : step] for step in (bad, bad + 1))
+    before, after = (list_steps(tmp_path / "run" / "checkpoints")[step - 1 : step] for step in (bad, bad + 1))
     if before:  # what the step left alone: weights, moments and averages
         for tree in ("model", "optim/exp_avg", "optim/exp_avg_sq", "ema/0.99"):
             mine, theirs = load_full(before[0], tree), load_full(after[0], tree)
@@ -82,9 +82,9 @@ def test_f16_too_many_in_a_row_end_the_run_and_no_nan_is_saved(server: Server, d
     assert attempt.wait() == [78], attempt.output
     exit_file = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert exit_file["code"] == 78 and "4 updates in a row were not finite" in exit_file["reason"]
-    for folder in step_folders(tmp_path / "run" / "checkpoints"):
+    for step in list_steps(tmp_path / "run" / "checkpoints"):
         for tree in ("model", "ema/0.99", "optim/exp_avg", "optim/exp_avg_sq"):
-            assert all(tensor.isfinite().all() for tensor in load_full(folder, tree).values()), (folder, tree)
+            assert all(tensor.isfinite().all() for tensor in load_full(step, tree).values()), (step.url, tree)
 
 
 def test_f17_a_failing_save_is_told_on_all_ranks_and_fatal_at_the_end(

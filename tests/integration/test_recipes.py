@@ -75,7 +75,7 @@ def test_stages_image_video_larger_longer(data_sets, tmp_path):
 
 
 def weights_of(folder, tree):
-    return checkpoint.load_full(checkpoint.step_folders(folder / "checkpoints")[-1], tree)
+    return checkpoint.load_full(checkpoint.list_steps(folder / "checkpoints")[-1], tree)
 
 
 def test_a_class_model_samples_its_classes(classes, tmp_path, capsys):

@@ -27,7 +27,7 @@ def unbroken(data_sets, tmp_path_factory):
 
 
 def final_state(run):
-    newest = checkpoint.step_folders(run.folder / "checkpoints")[-1]
+    newest = checkpoint.list_steps(run.folder / "checkpoints")[-1]
     return {tree: checkpoint.load_full(newest, tree) for tree in TREES}
 
 
