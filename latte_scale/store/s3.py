@@ -136,11 +136,11 @@ class S3Store(Store):
 
     # What only object stores have to offer; checkpoint/bucket.py stands on it.
 
-    def objects(self, prefix: str = "") -> list[Found]:
+    def objects(self, prefix: str = "") -> Sequence[Found]:
         """Name, size and age of everything whose name starts with `prefix`, by name."""
         return self._place.objects(prefix)
 
-    def folders(self) -> list[str]:
+    def folders(self) -> Sequence[str]:
         """Names before the first "/" of what lies below, sorted; one request a thousand, whatever is in them."""
         return self._place.folders()
 
@@ -168,7 +168,7 @@ class S3Store(Store):
         )
         self.delete(name)
 
-    def drop_uploads(self, doomed: Callable[[str, float], bool]) -> list[str]:
+    def drop_uploads(self, doomed: Callable[[str, float], bool]) -> Sequence[str]:
         """Take back the parts of unfinished uploads for which `doomed(name, age_s)` holds; their names."""
         return self._place.drop_uploads(doomed)
 

@@ -16,6 +16,7 @@ from latte_scale.checkpoint import (
     open_checkpoint,
 )
 from latte_scale.engine.dist import Ranks
+from latte_scale.store import Store
 
 RANKS = Ranks(0, 1, 0, torch.device("cpu"))
 SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "nothing": (0,)}
@@ -37,11 +38,14 @@ def save(saver: Checkpointer, step: int, value: float | None = None, **keywords)
     return saver.save(step, trees(value), {"step": step}, {"lr": 0.1}, "data", **keywords)
 
 
-def saver(folder: Path, fence: Callable[[], None] = lambda: None, **changes) -> Checkpointer:
-    return Checkpointer(folder, CheckpointSettings(**{"asynchronous": False, **changes}), RANKS, fence=fence)
+def saver(
+    where: Path | Store, fence: Callable[[], None] = lambda: None, run_id: str = "", broken=(), **changes
+) -> Checkpointer:
+    settings = CheckpointSettings(**{"asynchronous": False, **changes})
+    return Checkpointer(where, settings, RANKS, broken, fence, run_id)
 
 
-def values(path: Path) -> float:
+def values(path: Path | Store) -> float:
     """The value with which a checkpoint's trees were filled; fails if any tree holds anything else."""
     loaded = trees(float("nan"))
     load_into(open_checkpoint(path), loaded)
@@ -52,8 +56,8 @@ def values(path: Path) -> float:
     return value
 
 
-def newest(folder: Path) -> int | None:
-    checkpoint, _ = find_newest_sound(folder, RANKS)
+def newest(where: Path | Store) -> int | None:
+    checkpoint, _ = find_newest_sound(where, RANKS)
     return None if checkpoint is None else checkpoint.manifest.step
 
 

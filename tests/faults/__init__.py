@@ -9,11 +9,17 @@ COVERED = {
         "faults/test_kills.py::test_f01_f24_random_kills_end_as_if_nothing_had_happened",
         "integration/test_resume.py::test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run",
     ],
-    "F2": ["faults/test_saving.py::test_f02_f03_killed_at_any_change_of_the_disk"],
+    "F2": [
+        "faults/test_saving.py::test_f02_f03_killed_at_any_change_of_the_disk",
+        "faults/test_saving_in_s3.py::test_f02_f03_f23_killed_at_any_request",
+        "faults/test_saving_in_s3.py::test_f02_killed_at_any_request_of_an_upload_in_parts",
+    ],
     "F3": [
         "faults/test_saving.py::test_f02_f03_killed_at_any_change_of_the_disk",
         "faults/test_saving.py::test_f03_killed_while_the_last_sound_one_is_at_stake",
+        "faults/test_saving_in_s3.py::test_f02_f03_f23_killed_at_any_request",
         "checkpoint/test_write.py::test_the_last_sound_one_is_never_removed",
+        "checkpoint/test_bucket.py::test_the_last_sound_one_is_never_removed",
     ],
     "F4": [
         "faults/test_stops.py::test_f04_whoever_is_asked_all_save_once_and_the_run_goes_on",
@@ -64,11 +70,13 @@ COVERED = {
     "F22": [
         "integration/test_resume.py::test_ranks_whose_launcher_was_killed_stop_and_a_second_attempt_waits_for_nobody",
         "checkpoint/test_write.py::test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing",
+        "checkpoint/test_bucket.py::test_an_attempt_that_was_taken_over_puts_no_manifest",
         "run/test_lease.py::test_a_second_attempt_beside_a_living_one_is_refused",
     ],
     "F23": [
         "faults/test_kills.py::test_f23_a_killed_run_leaves_nothing_that_the_next_one_needs",
         "faults/test_saving.py::test_f02_f03_killed_at_any_change_of_the_disk",
+        "faults/test_saving_in_s3.py::test_f02_f03_f23_killed_at_any_request",
     ],
     "F24": ["faults/test_kills.py::test_f01_f24_random_kills_end_as_if_nothing_had_happened"],
 }

@@ -1,0 +1,327 @@
+"""Checkpoints in a real S3 service: there when their manifest is, read in few requests, removed the other way round."""
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from latte_scale.checkpoint import (
+    CheckpointError,
+    CheckpointSettings,
+    Piece,
+    bucket,
+    find_newest_sound,
+    list_steps,
+    load_full,
+    load_into,
+    open_checkpoint,
+    verify,
+)
+from latte_scale.checkpoint.content import differences, open_native, write_native
+from latte_scale.checkpoint.depot import open_depot
+from latte_scale.checkpoint.write import retain
+from latte_scale.store import Store, TransientError, open_store
+from tests.checkpoint.making import RANKS, newest, save, saver, trees, values
+
+MIB = 1 << 20
+KEEP_ONE = CheckpointSettings(keep_last=1)
+
+
+def names(store: Store) -> list[str]:
+    """What lies there, with the unique part of prefixes cut out."""
+    return [re.sub(r"-[0-9a-f]{16}/", "-ID/", name) for name in store.list()]
+
+
+def steps(store: Store) -> list[int]:
+    return [int(step.url[-8:]) for step in list_steps(store)]
+
+
+def flip_a_bit(step: Store, tree: str = "optim-exp_avg_sq") -> None:
+    name = next(name for name in step.list() if f"/{tree}." in name)
+    data = bytearray(step.read(name))
+    data[-3] ^= 4
+    step.write(name, bytes(data))
+
+
+def requests(s3, method: str) -> list[str]:
+    """The names that requests of a kind were about, in order."""
+    lines = [seen.line.split() for seen in s3.proxy.seen]
+    return [line[1].partition("?")[0].rpartition("/")[2] for line in lines if line[0] == method]
+
+
+# ------------------------------------------------------------------------------------------------- saving and reading
+
+
+def test_round_trip_and_layout(s3) -> None:
+    store = s3.store()
+    writer = saver(store, run_id="abc", asynchronous=True)
+    save(writer, 8)
+    writer.finish()
+    found, problems = find_newest_sound(store, RANKS)
+    assert found.manifest.step == 8 and problems == []
+    assert values(found.store) == 8.0 and verify(found.store) == []
+    files = [
+        f"abc-ID/{tree}.rank-00000.safetensors" for tree in ("ema-0.9999", "model", "optim-exp_avg", "optim-exp_avg_sq")
+    ]
+    assert names(found.store) == [*files, "manifest.json"]
+    assert load_full(found.url, "ema/0.9999")["a.weight"][0, 0] == 308.0  # by its URL and the environment
+
+
+def test_a_copy_on_a_disk_is_the_checkpoint_and_a_copy_in_the_bucket_too(s3, tmp_path: Path) -> None:
+    store = s3.store()
+    save(saver(store), 7)
+    copy = tmp_path / "there" / "step-00000007"
+    for name in store.below("step-00000007").list():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(store.read(f"step-00000007/{name}"))
+    assert values(copy) == 7.0 and newest(tmp_path / "there") == 7
+    save(saver(tmp_path / "here"), 9)
+    for path in sorted((tmp_path / "here" / "step-00000009").iterdir()):
+        store.write(f"step-00000009/{path.name}", path.read_bytes())
+    assert newest(store) == 9 and values(store.below("step-00000009")) == 9.0
+    saver(store, run_id="abc")  # cleans: nothing of it
+    assert newest(store) == 9
+
+
+def test_many_small_tensors_are_read_together(s3) -> None:
+    store, count = s3.store(), 300
+    pieces = [Piece(f"{number}", (50,), 0, 50, torch.full((50,), float(number))) for number in range(count)]
+    writer = saver(store)
+    writer.save(1, {"model": pieces}, {}, {}, "data")
+    empty = [piece._replace(tensor=torch.zeros(50)) for piece in pieces]
+    checkpoint = open_checkpoint(store.below("step-00000001"))
+    s3.proxy.reset()
+    load_into(checkpoint, {"model": empty})
+    assert all(torch.equal(mine.tensor, theirs.tensor) for mine, theirs in zip(empty, pieces, strict=True))
+    assert len(s3.proxy.seen) == 3, "two for the header, one for all tensors"
+
+
+def test_large_tensors_go_up_in_parts_and_come_back(s3) -> None:
+    store, size = s3.store(request_timeout_s=20.0), 5 * MIB  # 20 MiB: three parts
+    piece = Piece("large", (size,), 0, size, torch.arange(size, dtype=torch.float32))
+    writer = saver(store)
+    writer.save(1, {"model": [piece]}, {}, {}, "data")
+    writer.finish()
+    assert sum("partNumber=" in seen.line for seen in s3.proxy.seen) == 3
+    loaded = load_full(store.below("step-00000001"))
+    assert torch.equal(loaded["large"], piece.tensor)
+    third = piece._replace(start=size // 3, stop=size // 2, tensor=torch.zeros(size // 2 - size // 3))
+    load_into(open_checkpoint(store.below("step-00000001")), {"model": [third]})
+    assert torch.equal(third.tensor, piece.tensor[size // 3 : size // 2])
+
+
+def test_broken_answers_while_saving_are_tried_again(s3) -> None:
+    store = s3.store()
+    for match in ("model.rank", "rank-00000.json", "manifest.json"):
+        for kind in ("answer", "lost"):
+            s3.fail(kind, match=f"PUT .*{match}")
+    writer = saver(store, asynchronous=True)
+    save(writer, 1)
+    writer.finish()
+    assert newest(store) == 1 and not any(fault.times for fault in s3.proxy.faults)
+
+
+# -------------------------------------------------------------------------------------------------- what is not there
+
+
+def test_a_save_that_fails_leaves_nothing_and_says_why(s3) -> None:
+    store = s3.store(stall_budget_s=1.0)
+    save(saver(store), 1)
+    writer = saver(store)
+    s3.fail("answer", match="PUT .*optim-exp_avg_sq", times=99)
+    save(writer, 2)
+    with pytest.raises(CheckpointError, match=r"step-00000002 was not saved.*optim-exp_avg_sq.*503 SlowDown"):
+        writer.finish()
+    s3.proxy.reset()
+    assert not [name for name in store.list() if name.startswith("step-00000002")] and newest(store) == 1
+    save(writer, 2)
+    writer.finish()
+    assert newest(store) == 2
+
+
+def test_a_manifest_whose_answers_are_all_lost_is_not_taken_apart(s3) -> None:
+    """The save counts as failed, but the checkpoint is there: its files must stay."""
+    store = s3.store(stall_budget_s=1.0)
+    writer = saver(store)
+    s3.fail("lost", match="PUT .*manifest.json", times=99)
+    save(writer, 1)
+    with pytest.raises(CheckpointError, match="step-00000001 was not saved"):
+        writer.finish()
+    s3.proxy.reset()
+    assert newest(store) == 1 and values(store.below("step-00000001")) == 1.0
+
+
+def test_a_store_that_cannot_be_reached_makes_no_checkpoint_broken(s3) -> None:
+    store = s3.store(stall_budget_s=1.0)
+    for step in (1, 2):
+        save(saver(store), step)
+    for match in ("GET .*step-00000002.*model", "GET .*step-00000002/manifest.json", "GET .*list-type"):
+        s3.fail("answer", match=match, times=99)
+        with pytest.raises(CheckpointError, match=r"gave up after .*503 SlowDown"):
+            find_newest_sound(store, RANKS)
+        if "list-type" not in match:
+            with pytest.raises(TransientError):
+                verify(store.below("step-00000002"))
+        s3.proxy.reset()
+    s3.fail("answer", match="GET", status=403, code="AccessDenied", times=99)
+    with pytest.raises(CheckpointError, match="access is denied"):
+        find_newest_sound(store, RANKS)
+    s3.proxy.reset()
+    assert newest(store) == 2
+
+
+def test_a_place_where_one_may_not_write_is_known_at_the_start(s3) -> None:
+    s3.fail("answer", match="PUT", status=403, code="AccessDenied", times=99)
+    with pytest.raises(CheckpointError, match=r"was not saved.*access is denied"):
+        saver(s3.store()).check_room(trees(0.0))
+
+
+# ------------------------------------------------------------------------------------------------ one writer, one wins
+
+
+def test_a_step_is_never_overwritten_also_not_by_two_at_once(s3) -> None:
+    store = s3.store()
+    save(saver(store), 5)
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        save(saver(store), 5, value=6.0)
+    begun = open_depot(store).begin(6, 0)  # and somebody else commits the same step meanwhile
+    save(saver(store), 6)
+    other = open_checkpoint(store.below("step-00000006")).manifest
+    with pytest.raises(CheckpointError, match=r"step-00000006 exists already"):
+        begun.commit(other, lambda: None)
+    begun.discard()
+    assert values(store.below("step-00000005")) == 5.0 and values(store.below("step-00000006")) == 6.0
+
+
+def test_an_attempt_that_was_taken_over_puts_no_manifest(s3) -> None:
+    store = s3.store()
+    save(saver(store), 1)
+
+    def fallen() -> None:
+        raise RuntimeError("taken over by process 7")
+
+    writer = saver(store, fence=fallen, keep_last=1)
+    save(writer, 2)
+    with pytest.raises(CheckpointError, match=r"step-00000002 was not saved.*taken over by process 7"):
+        writer.finish()
+    assert steps(store) == [1] and not any("step-00000002" in name for name in store.list())
+    save(saver(store), 2)
+    with pytest.raises(RuntimeError, match="taken over"):
+        retain(open_depot(store), KEEP_ONE, fallen, threading.Event())
+    assert steps(store) == [1, 2] and newest(store) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- retention
+
+
+def test_the_manifest_goes_first(s3) -> None:
+    store = s3.store()
+    for step in (1, 2, 3):
+        save(saver(store, keep_last=3), step)
+    s3.proxy.reset()
+    assert retain(open_depot(store), KEEP_ONE, lambda: None, threading.Event()) == [1, 2]
+    gone = requests(s3, "DELETE")
+    assert gone[0] == gone[5] == "manifest.json" and len(gone) == 10
+    assert steps(store) == [3] and all(name.startswith("step-00000003/") for name in store.list())
+
+
+def test_the_last_sound_one_is_never_removed(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = s3.store()
+    save(saver(store, keep_last=3), 1)
+    commit = bucket.BucketDraft.commit
+
+    def commit_in_a_bad_store(draft: bucket.BucketDraft, *arguments) -> None:
+        commit(draft, *arguments)
+        flip_a_bit(draft.store)
+
+    monkeypatch.setattr(bucket.BucketDraft, "commit", commit_in_a_bad_store)
+    writer = saver(store, keep_last=1)
+    for step in (2, 3):
+        save(writer, step)
+    assert 1 in steps(store) and newest(store) == 1
+    monkeypatch.setattr(bucket.BucketDraft, "commit", commit)
+    save(writer, 4)
+    assert steps(store)[-1] == 4 and newest(store) == 4 and 1 not in steps(store)
+
+
+def test_a_broken_step_is_set_aside_and_can_be_saved_again(s3) -> None:
+    store = s3.store()
+    for step in (1, 2):
+        save(saver(store, run_id="abc"), step)
+    flip_a_bit(store.below("step-00000002"))
+    found, problems = find_newest_sound(store, RANKS)
+    assert found.manifest.step == 1 and problems[0][0] == store.join("step-00000002")
+    assert "checksum does not fit" in problems[0][1]
+    broken = [url for url, _ in problems]
+    again = saver(store, run_id="abc", broken=broken)
+    assert again.set_aside[0].startswith("step-00000002/manifest.broken-") and newest(store) == 1
+    save(again, 2, value=20.0)
+    assert newest(store) == 2 and values(store.below("step-00000002")) == 20.0
+    saver(store, run_id="abc")
+    assert len(store.below("step-00000002").list()) == 2 * 4 + 2, "the broken one is left for a person to look at"
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+def left_behind(store: Store, run_id: str, step: int = 2) -> bucket.BucketDraft:
+    """What a save that was killed before its manifest leaves."""
+    draft = bucket.Bucket(store, run_id).begin(step, 0)
+    for name in ("model.rank-00000.safetensors", "rank-00000.json"):
+        draft.store.write(f"{draft.name}/{name}", b"half")
+    return draft
+
+
+def test_leftovers_of_this_run_go_at_once_and_those_of_others_when_they_are_old(s3, monkeypatch) -> None:
+    store = s3.store()
+    writer = saver(store, run_id="mine")
+    beside = left_behind(store, "mine", step=1)  # of an attempt that was killed at a step that is there later
+    save(writer, 1)
+    mine, other = left_behind(store, "mine"), left_behind(store, "other")
+    again = saver(store, run_id="mine")
+    assert again.removed == [f"step-00000001/{beside.name}", f"step-00000002/{mine.name}"]
+    assert newest(store) == 1 and len([name for name in store.list() if other.name in name]) == 2
+    assert saver(store, run_id="").removed == []  # a process that holds no lease
+    monkeypatch.setattr(bucket, "ORPHAN_AGE_S", -60.0)
+    assert saver(store, run_id="mine").removed == [f"step-00000002/{other.name}"]
+    assert newest(store) == 1 and values(store.below("step-00000001")) == 1.0
+
+
+def test_parts_of_an_upload_that_died_are_taken_back(s3) -> None:
+    store = s3.store()
+    client = store.connection.client
+    keys = {run: f"{store.prefix}/step-00000002/{run}-0123/model.rank-00000.safetensors" for run in ("mine", "other")}
+    for key in keys.values():
+        client.create_multipart_upload(Bucket=store.bucket, Key=key)
+    assert saver(store, run_id="mine").removed == ["step-00000002/mine-0123"]
+    left = client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)["Uploads"]
+    assert [each["Key"] for each in left] == [keys["other"]]
+
+
+def test_a_damaged_manifest_keeps_its_files(s3) -> None:
+    store = s3.store()
+    save(saver(store, run_id="mine"), 1)
+    store.write("step-00000001/manifest.json", b"{}")
+    assert saver(store, run_id="mine").removed == [] and len(store.list()) == 5
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_conversion_there_and_back_is_the_same(s3, tmp_path: Path) -> None:
+    save(saver(tmp_path / "run"), 7)
+    here = open_native(tmp_path / "run" / "step-00000007")
+    there = write_native(here, f"{s3.url}/copy")
+    assert there == f"{s3.url}/copy/step-00000007" and verify(there) == []
+    assert differences(here, open_native(there)) == []
+    back = write_native(open_native(there), tmp_path / "back")
+    assert differences(here, open_native(back)) == [] and values(Path(back)) == 7.0
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        write_native(here, f"{s3.url}/copy")
+
+
+def test_a_url_that_names_no_bucket_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected s3://BUCKET/PREFIX"):
+        open_store("s3://")
