@@ -40,7 +40,7 @@ def test_a_folder_from_start_to_exit(tmp_path):
     assert read_metrics(folder.logs / "replaced-00000.jsonl")[0]["planned_id"] == "a/b/1"
     assert "sample replaced" in (folder.logs / "rank-00000.log").read_text()
     assert not (folder.path / "lease.json").exists()
-    assert sorted(path.name for path in folder.path.iterdir()) == ["exit.json", "logs"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["exit.json", "logs", "run_id"]
 
 
 def test_a_folder_that_another_attempt_holds_is_refused_and_its_exit_file_left_alone(tmp_path):
