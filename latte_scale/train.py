@@ -153,7 +153,7 @@ def train(
             for replacement in (r for micro_batch in micro_batches for r in micro_batch.replaced):
                 folder.note_replacement(replacement)
             if validator.is_due(step + 1) and not journal.stop_requested:
-                journal.throughput.validation_s += validator.run(step + 1, engine, ema, watchdog)
+                journal.throughput.validation_s += validator.run(step + 1, engine, ema, watchdog, trackers)
             is_last = step + 1 == config.train.steps
             if is_last or journal.stop_requested or (step + 1) % config.checkpoint.every_steps == 0:
                 journal.take(*readback.pop())

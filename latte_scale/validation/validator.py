@@ -28,8 +28,9 @@ from latte_scale.engine.base import Engine
 from latte_scale.engine.dist import Ranks
 from latte_scale.run.folder import Fence, RunFolder
 from latte_scale.run.metrics import MetricsFile
+from latte_scale.run.tracking import Trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
-from latte_scale.validation.heldout import HeldOut
+from latte_scale.validation.heldout import HeldOut, HeldOutLoss
 from latte_scale.validation.prompts import PromptVideos
 
 logger = logging.getLogger("latte_scale")
@@ -70,7 +71,7 @@ class Validator:
         """Whether anything is to be looked at after `step` finished steps; the last step always is."""
         return self._loss_is_due(step) or self._videos_are_due(step)
 
-    def run(self, step: int, engine: Engine, ema: Ema, watchdog: Watchdog) -> float:
+    def run(self, step: int, engine: Engine, ema: Ema, watchdog: Watchdog, trackers: Trackers) -> float:
         """Look at what is due after `step` finished steps; returns the seconds that took. A collective."""
         began_s = time.perf_counter()
         held_out = self._held_out if self._loss_is_due(step) else None
@@ -91,7 +92,7 @@ class Validator:
             if videos is not None:
                 drawn = videos.draw(engine.model, beat)
         if loss is not None:
-            self._write_loss(step, loss.loss, loss.bands, loss_at_s - began_s)
+            self._write_loss(step, loss, loss_at_s - began_s, trackers)
         if videos is not None:
             self._write_videos(step, videos, drawn, loss_at_s)
         return time.perf_counter() - began_s
@@ -116,18 +117,20 @@ class Validator:
             self._say(f"validation: {what} failed, training goes on without it: {problems[0]}")
         return not problems
 
-    def _write_loss(self, step: int, loss: float, bands: list[float | None], seconds: float) -> None:
+    def _write_loss(self, step: int, loss: HeldOutLoss, seconds: float, trackers: Trackers) -> None:
         record = {
             "step": step,
-            "loss": _finite(loss),
-            "loss_bands": [_finite(band) for band in bands],
+            "loss": _finite(loss.loss),
+            "loss_bands": [_finite(band) for band in loss.bands],
             "weights": self._tree,
             "num_samples": self._settings.num_samples,
             "seconds": round(seconds, 3),
         }
         if self._ranks.rank == 0:
             self._file.append(record)
-        self._say(f"validation at step {step}: loss {loss:.4f} of {self._tree}, {seconds:.1f} s")
+            copied = {f"validation_{key}": record[key] for key in ("loss", "loss_bands")}
+            trackers.log({"step": step - 1, **copied})  # where the metrics of the last finished step go
+        self._say(f"validation at step {step}: loss {loss.loss:.4f} of {self._tree}, {seconds:.1f} s")
 
     def _write_videos(self, step: int, videos: PromptVideos, drawn: dict[int, Tensor], began_s: float) -> None:
         folder = self._samples / f"step-{step:08d}"
@@ -137,10 +140,13 @@ class Validator:
             self._fence.check()
             videos.write(folder, drawn, about)
 
+        def write_index() -> None:
+            if self._ranks.rank == 0 and folder.is_dir():
+                videos.write_index(folder, about | {"seconds": round(time.perf_counter() - began_s, 3)})
+
         self._on_all("writing sample videos", write)
+        self._on_all("writing samples.json", write_index)
         seconds = time.perf_counter() - began_s
-        if self._ranks.rank == 0 and folder.is_dir():
-            videos.write_index(folder, about | {"seconds": round(seconds, 3)})
         self._say(f"{len(videos.records)} sample videos of step {step} in {folder}, {seconds:.1f} s")
 
     def _say(self, line: str) -> None:

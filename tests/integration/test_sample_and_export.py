@@ -26,7 +26,7 @@ PROMPTS = ["a red circle moves left", "a yellow triangle moves up"]
 def run(data_sets, tmp_path_factory):
     """Six steps at a high learning rate: weights that are neither zero nor equal to their average."""
     folder = tmp_path_factory.mktemp("weights") / "run"
-    few = ("train.steps=6", "checkpoint.every_steps=6", "train.lr=1e-2")
+    few = ("train.steps=6", "checkpoint.every_steps=6", "train.lr=3e-2", "ema.decays=[0.5]")
     assert run_in_process(folder, data_sets.latents, *few) == 0
     return folder
 
@@ -52,6 +52,7 @@ def draw(source, encoders, batches, negative="", sampler="ddim"):
 def test_a_prompt_gets_the_same_latents_alone_and_in_a_batch(run, encoders, sampler):
     together, alone = (draw(run, encoders, batches, sampler=sampler) for batches in ([[0, 1]], [[0], [1]]))
     assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
+    assert (together[0] - draw(run, encoders, [[0]], "circle", sampler)[0]).abs().max() > 0.1  # the model has a say
 
 
 @pytest.mark.parametrize("negative", ["", "a green triangle moves down, blurred"])
@@ -74,10 +75,11 @@ def test_lattepipeline_draws_the_same_latents_from_the_exported_run(run, encoder
             **size,
         ).frames[0]
         for ours in (wanted, exported[number]):
+            print(f"relative difference to LattePipeline {(ours - theirs).abs().max() / theirs.abs().max():.1e}")
             assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize(("which", "tree"), [("ema", "ema/0.99"), ("raw", "model")])
+@pytest.mark.parametrize(("which", "tree"), [("ema", "ema/0.5"), ("raw", "model")])
 def test_export_takes_the_weights_that_were_asked_for(run, tmp_path, which, tree):
     assert export.main(["--checkpoint", str(run), "--out", str(tmp_path / "out"), "--weights", which]) == 0
     _, state = read_transformer(tmp_path / "out")

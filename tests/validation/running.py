@@ -16,9 +16,11 @@ from latte_scale.engine import Engine, Ranks, build_engine
 from latte_scale.losses import losses_of, share_of
 from latte_scale.model.build import build_model
 from latte_scale.run.folder import Fence, RunFolder
+from latte_scale.run.tracking import Trackers
 from latte_scale.run.watchdog import Watchdog
 from latte_scale.validation.validator import Validator
 from tests.conftest import ROOT
+from tests.weight_files import randomise
 
 VALIDATION = (
     "data.holdout=0.2", "validation.every_steps=2", "validation.num_samples=22", "validation.videos_every_steps=2",
@@ -38,6 +40,7 @@ class Parts:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
+        self.tracked: list[dict[str, Any]] = []
         self.folder = RunFolder(config.run.dir, ranks.rank)
         self.folder.open()
         self.datasets = open_datasets(config.data)
@@ -46,7 +49,7 @@ class Parts:
         fence, console = Fence(None), Console(quiet=True)
         args = (config, self.datasets, self.conditioner, ranks, self.folder, fence, console)
         self.validator = Validator(*args)
-        model = build_model(config.model, torch.Generator().manual_seed(0))
+        model = randomise(build_model(config.model))  # the model's own start gives 0: all would agree on that
         parts = (config.engine, config.optim, "fp32", model, model.repeated_blocks(), ranks)
         self.engine: Engine = build_engine(*parts)
         self.ema = Ema(self.engine.local_shards(), config.ema)
@@ -68,7 +71,11 @@ class Parts:
 
     def validate(self, step: int) -> float:
         with Watchdog(self.folder.logs, self.ranks.rank, 60.0) as watchdog:
-            return self.validator.run(step, self.engine, self.ema, watchdog)
+            return self.validator.run(step, self.engine, self.ema, watchdog, Trackers([self]))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A tracker that remembers."""
+        self.tracked.append(record)
 
     def state(self) -> dict[str, Any]:
         """Copies of this rank's pieces: weights, averages, moments."""
