@@ -26,8 +26,8 @@ from torch import Tensor
 
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import read_clip
-from latte_scale.diffusion.sampler import SAMPLERS
+from latte_scale.data.video import VideoError, read_clip
+from latte_scale.diffusion.sampler import SAMPLERS, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
 from latte_scale.engine.dist import Ranks, init_distributed, leave, shutdown
@@ -66,13 +66,14 @@ class Setup:
 def how_to_sample(args: argparse.Namespace, loaded: Loaded) -> Sampling:
     """The settings of the command line with their defaults filled in. Raises ValueError where they contradict."""
     guidance = default_guidance(loaded.architecture) if args.guidance is None else args.guidance
-    check_guidance(guidance, loaded.architecture)
+    check_guidance(guidance, loaded.architecture, args.negative)
     if args.init_video is None and (args.strength is not None or args.known_frames):
         raise ValueError("--strength and --known-frames say what to do with a clip: name it with --init-video")
     strength = args.strength
     if strength is None:
         strength = 1.0 if args.init_video is None or args.known_frames else DEFAULT_STRENGTH
     sampler = args.sampler or SAMPLERS[loaded.diffusion.objective][0]
+    make_scheduler(loaded.diffusion, sampler)  # refuses a sampler of another objective before encoders are loaded
     return Sampling(sampler, args.steps, guidance, strength, args.known_frames)
 
 
@@ -80,7 +81,10 @@ def read_init_video(path: Path | None, video: VideoSettings, vae: VideoAutoencod
     """Latents [C, F, h, w] in model units of the first clip of a file, in the frame policy of the run."""
     if path is None:
         return None
-    pixels_FCHW = torch.from_numpy(read_clip(path, video))
+    try:
+        pixels_FCHW = torch.from_numpy(read_clip(path, video))
+    except VideoError as error:
+        raise ValueError(f"--init-video {path}: {error}; give a longer one, or another --config") from error
     mean_BFChw, _ = vae.encode(pixels_FCHW[None])
     return vae.to_model_units(mean_BFChw)[0].transpose(0, 1)
 
@@ -93,12 +97,15 @@ def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dic
     return [{"seed": args.seed + number, **record} for number, record in enumerate(records)]
 
 
-def prepare(args: argparse.Namespace, ranks: Ranks) -> Setup:
-    """Load everything and hold it to each other. Raises ValueError with what to do."""
+def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
+    """The model, whole on every rank or cut over them."""
     if args.shard:
-        loaded = load_sharded(args.checkpoint, args.weights, ranks)
-    else:
-        loaded = load_model(args.checkpoint, args.weights, ranks.device)
+        return load_sharded(args.checkpoint, args.weights, ranks)
+    return load_model(args.checkpoint, args.weights, ranks.device)
+
+
+def prepare(args: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Setup:
+    """Load what goes with the model and hold it to each other. Raises ValueError with what to do."""
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     how = how_to_sample(args, loaded)
     set_precision(loaded.model, args.precision, ranks.device.type)
@@ -106,7 +113,10 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Setup:
         encoder_settings = replace(encoder_settings, text=None)
     vae, text = load_encoders(encoder_settings, ranks.device)
     check_fit(loaded, vae, text, video)
-    decoder = vae if args.temporal_decoder is None else TemporalDecoder(args.temporal_decoder, ranks.device)
+    decoder = vae
+    if args.temporal_decoder is not None:
+        decoder = TemporalDecoder(args.temporal_decoder, ranks.device)
+        decoder.check_fits(vae)
     shape = (vae.channels, video.frames, video.height // vae.downscale, video.width // vae.downscale)
     return Setup(loaded, how, video, text, decoder, shape, read_init_video(args.init_video, video, vae), ranks.device)
 
@@ -128,8 +138,9 @@ def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Load, sample this rank's share in batches, decode, write."""
     formats = formats_of(args.formats)
-    setup = prepare(args, ranks)
-    records = records_of(args, setup.loaded.architecture)
+    loaded = load(args, ranks)
+    records = records_of(args, loaded.architecture)
+    setup = prepare(args, loaded, ranks)
     about = about_of(args, setup)
     for number, record in enumerate(records):
         record["file"] = f"{number:05d}.{formats[0]}"

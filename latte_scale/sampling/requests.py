@@ -97,9 +97,13 @@ def default_guidance(architecture: Architecture) -> float:
     return 7.0 if architecture.num_classes else 1.0
 
 
-def check_guidance(guidance: float, architecture: Architecture) -> None:
-    """ValueError for guidance of a model that nothing can guide."""
+def check_guidance(guidance: float, architecture: Architecture, negative: str | None = None) -> None:
+    """ValueError for guidance of a model that nothing can guide, and for a negative prompt that nothing would read."""
     if guidance > 1 and isinstance(architecture, LatteSettings) and not architecture.num_classes:
         raise ValueError(
             f"guidance {guidance}: the model is unconditional and has nothing to be guided by; leave it out"
         )
+    if negative and isinstance(architecture, LatteSettings):
+        raise ValueError(f"negative prompt {negative!r}: the model reads no text; leave it out")
+    if negative and guidance <= 1:
+        raise ValueError(f"negative prompt {negative!r}: nothing reads it at guidance {guidance}; set one above 1")

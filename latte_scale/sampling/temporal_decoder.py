@@ -11,7 +11,7 @@ Shapes: B clips, F frames, C channels, H W pixels, h w latents. diffusers is imp
 import torch
 from torch import Tensor
 
-from latte_scale.encoders import EncoderError, find_folder, loading
+from latte_scale.encoders import EncoderError, VideoAutoencoder, find_folder, loading
 
 CHUNK = 14
 """Frames decoded together: what the decoder was trained with, and LattePipeline's default."""
@@ -39,6 +39,15 @@ class TemporalDecoder:
         self.scale = float(config.scaling_factor)
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
         self.channels = int(config.latent_channels)
+
+    def check_fits(self, vae: VideoAutoencoder) -> None:
+        """EncoderError unless it decodes latents of this VAE's shape and scale."""
+        mine, its = ((each.channels, each.downscale, each.scale) for each in (self, vae))
+        if mine != its:
+            raise EncoderError(
+                f"temporal decoder {self.name}: (channels, pixels a latent, scale) {mine}, VAE {vae.name} has {its}; "
+                "it is for latents of Stable Diffusion's VAE; leave it out"
+            )
 
     @torch.no_grad()
     def decode(self, latents_BFChw: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from diffusers import LattePipeline
+from diffusers import AutoencoderKLTemporalDecoder, LattePipeline
 
 from latte_scale import checkpoint, export, import_weights, sample
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import probe, read_clip
+from latte_scale.data.video import probe, read_clip, write_mp4
 from latte_scale.encoders import EncoderSettings, load_encoders
 from latte_scale.model.transformer_folder import read_transformer
 from latte_scale.sampling.latents import Sampling, sample_latents
@@ -169,6 +170,32 @@ def test_wrong_encoders_or_size_are_refused(run, tmp_path, capsys):
     said = capsys.readouterr().err
     for part in ("encoders.text is null", "at most 4 frames, video.frames is 8", "multiples of 8 pixels, came 36 x 32"):
         assert part in said
+
+
+def test_svds_decoder_takes_the_vaes_place_where_it_fits(run, encoders, tmp_path, capsys):
+    torch.manual_seed(0)
+    for name, scale in (("fits", encoders[0].scale), ("other", 0.5)):
+        decoder = AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 32), layers_per_block=1, sample_size=8, scaling_factor=scale
+        )
+        decoder.save_pretrained(tmp_path / name)
+    command = ["--checkpoint", str(run), "--prompt", "x", "--steps", "1"]
+    for name, code in (("fits", 0), ("other", 2)):
+        options = ["--temporal-decoder", str(tmp_path / name), "--out", str(tmp_path / f"out-{name}")]
+        assert sample.main([*command, *options]) == code
+    assert "is for latents of Stable Diffusion's VAE" in capsys.readouterr().err
+    assert sample.main([*command, "--out", str(tmp_path / "plain")]) == 0
+    (ours,), (plain,) = frames_of(tmp_path / "out-fits"), frames_of(tmp_path / "plain")
+    assert ours.shape == plain.shape and abs(ours.astype(int) - plain).mean() > 5
+    assert read_about(tmp_path / "out-fits" / "00000.mp4")["temporal_decoder"] == str(tmp_path / "fits")
+
+
+def test_a_clip_shorter_than_the_window_is_refused(run, tmp_path, capsys):
+    write_mp4(tmp_path / "short.mp4", np.zeros((5, 32, 32, 3), np.uint8), 8)
+    clip = ["--init-video", str(tmp_path / "short.mp4"), "--out", str(tmp_path / "out")]
+    assert sample.main(["--checkpoint", str(run), "--prompt", "x", *clip]) == 2
+    said = capsys.readouterr().err
+    assert "short.mp4: too short: expected 13 frames" in said and "came 5" in said
 
 
 def test_formats(run, tmp_path, capsys):

@@ -54,3 +54,8 @@ def test_guidance():
     check_guidance(1.0, PLAIN)
     with pytest.raises(ValueError, match="nothing to be guided by"):
         check_guidance(3.0, PLAIN)
+    check_guidance(2.0, TEXT, "blurred")
+    with pytest.raises(ValueError, match="nothing reads it at guidance 1"):
+        check_guidance(1.0, TEXT, "blurred")
+    with pytest.raises(ValueError, match="the model reads no text"):
+        check_guidance(2.0, CLASSES, "blurred")

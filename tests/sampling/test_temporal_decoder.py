@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, LattePipeline
 
-from latte_scale.encoders import EncoderError
+from latte_scale.encoders import EncoderError, VideoAutoencoder
 from latte_scale.sampling.temporal_decoder import CHUNK, TemporalDecoder
 
 
@@ -39,5 +39,7 @@ def test_bad_input(folder, tmp_path):
         decoder.decode(torch.zeros(1, 3, 5, 4, 4))
     with pytest.raises(EncoderError, match="NaN or infinity"):
         decoder.decode(torch.full((1, 3, 4, 4, 4), torch.nan))
+    with pytest.raises(EncoderError, match=r"\(4, 2, 0.18215\), VAE tiny has \(4, 2, .*Stable Diffusion's VAE"):
+        decoder.check_fits(VideoAutoencoder("tiny"))
     with pytest.raises(EncoderError, match="expected an AutoencoderKLTemporalDecoder"):
         TemporalDecoder(str(tmp_path))
