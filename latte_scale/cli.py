@@ -8,6 +8,7 @@ VERBS = {  # verb -> (module:function, what it does)
     "train": ("latte_scale.train:command", "train, or go on where the run stopped"),
     "sample": ("latte_scale.sample:main", "videos for prompts or classes, from a run or a folder of weights"),
     "evaluate": ("latte_scale.evaluate:main", "score sampled videos"),
+    "serve": ("latte_scale.serve:main", "a page in the browser: prompt in, video out"),
     "report": ("latte_scale.report:main", "one HTML page about a run"),
     "import": ("latte_scale.import_weights:main", "read released weights into a folder that model.init takes"),
     "export": ("latte_scale.export:main", "write a folder that diffusers' LattePipeline loads, or an official .pt"),

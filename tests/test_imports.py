@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = {
-    "train", "sample", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench", "quickstart",
+    "train", "sample", "serve", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench",
+    "quickstart",
 }  # fmt: skip
 
 # module (or package) -> what it may import of this repository. An entry point may import everything but data_tools and

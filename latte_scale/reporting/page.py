@@ -107,13 +107,17 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def score_table(runs: Sequence[Run], given: Sequence[Evaluation]) -> dict[str, Any]:
-    """{"columns": names of evaluations, "rows": [(metric, cells)]}; a cell is (value, interval or "")."""
+    """{"columns": names of evaluations, "rows": [(metric, cells)], "intervals": are there any}.
+
+    A cell is (value, interval or "").
+    """
     several = len(runs) > 1
     named = [(f"{run.name}: {e.name}" if several else e.name, e.scores) for run in runs for e in run.evaluations]
     named += [(evaluation.name, evaluation.scores) for evaluation in given]
     metrics = list(dict.fromkeys(key for _, scores in named for key, value in scores.items() if _is_number(value)))
     rows = [(metric, [_score_cell(scores, metric) for _, scores in named]) for metric in metrics]
-    return {"columns": [name for name, _ in named], "rows": rows}
+    intervals = any(interval for _, cells in rows for _, interval in cells)
+    return {"columns": [name for name, _ in named], "rows": rows, "intervals": intervals}
 
 
 def _score_cell(scores: dict[str, Any], metric: str) -> tuple[str, str]:
