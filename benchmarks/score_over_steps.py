@@ -115,7 +115,8 @@ def turn(args: argparse.Namespace) -> int:
             args.out, args.objective, args.ranks, args.every_steps, until_s - time.monotonic() - TRAINING_S / 2
         )
     scored = {record["step"] for record in read_metrics(folder / "scores.jsonl")}
-    for step_folder in checkpoint.step_folders(folder / "run" / "checkpoints"):
+    for manifest in sorted((folder / "run" / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}")):
+        step_folder = manifest.parent
         step = int(step_folder.name.removeprefix("step-"))
         if step in scored or (step % args.every_steps and step != total):
             continue
