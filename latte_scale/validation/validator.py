@@ -52,7 +52,8 @@ class Validator:
         """A collective. Raises ValueError on all ranks for settings that do not fit the run or its data."""
         settings = config.validation
         self._settings, self._last_step, self._ranks, self._console = settings, config.train.steps, ranks, console
-        self._tree = weights_name(settings.weights, config.ema.decays)
+        is_on = bool(settings.every_steps or settings.videos_every_steps)
+        self._tree = weights_name(settings.weights, config.ema.decays) if is_on else "model"
         self._held_out = HeldOut(config, datasets, conditioner, ranks) if settings.every_steps else None
         self._videos = PromptVideos(config, conditioner, ranks) if settings.videos_every_steps else None
         self._file = MetricsFile(folder.path / "validation.jsonl", fence.check)

@@ -93,6 +93,12 @@ def test_another_seed_or_batch_of_the_run_changes_nothing(runs, data_sets, tmp_p
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["weights"] == "model"
 
 
+def test_a_run_that_keeps_no_average_and_looks_at_nothing(data_sets, tmp_path):
+    few = ("train.steps=1", "checkpoint.every_steps=1", "ema.decays=[]")
+    assert run_in_process(tmp_path / "run", data_sets.latents, *few) == 0
+    assert run_in_process(tmp_path / "other", data_sets.latents, *few, "data.holdout=0.2", *LOOK) == 78
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
