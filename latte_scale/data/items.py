@@ -95,7 +95,7 @@ class ItemReader:
                 sample_id = self._replacement(draw, plan_index, attempt, reason)
                 continue
             except (StoreError, ManifestError) as error:
-                kind = StoreError if isinstance(error, StoreError) else LoaderError
+                kind = type(error) if isinstance(error, StoreError) else LoaderError
                 raise kind(f"{self._place(draw)}, {self._planned_place(sample_id)}: {error}") from error
             if attempt:
                 name, image = self._planned_name(planned, bucket), draw.sub - 1 if draw.sub else None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latte_scale.checkpoint import (
+    Checkpointer,
     CheckpointError,
     CheckpointSettings,
     Piece,
@@ -22,8 +23,10 @@ from latte_scale.checkpoint import (
 from latte_scale.checkpoint.content import differences, open_native, write_native
 from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.write import retain
+from latte_scale.engine import Ranks
 from latte_scale.store import Store, TransientError, open_store
 from tests.checkpoint.making import RANKS, newest, save, saver, trees, values
+from tests.engine.toy import on_ranks
 
 MIB = 1 << 20
 KEEP_ONE = CheckpointSettings(keep_last=1)
@@ -110,6 +113,30 @@ def test_large_tensors_go_up_in_parts_and_come_back(s3) -> None:
     third = piece._replace(start=size // 3, stop=size // 2, tensor=torch.zeros(size // 2 - size // 3))
     load_into(open_checkpoint(store.below("step-00000001")), {"model": [third]})
     assert torch.equal(third.tensor, piece.tensor[size // 3 : size // 2])
+
+
+def save_on_two(ranks: Ranks, store: Store) -> str:
+    """Each rank holds a part of one tensor, and the second one nothing of the other."""
+    first, last = (0, 7) if ranks.rank == 0 else (7, 12)
+    whole = torch.arange(12, dtype=torch.float32)
+    pieces = [Piece("cut", (3, 4), first, last, whole[first:last])]
+    pieces.append(Piece("one", (2,), 0, 2 * (ranks.rank == 0), torch.ones(2 * (ranks.rank == 0))))
+    writer = Checkpointer(store, CheckpointSettings(), ranks, run_id="abc")
+    writer.check_room({"model": pieces})
+    writer.save(4, {"model": pieces}, {}, {}, "data")
+    writer.finish()
+    found, _ = find_newest_sound(store, ranks)
+    for piece in pieces:
+        piece.tensor.zero_()
+    load_into(found, {"model": pieces})
+    assert pieces[0].tensor.tolist() == list(range(first, last))
+    return found.url
+
+
+def test_two_ranks_save_together_and_load_their_parts(s3) -> None:
+    store = s3.store()
+    assert on_ranks(2, save_on_two, store) == [store.join("step-00000004")] * 2
+    assert load_full(store.below("step-00000004"))["cut"].tolist() == torch.arange(12.0).view(3, 4).tolist()
 
 
 def test_broken_answers_while_saving_are_tried_again(s3) -> None:

@@ -9,9 +9,13 @@ import time
 import pytest
 
 from data_tools.cli import main as latte_data
+from latte_scale import ckpt
 from latte_scale.data.schema import MANIFEST
+from latte_scale.run.metrics import read_metrics
+from latte_scale.sample import main as sampling
 from latte_scale.store import open_store
 from tests.conftest import ROOT, Run, run_in_process, train_command
+from tests.integration.test_resume import kill_at
 from tests.store.service import Corner, make_corner
 
 ENCODE = str(ROOT / "configs" / "encode_tiny.yaml")
@@ -154,3 +158,34 @@ def test_only_the_store_needs_boto3(url, message):
     code = f"{hidden}from latte_scale.store import open_store; open_store({url!r}).list('x')"
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
     assert message in done.stderr and bool(done.returncode) == bool(message)
+
+
+# -------------------------------------------------------------------------------------------- checkpoints in the store
+
+
+def test_a_run_with_its_checkpoints_in_the_store_is_killed_and_goes_on(s3, data_sets, tmp_path, capsys):
+    """Train, SIGKILL, the same command again; then the commands that read a checkpoint."""
+    steps = ("train.steps=60", "checkpoint.every_steps=10", "checkpoint.keep_last=2", "checkpoint.asynchronous=false")
+    assert run_in_process(tmp_path / "whole", data_sets.latents, *steps) == 0
+    folder, options = tmp_path / "run", (*steps, f"checkpoint.dir={s3.url}/checkpoints", "data.num_workers=0")
+    command = train_command(ROOT / "configs" / "tiny_cpu.yaml", folder, data_sets.latents, options, 1, "torchrun")
+    kill_at(25, folder, command)
+    assert not (folder / "exit.json").exists() and not (folder / "checkpoints").exists()
+    assert run_in_process(folder, data_sets.latents, *options) == 0
+    (restart,) = read_metrics(folder / "logs" / "restarts.jsonl")
+    assert restart["checkpoint"].startswith(f"{s3.url}/checkpoints/step-") and restart["step"] >= 20
+    whole, resumed = Run(0, "", tmp_path / "whole"), Run(0, "", folder)
+    assert resumed.losses == whole.losses and resumed.digests == whole.digests
+    names = open_store(f"{s3.url}/checkpoints").list()
+    assert {name.partition("/")[0] for name in names} == {"step-00000050", "step-00000060"} and len(names) == 2 * 5
+    capsys.readouterr()
+    for path in (f"{s3.url}/checkpoints", str(folder)):  # the bucket, and the run whose config names it
+        assert ckpt.main(["verify", path]) == 0
+        assert capsys.readouterr().out == "step-00000050  sound\nstep-00000060  sound\n"
+    assert ckpt.main(["diff", str(tmp_path / "whole"), f"{s3.url}/checkpoints"]) == 1
+    differing = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert differing == ["config.checkpoint.dir", "config.run.dir"]  # and no tensor
+    there = f"{s3.url}/checkpoints/step-00000060"
+    assert run_in_process(tmp_path / "next", data_sets.latents, f"model.init={there}", "train.steps=1") == 0
+    sample = ["--checkpoint", there, "--prompt", "a red circle", "--out", str(tmp_path / "samples"), "--steps", "2"]
+    assert sampling(sample) == 0 and list((tmp_path / "samples").glob("*.mp4"))

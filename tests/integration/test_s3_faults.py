@@ -14,7 +14,7 @@ from latte_scale.data.items import LoaderError
 from latte_scale.data.loader import DataSettings, Loader, make_plan
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import load_manifest
-from latte_scale.store import Store, StoreError, StoreSettings, open_store
+from latte_scale.store import CredentialsError, Store, StoreError, StoreSettings, open_store
 from tests.data.loading import GLOBAL_BATCH, SEED, ids, load
 from tests.data.making import VIDEO, make_latents
 from tests.store.service import Corner, make_corner
@@ -174,7 +174,8 @@ def test_a_missing_shard_ends_the_run_and_is_named(s3, num_workers):
 def test_credentials_that_expire_in_the_middle_end_the_run(s3, num_workers):
     s3.fail("answer", match="shard-000002.tar", status=400, code="ExpiredToken", times=999)
     begun = time.monotonic()
-    with pytest.raises(StoreError, match=r"(?s)rank 0 of 1, step .*the credentials have expired; renew them"):
+    kind = StoreError if num_workers else CredentialsError
+    with pytest.raises(kind, match=r"(?s)rank 0 of 1, step .*the credentials have expired; renew them"):
         load_s3(s3, num_workers=num_workers)
     assert time.monotonic() - begun < 30
 
