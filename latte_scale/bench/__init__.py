@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 VERBS = {  # verb -> (module:function, what it does)
     "step": ("latte_scale.bench.step:main", "optimizer steps on synthetic latents, beside diffusers or plain PyTorch"),
+    "checkpoint": ("latte_scale.bench.checkpoint:main", "stall of a save and time of a resume, beside torch.save, DCP"),
 }
 
 

@@ -78,6 +78,10 @@ class Checkpointer:
         job = self._job
         return bool(self._failures) if job is None else job.ended.is_set() and job.error is not None
 
+    def is_writing(self) -> bool:
+        """Whether a save is under way on this rank. Not a collective."""
+        return self._job is not None and not self._job.ended.is_set()
+
     def save(
         self,
         step: int,

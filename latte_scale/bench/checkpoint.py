@@ -1,0 +1,252 @@
+"""`latte-scale bench checkpoint`: how long a save stops training and a resume takes, beside torch.save and plain DCP.
+
+    latte-scale bench checkpoint --folder /tmp/checkpoints --gib 1 [--bucket s3://bucket/prefix] [--out figures.json]
+
+In: nothing; a state of four trees (weights, two moments, one average) of equal fp32 tensors on the CPU, on one rank.
+Out: a table; every figure is the median of `--repeats` runs, with the lowest and the highest. The ways take turns, so
+that a slow minute of the machine hurts all of them.
+stall: seconds until training goes on. complete: until the checkpoint is there and flushed. load: from the files to
+filled tensors. resume: the same with every byte held to its checksum first, which the others have no way to do. Files
+are in the page cache when they are read. slower meanwhile: by how much the background slows matrix products beside it.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+
+from latte_scale.checkpoint import (
+    Checkpointer,
+    CheckpointSettings,
+    Piece,
+    find_newest_sound,
+    list_steps,
+    load_into,
+    open_checkpoint,
+)
+from latte_scale.engine import Ranks, init_distributed, shutdown
+from latte_scale.store import open_store
+
+TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq", "ema/0.9999")
+ELEMENTS = 1152 * 4608  # of a tensor: an MLP weight of the released model
+ALONE_S = 3.0  # for which matrix products run with nothing beside them
+
+State = dict[str, dict[str, Tensor]]
+Figures = dict[str, float]
+
+
+def make_state(size_bytes: int) -> State:
+    """Random tensors of about so many bytes in all; at least one a tree."""
+    count = max(1, round(size_bytes / (4 * len(TREES) * ELEMENTS)))
+    draw = torch.Generator().manual_seed(0)
+    return {tree: {f"block.{n}.weight": torch.randn(ELEMENTS, generator=draw) for n in range(count)} for tree in TREES}
+
+
+def like(state: State) -> State:
+    """Tensors of the same shapes, to load into."""
+    return {tree: {name: torch.zeros_like(t) for name, t in tensors.items()} for tree, tensors in state.items()}
+
+
+def pieces_of(state: State) -> dict[str, list[Piece]]:
+    """The state as the whole of one rank."""
+    return {
+        tree: [Piece(name, (tensor.numel(),), 0, tensor.numel(), tensor) for name, tensor in tensors.items()]
+        for tree, tensors in state.items()
+    }
+
+
+def flat(state: State) -> dict[str, Tensor]:
+    """Every tensor under one name."""
+    return {f"{tree}.{name}": tensor for tree, tensors in state.items() for name, tensor in tensors.items()}
+
+
+def check_equal(state: State, loaded: State) -> None:
+    """A way that loads something else is not measured."""
+    for name, tensor in flat(loaded).items():
+        if not torch.equal(tensor, flat(state)[name]):
+            raise RuntimeError(f"{name} came back as something else")
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+class Work:
+    """Matrix products for a while: what training does meanwhile."""
+
+    def __init__(self) -> None:
+        self.a, self.b = torch.randn(512, 512), torch.randn(512, 512)
+        until_s = time.perf_counter() + ALONE_S
+        self.alone = self._rate(lambda: time.perf_counter() > until_s)
+
+    def slower_until(self, done: Callable[[], bool]) -> float:
+        """By which share products are slower than alone, until `done`."""
+        return 1 - self._rate(done) / self.alone
+
+    def _rate(self, done: Callable[[], bool]) -> float:
+        count, begin = 0, time.perf_counter()
+        while True:
+            for _ in range(8):
+                torch.mm(self.a, self.b)
+            count += 8
+            if done():
+                return count / (time.perf_counter() - begin)
+
+
+# ------------------------------------------------------------------------------------------------------- the ways
+
+
+def ours(state: State, where: str, ranks: Ranks, work: Work, asynchronous: bool) -> Figures:
+    """This project's checkpoints; a second save is measured in the background, for a run makes host buffers once."""
+    saver, trees = Checkpointer(where, CheckpointSettings(asynchronous=asynchronous), ranks), pieces_of(state)
+    if asynchronous:
+        saver.save(1, trees, {}, {}, "")
+        saver.finish()
+    begin = time.perf_counter()
+    figures = {"stall": saver.save(2, trees, {}, {}, "")}
+    if asynchronous:
+        figures["slower"] = work.slower_until(lambda: not saver.is_writing())
+    saver.finish()
+    figures["complete"] = time.perf_counter() - begin
+    loaded = like(state)
+    newest = open_checkpoint(list_steps(where)[-1])
+    figures["load"] = seconds_of(lambda: load_into(newest, pieces_of(loaded)))
+    check_equal(state, loaded)
+    figures["resume"] = figures["load"] + seconds_of(lambda: find_newest_sound(where, ranks))
+    return figures
+
+
+def torch_save(state: State, where: str, ranks: Ranks, work: Work) -> Figures:
+    """One file, flushed to the disk."""
+    path = Path(where) / "state.pt"
+
+    def save() -> None:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    loaded = like(state)
+
+    def load() -> None:
+        stored = torch.load(path, weights_only=True, mmap=True)
+        for tree, tensors in loaded.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(stored[tree][name])
+
+    seconds = seconds_of(save)
+    figures = {"stall": seconds, "complete": seconds, "load": seconds_of(load)}
+    check_equal(state, loaded)
+    return figures
+
+
+def plain_dcp(state: State, where: str, ranks: Ranks, work: Work, asynchronous: bool) -> Figures:
+    """torch.distributed.checkpoint as its documentation uses it; it flushes its files."""
+    path, figures, begin = Path(where) / "dcp", {}, time.perf_counter()
+    if asynchronous:
+        future = dcp.async_save(flat(state), checkpoint_id=path)
+        figures["stall"] = time.perf_counter() - begin
+        figures["slower"] = work.slower_until(future.done)
+        future.result()
+    else:
+        dcp.save(flat(state), checkpoint_id=path)
+        figures["stall"] = time.perf_counter() - begin
+    figures["complete"] = time.perf_counter() - begin
+    loaded = like(state)
+    figures["load"] = seconds_of(lambda: dcp.load(flat(loaded), checkpoint_id=path))
+    check_equal(state, loaded)
+    return figures
+
+
+def measure(size_bytes: int, folder: Path, bucket: str | None, repeats: int, ranks: Ranks) -> dict[str, list[Figures]]:
+    """Every way's figures, `repeats` times in turn."""
+    state, work, here = make_state(size_bytes), Work(), folder / "bench"
+    ways: dict[str, Callable[[str], Figures]] = {
+        "latte_scale, in the background": lambda where: ours(state, where, ranks, work, True),
+        "latte_scale, in the foreground": lambda where: ours(state, where, ranks, work, False),
+        "torch.save and fsync": lambda where: torch_save(state, where, ranks, work),
+        "DCP save": lambda where: plain_dcp(state, where, ranks, work, False),
+        "DCP async_save": lambda where: plain_dcp(state, where, ranks, work, True),
+    }
+    if bucket is not None:
+        ways["latte_scale, in the background, to s3://"] = lambda where: ours(state, bucket, ranks, work, True)
+    results: dict[str, list[Figures]] = {way: [] for way in ways}
+    turns = [way for _ in range(repeats) for way in ways]
+    for way in track(turns, description="measuring", transient=True):
+        here.mkdir(parents=True)
+        try:
+            results[way].append(ways[way](str(here)))
+        finally:
+            shutil.rmtree(here)
+            if bucket is not None:
+                store = open_store(bucket)
+                store.delete_all(store.list())
+        gc.collect()
+    return results
+
+
+def table(results: dict[str, list[Figures]], size_bytes: int) -> str:
+    """Markdown: a row a way."""
+    lines = [
+        "| Way | Stall, s | Complete, s | MB/s | Load, s | Resume, verified, s | Slower meanwhile |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for way, runs in results.items():
+        rate = size_bytes / 1e6 / statistics.median(run["complete"] for run in runs)
+        slower = [run["slower"] for run in runs if "slower" in run]
+        cells = [span(runs, "stall"), span(runs, "complete"), f"{rate:.0f}", span(runs, "load"), span(runs, "resume")]
+        lines.append(f"| {way} | {' | '.join(cells)} | {f'{statistics.median(slower):.0%}' if slower else ''} |")
+    return "\n".join(lines)
+
+
+def span(runs: list[Figures], key: str) -> str:
+    """median (lowest to highest)"""
+    values = [run[key] for run in runs if key in run]
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("latte-scale bench checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; bench/ in it must be free")
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default 1)")
+    parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="every single figure as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the table."""
+    args = parse_args(argv)
+    if (args.folder / "bench").exists():
+        print(f"error: {args.folder / 'bench'} exists already; choose another --folder")
+        return 2
+    if args.bucket is not None and open_store(args.bucket).list():
+        print(f"error: {args.bucket} is not empty, and would be emptied; choose another --bucket")
+        return 2
+    warnings.filterwarnings("ignore", module="torch.distributed")
+    torch.set_num_threads(1)
+    ranks = init_distributed(device="cpu")
+    try:
+        size_bytes = sum(tensor.nbytes for tensor in flat(make_state(int(args.gib * 2**30))).values())
+        results = measure(int(args.gib * 2**30), args.folder, args.bucket, args.repeats, ranks)
+    finally:
+        shutdown()
+    print(f"{size_bytes / 1e6:.0f} MB of state, one rank, {args.repeats} runs, torch {torch.__version__}\n")
+    print(table(results, size_bytes))
+    if args.out is not None:
+        args.out.write_text(json.dumps({"size_bytes": size_bytes, "runs": results}, indent=1) + "\n")
+    return 0

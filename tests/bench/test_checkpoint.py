@@ -1,0 +1,42 @@
+"""Measuring checkpoints: every way saves and loads the same state, and nothing is left on the disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latte_scale.bench.checkpoint import main
+
+
+def test_a_small_state_is_measured_in_every_way(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("latte_scale.bench.checkpoint.ELEMENTS", 1000)
+    monkeypatch.setattr("latte_scale.bench.checkpoint.ALONE_S", 0.05)
+    out = tmp_path / "figures.json"
+    assert main(["--folder", str(tmp_path), "--gib", "0.0001", "--repeats", "2", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("\n| latte_scale") == 2
+    runs = json.loads(out.read_text())["runs"]
+    assert len(runs) == 5 and all(len(each) == 2 for each in runs.values())
+    assert all(0 < figures["stall"] <= figures["complete"] for each in runs.values() for figures in each)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path, capsys) -> None:
+    (tmp_path / "bench").mkdir()
+    assert main(["--folder", str(tmp_path)]) == 2
+    assert "choose another --folder" in capsys.readouterr().out
+
+
+def test_a_bucket_is_never_emptied_that_holds_something(tmp_path: Path, capsys) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "precious").touch()
+    assert main(["--folder", str(tmp_path), "--bucket", str(tmp_path / "there")]) == 2
+    assert "is not empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["step", "checkpoint"])
+def test_the_verbs_have_their_help(verb: str, capsys) -> None:
+    from latte_scale.bench import main as bench
+
+    with pytest.raises(SystemExit) as ended:
+        bench([verb, "--help"])
+    assert ended.value.code == 0 and f"bench {verb}" in capsys.readouterr().out
