@@ -1,0 +1,117 @@
+"""A step on a GPU: no host waits in it, choices by measurement, what checkpointing saves, bits that repeat."""
+
+import json
+
+import pytest
+import torch
+
+from latte_scale.bench import main as bench
+from latte_scale.bench.inputs import step_inputs
+from latte_scale.bench.subjects import Ours
+from latte_scale.bench.timing import Turns
+from latte_scale.choices import attention_backends, recorded_choice
+from latte_scale.config import Config, load_config
+from latte_scale.engine import Ranks
+from tests.conftest import ROOT
+
+SMALL = ("model.num_layers=2", "train.global_batch=4", "train.micro_batch=2", "train.steps=5000")
+ENGINES = [("engine.kind=single",), ("engine.kind=fsdp2",), ("engine.kind=fsdp2", "engine.blocks_per_unit=2")]
+
+
+def small(*overrides: str) -> Config:
+    """The released width and head dim, two pairs of blocks, 16 x 256 x 256."""
+    return load_config(ROOT / "configs" / "t2v_256.yaml", [*SMALL, "engine.activation_checkpointing=none", *overrides])
+
+
+def subject(config: Config, ranks: Ranks, captions: str = "mixed") -> Ours:
+    inputs = step_inputs(config, ranks.device, 1, captions)
+    return Ours(config, ranks, inputs, attention_backends(config, ranks, None))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["single", "fsdp2", "fsdp2-units"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
+def test_no_host_waits_for_the_device(ranks, engine, checkpointing) -> None:
+    """Loss, backward, clipping, AdamW and EMA: torch raises at the first operation that makes the host wait."""
+    step = subject(small(*engine, f"engine.activation_checkpointing={checkpointing}"), ranks)
+    for _ in range(2):  # kernels are loaded and buffers made in the first step
+        step.forward_backward(), step.update(), step.average()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            step.forward_backward(), step.update(), step.average()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_every_back_end_that_runs_agrees_at_head_dim_72(ranks, tmp_path) -> None:
+    path, config = tmp_path / "choices.json", small()
+    chosen = recorded_choice(config, ranks.device, path)
+    measured = json.loads(path.read_text())["attention"]["measured_ms"]
+    for site, times in measured.items():
+        assert not [name for name, value in times.items() if isinstance(value, str) and "off by" in value], times
+        assert {name for name, value in times.items() if isinstance(value, float)} >= {"sdpa", "sdpa_flash", "math"}
+        assert times[chosen[site]] == min(value for value in times.values() if isinstance(value, float))
+    assert recorded_choice(config, ranks.device, path) == chosen
+
+
+def test_the_less_is_kept_the_less_memory_a_step_takes(ranks) -> None:
+    peaks = []
+    for way in ("none", "selective", "full", "offload"):
+        config, turns = small(f"engine.activation_checkpointing={way}", "model.num_layers=6"), Turns(ranks.device)
+        step = turns.build(lambda config=config: subject(config, ranks))
+        turns.warm_up(step, 1)
+        turns.turn(step, 2)
+        peaks.append(turns.measured[step.name].peak_bytes)
+        del step
+        torch.cuda.empty_cache()
+    assert peaks == sorted(peaks, reverse=True) and peaks[2] < 0.8 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("way", ["selective", "full", "offload"])
+def test_checkpointing_changes_no_loss(ranks, way) -> None:
+    """Three steps in fp32: what is computed again is what was, and offloaded inputs are there before they are read."""
+    losses = []
+    for each in ("none", way):
+        config = small(f"engine.activation_checkpointing={each}", "train.precision=fp32", "attention.backend=math")
+        step = subject(config, ranks)
+        losses.append([])
+        for _ in range(3):
+            losses[-1].append(float(step.forward_backward()))
+            step.update(), step.average()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_deterministic_steps_have_the_same_bits(ranks) -> None:
+    from latte_scale.engine.base import make_deterministic
+
+    make_deterministic()
+    try:
+        config, runs = small("train.deterministic=true"), []
+        for _ in range(2):
+            step = subject(config, ranks)
+            runs.append([])
+            for _ in range(3):
+                runs[-1].append(float(step.forward_backward()))
+                step.update(), step.average()
+        assert runs[0] == runs[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_bench_step_in_bf16_compiled_against_diffusers(tmp_path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here: torch.cuda.is_available() is False")
+    out = tmp_path / "step.json"
+    config = str(ROOT / "configs" / "t2v_256.yaml")
+    arguments = ["--rounds", "2", "--steps", "2", "--against", "diffusers", "--out", str(out)]
+    options = [*SMALL, "engine.kind=single", "engine.compile=true", "engine.activation_checkpointing=none"]
+    assert bench(["step", "--config", config, *arguments, *options]) == 0
+    result = json.loads(out.read_text())
+    ours, theirs = (result["subjects"][name] for name in ("latte_scale", "diffusers"))
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-2)
+    assert ours["peak_bytes"] > ours["held_bytes"] > 0 and result["ratio"]["memory"] > 0
+    assert result["compile"]["graphs_while_measured"] == 0, "blocks were compiled again while steps were measured"
+    if result["device"]["peak_tflops"] is not None:
+        assert 0 < ours["mfu"] < result["device"]["gemm_mfu"] < 1
+    assert ours["budget"]["shares"]["gemm"] > 0.1 and ours["budget"]["shares"]["attention"] > 0
