@@ -9,6 +9,8 @@ VERBS = {
     "shard": "a folder of captioned clips -> tar shards with indices and a manifest",
     "index": "tars of another tool -> indices and a manifest beside them",
     "verify": "read a data set again and hold every byte to its checksums",
+    "stats": "what a data set holds: distributions, as a page with plots",
+    "preview": "a page of clips that play, with their captions",
     "encode": "shards of clips -> shards of VAE latents and text embeddings",
 }
 WRONG_INPUT = 2  # the exit code of a user's mistake; a verb returns 1 when nothing at all could be done

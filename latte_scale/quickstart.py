@@ -220,7 +220,9 @@ def run(args: argparse.Namespace) -> int:
     )
     config = settings.read_mapping(train_config)
     stages.train_with_a_kill(
-        f"torchrun --nproc_per_node {NUM_RANKS} --standalone -m latte_scale.train --config {train_config} "
+        # localhost: the name that a machine or a container has for itself need not lead anywhere
+        f"torchrun --nproc_per_node {NUM_RANKS} --standalone --local_addr localhost -m latte_scale.train "
+        f"--config {train_config} "
         f"data.url={here}/latents run.dir={here}/run engine.kind=fsdp2",
         out / "run",
         config["checkpoint"]["every_steps"],
