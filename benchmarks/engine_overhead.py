@@ -78,7 +78,7 @@ def measure(config: Config, engines: Sequence[str], ranks: Ranks, warm_up: int, 
 
 
 def summary(turns: Turns, cpu_s: dict[str, list[float]] | None, flops: float) -> dict[str, Any]:
-    """What each subject did, and its steps over those of plain PyTorch, round by round; by the clock without `cpu_s`."""
+    """What each subject did, and its steps over plain PyTorch's, round by round; by the clock without `cpu_s`."""
     costs = cpu_s or {name: [step.total_s for step in each.steps] for name, each in turns.measured.items()}
     result = {}
     for name, measured in turns.measured.items():
@@ -97,7 +97,7 @@ def summary(turns: Turns, cpu_s: dict[str, list[float]] | None, flops: float) ->
 def table(result: dict[str, Any]) -> str:
     """Markdown, for benchmarks/RESULTS.md."""
     lines = [
-        "| Engine | CPU time (on a GPU: time) | Over plain, median (quartiles) | Wall time (quartiles) | Update | EMA |",
+        "| Engine | CPU time (GPU: time) | Over plain, median (quartiles) | Wall time (quartiles) | Update | EMA |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result.items():
