@@ -5,7 +5,7 @@
 
 In: configs/shapes_cpu_full.yaml with another `diffusion.objective`, on the quickstart's clips (drawn, packed and
 encoded on the first call). Out: OUT/OBJECTIVE/scores.jsonl, a line a checkpoint ({"step", "n", "colour", "shape",
-"direction", "all", "held_out", ...}), and with --table OUT/score_over_steps.md. The same 128 prompts, half of them
+"direction", "all", "held_out", ...}), and OUT/score_over_steps.md and .svg. The same 128 prompts, half of them
 combinations that no clip shows, and the same noise at every checkpoint and for every objective.
 The decision worth knowing: a call works for at most --turn-s seconds and can be repeated until it says that nothing is
 left (exit code 0; 75: call again), so that a machine can be shared. What is trained or scored is not done again.
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.svg import line_chart
 from latte_scale import checkpoint, settings
 from latte_scale.run.folder import DONE, REQUEUE
 from latte_scale.run.metrics import read_metrics
@@ -126,13 +127,22 @@ def turn(args: argparse.Namespace) -> int:
     return 0 if done else REQUEUE
 
 
+def scores_of(out: Path, objective: str) -> list[dict[str, Any]]:
+    """The lines of scores.jsonl, by step."""
+    return sorted(read_metrics(out / objective / "scores.jsonl"), key=lambda record: record["step"])
+
+
+def curve(out: Path, objective: str) -> list[tuple[float, float]]:
+    """(step, share of videos with all three right)."""
+    return [(record["step"], record["all"]) for record in scores_of(out, objective)]
+
+
 def table(out: Path) -> str:
     """Markdown: a row an objective and step."""
     lines = ["| Objective | Step | Prompts | Colour | Shape | Direction | All three | All three, held out |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for objective in OBJECTIVES:
-        records: list[dict[str, Any]] = sorted(read_metrics(out / objective / "scores.jsonl"), key=lambda r: r["step"])
-        for record in records:
+        for record in scores_of(out, objective):
             shares = " | ".join(f"{record[name]:.3f}" for name in ASPECTS)
             lines.append(f"| {objective} | {record['step']} | {record['n']} | {shares} |")
     return "\n".join(lines) + "\n"
@@ -160,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     (args.out / "score_over_steps.md").write_text(table(args.out))
+    if curves := {name: points for name in OBJECTIVES if (points := curve(args.out, name))}:
+        (args.out / "score_over_steps.svg").write_text(line_chart("All three right, over steps", curves))
     print(table(args.out))
     return code
 

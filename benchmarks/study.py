@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.svg import COLOURS, line_chart
 from latte_scale import settings
 from latte_scale.config import Config, load_config
 from latte_scale.model.build import build_model
 from latte_scale.model.flops import num_flops
-from latte_scale.report import COLOURS, line_chart
 from latte_scale.run.metrics import read_metrics
 
 TAIL = 0.2  # share of the steps, the last ones, over which losses are averaged
@@ -155,15 +155,7 @@ def plot(outcomes: Sequence[Outcome]) -> str:
         points = sorted(outcome.losses.items())
         chunks = [points[start : start + SMOOTH] for start in range(0, len(points) - SMOOTH + 1, SMOOTH)]
         series[outcome.row] = [(chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)) for chunk in chunks]
-    chart = line_chart("Loss over steps", series, [], log_y=True)
-    style = "<style>text{font:11px sans-serif;fill:#777} svg{--line:#8884}</style>"
-    legend = "".join(
-        f'<text x="300" y="{30 + 14 * i}" style="fill:{colour}">{name}</text>'
-        for i, (colour, name) in enumerate(zip(COLOURS, series, strict=False))
-    )
-    return chart.replace('role="img"', 'role="img" xmlns="http://www.w3.org/2000/svg"', 1).replace(
-        "</svg>", f"{style}{legend}</svg>"
-    )
+    return line_chart("Loss over steps", series, log_y=True)
 
 
 def write_outcomes(study: Study) -> None:

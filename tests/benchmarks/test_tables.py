@@ -1,0 +1,56 @@
+"""Tables and curves of what was measured, without measuring: studies, and the score over steps."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from benchmarks import score_over_steps, study
+from benchmarks.svg import line_chart
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_a_chart_has_its_points_in_their_places():
+    chart = ElementTree.fromstring(line_chart("a & b", {"one": [(0, 0.0), (100, 1.0)], "two <": [(50, 0.5)]}))
+    one, two = (line.get("points") for line in chart.iter(f"{SVG}polyline"))
+    assert (one, two) == ("56.0,212.0 450.0,14.0", "253.0,113.0")
+    assert [text.text for text in chart.iter(f"{SVG}text")][-2:] == ["one", "two <"]
+    logarithmic = ElementTree.fromstring(line_chart("loss", {"one": [(0, 1.0), (50, 0.1), (100, 0.0)]}, log_y=True))
+    assert next(logarithmic.iter(f"{SVG}polyline")).get("points") == "56.0,14.0 450.0,212.0"
+    with pytest.raises(ValueError, match="expected 1 to 6 series"):
+        line_chart("nothing", {"one": []})
+
+
+def test_a_study_is_drawn_and_tabled():
+    losses = {step: 1 / (step + 1) for step in range(100)}
+    outcomes = [study.Outcome(row, 10, 20, losses, 0.1) for row in ("first", "other")]
+    assert "| other | 10 |" in study.table(outcomes) and "+0.0000 ± 0.0000" in study.table(outcomes)
+    assert study.plot(outcomes).count("<polyline") == 2
+
+
+def test_scores_are_tabled_by_step(tmp_path, capsys):
+    record = {"n": 4, "colour": 1.0, "shape": 0.5, "direction": 0.25, "all": 0.25, "held_out": 0.0}
+    (tmp_path / "flow").mkdir()
+    lines = [json.dumps({"step": step, **record}) for step in (1000, 500)]
+    (tmp_path / "flow" / "scores.jsonl").write_text("\n".join(lines) + "\n")
+    assert score_over_steps.main(["--out", str(tmp_path), "--table"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:4]
+    assert [row.split("|")[2].strip() for row in rows] == ["500", "1000"]
+    assert (tmp_path / "score_over_steps.svg").read_text().count("<polyline") == 1
+
+
+def test_a_finished_run_is_scored_once(tmp_path, monkeypatch):
+    """Which checkpoints: those at multiples of --every-steps and the last one, not those that have a score."""
+    run = tmp_path / "v" / "run"
+    for step in (500, 750, 1000, 3400):
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (run / "checkpoints" / f"step-{step:08d}" / "manifest.json").touch()
+    (run / "exit.json").write_text('{"code": 0}')
+    (tmp_path / "v" / "scores.jsonl").write_text('{"step": 500}\n')
+    scored = []
+    monkeypatch.setattr(score_over_steps, "prepare", lambda out: None)
+    monkeypatch.setattr(score_over_steps, "score", lambda out, objective, folder, steps: scored.append(folder.name))
+    assert score_over_steps.turn(score_over_steps.parse_args(["--out", str(tmp_path)])) == 0
+    assert scored == ["step-00001000", "step-00003400"]
+    assert score_over_steps.turn(score_over_steps.parse_args(["--out", str(tmp_path), "--turn-s", "60"])) == 75
