@@ -3,9 +3,9 @@
 In: a folder and the name of its layout. Out: the clips in the order of their names, the class names, and what is left
 out with the reason. Nothing is opened here but lists of captions.
 
-clips   videos anywhere below, with a `captions.jsonl` of {"file", "text"} lines or a .txt beside each video. "text" is
-        a caption or a list of several; "label" names a class, on every line or on none; a listed file may be an image
-        (JPEG or PNG).
+clips   videos anywhere below, with a captions.jsonl, .csv or .parquet (data_tools/captions.py) or a .txt beside each
+        video; a listed file may be an image (JPEG or PNG). Or tars of webdataset and video2dataset, whose clips are
+        taken out of them (data_tools/tar_clips.py). The folder may be an s3:// prefix.
 ffs     FaceForensics: videos directly in the folder (`.../train/videos`), no captions.
 sky     SkyTimelapse: folders of frames at any depth, in the order of the number at the end of a frame's name. Folders
         of 48 frames or fewer are left out, as Latte does.
@@ -17,17 +17,20 @@ The decision worth knowing: an empty class folder keeps its place among the labe
 agree on them.
 """
 
-import json
 import os
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
+from data_tools.captions import LISTS, Line, class_names, is_list, read_list, tidy
+from data_tools.tar_clips import tar_clips
 from latte_scale.data.shards import VIDEO_EXTENSIONS
+from latte_scale.store import LocalStore, Store, open_store
 
 LAYOUTS = ("clips", "ffs", "sky", "ucf101", "taichi")
-CAPTIONS = "captions.jsonl"
+NUM_READERS = 16  # captions and sizes that are asked of a store at a time
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 SKY_MIN_FRAMES = 49  # more than 16 frames, one in 3
 
@@ -39,23 +42,29 @@ class Clip:
     """A clip that is to be stored."""
 
     key: str
-    folder: Path
-    files: tuple[str, ...]  # in it: one video, or the images that are its frames, in order
+    store: Store
+    files: tuple[str, ...]  # in it: one video (or the tar that holds it), or the images that are its frames, in order
     source: str  # path relative to the input folder, kept in the .json
     captions: tuple[str, ...]
     size_bytes: int  # of all its files
     label: int | None = None
     min_frames: int = 1  # a shorter clip is left out
+    offset: int | None = None  # of the video in its tar
 
-    @property
-    def paths(self) -> list[Path]:
-        """All its files, in order."""
-        return [self.folder / file for file in self.files]
+    def read(self) -> bytes:
+        """The clip as one file. Raises VideoError for images that cannot be joined, StoreError, OSError."""
+        from latte_scale.data.video import join_frames
+
+        if self.offset is not None:
+            return self.store.read(self.files[0], self.offset, self.size_bytes)
+        if self.is_video or not isinstance(self.store, LocalStore):
+            return self.store.read(self.files[0])
+        return join_frames([self.store.root / file for file in self.files])
 
     @property
     def extension(self) -> str:
         """Of its files, as in "mp4"."""
-        return _extension(self.files[0])
+        return _extension(self.source if self.offset is not None else self.files[0])
 
     @property
     def is_video(self) -> bool:
@@ -74,25 +83,28 @@ class Found:
     num_short: int = 0  # of the skipped: those with fewer frames than asked for
 
 
-def find_clips(source: Path, layout: str = "clips", min_frames: int | None = None) -> Found:
-    """The clips of a folder, or for layout "clips" of a captions.jsonl. `min_frames` None: the layout's own.
+def find_clips(source: str | Path, layout: str = "clips", min_frames: int | None = None) -> Found:
+    """The clips of a folder, or for layout "clips" of a list of captions. `min_frames` None: the layout's own.
 
-    Raises ValueError when the folder is not laid out so, or a line of captions.jsonl cannot be read.
+    Raises ValueError when the folder is not laid out so, or a line of a list cannot be read.
     """
     if min_frames is None:
         min_frames = SKY_MIN_FRAMES if layout == "sky" else 1
-    root = source.parent if layout == "clips" and source.is_file() else source
-    if not root.is_dir():
-        what = f"a folder of clips or a {CAPTIONS}" if layout == "clips" else f"a folder, with --layout {layout}"
+    folder, _, listed = str(source).rpartition("/") if is_list(str(source)) else (str(source), "", "")
+    store = open_store(folder or ".")
+    if isinstance(store, LocalStore) and (not store.root.is_dir() or (layout != "clips" and listed)):
+        what = "a folder of clips or a list of captions" if layout == "clips" else f"a folder, with --layout {layout}"
         raise ValueError(f"{source}: no such folder; --input takes {what}")
     if layout == "clips":
-        found = _captioned(source, root)
+        found = _captioned(store, listed)
+    elif not isinstance(store, LocalStore):
+        raise ValueError(f"{source}: --layout {layout} takes a local folder; copy it, or use --layout clips")
     elif layout == "ffs":
-        found = _flat(root)
+        found = _flat(store.root)
     elif layout == "ucf101":
-        found = _by_class(root)
+        found = _by_class(store.root)
     else:
-        found = _frame_folders(root, layout, min_frames)
+        found = _frame_folders(store.root, layout, min_frames)
     found.clips = [replace(clip, min_frames=min_frames) for clip in found.clips]
     return found
 
@@ -104,31 +116,69 @@ def too_short(num_frames: int, min_frames: int) -> str | None:
     return f"too short: expected {min_frames} frames or more (--min-frames), came {num_frames}"
 
 
-def _captioned(source: Path, root: Path) -> Found:
-    """Layout "clips"."""
-    listed = source if source.is_file() else root / CAPTIONS
-    lines = _read_captions(listed) if listed.is_file() else None
-    videos = _videos(root) if source.is_dir() else []
+def _captioned(store: Store, listed: str) -> Found:
+    """Layout "clips"; `listed` is the list that was given, "" to look for one."""
+    names = store.list()
+    given, listed = listed, listed or next((name for name in LISTS if name in names), "")
+    lines = read_list(store, listed) if listed else None
+    videos = [] if given else [name for name in names if _extension(name) in VIDEO_EXTENSIONS]
+    tars = [name for name in names if name.endswith(".tar")]
+    if lines is None and tars:
+        return _in_tars(store, tars, videos)
     if not videos and not lines:
         raise ValueError(
-            f"{source} holds no videos (looked for {_names(VIDEO_EXTENSIONS)}); check --input, or unpack the clips "
-            "first"
+            f"{store.join(given) if given else store.url} holds no videos (looked for {_names(VIDEO_EXTENSIONS)} and "
+            ".tar); check --input, or unpack the clips first"
         )
-    found, keys = Found(class_names=_class_names(lines, listed)), set()
-    for name in sorted({*videos, *(lines or {})}):
-        path = root / name
-        line = lines.get(name) if lines is not None else _sidecar(path)
-        if line is None:
-            reason = f"not in {CAPTIONS}" if lines is not None else "no .txt with a caption beside it"
-            found.skipped.append(f"{name}: {reason}")
+    found = Found(class_names=class_names(lines, store.join(listed)) if lines else None)
+    there, wanted = set(names), sorted({*videos, *(lines or {})})
+    if lines is None:
+        lines, missing = _sidecars(store, wanted, there), "no .txt with a caption beside it"
+    else:
+        missing = f"not in {listed}"
+    chosen = []
+    for name in wanted:
+        if name not in lines:
+            found.skipped.append(f"{name}: {missing}")
         elif _extension(name) not in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
-            found.failed.append(f"{name}: {path.suffix or 'no extension'} is not a known video container")
-        elif not path.is_file():
-            found.failed.append(f"{name}: listed in {CAPTIONS}, but there is no such file")
+            found.failed.append(f"{name}: {Path(name).suffix or 'no extension'} is not a known video container")
+        elif name not in there:
+            found.failed.append(f"{name}: listed in {listed}, but there is no such file")
         else:
-            label = None if found.class_names is None else found.class_names.index(line.label)
-            found.clips.append(_clip(name, path.parent, (path.name,), keys, line.captions, label))
+            chosen.append(name)
+    keys: set[str] = set()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for name, size_bytes in zip(chosen, pool.map(store.size, chosen), strict=True):
+            label = None if found.class_names is None else found.class_names.index(lines[name].label)
+            clip = Clip(_key(name, keys), store, (name,), name, lines[name].captions, size_bytes, label)
+            found.clips.append(clip)
     return found
+
+
+def _in_tars(store: Store, tars: list[str], videos: list[str]) -> Found:
+    """The clips of webdataset's and video2dataset's tars."""
+    found, keys = Found(skipped=[f"{name}: beside tars, whose clips are taken" for name in videos]), set()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for clips in pool.map(lambda tar: tar_clips(store, tar, found.failed), tars):
+            for tar, member, caption in clips:
+                source = f"{tar}/{member.name}"
+                if caption is None:
+                    found.skipped.append(f"{source}: no caption in a .txt or .json beside it")
+                    continue
+                key = _key(f"{tar.removesuffix('.tar').replace('.', '_')}/{member.name}", keys)
+                clip = Clip(key, store, (tar,), source, (caption,), member.size, offset=member.offset)
+                found.clips.append(clip)
+    found.failed.sort()
+    return found
+
+
+def _sidecars(store: Store, names: Iterable[str], there: set[str]) -> dict[str, Line]:
+    """file -> the caption of the .txt beside it, for those that have one."""
+    texts = {name: PurePosixPath(name).with_suffix(".txt").as_posix() for name in names}
+    texts = {name: text for name, text in texts.items() if text in there}
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        data = pool.map(store.read, texts.values())
+        return {name: Line((tidy(text.decode("utf-8", "replace")),)) for name, text in zip(texts, data, strict=True)}
 
 
 def _flat(root: Path) -> Found:
@@ -218,69 +268,7 @@ def _clip(
     label: int | None = None,
 ) -> Clip:
     size_bytes = sum((folder / file).stat().st_size for file in files)
-    return Clip(_key(name, keys), folder, files, name, captions, size_bytes, label)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """What captions.jsonl or a .txt says of a clip."""
-
-    captions: tuple[str, ...]
-    label: str | None = None  # name of the class
-
-
-def _read_captions(path: Path) -> dict[str, _Line]:
-    """file -> what its line of a captions.jsonl says."""
-    lines: dict[str, _Line] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        expected = (
-            f'{path}, line {number}: expected {{"file": "clip.mp4", "text": "a caption"}} ("text" may be a list of '
-            f'captions; "label", the name of a class, may follow), came {text[:80]!r}'
-        )
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{expected} ({error})") from error
-        file, line = _parse_line(content) if isinstance(content, dict) else (None, None)
-        if file is None or line is None:
-            raise ValueError(expected)
-        name = Path(file).as_posix()
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{path}, line {number}: {file!r} leaves the folder; give paths relative to {path.parent}")
-        if lines.setdefault(name, line) != line:
-            raise ValueError(
-                f"{path}, line {number}: {file!r} has a second, different caption or label; keep one line (several "
-                'captions go into one "text" list)'
-            )
-    return lines
-
-
-def _parse_line(content: dict[str, Any]) -> tuple[str | None, _Line | None]:
-    """(file, what is said of it); None for what is missing or of another type."""
-    file, text, label = content.get("file"), content.get("text"), content.get("label")
-    captions = text if isinstance(text, list) else [text]
-    sound = captions and all(isinstance(caption, str) for caption in captions)
-    if not isinstance(file, str) or not file or not sound or not (label is None or isinstance(label, str)):
-        return None, None
-    return file, _Line(tuple(caption.strip() for caption in captions), label)
-
-
-def _class_names(lines: dict[str, _Line] | None, listed: Path) -> tuple[str, ...] | None:
-    """The sorted classes that the lines name, None where they name none. Raises ValueError where only some do."""
-    labels = {line.label for line in (lines or {}).values()}
-    if labels <= {None}:
-        return None
-    if None in labels:
-        name = next(name for name, line in lines.items() if line.label is None)
-        raise ValueError(f'{listed}: {name!r} has no "label" but others have; give every line one, or none')
-    return tuple(sorted(labels))
-
-
-def _sidecar(path: Path) -> _Line | None:
-    text = path.with_suffix(".txt")
-    return _Line((text.read_text(encoding="utf-8").strip(),)) if text.is_file() else None
+    return Clip(_key(name, keys), LocalStore(folder), files, name, captions, size_bytes, label)
 
 
 def _videos(root: Path) -> list[str]:

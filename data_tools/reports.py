@@ -7,6 +7,7 @@ shard's index: a shard is finished when both are there and agree on the number o
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 from latte_scale.data.schema import ShardEntry
 from latte_scale.data.shards import finished_entry
@@ -31,15 +32,28 @@ def report_name(shard: str) -> str:
     return f"{FOLDER}/{shard.removesuffix('.tar')}.json"
 
 
-def write_report(store: Store, shard: str, report: ShardReport) -> None:
+@dataclass
+class PackReport:
+    """What `latte-data shard` made of one group of clips."""
+
+    recipe: str  # hash of the clips and settings that it follows from
+    count: int = 0  # samples that are stored
+    left_out: list[list[str]] = field(default_factory=list)  # [clip, what left it out, reason]
+    hashes: dict[str, str] = field(default_factory=dict)  # of stored samples, where duplicates are looked for
+
+
+Report = TypeVar("Report", ShardReport, PackReport)
+
+
+def write_report(store: Store, shard: str, report: ShardReport | PackReport) -> None:
     """Store the report of a shard."""
     store.write(report_name(shard), (json.dumps(asdict(report), ensure_ascii=False) + "\n").encode())
 
 
-def read_report(store: Store, shard: str) -> ShardReport | None:
+def read_report(store: Store, shard: str, kind: type[Report] = ShardReport) -> Report | None:
     """The report of a shard; None if there is none that this version wrote."""
     try:
-        return ShardReport(**json.loads(store.read(report_name(shard))))
+        return kind(**json.loads(store.read(report_name(shard))))
     except (MissingError, ValueError, TypeError):
         return None
 

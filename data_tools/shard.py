@@ -1,42 +1,46 @@
-"""`latte-data shard`: a folder of clips with captions -> tar shards, sidecar indices and a manifest.
+"""`latte-data shard`: a heap of clips or long videos with captions -> tar shards, sidecar indices and a manifest.
 
     latte-data shard --input clips --output shards
+    latte-data shard --input s3://bucket/videos --output shards cut.scenes=true cut.seconds=10 filters.min_side=256
     latte-data shard --input UCF-101 --output shards --layout ucf101
 
-In: a folder of videos (.mp4 .mkv .avi .mov .webm ...) with a `captions.jsonl` of {"file", "text"} lines, or with a .txt
-beside each video; or the path of such a captions.jsonl, whose files are relative to it; or a folder as FaceForensics
-(ffs), SkyTimelapse (sky), UCF101 (ucf101) and Taichi-HD (taichi) come, named by --layout: data_tools/layouts.py says
-what each holds. Out: `shard-000000.tar ...` holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an index beside
-each tar, and `manifest.json`, written last. Folders of frames become .mov files around the same JPEG or PNG bytes.
-Every clip is opened and its first frame decoded; one that cannot be read, has no caption, or fewer frames than
---min-frames is left out and named in the summary. The last line counts done, skipped and failed; the exit code is 1
-only if no clip is left.
+In: a folder or s3:// prefix of videos (.mp4 .mkv .avi .mov .webm ...) with a captions.jsonl, .csv or .parquet (a column
+for the file, one for the caption) or a .txt beside each; or the path of such a list; or tars as webdataset and
+video2dataset write them; or a folder as FaceForensics (ffs), SkyTimelapse (sky), UCF101 (ucf101) and Taichi-HD (taichi)
+come, named by --layout. Out: `shard-000000.tar ...` holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an
+index beside each tar, `reports/` (what became of every clip) and `manifest.json`, written last.
+`cut.*` divides long videos (data_tools/cut.py), `filters.*` leaves clips out (data_tools/filters.py); a --config may
+hold both. Every clip is opened and its first frame decoded. One that cannot be read, has no caption, or that a filter
+or --min-frames leaves out, is named with its reason; --dry-run does all that and stores nothing. The last line counts
+done, skipped and failed; the exit code is 1 only if no clip is left.
 
-The decision worth knowing: which clips go into which shard follows from the sorted file names and sizes alone. So the
-same command picks up after an interruption: whole shards are kept, the rest is written. A finished data set made of the
-same clips is left as it is; one made of others is refused unless --force, which replaces it.
+The decision worth knowing: which clips go into which shard follows from the sorted file names and sizes alone, and what
+becomes of them from the settings. So the same command picks up after an interruption: whole shards are kept, the rest
+is written. A finished data set made of the same clips with the same settings is left as it is; another one is refused
+unless --force, which replaces it.
 """
 
 import argparse
 import hashlib
+import json
+import os
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 
-from data_tools.layouts import LAYOUTS, Clip, find_clips, too_short
-from latte_scale.data.index import caption_hash, index_name, load_index
+from data_tools.filters import Duplicates
+from data_tools.layouts import LAYOUTS, Clip, find_clips
+from data_tools.looks import FAILED, SHORT, Look, Lookers, ShardSettings
+from data_tools.pack import pack_shard
+from data_tools.reports import PackReport, read_report, report_name
 from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
-from latte_scale.data.shards import ShardFile, VideoSample, description, finished_entry, shard_name
+from latte_scale.data.shards import finished_entry, shard_name
+from latte_scale.settings import apply_overrides, from_mapping, read_mapping
 from latte_scale.store import Store, open_store
 
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A clip that is not stored."""
-
-    line: str  # "name: reason"
-    is_short: bool = False  # readable, but with fewer frames than asked for
+CLIPS_A_WORKER = 32  # fewer are done sooner than a process begins
 
 
 @dataclass
@@ -46,45 +50,51 @@ class Outcome:
     num_done: int = 0
     skipped: list[str] = field(default_factory=list)  # "name: reason": not tried, or not wanted
     failed: list[str] = field(default_factory=list)  # "name: reason": tried
-    num_short: int = 0  # of the skipped
+    left_out_by: Counter = field(default_factory=Counter)  # what left it out -> clips, failed ones apart
 
-    def leave_out(self, clip: LeftOut) -> None:
-        """Count a clip that is not stored."""
-        (self.skipped if clip.is_short else self.failed).append(clip.line)
-        self.num_short += clip.is_short
+    def take(self, report: PackReport) -> None:
+        """Count one shard."""
+        self.num_done += report.count
+        for name, by, reason in report.left_out:
+            (self.failed if by == FAILED else self.skipped).append(f"{name}: {reason}")
+            self.left_out_by[by] += by != FAILED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data shard`."""
-    parser.add_argument("--input", required=True, help="folder of clips, or a captions.jsonl")
+    parser.add_argument("--input", required=True, help="folder or s3:// prefix of clips or tars, or a list of captions")
     parser.add_argument("--output", required=True, help="folder or URL of the data set to write")
+    parser.add_argument("--config", metavar="X.yaml", help="with the sections filters and cut")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as filters.min_side=256")
     parser.add_argument("--layout", choices=LAYOUTS, default="clips", help="how --input is laid out (default clips)")
     parser.add_argument(
         "--min-frames", type=int, metavar="N", help="leave out clips with fewer frames (default 1; sky: 49)"
     )
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="most clips in a tar (default 1000)")
-    parser.add_argument("--bytes-per-shard", type=int, default=1 << 30, help="most clip bytes in a tar (default 1 GiB)")
-    parser.add_argument("--dry-run", action="store_true", help="check every clip and count, write nothing")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores, where it pays)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="most files in a tar (default 1000)")
+    parser.add_argument("--bytes-per-shard", type=int, default=1 << 30, help="most file bytes in a tar (default 1 GiB)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be kept and why not, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a finished data set made of other clips")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; 0, or 1 when no clip could be stored. Raises ValueError and StoreError with what to do."""
-    if min(args.samples_per_shard, args.bytes_per_shard, 1 if args.min_frames is None else args.min_frames) < 1:
-        raise ValueError("--samples-per-shard, --bytes-per-shard and --min-frames must be at least 1")
-    found = find_clips(Path(args.input), args.layout, args.min_frames)
-    outcome = Outcome(skipped=found.skipped, failed=found.failed, num_short=found.num_short)
+    counts = (args.workers, args.samples_per_shard, args.bytes_per_shard, args.min_frames)
+    if min(1 if count is None else count for count in counts) < 1:
+        raise ValueError("--workers, --samples-per-shard, --bytes-per-shard and --min-frames must be at least 1")
+    mapping = read_mapping(args.config) if args.config else {}
+    settings = from_mapping(ShardSettings, apply_overrides(mapping, args.overrides), args.config or "the command")
+    found = find_clips(args.input, args.layout, args.min_frames)
+    outcome = Outcome(skipped=found.skipped, failed=found.failed)
+    outcome.left_out_by[SHORT] += found.num_short
     groups = group_clips(found.clips, args.samples_per_shard, args.bytes_per_shard)
     store = open_store(args.output)
-    entries = _write_all(store, groups, outcome, args.dry_run, args.force)
-    for name in outcome.skipped:
-        print(f"skipped {name}", file=sys.stderr)
-    for name in outcome.failed:
-        print(f"failed {name}", file=sys.stderr)
-    if outcome.num_short:
-        print(f"{outcome.num_short} clips have fewer frames than --min-frames", file=sys.stderr)
+    num_workers = args.workers or max(1, min(len(os.sched_getaffinity(0)), len(found.clips) // CLIPS_A_WORKER))
+    with Lookers(settings, num_workers) as lookers:
+        entries = _pack_all(store, groups, lookers, outcome, args.dry_run, args.force)
+    _tell(outcome)
     if not args.dry_run and entries:
-        _finish(store, entries, found.class_names)
+        _finish(store, entries, found.class_names, len(groups))
     where = "would be in" if args.dry_run else "in"
     print(
         f"done {outcome.num_done}, skipped {len(outcome.skipped)}, failed {len(outcome.failed)}; "
@@ -109,10 +119,16 @@ def group_clips(clips: list[Clip], max_samples: int, max_bytes: int) -> list[lis
     return groups
 
 
-def _write_all(
-    store: Store, groups: list[list[Clip]], outcome: Outcome, dry_run: bool, force: bool
+def recipe_of(group: Sequence[Clip], settings: ShardSettings) -> str:
+    """A hash of everything that a shard follows from, but for the bytes of its files."""
+    clips = [[clip.source, clip.size_bytes, clip.captions, clip.label, clip.min_frames] for clip in group]
+    return hashlib.sha256(json.dumps([clips, asdict(settings)]).encode()).hexdigest()
+
+
+def _pack_all(
+    store: Store, groups: list[list[Clip]], lookers: Lookers, outcome: Outcome, dry_run: bool, force: bool
 ) -> list[ShardEntry]:
-    """Every shard in order: kept where it is already what it should be, else written (or only checked)."""
+    """Every shard in order: kept where it is already what it should be, else looked at and written."""
     from rich.console import Console
     from rich.progress import track
 
@@ -120,118 +136,81 @@ def _write_all(
     if finished and force and not dry_run:
         store.delete(MANIFEST)  # from here on it is an unfinished data set: whole shards are still kept
         finished = False
-    entries = []
+    most_bits = lookers.settings.filters.duplicates
+    duplicates = None if most_bits is None else Duplicates(most_bits)
+    outcomes: list[tuple[PackReport, ShardEntry | None] | Future] = []
     console = Console(stderr=True)
     for number, group in track(list(enumerate(groups)), "sharding", console=console, disable=not console.is_terminal):
-        name = shard_name(number)
-        entry = _kept(store, name, group, outcome)
-        if entry is None and finished and not dry_run:
+        name, recipe = shard_name(number), recipe_of(group, lookers.settings)
+        kept = _kept(store, name, recipe)
+        if kept is not None:
+            for key, digest in kept[0].hashes.items() if duplicates else ():
+                duplicates.add(digest, key)
+            outcomes.append(kept)
+            continue
+        if finished and not dry_run:
             raise ValueError(
                 f"{store.url} already holds a finished data set, and {name} is not what these clips make; choose "
                 "another --output, or replace it with --force"
             )
-        if entry is None:
-            entry = _check_group(group, outcome) if dry_run else _write_shard(store, name, group, outcome)
-        if entry is not None:
-            entries.append(entry)
-    return entries
+        looks = [_without_duplicates(each, duplicates) for each in lookers.look(group)]
+        report = _report(recipe, looks)
+        outcomes.append((report, None) if dry_run else lookers.submit(pack_shard, store, name, group, looks, report))
+    done = [each.result() if isinstance(each, Future) else each for each in outcomes]
+    for report, _ in done:
+        outcome.take(report)
+    return [entry for _, entry in done if entry is not None]
 
 
-def _kept(store: Store, name: str, group: list[Clip], outcome: Outcome) -> ShardEntry | None:
-    """The entry of a shard that an earlier run finished from the same clips, else None.
-
-    Clips that it lacks must still be unreadable.
-    """
+def _kept(store: Store, name: str, recipe: str) -> tuple[PackReport, ShardEntry | None] | None:
+    """The report and entry of a shard that an earlier run finished from the same clips, else None."""
+    report = read_report(store, name, PackReport)
+    if report is None or report.recipe != recipe:
+        return None
+    if not report.count:
+        return report, None
     entry = finished_entry(store, name)
-    if entry is None:
-        return None
-    index = load_index(store, entry)
-    captions = index.caption_hash.tolist()
-    stored = {row.key: (hash_, row.fields["video"].size) for row, hash_ in zip(index.rows(), captions, strict=True)}
-    wanted = {clip.key: clip for clip in group}
-    if any(key not in wanted or not _is_stored(wanted[key], *facts) for key, facts in stored.items()):
-        return None
-    left_out = []
-    for clip in group:
-        if clip.key not in stored:
-            sample = _load(clip)
-            if isinstance(sample, VideoSample):
-                return None
-            left_out.append(sample)
-    for each in left_out:
-        outcome.leave_out(each)
-    outcome.num_done += len(stored)
-    return entry
+    return (report, entry) if entry is not None and entry.count == report.count else None
 
 
-def _is_stored(clip: Clip, hash_: int, video_bytes: int) -> bool:
-    """Whether a stored sample is this clip, by its index: captions and class, and size of its files."""
-    source_bytes = None if clip.is_video else clip.size_bytes
-    same_size = video_bytes == clip.size_bytes or not clip.is_video
-    return same_size and hash_ == caption_hash(description(clip.captions, clip.label, source_bytes))
+def _without_duplicates(looks: list[Look], duplicates: Duplicates | None) -> list[Look]:
+    """The looks, those left out that repeat an earlier clip."""
+    if duplicates is None:
+        return looks
+    judged = []
+    for look in looks:
+        earlier = duplicates.find(look.digest) if look.digest and not look.left_out_by else None
+        if earlier is not None:
+            reason = f"filters.duplicates: looks like {earlier}"
+            look = Look(look.key, look.source, left_out_by="duplicates", reason=reason)
+        elif look.digest and not look.left_out_by:
+            duplicates.add(look.digest, look.key)
+        judged.append(look)
+    return judged
 
 
-def _write_shard(store: Store, name: str, group: list[Clip], outcome: Outcome) -> ShardEntry | None:
-    """One tar of the readable clips of a group; None if there is none."""
-    store.delete(index_name(name))  # an index proves a whole tar: the old one goes before the tar changes
-    with ShardFile(store, name, "video") as shard:
-        for clip in group:
-            sample = _load(clip)
-            if isinstance(sample, VideoSample):
-                shard.add(sample)
-            else:
-                outcome.leave_out(sample)
-        outcome.num_done += len(shard)
-        return shard.close() if len(shard) else None
+def _report(recipe: str, looks: list[list[Look]]) -> PackReport:
+    """What the looks of a group say."""
+    flat = [look for each in looks for look in each]
+    kept = [look for look in flat if not look.left_out_by]
+    left_out = [[look.source, look.left_out_by, look.reason] for look in flat if look.left_out_by]
+    return PackReport(recipe, len(kept), left_out, {look.key: look.digest for look in kept if look.digest})
 
 
-def _check_group(group: list[Clip], outcome: Outcome) -> None:
-    """What `_write_shard` would do, without writing."""
-    for clip in group:
-        sample = _load(clip)
-        if isinstance(sample, VideoSample):
-            outcome.num_done += 1
-        else:
-            outcome.leave_out(sample)
+def _tell(outcome: Outcome) -> None:
+    """Name every clip that is left out, and count what left them out."""
+    for name in outcome.skipped:
+        print(f"skipped {name}", file=sys.stderr)
+    for name in outcome.failed:
+        print(f"failed {name}", file=sys.stderr)
+    if num_short := outcome.left_out_by.pop(SHORT, 0):
+        print(f"{num_short} clips have fewer frames than --min-frames", file=sys.stderr)
+    for by, count in sorted(outcome.left_out_by.items()):
+        if count:
+            print(f"{by} left out {count} clips", file=sys.stderr)
 
 
-def _load(clip: Clip) -> VideoSample | LeftOut:
-    """The clip, opened and probed."""
-    from latte_scale.data.video import VideoError, join_frames, probe
-
-    try:
-        data = clip.paths[0].read_bytes() if clip.is_video else join_frames(clip.paths)
-        facts = probe(data)
-    except VideoError as error:
-        return LeftOut(f"{clip.source}: {error}")
-    except OSError as error:
-        return LeftOut(f"{clip.source}: cannot be read: {error.strerror or error}")
-    if reason := too_short(facts.num_frames, clip.min_frames):
-        return LeftOut(f"{clip.source}: {reason}", is_short=True)
-    info: dict[str, Any] = {
-        "source": clip.source,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "frames": facts.num_frames,
-        "fps": round(facts.fps, 3),
-        "height": facts.height,
-        "width": facts.width,
-        "codec": facts.codec,
-    }
-    if not clip.is_video:
-        del info["fps"]  # nobody knows it
-    return VideoSample(
-        clip.key,
-        clip.captions[0],
-        data,
-        clip.extension if clip.is_video else "mov",
-        info,
-        more_captions=clip.captions[1:],
-        label=clip.label,
-        source_bytes=None if clip.is_video else clip.size_bytes,
-    )
-
-
-def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None) -> None:
+def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None, num_groups: int) -> None:
     """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set."""
     manifest = Manifest("video", tuple(entries), caption_cleaning="none", class_names=class_names)
     if store.exists(MANIFEST):
@@ -243,7 +222,8 @@ def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...
             "Choose another --output, or replace it with --force"
         )
     kept = {name for entry in entries for name in (entry.name, entry.index)}
-    for name in store.list("shard-"):
-        if name not in kept and name.endswith((".tar", ".index.safetensors")):
+    kept |= {report_name(shard_name(number)) for number in range(num_groups)}  # also where no clip was kept
+    for name in [*store.list("shard-"), *store.list(report_name("shard-").removesuffix(".json"))]:
+        if name not in kept and name.endswith((".tar", ".index.safetensors", ".json")):
             store.delete(name)
     save_manifest(store, manifest)

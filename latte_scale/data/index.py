@@ -90,6 +90,9 @@ class IndexBuilder:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
     def add(self, row: Row, caption: str) -> None:
         """Append a sample; `caption` is hashed. Raises ValueError for a key that is already there."""
         if row.key in self._keys:

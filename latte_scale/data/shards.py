@@ -125,6 +125,9 @@ class ShardFile:
     def __len__(self) -> int:
         return len(self._index)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._index
+
     def __enter__(self) -> "ShardFile":
         return self
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import shard, verify
+from data_tools import looks, shard, verify
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST
 from latte_scale.store import open_store
@@ -46,7 +46,8 @@ def stored(folder: Path) -> dict[str, str]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
 def test_clips_of_every_container_are_stored_as_they_are(clips, tmp_path, capsys):
@@ -143,18 +144,18 @@ def test_the_same_command_again_changes_nothing(clips, tmp_path, capsys):
 def test_an_interrupted_run_is_picked_up(clips, tmp_path, monkeypatch):
     command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 1)
     assert run(shard, "--input", clips, "--output", tmp_path / "whole", "--samples-per-shard", 1) == 0
-    load, loaded = shard._load, []
+    look_at, loaded = looks.look_at, []
 
-    def dying(clip):
+    def dying(clip, settings):
         loaded.append(clip.key)
         if len(loaded) == 3:
             raise KeyboardInterrupt
-        return load(clip)
+        return look_at(clip, settings)
 
-    monkeypatch.setattr(shard, "_load", dying)
+    monkeypatch.setattr(looks, "look_at", dying)
     with pytest.raises(KeyboardInterrupt):
         run(shard, *command)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert names == {f"shard-00000{n}{end}" for n in (0, 1) for end in (".tar", ".index.safetensors")}
     assert run(shard, *command) == 0
     assert loaded == ["a", "b", "c", "c", "more/d"]
@@ -177,6 +178,8 @@ def test_a_finished_data_set_of_other_clips_is_kept_unless_forced(clips, tmp_pat
     assert stored(tmp_path / "out").keys() == {"a", "b"}
     assert open_store(tmp_path / "out").list() == [
         "manifest.json",
+        "reports/shard-000000.json",
+        "reports/shard-000001.json",
         "shard-000000.index.safetensors",
         "shard-000000.tar",
         "shard-000001.index.safetensors",

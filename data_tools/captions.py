@@ -1,0 +1,155 @@
+"""Captions as people keep them: lists (jsonl, csv, parquet) and .txt files, hostile ones included.
+
+In: a list with a column for the file and one for its caption, or the text of a caption. Out: what is said of each file.
+In .jsonl "text" is a caption or a list of several; "label" names a class, on every line or on none. Captions are made
+one line of printable text: control characters become spaces, broken Unicode becomes "?", and what goes beyond
+MAX_CHARACTERS is cut, since no text encoder reads that far and a shard holds every caption twice.
+"""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from latte_scale.store import Store
+
+LISTS = ("captions.jsonl", "captions.csv", "captions.parquet")
+"""Names of lists that are found by themselves, the first that is there; a list of another name is given as --input."""
+FILE_COLUMNS = ("file", "path", "video", "video_path", "filename")
+TEXT_COLUMNS = ("text", "caption")
+MAX_CHARACTERS = 8192
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a list or a .txt says of a clip."""
+
+    captions: tuple[str, ...]
+    label: str | None = None  # name of the class
+
+
+def is_list(name: str) -> bool:
+    """Whether a file is a list of captions, by its name."""
+    return name.endswith((".jsonl", ".csv", ".parquet"))
+
+
+def tidy(caption: str) -> str:
+    """The caption as one line of printable text of MAX_CHARACTERS at most."""
+    caption = caption[: 4 * MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+    caption = _CONTROL.sub(" ", unicodedata.normalize("NFC", caption))
+    return caption.strip()[:MAX_CHARACTERS].strip()
+
+
+def read_list(store: Store, name: str) -> dict[str, Line]:
+    """file -> what the list says of it. Raises ValueError naming the line that cannot be read."""
+    where, data = store.join(name), store.read(name)
+    if name.endswith(".parquet"):
+        rows = _parquet_rows(data, where)
+    elif name.endswith(".csv"):
+        rows = _csv_rows(data, where)
+    else:
+        rows = _json_rows(data, where)
+    lines: dict[str, Line] = {}
+    for place, file, line in rows:
+        relative = PurePosixPath(file).as_posix()
+        if relative.startswith("/") or ".." in relative.split("/"):
+            raise ValueError(f"{place}: {file!r} leaves the folder; give paths relative to {store.url}")
+        if lines.setdefault(relative, line) != line:
+            raise ValueError(
+                f"{place}: {file!r} has a second, different caption or label; keep one line (in a .jsonl several "
+                'captions go into one "text" list)'
+            )
+    return lines
+
+
+def class_names(lines: dict[str, Line], where: str) -> tuple[str, ...] | None:
+    """The sorted classes that the lines name, None where they name none. Raises ValueError where only some do."""
+    labels = {line.label for line in lines.values()}
+    if labels <= {None}:
+        return None
+    if None in labels:
+        name = next(name for name, line in lines.items() if line.label is None)
+        raise ValueError(f'{where}: {name!r} has no "label" but others have; give every line one, or none')
+    return tuple(sorted(labels))
+
+
+Row = tuple[str, str, Line]
+"""(place for messages, file, what is said of it)."""
+
+
+def _json_rows(data: bytes, where: str) -> Iterator[Row]:
+    for number, text in enumerate(data.decode("utf-8", "replace").split("\n"), 1):
+        if not text.strip():
+            continue
+        place = f"{where}, line {number}"
+        expected = (
+            f'{place}: expected {{"file": "clip.mp4", "text": "a caption"}} ("text" may be a list of captions; '
+            f'"label", the name of a class, may follow), came {text[:80]!r}'
+        )
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{expected} ({error})") from error
+        file, line = _parse(content) if isinstance(content, dict) else (None, None)
+        if file is None or line is None:
+            raise ValueError(expected)
+        yield place, file, line
+
+
+def _csv_rows(data: bytes, where: str) -> Iterator[Row]:
+    csv.field_size_limit(1 << 30)  # captions of megabytes are cut by `tidy`, not refused
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig", "replace").replace("\0", " "), newline=""))
+    yield from _table_rows(reader, reader.fieldnames or [], where)
+
+
+def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{where}: reading parquet needs pyarrow: pip install 'latte_scale[data]'") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        yield from _table_rows(rows, file.schema_arrow.names, where)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{where} cannot be read as parquet ({error}); write it again") from error
+
+
+def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) -> Iterator[Row]:
+    file_column = next((name for name in FILE_COLUMNS if name in columns), None)
+    text_column = next((name for name in TEXT_COLUMNS if name in columns), None)
+    if file_column is None or text_column is None:
+        raise ValueError(
+            f"{where}: expected a column of files ({', '.join(FILE_COLUMNS)}) and one of captions "
+            f"({', '.join(TEXT_COLUMNS)}), came {', '.join(map(str, columns)) or 'none'}"
+        )
+    for number, row in enumerate(rows, 1):
+        place = f"{where}, row {number}"
+        content = {"file": row[file_column], "text": row[text_column], "label": row.get("label") or None}
+        file, line = _parse(content)
+        if file is None or line is None:
+            raise ValueError(f"{place}: expected a file and a caption, came {str(content)[:80]}")
+        yield place, file, line
+
+
+def _parse(content: dict[str, Any]) -> tuple[str | None, Line | None]:
+    """(file, what is said of it); None for what is missing or of another type."""
+    file, text, label = content.get("file"), content.get("text"), content.get("label")
+    captions = text if isinstance(text, list) else [text]
+    sound = captions and all(isinstance(caption, str) for caption in captions)
+    if (
+        not isinstance(file, str)
+        or not file
+        or "\0" in file
+        or not sound
+        or not (label is None or isinstance(label, str))
+    ):
+        return None, None
+    return file, Line(tuple(tidy(caption) for caption in captions), label)

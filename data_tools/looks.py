@@ -1,0 +1,173 @@
+"""A look at each clip before anything is stored: is it sound, where is it cut, does it keep the limits?
+
+In: clips and the settings of `latte-data shard`. Out: a Look for each clip, or for each of its pieces: facts if it is
+kept, else why not. Looks are taken by a pool of processes and come in the order of the clips. A file that crashes the
+decoder, and with it a process, costs that file alone.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from data_tools.cut import CutSettings, Piece, pieces
+from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, measure, rejection
+from data_tools.layouts import Clip, too_short
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
+
+FAILED, SHORT = "failed", "min_frames"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """The optional config of `latte-data shard`."""
+
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    cut: CutSettings = field(default_factory=CutSettings)
+    max_bytes: int = 4 << 30  # of a file: it is read whole, so a huge one is left out
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of a clip, or of a piece of one."""
+
+    key: str
+    source: str
+    start: int = 0  # first frame in its file
+    stop: int = 0  # frame after the last
+    is_piece: bool = False  # not the whole file
+    fps: float = 0.0
+    height: int = 0  # pixels as shown
+    width: int = 0
+    codec: str = ""
+    digest: str = ""  # perceptual hash, where duplicates are looked for
+    left_out_by: str = ""  # "": it is kept; FAILED, SHORT or the name of a filter
+    reason: str = ""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the piece."""
+        return self.stop - self.start
+
+
+def look_at(clip: Clip, settings: ShardSettings) -> list[Look]:
+    """The looks of a clip's pieces in order, or one of the clip that says why it cannot be used."""
+
+    def left_out(by: str, reason: str) -> list[Look]:
+        return [Look(clip.key, clip.source, left_out_by=by, reason=reason)]
+
+    if clip.size_bytes > settings.max_bytes:
+        return left_out(FAILED, f"huge: {clip.size_bytes} bytes, max_bytes is {settings.max_bytes}; cut it outside")
+    try:
+        data = clip.read()
+        facts = probe(data)
+        if reason := too_short(facts.num_frames, clip.min_frames):
+            return left_out(SHORT, reason)
+        found = pieces(data, facts, settings.cut)
+        return [_look_at_piece(clip, settings, data, facts, number, found) for number in range(len(found))]
+    except VideoError as error:
+        return left_out(FAILED, str(error))
+    except OSError as error:
+        return left_out(FAILED, f"cannot be read: {error.strerror or error}")
+
+
+def _look_at_piece(
+    clip: Clip, settings: ShardSettings, data: bytes, facts: VideoInfo, number: int, found: list[Piece]
+) -> Look:
+    """The look of piece `number` of those that were found."""
+    start, stop = found[number]
+    fps = facts.fps if clip.is_video else 0.0  # frames that were joined have no rate that means something
+    is_piece = stop - start < facts.num_frames
+    name = f"{clip.key}-{number:04d}" if is_piece else clip.key
+    source = f"{clip.source}, frames {start} to {stop - 1}" if is_piece else clip.source
+    known = {"start": start, "stop": stop, "is_piece": is_piece, "fps": facts.fps}
+    known |= {"height": facts.height, "width": facts.width, "codec": facts.codec}
+    seconds = (stop - start) / fps if fps else None
+    measures = Measures(
+        side=min(facts.height, facts.width),
+        fps=fps or None,
+        seconds=seconds,
+        aspect=facts.width / facts.height,
+        caption=min(map(len, clip.captions)) if any(clip.captions) or clip.label is None else None,
+    )
+    if is_piece and seconds is not None and seconds < settings.cut.min_seconds:
+        reason = f"cut.min_seconds: expected at least {settings.cut.min_seconds:g}, came {seconds:.2f}"
+        return Look(name, source, **known, left_out_by="cut", reason=reason)
+    if is_piece and stop - start < clip.min_frames:
+        return Look(name, source, **known, left_out_by=SHORT, reason=too_short(stop - start, clip.min_frames))
+    rejected, digest = rejection(measures, settings.filters), ""
+    if rejected is None and settings.filters.look_at_frames:
+        motion, light, digest = measure(_looked_at(data, start, stop))
+        measures = Measures(**{**vars(measures), "motion": motion, "light": light})
+        rejected = rejection(measures, settings.filters)
+    by, reason = rejected or ("", "")
+    digest = digest if settings.filters.duplicates is not None else ""
+    return Look(name, source, **known, digest=digest, left_out_by=by, reason=reason)
+
+
+def _looked_at(data: bytes, start: int, stop: int) -> np.ndarray:
+    """Up to NUM_LOOKS frames, evenly from the first to the last: the small grey centre square of each."""
+    frames = min(NUM_LOOKS, stop - start)
+    policy = VideoSettings(frames, LOOK_SIDE, LOOK_SIDE, 1, window=stop - start, sampling="linspace")
+    return read_clip(data, policy, start).mean(1).astype("uint8")
+
+
+class Lookers:
+    """A pool of processes that look, or this process where one is enough. Use as a context manager."""
+
+    def __init__(self, settings: ShardSettings, num_workers: int) -> None:
+        self.settings, self.num_workers = settings, num_workers
+        self.pool = self._new() if num_workers > 1 else None
+
+    def __enter__(self) -> "Lookers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def look(self, clips: Sequence[Clip]) -> Iterator[list[Look]]:
+        """The looks of each clip, in order."""
+        if self.pool is None:
+            yield from (look_at(clip, self.settings) for clip in clips)
+            return
+        waiting = list(clips)
+        while waiting:
+            futures = [self.pool.submit(look_at, clip, self.settings) for clip in waiting]
+            for future in futures:
+                try:
+                    looks = future.result()
+                except BrokenProcessPool:
+                    yield self._look_alone(waiting.pop(0))
+                    break  # and ask again for the rest
+                waiting.pop(0)
+                yield looks
+
+    def submit(self, function: Callable[..., T], *args: object) -> "Future[T]":
+        """Run other work in the pool, or here."""
+        if self.pool is not None:
+            return self.pool.submit(function, *args)
+        future: Future[T] = Future()
+        future.set_result(function(*args))
+        return future
+
+    def _look_alone(self, clip: Clip) -> list[Look]:
+        """One clip in a process of its own, after some clip has ended one of the pool's."""
+        self.pool.shutdown(wait=True)
+        with self._new(1) as alone:
+            try:
+                return alone.submit(look_at, clip, self.settings).result()
+            except BrokenProcessPool:
+                reason = "its decoder crashed: the file is damaged or hostile, or there was not enough memory"
+                return [Look(clip.key, clip.source, left_out_by=FAILED, reason=reason)]
+            finally:
+                self.pool = self._new()
+
+    def _new(self, num_workers: int | None = None) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(num_workers or self.num_workers, multiprocessing.get_context("spawn"))

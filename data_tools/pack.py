@@ -1,0 +1,80 @@
+"""One shard of clips written: what `latte-data shard` has looked at, as a tar with its report and index.
+
+In: a group of clips and the looks that were taken of them. Out: the tar, its report and its index, in this order, and
+the manifest's entry. A clip that was sound when it was looked at and cannot be read or cut now is left out and named.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from data_tools.cut import cut_out
+from data_tools.layouts import Clip
+from data_tools.looks import FAILED, Look
+from data_tools.reports import PackReport, write_report
+from latte_scale.data.index import index_name
+from latte_scale.data.schema import ShardEntry
+from latte_scale.data.shards import ShardFile, VideoSample
+from latte_scale.data.video import VideoError, probe
+from latte_scale.store import Store
+
+
+def pack_shard(
+    store: Store, name: str, group: list[Clip], looks: list[list[Look]], report: PackReport
+) -> tuple[PackReport, ShardEntry | None]:
+    """Write one tar of the looks that are kept; no entry where there is none."""
+    for each in (index_name(name), name):  # an index proves a whole tar: the old one goes before the tar changes
+        if store.exists(each):
+            store.delete(each)
+    with ShardFile(store, name, "video") as shard:
+        for clip, each in zip(group, looks, strict=True):
+            kept = [look for look in each if not look.left_out_by]
+            try:
+                for sample in _samples(clip, kept):
+                    shard.add(sample)
+            except (VideoError, OSError) as error:
+                report.left_out += [[look.source, FAILED, str(error)] for look in kept if look.key not in shard]
+                report.hashes = {key: digest for key, digest in report.hashes.items() if key in shard}
+        report.count = len(shard)
+        write_report(store, name, report)
+        return report, shard.close() if len(shard) else None
+
+
+def _samples(clip: Clip, kept: list[Look]) -> Iterator[VideoSample]:
+    """The samples of a clip: itself, or its pieces."""
+    if not kept:
+        return
+    data = clip.read()
+    if not kept[0].is_piece:
+        yield _sample(clip, kept[0], data, clip.extension if clip.is_video else "mov")
+        return
+    found = cut_out(data, probe(data), [(look.start, look.stop) for look in kept])
+    for look, piece in zip(kept, found, strict=True):
+        yield _sample(clip, look, piece, "mp4")
+
+
+def _sample(clip: Clip, look: Look, data: bytes, extension: str) -> VideoSample:
+    info: dict[str, Any] = {
+        "source": clip.source,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "frames": look.num_frames,
+        "fps": round(look.fps, 3),
+        "height": look.height,
+        "width": look.width,
+        "codec": look.codec,
+    }
+    if look.is_piece:
+        info |= {"first_frame": look.start, "codec": "h264"}
+        info |= {side: info[side] // 2 * 2 for side in ("height", "width")}
+    if not clip.is_video:
+        del info["fps"]  # nobody knows it
+    return VideoSample(
+        look.key,
+        clip.captions[0],
+        data,
+        extension,
+        info,
+        more_captions=clip.captions[1:],
+        label=clip.label,
+        source_bytes=None if clip.is_video else clip.size_bytes,
+    )

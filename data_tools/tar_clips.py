@@ -1,0 +1,77 @@
+"""Clips inside tars, as webdataset and video2dataset write them, found without unpacking.
+
+In: a store with tars of files that share a key, KEY.mp4 with KEY.txt or "caption" in KEY.json. Out: where each video
+lies and its caption. Only headers and captions are read. A tar that is cut, damaged or hostile is left out and named.
+Pickled members are not opened. To train on such tars as they are, `latte-data index` is quicker; this way their clips
+can be filtered, cut and packed anew.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from data_tools.captions import tidy
+from latte_scale.data.shards import VIDEO_EXTENSIONS
+from latte_scale.data.tar import Member, TarError, split_name, walk
+from latte_scale.store import Store
+
+MAX_TEXT_BYTES = 16 << 20  # of a .txt or .json: a larger one is not read
+
+
+class TarClip(NamedTuple):
+    """A video in a tar."""
+
+    tar: str
+    member: Member
+    caption: str | None
+
+
+@dataclass
+class _Group:
+    """The members that share a key."""
+
+    videos: list[Member] = field(default_factory=list)
+    texts: dict[str, Member] = field(default_factory=dict)  # "txt" and "json"
+
+
+def tar_clips(store: Store, tar: str, failed: list[str]) -> list[TarClip]:
+    """The videos of a tar in its order; the tar's fault, if it has one, goes to `failed` and it gives no clip."""
+    groups: dict[str, _Group] = {}
+    try:
+        for member in walk(lambda at, size: _read(store, tar, at, size), store.join(tar), total=store.size(tar)):
+            key, extension = split_name(member.name) or ("", "")
+            last = extension.rpartition(".")[2]
+            if last in VIDEO_EXTENSIONS:
+                groups.setdefault(key, _Group()).videos.append(member)
+            elif extension in ("txt", "json"):
+                groups.setdefault(key, _Group()).texts[extension] = member
+        return [
+            TarClip(tar, video, _caption(store, tar, group.texts))
+            for group in groups.values()
+            for video in group.videos
+        ]
+    except TarError as error:
+        failed.append(str(error))
+        return []
+
+
+def _caption(store: Store, tar: str, texts: dict[str, Member]) -> str | None:
+    for kind in ("txt", "json"):
+        member = texts.get(kind)
+        if member is None or member.size > MAX_TEXT_BYTES:
+            continue
+        text = store.read(tar, member.offset, member.size).decode("utf-8", "replace")
+        if kind == "txt":
+            return tidy(text)
+        try:
+            caption = json.loads(text).get("caption")
+        except (ValueError, AttributeError, RecursionError):
+            continue
+        if isinstance(caption, str):
+            return tidy(caption)
+    return None
+
+
+def _read(store: Store, tar: str, offset: int, size: int) -> bytes:
+    """A range that may reach past the end."""
+    return store.read(tar, offset, max(0, min(size, store.size(tar) - offset)))

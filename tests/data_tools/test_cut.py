@@ -1,0 +1,79 @@
+"""Long videos into clips: exact frames, scenes, even parts, reproducible bytes."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import cli, cut, verify
+from data_tools.cut import CutSettings, cut_out, pieces
+from latte_scale.data.samples import open_dataset
+from latte_scale.data.schema import VideoSettings
+from latte_scale.data.video import VideoError, probe, read_clip, write_mp4
+from tests.data.making import frame_grey, make_clip
+from tests.data_tools.test_shard import run as run_tool
+from tests.data_tools.test_shard import write_captions
+
+
+def greys(data: bytes) -> list[float]:
+    """The mean grey of every frame."""
+    facts = probe(data)
+    frames = read_clip(data, VideoSettings(facts.num_frames, facts.height, facts.width, 1))
+    return [float(frame.mean()) for frame in frames]
+
+
+def test_pieces_hold_exactly_their_frames() -> None:
+    data = make_clip(30)
+    wanted = [(0, 7), (7, 12), (20, 30)]
+    found = list(cut_out(data, probe(data), wanted))
+    for (start, stop), piece in zip(wanted, found, strict=True):
+        assert probe(piece).num_frames == stop - start and probe(piece).fps == 10
+        np.testing.assert_allclose(greys(piece), [frame_grey(number) for number in range(start, stop)], atol=2)
+    assert found == list(cut_out(data, probe(data), wanted))
+    with pytest.raises(VideoError, match="decoding ended after 30 frames"):
+        list(cut_out(data, probe(data), [(20, 40)]))
+
+
+@pytest.mark.parametrize(("seconds", "lengths"), [(None, [30]), (3.0, [30]), (2.9, [15, 15]), (1.0, [10, 10, 10])])
+def test_a_long_video_is_divided_evenly(seconds: float | None, lengths: list[int]) -> None:
+    data = make_clip(30)
+    found = pieces(data, probe(data), CutSettings(seconds=seconds))
+    assert [stop - start for start, stop in found] == lengths
+    assert found[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(found))
+
+
+def film(path: Path) -> None:
+    """Three scenes of 40, 30 and 50 frames: moving stripes of other colours and slants."""
+    rows, columns = np.mgrid[:72, :96]
+    frames = []
+    for length, slant, tint in ((40, 1, (1, 0.2, 0.1)), (30, -2, (0.1, 1, 0.3)), (50, 0, (0.2, 0.3, 1))):
+        for number in range(length):
+            wave = 128 + 100 * np.sin((columns + slant * rows + 2 * number) / 6)
+            frames.append((wave[..., None] * np.array(tint)).astype(np.uint8))
+    write_mp4(path, np.stack(frames), 10)
+
+
+def test_scenes_become_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("scenedetect", exc_type=ImportError)
+    (tmp_path / "clips").mkdir()
+    film(tmp_path / "clips" / "film.mp4")
+    write_captions(tmp_path / "clips", ["film.mp4"])
+    command = ["shard", "--input", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]
+    assert cli.main([*command, "cut.scenes=true", "cut.seconds=4", "cut.min_seconds=2.6"]) == 0
+    dataset = open_dataset(str(tmp_path / "out"))
+    samples = {sample.key: sample for sample in dataset.samples(0)}
+    places = {key: (sample.about["first_frame"], sample.about["frames"]) for key, sample in samples.items()}
+    assert places == {"film-0000": (0, 40), "film-0001": (40, 30)}
+    assert all(sample.caption == "this is film.mp4" for sample in samples.values())
+    assert probe(samples["film-0001"].fields["video"]).num_frames == 30
+    err = capsys.readouterr().err
+    assert "film.mp4, frames 70 to 94: cut.min_seconds: expected at least 2.6, came 2.50" in err
+    assert "cut left out 2 clips" in err
+    assert run_tool(verify, tmp_path / "out") == 0
+
+
+def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "scenedetect", None)
+    with pytest.raises(ValueError, match=r"pip install 'latte_scale\[data\]'"):
+        cut.scenes(make_clip(3), 3.0, 3)
