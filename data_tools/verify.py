@@ -100,7 +100,7 @@ def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
         yield f"{store.join(entry.name)}: size: expected {entry.size_bytes} bytes, came {size_bytes}"
     digest = hashlib.sha256()
     for offset in range(0, size_bytes, CHUNK):
-        digest.update(store.read(entry.name, offset, min(CHUNK, size_bytes - offset)))
+        digest.update(store.read(entry.name, offset, min(CHUNK, size_bytes - offset), fresh=True))
     if digest.hexdigest() != entry.sha256:
         yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., came {digest.hexdigest()[:16]}..."
 

@@ -67,6 +67,7 @@ from latte_scale.run.stopping import StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.store import NeverReachedError
 from latte_scale.validation.validator import Validator
 from latte_scale.weights import load_weights
 
@@ -402,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = "finished" if code == DONE else stop.reason()
         if code == REQUEUE:
             stop.clear()
-    except (StopRunError, ManifestError, CheckpointError, ValueError) as error:
+    except (StopRunError, ManifestError, CheckpointError, NeverReachedError, ValueError) as error:
         code, reason = STOP, str(error)
         logger.exception("stopped")
     except Exception as error:

@@ -36,6 +36,10 @@ class UnreachableError(TransientError):
     """No connection to the endpoint."""
 
 
+class NeverReachedError(UnreachableError):
+    """No connection since this process began: a wrong address rather than a stall, so it is told early."""
+
+
 class Store(ABC):
     """A flat set of named byte strings below one URL. Names use "/" and never leave the root.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from latte_scale.store.base import NeverReachedError
 from latte_scale.store.faults import Fault, fault_of, store_error
 from latte_scale.store.get import Getter
 from latte_scale.store.retry import Budget, HedgeAllowance, wait_s
@@ -47,6 +48,7 @@ class Connection:
         self.renew()
         self.endpoint: str = self.client.meta.endpoint_url
         self.counters = Counters()
+        self.reached = False  # the endpoint has answered this process, whatever it said
         self.hedges = HedgeAllowance()
         self.requests = Threads(settings.num_connections, "store-request")
         self.readers = Threads(settings.num_connections, "store-reader")
@@ -65,12 +67,15 @@ class Connection:
         while True:
             try:
                 self.counters.num_requests += 1
-                return request(self.client)
+                answer = request(self.client)
             except Exception as error:
                 fault = fault_of(error)
                 if fault.kind in passing:
                     raise Passed(fault, tries.num_failed) from error
                 tries.failed(fault, error)
+            else:
+                self.reached = True
+                return answer
 
 
 class Passed(Exception):
@@ -93,13 +98,14 @@ class Tries:
         """Count a failure and wait. Bytes that came before it make the next wait short again, and earn time."""
         self.num_failed += 1
         self.budget.earn(num_bytes)
+        self.connection.reached |= fault.kind != "unreachable"
         if fault.kind == "expired" and not self._renewed:
             self._renewed = True
             self.connection.renew()
             return
         self._in_a_row = 1 if num_bytes else self._in_a_row + 1
         seconds = wait_s(self._in_a_row)
-        if not fault.retryable or seconds >= self.budget.left_s:
+        if not fault.retryable or seconds >= self._left_s():
             raise self.error(fault) from error
         self.connection.counters.num_retries += 1
         level = logging.WARNING if seconds >= LOUD_WAIT_S else logging.INFO
@@ -109,7 +115,18 @@ class Tries:
 
     def error(self, fault: Fault) -> Exception:
         """The StoreError that ends the operation now."""
-        return store_error(fault, self.url, self.doing, self.connection.endpoint, self.num_failed, self.budget.spent_s)
+        spent_s = self.budget.spent_s
+        error = store_error(fault, self.url, self.doing, self.connection.endpoint, self.num_failed, spent_s)
+        if fault.kind == "unreachable" and not self.connection.reached:
+            return NeverReachedError(f"{error} (it has not answered since the start: store.first_answer_s)")
+        return error
+
+    def _left_s(self) -> float:
+        """Seconds in which the next try must begin; a connection that does not come up takes its whole time."""
+        if self.connection.reached:
+            return self.budget.left_s
+        settings = self.connection.settings
+        return min(self.budget.left_s, settings.first_answer_s - settings.timeouts_s[0] - self.budget.spent_s)
 
 
 _connections: dict[StoreSettings, Connection] = {}

@@ -22,6 +22,7 @@ class StoreSettings:
     read_ahead_bytes: int = 128 * MEBIBYTE  # announced reads kept in memory, per process
     request_timeout_s: float = 20.0  # a request that takes longer is given up and tried again
     stall_budget_s: float = 300.0  # one read or write may lose this much to retries before it is an error
+    first_answer_s: float = 45.0  # the same until the endpoint has answered this process once: it may be a wrong one
     hedge_after_s: float | None = 2.0  # a read that takes longer is asked for a second time, once; none: never
     scratch_dir: str | None = None  # local folder for files on their way up; none: the system's temporary folder
 
@@ -33,7 +34,7 @@ class StoreSettings:
             raise ValueError(
                 f"store.part_bytes must be at least {5 * MEBIBYTE} (S3's own limit), came {self.part_bytes}"
             )
-        for name in ("request_timeout_s", "stall_budget_s", "hedge_after_s"):
+        for name in ("request_timeout_s", "stall_budget_s", "first_answer_s", "hedge_after_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"store.{name} must be positive, came {value}")

@@ -1,6 +1,8 @@
 """What a user gets wrong, and what stored data does: a message that says what to do, and nothing lost."""
 
+import json
 import shutil
+import time
 
 import pytest
 
@@ -25,7 +27,7 @@ FEW = ("train.steps=4", "checkpoint.every_steps=4")
         ("model.patch_size=32", ["patch"]),
         ("model.caption_channels=32", ["embeddings of width 64", "model.caption_channels is 32"]),
         ("data.url=nowhere", ["nowhere", "latte-data"]),
-        ("checkpoint.dir=s3://bucket/x", ["s3://bucket/x", "next release"]),
+        ("checkpoint.dir=gs://bucket/x", ["expected a folder that all ranks share, or s3://"]),
     ],
 )
 def test_a_config_that_cannot_be_used_exits_78_and_says_why(data_sets, tmp_path, capsys, override, words):
@@ -88,3 +90,16 @@ def test_updates_that_are_not_finite_are_skipped_together_and_then_stop_the_run(
     assert "3 updates in a row were not finite" in run.exit["reason"]
     assert [record["applied"] for record in run.metrics][-2:] == [False, False]
     assert run.metrics[-1]["num_skipped"] >= 2
+
+
+def test_a_store_that_never_answers_ends_the_run_early_and_for_good(tmp_path, monkeypatch):
+    pytest.importorskip("boto3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    begun = time.monotonic()
+    assert run_in_process(tmp_path / "run", "s3://bucket/latents", "store.first_answer_s=11") == 78
+    assert time.monotonic() - begun < 20
+    assert "cannot connect to http://127.0.0.1:9" in json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
+    there = ("checkpoint.dir=s3://bucket/checkpoints", "store.first_answer_s=11.5")
+    assert run_in_process(tmp_path / "other", "s3://bucket/latents", *there) == 78

@@ -2,11 +2,12 @@
 
 import logging
 import multiprocessing
+import time
 import traceback
 
 import pytest
 
-from latte_scale.store import StoreError, StoreSettings
+from latte_scale.store import NeverReachedError, StoreError, StoreSettings, UnreachableError, open_store
 from latte_scale.store.connection import connection_for
 
 pytest.importorskip("boto3")
@@ -55,3 +56,20 @@ def test_credentials_are_in_no_log_and_no_error(s3, monkeypatch, caplog):
     written = caplog.text + "".join(traceback.format_exception(raised.value)) + repr(store.settings) + repr(vars(store))
     assert "503" in caplog.text, "the retries are logged"
     assert SECRET not in written and TOKEN not in written and "testkey" not in written
+
+
+def test_an_endpoint_that_never_answers_is_told_early_and_one_that_did_is_waited_for(s3):
+    gone = open_store(s3.url, StoreSettings(endpoint_url="http://127.0.0.1:9", first_answer_s=11.0))
+    for read in (lambda: gone.read("x"), lambda: gone.size("x")):
+        begun = time.monotonic()
+        with pytest.raises(NeverReachedError, match=r"cannot connect to http://127.0.0.1:9 .*store.first_answer_s"):
+            read()
+        assert time.monotonic() - begun < 5, "store.stall_budget_s is 300 s"
+    store = s3.store(stall_budget_s=3.0, first_answer_s=10.1)
+    store.write("x", b"1")
+    s3.proxy.stop()
+    begun = time.monotonic()
+    with pytest.raises(UnreachableError) as caught:
+        while True:  # what is connected already may be answered once more
+            store.read("x")
+    assert not isinstance(caught.value, NeverReachedError) and time.monotonic() - begun > 0.5
