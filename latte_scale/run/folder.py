@@ -107,7 +107,7 @@ class RunFolder:
         of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
         attempt holds the folder.
         """
-        holder, there = holder_of(self.path), self._read_exit()
+        holder, there = holder_of(self.path), read_exit(self.path)
         if self._attempt is None or holder is None or holder.token != self._attempt.token:
             return
         if self.rank != 0 and code in (DONE, REQUEUE):
@@ -126,12 +126,6 @@ class RunFolder:
         }
         _replace(self.path / "exit.json", json.dumps(record) + "\n")
 
-    def _read_exit(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.path / "exit.json").read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
-
     def note_restart(self, step: int, checkpoint: str, replayed_steps: Iterable[int], problems: list[str]) -> None:
         """Add a line to `logs/restarts.jsonl`."""
         record = {
@@ -149,6 +143,14 @@ class RunFolder:
         logger.warning("sample replaced: %s", replacement)
         with open(self.logs / f"replaced-{self.rank:05d}.jsonl", "a") as file:
             file.write(json.dumps(dataclasses.asdict(replacement)) + "\n")
+
+
+def read_exit(folder: Path) -> dict[str, Any]:
+    """`exit.json` of a run folder; {} if there is none."""
+    try:
+        return json.loads((folder / "exit.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _replace(path: Path, text: str) -> None:

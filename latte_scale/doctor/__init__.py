@@ -1,0 +1,205 @@
+"""Look at machine, network, data and disks before a launch: `latte-scale doctor --config X.yaml [key=value ...]`.
+
+    latte-scale doctor --config configs/t2v_256.yaml data.url=... run.dir=...               on a login node, or one host
+    torchrun --nproc_per_node 8 -m latte_scale.doctor --config ...                          as all ranks of a job
+    srun ... -m latte_scale.doctor --config ...                                             inside a Slurm job
+
+It takes the trainer's arguments, changes nothing that lasts, and prints a line a check: ok, warning or fault, with what
+was found and what to do. Exit code 0: sound, or warnings; 1: a fault. `--json FILE` keeps the lines.
+The decision worth knowing: no check can hold up the others (lines.py), and what each rank can find alone is gathered
+before the first measurement that a sick rank could hang. It is over within LIMIT_S.
+"""
+
+import argparse
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+
+from latte_scale.config import Config, load_config
+from latte_scale.doctor import network, saving, software, stored, together, variables
+from latte_scale.doctor.lines import LEVELS, Line, Pending, fault_of, joined, markup, run_all
+from latte_scale.engine import Ranks, init_distributed, leave, shutdown
+from latte_scale.settings import SettingsError
+
+LIMIT_S = 55.0
+ROLL_CALL_S, ALONE_S, TOGETHER_S = 20.0, 14.0, 8.0
+"""Waited for all ranks to come, for what each finds alone, and for each measurement of all. LATTE_ROLL_CALL_S wins."""
+SOUND, FAULT = 0, 1
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every check and print what they found; the exit code."""
+    began_s = time.monotonic()
+    logging.getLogger("latte_scale").setLevel(logging.ERROR)  # the lines say it
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+    except SettingsError as error:
+        return report([fault_of("config", error)], args, began_s, [socket.gethostname()], 0)
+    lines, ranks = launched(config)
+    alone = ranks or Ranks(int(os.environ.get("RANK") or 0), 1, int(os.environ.get("LOCAL_RANK") or 0), cpu_or_gpu())
+    lines += run_all(checks_alone(config, alone), time.monotonic() + ALONE_S)
+    if ranks is None:
+        return report(lines, args, began_s, [socket.gethostname()], 0)
+    lines, hosts = all_ranks_lines(config, ranks, lines, began_s + LIMIT_S)
+    code = report(lines, args, began_s, hosts, ranks.rank)
+    if not any(line.check == "together" for line in lines):
+        shutdown()
+    return code
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--json", metavar="FILE", help="keep the lines here")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    return parser.parse_args(argv)
+
+
+def launched(config: Config) -> tuple[list[Line], Ranks | None]:
+    """The lines of the launch, and the ranks if they met."""
+    lines = network.launch_lines(os.environ)
+    if lines[-1].level == "fault":
+        return lines, None
+    os.environ.setdefault("LATTE_ROLL_CALL_S", str(ROLL_CALL_S))
+    try:
+        # The longest that a collective may hang: longer than we wait for it, or nccl would end the process first.
+        return lines, init_distributed(timeout_s=2 * LIMIT_S)
+    except ValueError as error:
+        return [fault_of("launch", error)], None
+
+
+def cpu_or_gpu() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Line]]]:
+    """What a rank can find without the others, by the name under which an overrun is told."""
+    environ, local_size = os.environ, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    several_hosts, first_here = ranks.size > local_size, ranks.local_rank == 0
+    has_gpu = ranks.device.type == "cuda"
+    checks = {
+        "world": lambda: stored.world_lines(config, ranks.size),
+        "device": lambda: software.device_lines(ranks.device, local_size, environ),
+        "driver": lambda: software.driver_lines(ranks.device),
+        "libraries": lambda: software.requirement_lines(config),
+        "attention": lambda: software.attention_lines(config, ranks.device),
+        "variables": lambda: variables.variable_lines(
+            environ, config.engine, variables.num_cores(), local_size, variables.interface_names(), has_gpu
+        ),
+        "modules": variables.shadow_lines,
+        "names": lambda: network.name_lines(environ, several_hosts),
+        "data": lambda: stored.data_lines(config, ranks.rank, ranks.size),
+    }
+    if first_here:  # one write a machine: every rank of a large job at once would measure itself
+        checks["writing"] = lambda: saving.saving_lines(config, environ)
+    return checks
+
+
+def all_ranks_lines(config: Config, ranks: Ranks, mine: list[Line], until_s: float) -> tuple[list[Line], list[str]]:
+    """The lines of all ranks and of what they measure together, and the hosts. A collective.
+
+    A measurement that does not come back is the last: what follows would be out of step.
+    """
+    host = socket.gethostname()
+    gathered = bounded("together", lambda: ranks.all_gather_object((host, mine, software.versions_here())), until_s)
+    if isinstance(gathered, Line):
+        return [*mine, gathered], [host]
+    hosts = [each for each, _, _ in gathered]
+    places = [f"rank {rank} ({each})" for rank, each in enumerate(hosts)] if ranks.size > 1 else hosts
+    lines = joined([each for _, each, _ in gathered], places)
+    if ranks.size > 1:
+        lines += software.version_lines([each for _, _, each in gathered], hosts)
+    for measure in measurements(config, ranks, hosts, places):
+        found = bounded("together", measure, until_s)
+        if isinstance(found, Line):
+            return [*lines, found], hosts
+        lines += found
+    return lines, hosts
+
+
+def measurements(config: Config, ranks: Ranks, hosts: list[str], places: list[str]) -> list[Callable[[], list[Line]]]:
+    """What is measured by all ranks at once, in this order; each ends with lines that all ranks agree on."""
+    device_type, gather = ranks.device.type, ranks.all_gather_object
+
+    def reading() -> list[Line]:
+        mine = stored.read_rate(config, ranks.rank) if ranks.local_rank == 0 else None
+        rates = {host: rate for host, rate in gather((hosts[ranks.rank], mine)) if rate is not None}
+        return stored.rate_lines(rates, config)
+
+    def reducing() -> list[Line]:
+        gradient_bytes = saving.state_bytes(config) // (3 + len(config.ema.decays))
+        return together.reduce_lines(
+            min(gather(together.reduce_rate(ranks))), len(set(hosts)), device_type, gradient_bytes
+        )
+
+    def sharing() -> list[Line]:
+        places_of = {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint_dir.removeprefix("file://")}
+        folders = {key: folder for key, folder in places_of.items() if "://" not in folder}
+        return [
+            line
+            for key, folder in folders.items()
+            for line in joined(gather(together.shared_lines(ranks, folder, key)), places)
+        ]
+
+    def slow() -> list[Line]:
+        return together.gemm_lines(gather(together.gemm_time(ranks)), places, device_type)
+
+    if ranks.size == 1:
+        return [reading, slow]
+    clocks = lambda: together.clock_lines(gather(together.clock_readings(ranks)), places)  # noqa: E731 (one of a list)
+    return [reading, sharing, clocks, slow, reducing]
+
+
+def bounded(name: str, call: Callable[[], Any], until_s: float) -> Any:
+    """What `call`, which all ranks make, returns; the Line of a fault if it fails or takes longer than it may."""
+    box: list[Any] = []
+
+    def run() -> list[Line]:
+        box.append(call())
+        return []
+
+    lines = Pending(name, run).lines(min(time.monotonic() + TOGETHER_S, until_s))
+    if not lines:
+        return box[0]
+    remedy = "a rank hangs or has ended: look at the output of the others, and at firewalls between the machines"
+    return Line("fault", name, f"the ranks met, but this step of all did not end: {lines[0].found}", remedy)
+
+
+def report(lines: Sequence[Line], args: argparse.Namespace, began_s: float, hosts: Sequence[str], rank: int) -> int:
+    """Print the screen and keep it (rank 0); the exit code, the same on all ranks that know the same."""
+    counts = {level: sum(line.level == level for line in lines) for level in LEVELS}
+    code = FAULT if counts["fault"] else SOUND
+    if rank != 0:
+        return code
+    took_s, machines = time.monotonic() - began_s, sorted(set(hosts))
+    more = " ..." if len(machines) > 4 else ""
+    where = f"{len(hosts)} rank{'s' * (len(hosts) > 1)} on {', '.join(machines[:4])}{more}"
+    console.print(f"[bold]doctor[/] {args.config}, {where}")
+    for line in lines:
+        console.print(markup(line))
+    summary = ", ".join(f"{counts[level]} {level}{'s' * (level != 'ok' and counts[level] != 1)}" for level in LEVELS)
+    console.print(f"{summary} in {took_s:.1f} s: {'do not launch' if code else 'launch'}")
+    if args.json:
+        record = {"code": code, "seconds": took_s, "hosts": machines, "lines": [asdict(line) for line in lines]}
+        temporary = Path(f"{args.json}.tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(args.json)
+    return code
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """This process as one rank: `main`, and out with its code without waiting for a check that hangs."""
+    leave(main(argv))

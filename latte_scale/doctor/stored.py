@@ -1,0 +1,189 @@
+"""The data: whether it fits the config, whether a spot check finds it sound, how fast this machine reads it.
+
+In: a Config and which rank this is. Out: lines, and bytes a second, which `rate_lines` judges over all machines. The
+decision worth knowing: this is a spot check. Every rank looks at shards and samples of its own, so a job of many ranks
+looks at many; `latte-data verify` alone reads everything.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from latte_scale.check_data import check_data
+from latte_scale.config import Config
+from latte_scale.data.loader import open_datasets, open_images
+from latte_scale.data.plan import rank_range
+from latte_scale.data.samples import DamagedError, Dataset
+from latte_scale.data.schema import ManifestError
+from latte_scale.doctor.lines import Line, fault_of
+from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_folder
+from latte_scale.run.metrics import read_metrics
+from latte_scale.store import StoreError
+
+NUM_SHARDS, NUM_SAMPLES = 3, 4
+"""Looked at by a rank, and samples of each of them."""
+READ_S, READ_THREADS = 2.0, 8
+HASH_BYTES = 2**31
+"""Encoder weights beyond this are not hashed here: it takes longer than doctor may."""
+SLOW_SHARE = 0.5
+"""Of the median rate of all machines, under which one is named."""
+
+
+def data_lines(config: Config, rank: int, size: int) -> list[Line]:
+    """Manifest, fit and the spot check of every data set of the config."""
+    try:
+        datasets = open_datasets(config.data, config.store)
+        images = open_images(config.data, datasets, config.store)
+    except (ManifestError, StoreError) as error:
+        return [fault_of("data", error)]
+    manifest = [f"{d.manifest.count} samples, {len(d.manifest.shards)} shards of {d.store.url}" for d in datasets]
+    lines = [Line("ok", "data", "; ".join(manifest))]
+    lines += fit_lines(config, datasets) + encoder_lines(config, datasets[0])
+    for dataset in (*datasets, *([images] if images else [])):
+        lines += sound_lines(dataset, rank, size)
+    return lines
+
+
+def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
+    """What training would refuse about this data."""
+    weights = sum(path.stat().st_size for folder in local_folders(config) for path in folder.rglob("*.safetensors"))
+    if weights > HASH_BYTES:
+        found = f"not compared: the encoders' {weights / 2**30:.0f} GiB of weights would have to be hashed"
+        return [Line("ok", "fit", f"{found}; training does so before its first step")]
+    try:
+        check_data(config, datasets)
+    except ManifestError as error:
+        return [fault_of("fit", error)]
+    except EncoderError:
+        return []  # encoder_lines says it
+    return [Line("ok", "fit", "manifest, encoders and model agree")]
+
+
+def local_folders(config: Config) -> list[Path]:
+    names = (config.encoders.vae, config.encoders.text)
+    return [Path(name) for name in names if name is not None and Path(name).is_dir()]
+
+
+def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:
+    """Encoders that training would load and that are not here: where shards hold pixels, each rank needs them."""
+    if dataset.manifest.kind != "video":
+        return [Line("ok", "encoders", "not needed: the shards hold latents")]
+    try:
+        if config.encoders.text is None:
+            find_folder(config.encoders.vae, "tiny_vae", "vae", "an AutoencoderKL")
+        else:
+            encoder_folders(config.encoders)
+    except EncoderError as error:
+        found = f"encoders.vae={config.encoders.vae}, encoders.text={config.encoders.text}: {error}"
+        remedy = "fetch them on a machine with a network and give the folders, or train from latents"
+        return [Line("fault", "encoders", found, remedy)]
+    where = "local" if are_local(config.encoders) else "in the hub's cache or fetched from it"
+    return [Line("ok", "encoders", f"{config.encoders.vae}, {config.encoders.text}: {where}")]
+
+
+def sound_lines(dataset: Dataset, rank: int, size: int) -> list[Line]:
+    """A few shards of this rank's own: size, index, counts, and the checksums of a few samples of each."""
+    shards, lines, num_samples = dataset.manifest.shards, [], 0
+    chosen = sorted({(rank + turn * size) * len(shards) // (NUM_SHARDS * size) for turn in range(NUM_SHARDS)})
+    for number in chosen:
+        entry = shards[number]
+        where, remedy = dataset.store.join(entry.name), "restore it, and run `latte-data verify` on the data set"
+        try:
+            size_bytes = dataset.store.size(entry.name)
+            if size_bytes != entry.size_bytes:
+                found = f"{where} has {size_bytes} bytes, the manifest says {entry.size_bytes}"
+                lines.append(Line("fault", "shards", found, remedy))
+                continue
+            index = dataset.index(number)
+            counts = {name: count for name, count in index.counts().items() if count}
+            if counts != entry.buckets:
+                found = f"{where}: the index counts {counts}, the manifest {entry.buckets}"
+                lines.append(Line("fault", "shards", found, remedy))
+            for position in {turn * len(index) // NUM_SAMPLES for turn in range(NUM_SAMPLES)}:
+                dataset.read(number, position, cached=False)
+                num_samples += 1
+        except DamagedError as error:
+            lines.append(Line("fault", "shards", str(error), remedy))
+        except (ManifestError, StoreError) as error:
+            lines.append(fault_of("shards", error))
+    if not lines and dataset.manifest.null_text is not None:
+        dataset.null_text()
+    many = f"{size} ranks x " if size > 1 else ""
+    spot = f"{many}{len(chosen)} of {len(shards)} shards and {num_samples} samples read: checksums and counts fit"
+    return lines or [Line("ok", "shards", spot)]
+
+
+def read_rate(config: Config, rank: int) -> tuple[float, float] | None:
+    """Bytes and samples a second that this machine reads from the first data set, past every cache of ours.
+
+    For READ_S seconds, READ_THREADS at a time, each beginning elsewhere. None if nothing can be read (`data_lines`
+    says why).
+    """
+    try:
+        dataset = open_datasets(config.data, config.store)[0]
+    except (ManifestError, StoreError):
+        return None
+    until_s = time.monotonic() + READ_S
+
+    def read(thread: int) -> tuple[int, int]:
+        size_bytes = num_samples = 0
+        shards = len(dataset.manifest.shards)
+        while time.monotonic() < until_s:
+            turn = thread + num_samples * READ_THREADS + rank * 7919  # a prime: ranks do not follow one another
+            shard = turn % shards
+            row = dataset.index(shard).row(turn // shards % dataset.manifest.shards[shard].count)
+            data = dataset.store.read(dataset.manifest.shards[shard].name, row.start, row.end - row.start, fresh=True)
+            size_bytes, num_samples = size_bytes + len(data), num_samples + 1
+        return size_bytes, num_samples
+
+    began_s = time.monotonic()
+    try:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            sizes, counts = zip(*pool.map(read, range(READ_THREADS)), strict=True)
+    except (ManifestError, StoreError):
+        return None
+    took_s = time.monotonic() - began_s
+    return sum(sizes) / took_s, sum(counts) / took_s
+
+
+def rate_lines(rates: dict[str, tuple[float, float]], config: Config) -> list[Line]:
+    """Machines' rates beside each other, and beside what the run has needed so far (its metrics.jsonl)."""
+    if not rates:
+        return []
+    slowest, fastest = (pick(rates, key=lambda host: rates[host][0]) for pick in (min, max))
+    median = sorted(rate for rate, _ in rates.values())[len(rates) // 2]
+    each = f"{rates[slowest][0] / 1e6:,.0f} MB/s, {rates[slowest][1]:,.0f} samples/s"
+    found = f"{each} a machine" if len(rates) == 1 else f"{each} on {slowest}, the slowest of {len(rates)} machines"
+    if len(rates) > 1 and rates[slowest][0] < SLOW_SHARE * median:
+        found += f"; {fastest} reads {rates[fastest][0] / 1e6:,.0f} MB/s"
+        return [Line("warning", "reading", found, f"look at the network and the mount of {slowest}, or leave it out")]
+    records = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    needed = max((record.get("samples_per_s") or 0.0 for record in records[-100:]), default=0.0)
+    if needed > rates[slowest][1] * len(rates):
+        found += f"; this run has trained {needed:,.0f} samples/s"
+        return [Line("warning", "reading", found, "set store.cache_dir to a local disk, or use faster storage")]
+    return [Line("ok", "reading", found)]
+
+
+def world_lines(config: Config, size: int) -> list[Line]:
+    """Whether this number of ranks can train this config."""
+    engine, group = config.engine, config.sample_group
+    if engine.kind == "single" and size > 1:
+        remedy = "set engine.kind to fsdp2 or zero, or start one rank"
+        return [Line("fault", "world", f"engine.kind=single runs on one rank, {size} were started", remedy)]
+    if size % engine.sequence_parallel:
+        found = f"{size} ranks are no whole groups of engine.sequence_parallel={engine.sequence_parallel}"
+        if size == 1:
+            return [Line("ok", "world", f"{found}: looked at again as all ranks of the job")]
+        return [Line("fault", "world", found, f"start a multiple of {engine.sequence_parallel} ranks")]
+    shares = size // engine.sequence_parallel
+    try:
+        rank_range(config.train.global_batch, 0, shares, group)
+    except ValueError as error:
+        return [fault_of("world", error)]
+    each = -(-config.train.global_batch // shares)
+    found = (
+        f"{size} rank{'s' * (size > 1)}, at most {each} samples a step on each, {config.train.micro_batch} at a time"
+    )
+    return [Line("ok", "world", found)]

@@ -1,0 +1,172 @@
+"""Doctor on a sound set-up and on broken ones: each is really broken, and the line that says so is the one expected."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from latte_scale import doctor
+from latte_scale.engine import shutdown
+from tests.conftest import ROOT
+
+CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
+LAUNCH = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29511"}
+
+
+@pytest.fixture
+def ask(data_sets, tmp_path):
+    """Call doctor in this process; its exit code and lines."""
+
+    def run(*overrides: str, data: Path | None = None) -> tuple[int, list[dict]]:
+        out = tmp_path / "doctor.json"
+        settings = [f"data.url={data or data_sets.latents}", f"run.dir={tmp_path / 'run'}", *overrides]
+        code = doctor.main(["--config", CONFIG, "--json", str(out), *settings])
+        shutdown()
+        return code, json.loads(out.read_text())["lines"]
+
+    return run
+
+
+def of(lines: list[dict], check: str) -> dict:
+    """The one line of a check."""
+    (line,) = [line for line in lines if line["check"] == check]
+    return line
+
+
+def faults(lines: list[dict]) -> list[str]:
+    return [line["check"] for line in lines if line["level"] == "fault"]
+
+
+def test_a_sound_set_up(ask, tmp_path, capsys):
+    began_s = time.monotonic()
+    code, lines = ask()
+    assert code == 0 and not faults(lines)
+    assert time.monotonic() - began_s < 60
+    assert of(lines, "data")["found"].startswith("60 samples, 3 shards")
+    assert "3 of 3 shards and 12 samples read" in of(lines, "shards")["found"]
+    assert not (tmp_path / "run").exists()  # it leaves nothing behind
+    screen = capsys.readouterr().out
+    assert "0 faults" in screen and len(screen.splitlines()) <= 24
+
+
+def test_a_damaged_shard(ask, data_sets, tmp_path):
+    damaged = tmp_path / "data"
+    shutil.copytree(data_sets.latents, damaged)
+    tar = damaged / "shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"latents.safetensors") + 512 + 5000] ^= 1  # in the first sample's latents
+    tar.write_bytes(data)
+    code, lines = ask(data=damaged)
+    assert code == 1 and faults(lines) == ["shards"]
+    line = of(lines, "shards")
+    assert "shard-000001.tar" in line["found"] and "crc32c" in line["found"] and "latte-data verify" in line["remedy"]
+
+
+def test_an_index_of_another_shard(ask, data_sets, tmp_path):
+    swapped = tmp_path / "data"
+    shutil.copytree(data_sets.latents, swapped)
+    shutil.copyfile(swapped / "shard-000000.index.safetensors", swapped / "shard-000002.index.safetensors")
+    code, lines = ask(data=swapped)
+    assert code == 1 and "index_sha256" in of(lines, "shards")["found"]
+
+
+def test_data_that_does_not_fit(ask):
+    code, lines = ask("model.caption_channels=32")
+    assert code == 1 and "caption_channels" in of(lines, "fit")["found"]
+
+
+def test_a_folder_that_cannot_be_written(ask, tmp_path):
+    (tmp_path / "taken").write_text("a file where a folder should be made")
+    code, lines = ask(f"checkpoint.dir={tmp_path / 'taken' / 'checkpoints'}")
+    assert code == 1 and faults(lines) == ["writing"]
+    assert "checkpoint.dir" in of(lines, "writing")["remedy"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of its own is a tmpfs, which root mounts")
+def test_a_disk_that_is_too_small(ask, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False).returncode:
+        pytest.skip("no mounts are allowed here")
+    try:
+        code, lines = ask(f"checkpoint.dir={disk}")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert code == 1
+    assert "1.0 MiB free" in of(lines, "room")["found"] and "needed" in of(lines, "room")["found"]
+    assert "disk is full" in of(lines, "writing")["found"] or "No space left" in of(lines, "writing")["found"]
+
+
+def test_a_loopback_master_address(ask, monkeypatch):
+    for name, value in {**LAUNCH, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    code, lines = ask("engine.kind=fsdp2")
+    line = of(lines, "launch")
+    assert code == 1 and line["level"] == "fault"
+    assert "is the loopback address" in line["found"] and "set MASTER_ADDR" in line["remedy"]
+    assert of(lines, "data")["level"] == "ok"  # the rest is looked at all the same
+
+
+def test_a_rank_that_does_not_come(ask, monkeypatch):
+    for name, value in {**LAUNCH, "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LATTE_ROLL_CALL_S", "1")
+    code, lines = ask("engine.kind=fsdp2")
+    assert code == 1 and "missing are ranks [1]" in " ".join(of(lines, "launch").values())
+
+
+def test_a_store_that_hangs_is_one_line(ask, tmp_path, monkeypatch):
+    """A pipe that nobody writes: opening it never returns, as on a mount whose server is gone."""
+    monkeypatch.setattr(doctor, "ALONE_S", 2.0)
+    monkeypatch.setattr(doctor, "TOGETHER_S", 2.0)
+    hanging = tmp_path / "data"
+    hanging.mkdir()
+    os.mkfifo(hanging / "manifest.json")
+    code, lines = ask(data=hanging)
+    assert code == 1 and "no answer within 2 s" in of(lines, "data")["found"]
+    assert of(lines, "writing")["level"] == "ok"
+    for _ in range(3):  # let the threads go, which wait for a writer
+        descriptor = os.open(hanging / "manifest.json", os.O_RDWR | os.O_NONBLOCK)
+        time.sleep(0.05)
+        os.close(descriptor)
+
+
+def start_rank(rank: int, port: int, arguments: list[str], core: int) -> subprocess.Popen:
+    environ = {**os.environ, **LAUNCH, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "latte_scale.doctor", *arguments]
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    os.sched_setaffinity(process.pid, {core})
+    return process
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a slow rank needs a core of its own to be slow on")
+def test_a_slow_rank_is_named(data_sets, tmp_path):
+    """Rank 1 shares its core with two busy processes; rank 0 has another."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    out = tmp_path / "doctor.json"
+    arguments = ["--config", CONFIG, "--json", str(out), f"data.url={data_sets.latents}", f"run.dir={tmp_path / 'run'}"]
+    try:
+        for burner in burners:
+            os.sched_setaffinity(burner.pid, {second})
+        port = 20000 + os.getpid() % 10000
+        cores = {0: first, 1: second}
+        os.environ["LATTE_ROLL_CALL_S"] = "90"  # imports on a third of a core
+        ranks = [start_rank(r, port, [*arguments, "engine.kind=fsdp2"], cores[r]) for r in (0, 1)]
+        outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
+    finally:
+        os.environ.pop("LATTE_ROLL_CALL_S", None)
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+    record = json.loads(out.read_text())
+    line = of(record["lines"], "slow rank")
+    assert line["level"] != "ok" and line["found"].startswith("rank 1 ("), outputs  # how much, other work decides
+    assert [rank.returncode for rank in ranks] == [record["code"]] * 2, outputs
+    assert {line["check"] for line in record["lines"]} >= {"all-reduce", "clocks", "same", "shared"}
