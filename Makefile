@@ -33,7 +33,7 @@ test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on 
 	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
 
 test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on a quiet machine)
-	LATTE_FAULT_TESTS=1 $(BIN)/python -m pytest tests/faults
+	LATTE_FAULT_TESTS=1 $(BIN)/python -m pytest tests/faults tests/doctor
 
 soak: $(READY)  ## 200 random kills on three engines, every run compared bit for bit with one that nobody killed
 	$(BIN)/python -m tests.faults.soak --kills 200

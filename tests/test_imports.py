@@ -7,13 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = {
-<<<<<<< HEAD
     "train", "sample", "serve", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench",
-    "quickstart",
-=======
-    "train", "sample", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench", "quickstart",
-    "doctor",
->>>>>>> fa8ee12 (latte-scale doctor: machine, network, data and disks before a launch, a line a finding, each check bounded in time)
+    "quickstart", "doctor",
 }  # fmt: skip
 
 # module (or package) -> what it may import of this repository. An entry point may import everything but data_tools and

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -136,37 +137,56 @@ def test_a_store_that_hangs_is_one_line(ask, tmp_path, monkeypatch):
         os.close(descriptor)
 
 
-def start_rank(rank: int, port: int, arguments: list[str], core: int) -> subprocess.Popen:
-    environ = {**os.environ, **LAUNCH, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "latte_scale.doctor", *arguments]
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    os.sched_setaffinity(process.pid, {core})
-    return process
+READY = """
+import pathlib, sys, time
+from latte_scale.doctor import command
+ready, go = map(pathlib.Path, sys.argv[1:3])
+ready.touch()
+while not go.exists():
+    time.sleep(0.01)
+command(sys.argv[3:])
+"""
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a slow rank needs a core of its own to be slow on")
+@pytest.mark.skipif(
+    not os.environ.get("LATTE_FAULT_TESTS"), reason="compares two ranks' speed: on a quiet machine only"
+)
 def test_a_slow_rank_is_named(data_sets, tmp_path):
-    """Rank 1 shares its core with two busy processes; rank 0 has another."""
-    first, second = sorted(os.sched_getaffinity(0))[:2]
-    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    out = tmp_path / "doctor.json"
+    """Rank 1 is stopped for 40 ms of every 50, as a throttled device or a starved core would be."""
+    out, go = tmp_path / "doctor.json", tmp_path / "go"
     arguments = ["--config", CONFIG, "--json", str(out), f"data.url={data_sets.latents}", f"run.dir={tmp_path / 'run'}"]
+    environ = {**os.environ, **LAUNCH, "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environ["MASTER_PORT"] = str(20000 + os.getpid() % 10000)
+    command = [sys.executable, "-c", READY]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(tmp_path / f"ready{rank}"), str(go), *arguments, "engine.kind=fsdp2"],
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(tmp_path / f"output{rank}").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
     try:
-        for burner in burners:
-            os.sched_setaffinity(burner.pid, {second})
-        port = 20000 + os.getpid() % 10000
-        cores = {0: first, 1: second}
-        os.environ["LATTE_ROLL_CALL_S"] = "90"  # imports on a third of a core
-        ranks = [start_rank(r, port, [*arguments, "engine.kind=fsdp2"], cores[r]) for r in (0, 1)]
-        outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
+        until_s = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready*"))) < 2:  # imports are not what should be slow
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+        go.touch()
+        until_s = time.monotonic() + 60
+        while ranks[1].poll() is None and time.monotonic() < until_s:
+            ranks[1].send_signal(signal.SIGSTOP)
+            time.sleep(0.04)
+            ranks[1].send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+        codes = [rank.wait(timeout=30) for rank in ranks]
     finally:
-        os.environ.pop("LATTE_ROLL_CALL_S", None)
-        for burner in burners:
-            burner.kill()
-            burner.wait()
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    output = (tmp_path / "output0").read_text()
     record = json.loads(out.read_text())
     line = of(record["lines"], "slow rank")
-    assert line["level"] != "ok" and line["found"].startswith("rank 1 ("), outputs  # how much, other work decides
-    assert [rank.returncode for rank in ranks] == [record["code"]] * 2, outputs
-    assert {line["check"] for line in record["lines"]} >= {"all-reduce", "clocks", "same", "shared"}
+    assert line["level"] != "ok" and line["found"].startswith("rank 1 ("), output  # how much, other work decides
+    assert codes == [record["code"]] * 2, output
+    assert {each["check"] for each in record["lines"]} >= {"all-reduce", "clocks", "same", "shared"}
