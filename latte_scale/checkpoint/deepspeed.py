@@ -77,6 +77,15 @@ def load_file(path: Path) -> Any:
 # ------------------------------------------------------------------------------------------- partitions of the ranks
 
 
+def _optimizer_state(file: Path) -> dict[str, Any]:
+    """The part of a rank's file that ZeRO wrote. CheckpointError if it is another program's."""
+    loaded = load_file(file)
+    state = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or "partition_count" not in state:
+        raise CheckpointError(f"{file}: expected the state of a ZeRO optimizer, came another file")
+    return state
+
+
 class _Piece(NamedTuple):
     """Where a rank holds a part of a parameter: elements [start, start + size) of its flat tensor of a group."""
 
@@ -91,10 +100,16 @@ class _Partitions:
 
     def __init__(self, tag: Path) -> None:
         self.tag = tag
-        self.states = [load_file(file)["optimizer_state_dict"] for file in self._files()]
+        self.states = [_optimizer_state(file) for file in self._files()]
         self.stage = int(self.states[0].get("zero_stage", 1))  # the bf16 optimizer of stage 1 does not say
-        model_file = next(tag / name for name in MODEL_FILES if (tag / name).is_file())
+        model_file = next((tag / name for name in MODEL_FILES if (tag / name).is_file()), None)
+        if model_file is None:
+            raise CheckpointError(f"{tag}: expected one of {', '.join(MODEL_FILES)}, which names the parameters")
         self.model_state = load_file(model_file)
+        if not isinstance(self.model_state, dict) or "param_shapes" not in self.model_state:
+            raise CheckpointError(
+                f"{model_file}: expected param_shapes, as DeepSpeed's ZeRO saves them; came another file"
+            )
         self.groups = [
             {name: tuple(shape) for name, shape in group.items()} for group in self.model_state["param_shapes"]
         ]
@@ -108,7 +123,7 @@ class _Partitions:
                 raise CheckpointError(f"{file} is of a tensor-parallel model, which Latte is not")
             if match:
                 found[int(match[1])] = file
-        count = load_file(found[0])["optimizer_state_dict"]["partition_count"] if 0 in found else len(found)
+        count = _optimizer_state(found[0])["partition_count"] if 0 in found else len(found)
         count = max(count) if isinstance(count, list) else count
         if sorted(found) != list(range(count)):
             raise CheckpointError(f"{self.tag}: expected files of {count} ranks, came those of {sorted(found)}")

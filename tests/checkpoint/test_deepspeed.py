@@ -1,6 +1,7 @@
 """DeepSpeed's folders: what its own save_checkpoint writes is read, what is written its own load_checkpoint reads."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from latte_scale.checkpoint import Checkpointer, CheckpointError, CheckpointSettings, state_trees
 from latte_scale.checkpoint.content import differences, open_native
-from latte_scale.checkpoint.deepspeed import is_deepspeed, load_file, open_deepspeed, write_deepspeed
+from latte_scale.checkpoint.dcp import open_dcp, write_dcp
+from latte_scale.checkpoint.deepspeed import MODEL_FILES, is_deepspeed, load_file, open_deepspeed, write_deepspeed
 from latte_scale.ema import Ema, EmaSettings
 from latte_scale.engine import Ranks
 from latte_scale.optim import OptimSettings
@@ -137,6 +139,45 @@ def test_nothing_in_a_file_runs(tmp_path: Path) -> None:
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04")
     with pytest.raises(CheckpointError, match=r"cut\.pt is not read"):
         load_file(tmp_path / "cut.pt")
+
+
+FOREIGN = {
+    "a list": [1, 2],
+    "no optimizer": {"module": {}},
+    "a plain optimizer": {"optimizer_state_dict": {"state": {}, "param_groups": []}},
+}
+
+
+@pytest.mark.parametrize("what", list(FOREIGN))
+def test_files_of_another_program_are_told(tmp_path: Path, what: str) -> None:
+    torch.save(FOREIGN[what], tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match=r"expected the state of a ZeRO optimizer, came another file"):
+        open_deepspeed(tmp_path)
+
+
+def test_a_missing_or_hostile_model_file_is_told_and_nothing_runs(folder: Path, tmp_path: Path) -> None:
+    for stage in STAGES:
+        tag = tmp_path / f"{stage}"
+        shutil.copytree(folder / f"theirs-{stage}" / "global_step3", tag)
+        model_files = [tag / name for name in MODEL_FILES if (tag / name).is_file()]
+        for file in model_files:
+            torch.save({"param_shapes": Hostile(tmp_path / "ran")}, file)
+        with pytest.raises(CheckpointError, match="is not read"):
+            open_deepspeed(tag)
+        for file in model_files:
+            file.unlink()
+        with pytest.raises(CheckpointError, match="which names the parameters"):
+            open_deepspeed(tag)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_theirs_becomes_dcp_and_deepspeed_again_bit_for_bit(folder: Path, tmp_path: Path, stage: int) -> None:
+    """DeepSpeed's partitions -> DCP -> DeepSpeed's universal layout, with no checkpoint of this project between."""
+    theirs = open_deepspeed(folder / f"theirs-{stage}")
+    there = open_dcp(write_dcp(theirs, tmp_path / "dcp"))
+    assert differences(theirs, there) == []
+    assert differences(theirs, open_deepspeed(write_deepspeed(there, tmp_path / "universal"))) == []
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
