@@ -73,6 +73,7 @@ def _summary(run: Run) -> dict[str, str]:
         f"loss, mean of the last {LAST_LINES} lines": _number(statistics.fmean(losses) if losses else None, ".4f"),
         "validation loss, last": _number(checked[-1] if checked else None, ".4f"),
         "validation loss, best": _number(min(checked, default=None), ".4f"),
+        "validation took": _number(sum(r.get("seconds", 0) for r in run.validation) or None, ".1f", " s in all"),
         "samples per second": _median(run, "samples_per_s", 1, ".1f"),
         "MFU": _median(run, "mfu", 100, ".1f", " %"),
         "waiting for data": _median(run, "data_wait_share", 100, ".1f", " %"),

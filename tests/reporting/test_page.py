@@ -11,6 +11,7 @@ def test_the_overview_stands_side_by_side(tmp_path: Path) -> None:
     rows = dict(overview(read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", 1.5, steps=100)])))
     assert rows["steps"] == ["200 of 200", "100 of 100"] and rows["MFU"][0].endswith(" %")
     assert rows["stalled by checkpoints"] == ["3.2 s in all", "1.6 s in all"]
+    assert rows["validation took"] == ["8.0 s in all", "4.0 s in all"]
     best = [float(cell) for cell in rows["validation loss, best"]]
     assert best[1] > best[0]
 
