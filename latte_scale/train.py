@@ -1,4 +1,4 @@
-"""Train Latte: `latte-scale train --config configs/X.yaml [key.sub=value ...] [--allow-change KEY]`.
+"""Train Latte: `latte-scale train --config configs/X.yaml [key.sub=value ...] [--allow-change KEY] [--profile [N]]`.
 
 The same module runs alone, under torchrun and under the deepspeed launcher, with the same arguments:
 
@@ -63,6 +63,7 @@ from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.run.journal import Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, Readback
+from latte_scale.run.profile import Profile
 from latte_scale.run.stopping import StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
@@ -82,6 +83,7 @@ def train(
     fence: Fence,
     stop: StopSources,
     watchdog: Watchdog,
+    profile: Profile,
     allow_change: Sequence[str],
 ) -> int:
     """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
@@ -123,7 +125,7 @@ def train(
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     watchdog.arm(SLOW_FACTOR)
-    with trackers, make_loader(config, datasets, images, plan, engine, progress.step) as loader:
+    with trackers, profile, make_loader(config, datasets, images, plan, engine, progress.step) as loader:
         for step in range(progress.step, config.train.steps):
             updates = journal.progress.updates_before(step)
             lr = learning_rate(config, updates)
@@ -165,6 +167,7 @@ def train(
             if journal.stop_requested:
                 break
             watchdog.arm()
+            profile.step()
     watchdog.arm(SLOW_FACTOR)
     checkpointer.finish(hurry=journal.stop_requested)  # the last save is complete before the exit code says so
     return DONE if journal.progress.step == config.train.steps else REQUEUE
@@ -372,6 +375,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="KEY",
         help="a guarded key that may differ",
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=5,
+        default=0,
+        metavar="N",
+        help="trace N steps (5) into RUN/profile and say where their time went",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_args(argv)
 
@@ -394,12 +406,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOP
     folder = RunFolder(config.run.dir, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
+    profile = Profile(folder.path, ranks, args.profile, console)
     code, reason, fence = FAILED, "", None
     try:
         folder.open()
         fence = folder.take(ranks.broadcast_object)
         with Watchdog(folder.logs, ranks.rank, config.engine.timeout_s) as watchdog:
-            code = train(config, ranks, folder, fence, stop, watchdog, args.allow_change)
+            code = train(config, ranks, folder, fence, stop, watchdog, profile, args.allow_change)
         reason = "finished" if code == DONE else stop.reason()
         if code == REQUEUE:
             stop.clear()

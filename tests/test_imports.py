@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "choices": {"config", "engine.dist", "model", "timing"},
     "run": {"run", "settings"},
     "run.metrics": {"engine.base"},
+    "run.profile": {"engine.dist"},  # one table of all ranks
     "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},
     # What sampled videos are scored by; the command is an entry point, and training may ask for a score, too.
     "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from latte_scale.checkpoint.depot import Draft, open_depot
 from latte_scale.checkpoint.format import CheckpointError, Manifest, Trees, folder_name
@@ -82,6 +83,7 @@ class Checkpointer:
         """Whether a save is under way on this rank. Not a collective."""
         return self._job is not None and not self._job.ended.is_set()
 
+    @record_function("checkpoint")
     def save(
         self,
         step: int,
