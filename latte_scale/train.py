@@ -52,6 +52,7 @@ from latte_scale.ema import Ema
 from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
 from latte_scale.engine.base import make_deterministic
+from latte_scale.estimate.advice import explain_out_of_memory
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.build import build_model
@@ -416,6 +417,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = "finished" if code == DONE else stop.reason()
         if code == REQUEUE:
             stop.clear()
+    except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
+        code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
+        logger.exception("stopped")
     except (StopRunError, ManifestError, CheckpointError, NeverReachedError, ValueError) as error:
         code, reason = STOP, str(error)
         logger.exception("stopped")

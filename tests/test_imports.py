@@ -42,6 +42,23 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
     # What a report page is made of: it only reads run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
+    # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
+    # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches.
+    "estimate": {
+        "estimate",
+        "bench.inputs",
+        "conditioning",
+        "config",
+        "data.plan",
+        "diffusion",
+        "encoders",
+        "engine.base",
+        "engine.fsdp2",
+        "losses",
+        "model",
+        "run.metrics",
+        "settings",
+    },
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
     "weights": {"checkpoint", "diffusion", "model", "settings", "store"},
     # Requests, models and walks from noise to videos, for everything that samples: the command and validation.

@@ -215,10 +215,14 @@ class Latte(nn.Module):
 
 
 def _check_label(name: str, label: Tensor, shape: tuple[int, ...], num_classes: int) -> None:
-    """Shape, and on the host the range too: reading values from a device would make the host wait for it."""
+    """Shape, and on the host the range too: reading values from a device would make the host wait for it.
+
+    Subclasses of a tensor, such as the fake ones of an estimate, may have no values to read.
+    """
     if label.shape != shape or label.is_floating_point():
         raise ValueError(f"{name}: expected integers {list(shape)}, came {label.dtype} {list(label.shape)}")
-    if label.device.type == "cpu" and label.numel() and not 0 <= label.min() <= label.max() <= num_classes:
+    has_values = type(label) is Tensor and label.device.type == "cpu" and label.numel()
+    if has_values and not 0 <= label.min() <= label.max() <= num_classes:
         raise ValueError(
             f"{name}: expected 0 .. {num_classes - 1}, or {num_classes} for no class, came {int(label.min())} .. "
             f"{int(label.max())}; fix the labels or set model.num_classes"

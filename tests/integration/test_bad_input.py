@@ -5,8 +5,10 @@ import shutil
 import time
 
 import pytest
+import torch
 
 from latte_scale.data.batches import MicroBatches
+from latte_scale.engine.single import SingleEngine
 from latte_scale.run.metrics import read_metrics
 from tests.conftest import Run, run_in_process
 
@@ -103,3 +105,14 @@ def test_a_store_that_never_answers_ends_the_run_early_and_for_good(tmp_path, mo
     assert "cannot connect to http://127.0.0.1:9" in json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
     there = ("checkpoint.dir=s3://bucket/checkpoints", "store.first_answer_s=11.5")
     assert run_in_process(tmp_path / "other", "s3://bucket/latents", *there) == 78
+
+
+def test_out_of_memory_ends_with_78_and_the_settings_that_help(data_sets, tmp_path, monkeypatch):
+    def fail(self, loss, last_microbatch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(SingleEngine, "backward", fail)
+    assert run_in_process(tmp_path / "run", data_sets.latents, *FEW) == 78
+    reason = json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
+    assert "needs about" in reason and "out of memory on the device" in reason
+    assert reason.endswith("torch said: CUDA out of memory. Tried to allocate 20.00 GiB")

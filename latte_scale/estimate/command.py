@@ -1,0 +1,152 @@
+"""`latte-scale estimate`: what a run needs and costs before it is launched.
+
+    latte-scale estimate --config configs/t2v_512.yaml --gpus 64 --device h100 engine.activation_checkpointing=none
+
+In: a training config (no data, no GPU), a number of devices and their kind. Out: memory by part, work, transfers, the
+time of a step, samples a second and GPU-hours, a recommendation with the YAML to use, and every assumption behind it;
+the same as one JSON object with --json. Exit code 0 if the config fits the device, 1 if it does not, 78 if the
+config is wrong.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from latte_scale.config import Config, load_config
+from latte_scale.encoders import are_local
+from latte_scale.estimate.advice import Choice, examine, recommend, yaml_of
+from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, find_device
+from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES, micro_batches, weights_of
+from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
+from latte_scale.estimate.traffic import REACHED
+from latte_scale.settings import SettingsError
+
+FITS, TOO_BIG, STOP = 0, 1, 78
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Estimate and print."""
+    args = parse_args(argv)
+    try:
+        if args.gpus < 1:
+            raise ValueError(f"--gpus must be 1 or more, came {args.gpus}")
+        config = load_config(args.config, args.overrides)
+        cluster = Cluster(find_device(args.device, args.per_node), args.gpus)
+        choice = examine(config, cluster, args.efficiency)
+        best = recommend(config, cluster, args.efficiency)
+    except (SettingsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STOP
+    if args.json:
+        print(json.dumps(as_dict(choice, best, cluster, args), indent=2))
+    else:
+        print("\n".join(as_text(choice, best, cluster, args)))
+    return FITS if choice.memory.needed <= cluster.device.memory_bytes else TOO_BIG
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale estimate", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML, see configs/; data.url is not opened")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--gpus", type=int, default=8, help="devices in all (default 8)")
+    parser.add_argument("--device", default="h100", help=f"one of {', '.join(DEVICES)} (default h100)")
+    parser.add_argument("--per-node", type=int, help="devices of a node (default 8)")
+    parser.add_argument(
+        "--efficiency", type=float, help="share of the peak that `latte-scale bench step` measured (HFU)"
+    )
+    parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
+
+
+def as_text(choice: Choice, best: Choice | None, cluster: Cluster, args: argparse.Namespace) -> list[str]:
+    """The report, line by line."""
+    config, device, need = choice.config, cluster.device, choice.memory.needed
+    elements = weights_of(config.model).size_bytes // 4
+    lines = [f"{args.config}: {elements:,} parameters, {choice.words}, on {cluster.num_gpus} x {device.name} "
+             f"({cluster.num_nodes} nodes)", "", f"Memory of a GPU, {choice.memory.moment} (GiB)"]  # fmt: skip
+    lines += [f"  {name:<15}{size / GIB:9.2f}" for name, size in choice.memory.parts.items() if size]
+    lines.append(f"  {'from torch':<15}{choice.memory.total / GIB:9.2f}")
+    verdict = "fits" if need <= device.memory_bytes else "DOES NOT FIT"
+    lines.append(f"  {'needed':<15}{need / GIB:9.2f} of {device.memory_bytes / GIB:.1f}: {verdict}")
+    if choice.memory.host:
+        lines.append(f"  {'host memory':<15}{choice.memory.host / GIB:9.2f} a rank, beside the GPU")
+    lines += ["", *_time_lines(choice, cluster, args), ""]
+    if best is None:
+        lines.append("Nothing fits: use more GPUs, smaller clips, or engine.sequence_parallel.")
+    else:
+        lines += [f"Recommended: {best.words}: {best.memory.needed / GIB:.1f} of {device.memory_bytes / GIB:.1f} GiB, "
+                  f"{best.timing.step_s:.3f} s a step ({best.timing.step_s / choice.timing.step_s - 1:+.0%})", "",
+                  *[f"  {line}" for line in yaml_of(best).splitlines()]]  # fmt: skip
+    return [*lines, "", "Assumed", *[f"  - {line}" for line in assumptions(config, cluster, args)]]
+
+
+def _time_lines(choice: Choice, cluster: Cluster, args: argparse.Namespace) -> list[str]:
+    time, train = choice.timing, choice.config.train
+    number, _ = micro_batches(choice.config, cluster.num_gpus)
+    lines = [f"Work: {clip_flops(choice.config) / 1e12:.2f} TFLOP forward a clip, {number} micro-batches a step",
+             f"Step {time.step_s:.3f} s: forward {time.forward_s:.3f}, backward {time.backward_s:.3f}, update "
+             f"{time.update_s:.4f}, transfers not hidden {time.exposed_s:.3f}; {time.samples_per_s:.1f} samples/s, "
+             f"MFU {time.mfu(cluster):.1%}"]  # fmt: skip
+    for each in time.collectives:
+        lines.append(f"  {each.name:<26}{each.sent_bytes / GIB:8.2f} GiB sent a GPU and step, {each.span.size} ranks, "
+                     f"{each.seconds:.3f} s, {each.times:.0f} times")  # fmt: skip
+    hours = time.gpu_hours(train.steps, cluster.num_gpus)
+    price = f", {hours * args.price:,.0f} at {args.price} an hour" if args.price else ""
+    lines.append(
+        f"Run of {train.steps:,} steps: {time.step_s * train.steps / 3600:,.1f} h, {hours:,.0f} GPU-hours{price}"
+    )
+    return lines
+
+
+def assumptions(config: Config, cluster: Cluster, args: argparse.Namespace) -> list[str]:
+    """Everything that is not computed."""
+    reached, source = args.efficiency, "given"
+    if reached is None:
+        reached, source = EFFICIENCY[config.train.precision], "not measured on any GPU yet"
+    lines = [
+        f"forward and backward reach {reached:.0%} of the device's peak ({source})",
+        f"links reach {REACHED:.0%} of their rate; latencies are those of NCCL's own tuning table",
+        f"device and links: {cluster.device.source}",
+        f"memory of the device reaches {HBM_REACHED:.0%} of its rate in the update",
+        f"the allocator loses {FRAGMENTED - 1:.0%} to fragments; {OUTSIDE_BYTES / GIB:.1f} GiB lie outside of torch",
+        f"captions of {config.encoders.text_max_length} tokens; no step waits for data, checkpoints or slow ranks",
+        "the data are latents: clips that are encoded inside the step need the encoders' memory and time on top",
+    ]
+    if config.engine.compile:
+        lines.append("engine.compile is not looked at: compiled blocks keep less and run faster")
+    if config.engine.sequence_parallel > 1:
+        lines.append("a rank of a sequence group keeps its share of the activations, evenly")
+    if not are_local(config.encoders):
+        lines.append("the VAE makes a latent of 8 x 8 pixels: its files are not here")
+    return lines
+
+
+def as_dict(choice: Choice, best: Choice | None, cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
+    """The report for programs: bytes, seconds, FLOPs."""
+    time = choice.timing
+    return {
+        "device": cluster.device.name,
+        "gpus": cluster.num_gpus,
+        "parameters": weights_of(choice.config.model).size_bytes // 4,
+        "memory_bytes": choice.memory.parts,
+        "total_bytes": choice.memory.total,
+        "needed_bytes": choice.memory.needed,
+        "device_bytes": cluster.device.memory_bytes,
+        "fits": choice.memory.needed <= cluster.device.memory_bytes,
+        "forward_flops_a_clip": clip_flops(choice.config),
+        "step_s": time.step_s,
+        "exposed_transfers_s": time.exposed_s,
+        "samples_per_s": time.samples_per_s,
+        "mfu": time.mfu(cluster),
+        "gpu_hours": time.gpu_hours(choice.config.train.steps, cluster.num_gpus),
+        "sent_bytes": {each.name: each.sent_bytes for each in time.collectives},
+        "recommended": best and {"words": best.words, "yaml": yaml_of(best), "step_s": best.timing.step_s},
+        "assumptions": assumptions(choice.config, cluster, args),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The command on the smallest config: what it prints, what --json holds, and how it ends."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latte_scale.config import load_config
+from latte_scale.estimate.advice import examine, explain_out_of_memory, out_of_memory, remedies
+from latte_scale.estimate.command import FITS, STOP, TOO_BIG, main
+from latte_scale.estimate.hardware import DEVICES, Cluster
+
+TINY = "configs/tiny_cpu.yaml"
+FSDP2 = ["--config", TINY, "--gpus", "2", "engine.kind=fsdp2"]
+
+
+def test_json_holds_memory_time_cost_and_a_recommendation(capsys):
+    assert main([*FSDP2, "--json"]) == FITS
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["recommended"]["yaml"].startswith("train:")
+    assert found["total_bytes"] == pytest.approx(sum(found["memory_bytes"].values()))
+    assert found["gpu_hours"] == pytest.approx(found["step_s"] * 20 * 2 / 3600)
+    assert found["samples_per_s"] == pytest.approx(12 / found["step_s"])
+    assert found["assumptions"]
+
+
+def test_the_text_says_whether_it_fits_and_what_was_assumed(capsys):
+    assert main([*FSDP2, "--price", "2.5"]) == FITS
+    text = capsys.readouterr().out
+    assert "fits" in text and "Recommended: " in text and "Assumed" in text and "at 2.5 an hour" in text
+
+
+def test_a_config_that_does_not_fit_ends_with_1(capsys):
+    assert (
+        main([*FSDP2, "--gpus", "1", "engine.kind=single", "train.micro_batch=400000", "train.global_batch=800000"])
+        == TOO_BIG
+    )
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--device", "abacus"], "expected one of"),
+        (["--gpus", "0"], "--gpus must be 1 or more"),
+        (["engine.kind=single"], "runs on one GPU"),
+        (["engine.kind=fsdp3"], "engine.kind"),
+        (["--gpus", "64"], "global_batch 12"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_78(change, said, capsys):
+    assert main([*FSDP2, *change]) == STOP
+    assert said in capsys.readouterr().err
+
+
+def test_out_of_memory_names_settings_that_help_and_by_how_much():
+    config = load_config(TINY, ["engine.kind=single", "train.micro_batch=4096", "train.global_batch=8192"])
+    cluster = Cluster(DEVICES["h100"], 1)
+    saved = {override: saved for override, saved, _ in remedies(config, cluster)}
+    full = replace(config, engine=replace(config.engine, activation_checkpointing="full"))
+    assert saved["engine.activation_checkpointing=full"] == pytest.approx(
+        examine(config, cluster).memory.needed - examine(full, cluster).memory.needed
+    )
+    text = out_of_memory(config, cluster)
+    assert "train.micro_batch=2048: " in text and "GiB less" in text and "engine.activation_checkpointing=full" in text
+
+
+def test_an_estimate_that_fails_does_not_hide_what_torch_said():
+    config = load_config(TINY, ["engine.kind=fsdp2"])  # 64 ranks for 12 samples: no estimate
+    said = explain_out_of_memory(config, 64, torch.device("cpu"), torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    assert "could not be estimated" in said and said.endswith("torch said: CUDA out of memory. Tried")
