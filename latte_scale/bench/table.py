@@ -32,7 +32,8 @@ def title(result: dict[str, Any]) -> str:
     engine = config["engine"]
     compiled = ", compile" if engine["compile"] else ""
     shape = "x".join(map(str, work["latents"][1:]))
-    batch = f"{work['samples']} in {work['micro_batches']}, {config['train']['precision']}"
+    captions = ", captions of all lengths" if result["settings"]["captions"] == "mixed" else ""
+    batch = f"{work['samples']} in {work['micro_batches']}, {config['train']['precision']}{captions}"
     how = f"{engine['kind']}, checkpointing {engine['activation_checkpointing']}{compiled}"
     return f"{config['model']['kind']} {shape}, {batch}, {how}"
 
