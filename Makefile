@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	( grep -v '^torch==' constraints.txt; $(BIN)/pip freeze | grep '^torch==' ) > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,deepspeed,s3,wandb,tensorboard,serve]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,data,deepspeed,s3,serve,tensorboard,wandb]'
 	touch $(READY)
 
 quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resumed -> videos and a report
