@@ -38,7 +38,7 @@ COVERED = {
     "F13": [
         "faults/test_worlds.py::test_f13_one_two_four_three_ranks",
         "faults/test_worlds.py::test_f13_bf16_from_zero_3_to_fsdp2",
-        "integration/test_resume.py::test_two_to_one_to_two_ranks_across_engines",
+        "engine/test_resume.py::test_a_run_continues_on_any_engine_and_world_size",
     ],
     "F14": ["faults/test_worlds.py::test_f14_workers_prefetch_and_micro_batch_may_change"],
     "F15": [
