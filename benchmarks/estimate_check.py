@@ -78,7 +78,7 @@ PX_256 = ("video.height=256", "video.width=256")
 SINGLE, LAYERS_4 = "engine.kind=single", "model.num_layers=4"
 SMALL_T2V = ("model.num_layers=6", "model.num_heads=8", "model.head_dim=32", "model.caption_channels=64")
 ZERO = ("engine.kind=zero", *SMALL_T2V, "video.height=32", "video.width=32", "encoders.text_max_length=12", NONE,
-        "train.precision=fp32", "train.global_batch=8")  # fmt: skip
+        "train.precision=fp32", "train.global_batch=8", "engine.zero_bucket_elements=500000")  # fmt: skip
 CASES = [
     Case("tiny, fp32", TINY, 1),
     Case("tiny, bf16, 3 micro-batches", TINY, 1, ("train.precision=bf16", "train.micro_batch=4")),

@@ -13,7 +13,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -124,7 +124,7 @@ def file_name(tree: str, rank: int) -> str:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json, with a checksum over everything else in it."""
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **vars(manifest)}
     return _json({**content, "crc32c": google_crc32c.value(_json(content))})
 
 
