@@ -4,6 +4,7 @@ In: a Config. Out: lines. The decision worth knowing: the write test goes throug
 written with (a folder) or through the store (s3://), so it fails where a save would fail; it leaves nothing behind.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -55,7 +56,9 @@ def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
             lines += clock_lines(ahead_s, place)
     except (OSError, StoreError, ValueError) as error:
         known = fault_of("writing", error)
-        remedy = known.remedy or "make it writable for this user on every machine, or set another checkpoint.dir"
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room" if full else "make it writable for this user on every machine"
+        remedy = known.remedy or f"{advice}, or set another checkpoint.dir"
         return [*lines, Line("fault", "writing", f"{place}: {known.found}", remedy)]
     return lines + grace_lines(config, environ, needed / rate)
 

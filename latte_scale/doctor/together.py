@@ -23,7 +23,7 @@ REDUCE_BYTES = {"cuda": 2**28, "cpu": 2**24}
 REDUCE_TURNS = 3
 CLOCK_TURNS = 9
 SLOW, BROKEN = 1.25, 2.0
-"""Times what the other ranks take for a product: a rank is named, and is a fault. Sound ranks differ by a few percent;
+"""Times what the others take for a product: a rank is named; a GPU is a fault. Sound ranks differ by a few percent;
 every step waits for the slowest."""
 SLOW_LINK = 1.25e9
 """Bytes a second, 10 Gbit/s: between GPU machines a lower rate is a network that was not meant to be taken."""
@@ -54,7 +54,7 @@ def gemm_lines(times_s: Sequence[float], places: Sequence[str], device_type: str
         if ratio > SLOW:
             found = f"{places[rank]} takes {ratio:.1f} x as long as the others for the same product"
             look = "nvidia-smi -q -d PERFORMANCE" if device_type == "cuda" else "top"
-            level = "fault" if ratio > BROKEN else "warning"
+            level = "fault" if ratio > BROKEN and device_type == "cuda" else "warning"  # cores are shared, GPUs not
             remedy = f"every step waits for it: look there with {look} for heat, power limits or other jobs, or leave "
             lines.append(Line(level, "slow rank", found, f"{remedy}that machine out (sbatch --exclude)"))
     rates = [flops / time_s / 1e12 for time_s in times_s]

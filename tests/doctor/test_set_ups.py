@@ -130,11 +130,18 @@ def test_a_store_that_hangs_is_one_line(ask, tmp_path, monkeypatch):
     os.mkfifo(hanging / "manifest.json")
     code, lines = ask(data=hanging)
     assert code == 1 and "no answer within 2 s" in of(lines, "data")["found"]
-    assert of(lines, "writing")["level"] == "ok"
-    for _ in range(3):  # let the threads go, which wait for a writer
-        descriptor = os.open(hanging / "manifest.json", os.O_RDWR | os.O_NONBLOCK)
-        time.sleep(0.05)
-        os.close(descriptor)
+    assert faults(lines) == ["data"] and of(lines, "slow rank")["level"] == "ok"
+    descriptor = os.open(hanging / "manifest.json", os.O_RDWR | os.O_NONBLOCK)  # let the thread go
+    time.sleep(0.05)
+    os.close(descriptor)
+
+
+def test_an_interface_that_is_not_there(ask, monkeypatch):
+    """gloo itself refuses it: that is a line, too, and the variable is named."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    code, lines = ask()
+    assert code == 1 and faults(lines) == ["launch", "variables"]
+    assert "GLOO_SOCKET_IFNAME=nowhere0" in of(lines, "variables")["found"]
 
 
 READY = """
