@@ -15,7 +15,6 @@ import torch
 
 from latte_scale.doctor.lines import Line
 from latte_scale.engine import Ranks
-from latte_scale.timing import call_time
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
 GEMM_TURNS, GEMM_TURN_S = 4, 0.15
@@ -36,12 +35,25 @@ SEEN_S = 3.0
 def gemm_time(ranks: Ranks) -> float:
     """Seconds of a square product on this rank while all ranks do the same: the best of GEMM_TURNS turns.
 
-    The best, because what disturbs for a moment is no slow rank.
+    The best, because what disturbs for a moment is no slow rank; each turn runs for GEMM_TURN_S by the clock, so that a
+    rank that stands still again and again cannot hide it between its products.
     """
     side, dtype = GEMM_SIDE[ranks.device.type], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=ranks.device, dtype=dtype) for _ in range(2))
     ranks.barrier()
-    return min(call_time(lambda: torch.mm(a, b), ranks.device, GEMM_TURN_S) for _ in range(GEMM_TURNS))
+    torch.mm(a, b)
+    return min(_turn_time(a, b, ranks) for _ in range(GEMM_TURNS))
+
+
+def _turn_time(a: torch.Tensor, b: torch.Tensor, ranks: Ranks) -> float:
+    """Seconds a product over one turn."""
+    _settle(ranks)
+    began_s, number = time.perf_counter(), 0
+    while time.perf_counter() - began_s < GEMM_TURN_S:
+        torch.mm(a, b)
+        _settle(ranks)
+        number += 1
+    return (time.perf_counter() - began_s) / number
 
 
 def gemm_lines(times_s: Sequence[float], places: Sequence[str], device_type: str) -> list[Line]:
