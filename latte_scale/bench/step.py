@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.losses import cost_of, recompute_share
+from latte_scale.run.facts import git_commit
 from latte_scale.run.metrics import peak_flops, utilization
 from latte_scale.settings import SettingsError, to_mapping
 
@@ -203,24 +203,12 @@ def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": commit(),
+        "commit": git_commit(Path(__file__).parent),
     }
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The checkout's commit, "+" behind it if files were changed; None outside of a checkout."""
-    root = Path(__file__).resolve().parent.parent.parent
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+" if changed else "")
 
 
 def num_graphs() -> int:
