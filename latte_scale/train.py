@@ -235,7 +235,7 @@ def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_lo
     """Where the metrics are copied to: rank 0's business."""
     if folder.rank != 0:
         return Trackers()
-    return open_trackers(config.log, folder.path, to_mapping(config), progress.step, last_logged)
+    return open_trackers(config.log, folder.path, folder.run_id, to_mapping(config), progress.step, last_logged)
 
 
 def make_journal(

@@ -1,7 +1,7 @@
 """Where the lines of `metrics.jsonl` go besides: Weights & Biases and TensorBoard, when the `log` section asks.
 
 In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
-of wandb lasts over all attempts of a run: its id lies in `RUN/wandb-id`.
+of wandb lasts over all attempts of a run: it has the run's own id.
 The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so whatever is wrong with a
 tracking service is told and never ends a training step; but a service that is asked for and not installed is an error
 before the first step.
@@ -9,7 +9,6 @@ before the first step.
 
 import importlib.util
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +67,14 @@ class Trackers:
 
 
 def open_trackers(
-    settings: LogSettings, folder: Path, config: Mapping[str, Any], first_step: int, last_logged: int
+    settings: LogSettings, folder: Path, run_id: str, config: Mapping[str, Any], first_step: int, last_logged: int
 ) -> Trackers:
     """The trackers that the settings ask for.
 
     Args:
         settings: the `log` section.
         folder: the run folder.
+        run_id: of the run, the same in all its attempts.
         config: the resolved configuration, nested mappings.
         first_step: the step this attempt begins with; TensorBoard forgets what an earlier one wrote from there on.
         last_logged: the last step that an earlier attempt logged, -1 for none; wandb cannot forget, so it is not sent
@@ -86,7 +86,7 @@ def open_trackers(
     if settings.tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard", first_step))
     if settings.wandb != "off":
-        trackers.append(Wandb(settings, folder, config, last_logged))
+        trackers.append(Wandb(settings, folder, run_id, config, last_logged))
     return Trackers(trackers)
 
 
@@ -122,7 +122,9 @@ class TensorBoard:
 class Wandb:
     """One run of Weights & Biases over all attempts of a run."""
 
-    def __init__(self, settings: LogSettings, folder: Path, config: Mapping[str, Any], last_logged: int) -> None:
+    def __init__(
+        self, settings: LogSettings, folder: Path, run_id: str, config: Mapping[str, Any], last_logged: int
+    ) -> None:
         _check_installed("wandb", "log.wandb=off")
         import wandb
 
@@ -131,7 +133,7 @@ class Wandb:
             "project": settings.wandb_project,
             "entity": settings.wandb_entity,
             "name": folder.resolve().name,
-            "id": _run_id(folder),
+            "id": run_id,
             "resume": "allow",
             "dir": str(folder),
             "config": dict(config),
@@ -174,11 +176,3 @@ class Wandb:
 def _check_installed(package: str, otherwise: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{package} is not installed: pip install 'latte_scale[{package}]', or set {otherwise}")
-
-
-def _run_id(folder: Path) -> str:
-    """The id of this run at the service, drawn once."""
-    path = folder / "wandb-id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12] + "\n")
-    return path.read_text().strip()

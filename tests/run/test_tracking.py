@@ -18,7 +18,7 @@ def record(step: int) -> dict:
 
 
 def track(folder, settings: LogSettings, steps: range, last_logged: int = -1) -> None:
-    with open_trackers(settings, folder, {"run": {"seed": 0}}, steps.start, last_logged) as trackers:
+    with open_trackers(settings, folder, "cafe01", {"run": {"seed": 0}}, steps.start, last_logged) as trackers:
         for step in steps:
             trackers.log(record(step))
 
@@ -49,12 +49,10 @@ def test_wandb_is_one_run_over_all_attempts_and_no_step_is_sent_twice(tmp_path):
     pytest.importorskip("wandb")
     settings = LogSettings(wandb="offline")
     track(tmp_path, settings, range(0, 6))
-    identity = (tmp_path / "wandb-id").read_text().strip()
     time.sleep(1.1)  # wandb names its folders by the second
     track(tmp_path, settings, range(4, 8), last_logged=5)
-    assert (tmp_path / "wandb-id").read_text().strip() == identity
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2 and all(identity in file.name for file in files)
+    assert len(files) == 2 and all("cafe01" in file.name for file in files)
     assert [steps_in(files[0], 6), steps_in(files[1], 2)] == [[0, 1, 2, 3, 4, 5], [6, 7]]
 
 
@@ -96,12 +94,12 @@ def test_what_is_not_installed_is_an_error_that_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for settings in (LogSettings(wandb="online"), LogSettings(tensorboard=True)):
         with pytest.raises(ValueError, match="pip install 'latte_scale"):
-            open_trackers(settings, tmp_path, {}, 0, -1)
+            open_trackers(settings, tmp_path, "cafe01", {}, 0, -1)
 
 
 def test_a_service_that_fails_does_not_end_the_run(tmp_path, caplog):
     wandb = pytest.importorskip("wandb")
-    with open_trackers(LogSettings(wandb="offline"), tmp_path, {}, 0, -1) as trackers:
+    with open_trackers(LogSettings(wandb="offline"), tmp_path, "cafe02", {}, 0, -1) as trackers:
         trackers.log(record(0))
         wandb.run.finish()  # the connection to its process is gone
         with caplog.at_level(logging.ERROR, logger="latte_scale"):
@@ -116,7 +114,7 @@ def test_without_the_service_an_online_run_is_kept_for_later(tmp_path):
     environ = {**inherited, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     code = (
         "import sys; from pathlib import Path; from latte_scale.run import tracking as t; t.START_TIMEOUT_S = 5.0\n"
-        "with t.open_trackers(t.LogSettings(wandb='online'), Path(sys.argv[1]), {}, 0, -1) as trackers:\n"
+        "with t.open_trackers(t.LogSettings(wandb='online'), Path(sys.argv[1]), 'cafe03', {}, 0, -1) as trackers:\n"
         "    trackers.log({'step': 0, 'loss': 1.0})"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
