@@ -127,6 +127,14 @@ def clean_caption(caption: str) -> str:
     return caption.lower().strip()
 
 
+def check_latents(latents_BFChw: Tensor, channels: int, decoder: str) -> None:
+    """EncoderError, which names the decoder, for another number of channels or for latents that are not finite."""
+    if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != channels:
+        raise EncoderError(f"{decoder}: expected latents [B, F, {channels}, h, w], came {list(latents_BFChw.shape)}")
+    if not bool(latents_BFChw.isfinite().all()):
+        raise EncoderError(f"{decoder}: the latents hold NaN or infinity; the model that made them diverged")
+
+
 class VideoAutoencoder:
     """A frozen diffusers AutoencoderKL over the frames of clips."""
 
@@ -177,12 +185,7 @@ class VideoAutoencoder:
 
         Raises EncoderError for another number of channels, or latents that are not finite.
         """
-        if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != self.channels:
-            raise EncoderError(
-                f"VAE {self.name}: expected latents [B, F, {self.channels}, h, w], came {list(latents_BFChw.shape)}"
-            )
-        if not bool(latents_BFChw.isfinite().all()):
-            raise EncoderError(f"VAE {self.name}: the latents hold NaN or infinity; the model that made them diverged")
+        check_latents(latents_BFChw, self.channels, f"VAE {self.name}")
         latents_Nchw = latents_BFChw.flatten(0, 1)
         pixels_a_frame = latents_Nchw.shape[-1] * latents_Nchw.shape[-2] * self.downscale**2
         frames = []

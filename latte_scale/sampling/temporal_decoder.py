@@ -11,7 +11,7 @@ Shapes: B clips, F frames, C channels, H W pixels, h w latents. diffusers is imp
 import torch
 from torch import Tensor
 
-from latte_scale.encoders import EncoderError, VideoAutoencoder, find_folder, loading
+from latte_scale.encoders import EncoderError, VideoAutoencoder, check_latents, find_folder, loading
 
 CHUNK = 14
 """Frames decoded together: what the decoder was trained with, and LattePipeline's default."""
@@ -55,15 +55,7 @@ class TemporalDecoder:
 
         Raises EncoderError for another number of channels, or latents that are not finite.
         """
-        if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != self.channels:
-            raise EncoderError(
-                f"temporal decoder {self.name}: expected latents [B, F, {self.channels}, h, w], came "
-                f"{list(latents_BFChw.shape)}"
-            )
-        if not bool(latents_BFChw.isfinite().all()):
-            raise EncoderError(
-                f"temporal decoder {self.name}: the latents hold NaN or infinity; the model that made them diverged"
-            )
+        check_latents(latents_BFChw, self.channels, f"temporal decoder {self.name}")
         clips = []
         for latents_FChw in latents_BFChw:
             frames = []
