@@ -1,7 +1,8 @@
 """What devices and the links between them can do: the small table under every estimate, with its sources.
 
 In: a name. Out: `Device`, `Cluster`. Peaks are dense and of data sheets; what of them is reached is an assumption of
-timing.py, printed with every estimate. Another device is one more line here.
+timing.py, printed with every estimate. Another device is one more line here. The figures were written down without the
+sheets at hand: hold a device's line to its source before much depends on it.
 """
 
 from dataclasses import dataclass, replace
