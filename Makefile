@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: help venv quickstart quickstart-full test test-faults test-slurm soak lint clean
@@ -27,7 +28,7 @@ quickstart-full: $(READY)  ## the same, trained until colour, shape and directio
 
 test: $(READY)  ## all tests that need no root
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 20 minutes)
 	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm

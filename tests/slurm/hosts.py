@@ -40,9 +40,9 @@ class Hosts:
 
     def __init__(self, folder: Path, num_hosts: int) -> None:
         """`folder`: of their own; what is mounted later in its `disks` is seen on all of them."""
-        number = os.getpid() + next(_number)
-        self._tag = f"lt{number % 100000}"
-        self._net = f"10.231.{number % 250}"
+        number = 8 * os.getpid() + next(_number)  # of two test processes, neither takes the other's
+        self._tag = f"lt{number % 1_000_000}"
+        self._net = f"10.{200 + number // 250 % 50}.{number % 250}"
         self.names = [f"node{number}" for number in range(1, num_hosts + 1)]
         self.machine_address = f"{self._net}.254"
         self._file, self.disks = folder / "hosts", folder / "disks"
