@@ -7,8 +7,9 @@ encoders, latents and text. Out: latent shards with the same sample keys, order 
 `reports/` (what became of every clip, by shard), `null-text.safetensors` (the empty caption, whole), `encode.json` (the
 settings and encoders that made this folder) and `manifest.json`, written last. Latents are stored raw; the manifest
 holds the scale. With encoders.text null there is no text, only latents and classes; with video.hflip the latents of the
-mirrored clip are stored as well. A clip that cannot be read or encoded is left out and named with its reason, and is
-not tried again unless --retry-failed; captions that the encoder cuts are counted.
+mirrored clip are stored as well. With video.more_sizes each clip gets the size that fits it best, in the one pass, and
+a table at the end says what went where. A clip that cannot be read or encoded is left out and named with its reason,
+and is not tried again unless --retry-failed; captions that the encoder cuts are counted.
 
 The decision worth knowing: the unit of work is a shard, there whole or not at all, and whoever wants one claims it in
 the output folder (data_tools/claims.py). So the same command goes on after an interruption, may run with any number of
@@ -32,6 +33,7 @@ from data_tools import claims, reports
 from data_tools.claims import Claims
 from data_tools.encode_shard import EncodeSettings
 from data_tools.reports import ShardReport, finished, read_report, report_name
+from data_tools.size_table import size_table
 from data_tools.workers import MADE, Board, Job, encode_all
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import (
@@ -121,12 +123,14 @@ def _header(settings: EncodeSettings, facts: EncoderFacts, source: Manifest) -> 
 
 
 def _check_settings(settings: EncodeSettings, facts: EncoderFacts) -> None:
-    for name in ("height", "width"):
-        if getattr(settings.video, name) % facts.downscale:
-            raise EncodeError(
-                f"video.{name} {getattr(settings.video, name)} is not a multiple of {facts.downscale}, the pixels of a "
-                f"latent of encoders.vae {settings.encoders.vae}"
-            )
+    for policy in settings.video.policies():
+        for name in ("height", "width"):
+            if getattr(policy, name) % facts.downscale:
+                key = name if policy.size == settings.video.size else f"more_sizes: {policy.size}: {name}"
+                raise EncodeError(
+                    f"video.{key} {getattr(policy, name)} is not a multiple of {facts.downscale}, the pixels of a "
+                    f"latent of encoders.vae {settings.encoders.vae}"
+                )
     _latents_info(settings, facts)
 
 
@@ -202,6 +206,8 @@ def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, sett
     manifest = Manifest(**{**vars(manifest), "shards": entries})
     if not store.exists(MANIFEST) or load_manifest(store).fingerprint() != manifest.fingerprint():
         save_manifest(store, manifest)
+    if settings.video.more_sizes:
+        print(size_table(settings.video, manifest.latents.downscale, entries, [report for _, report in outcomes]))
     print(
         f"done {done}, skipped {total - done}, failed {failed}; {done / max(seconds, 1e-9):.1f} clips/s, "
         f"{sum(entry.size_bytes for entry in entries) / total:.0f} bytes a clip; {len(entries)} shards in {store.url}"
@@ -214,7 +220,7 @@ def _tell(store: Store, found: list[ShardReport], settings: EncodeSettings) -> i
     for key, reason in (each for report in found for each in report.left_out):
         print(f"failed {key}: {reason}", file=sys.stderr)
     if num_short := sum(report.num_short for report in found):
-        needed = settings.video.min_frames
+        needed = min(policy.min_frames for policy in settings.video.policies())
         print(f"{num_short} clips are shorter than the {needed} frames that the frame policy needs", file=sys.stderr)
     if num_cut := sum(report.num_cut_captions for report in found):
         limit, longest = settings.encoders.text_max_length, max(report.longest_caption for report in found)

@@ -3,7 +3,8 @@
 In: shard number n of a data set of clips. Out: shard n of latents, with the same sample keys in the same order, and a
 report of what became of each clip. Decoding, text encoder, VAE and writing overlap (data_tools/pipeline.py). Of several
 captions every one is embedded; where the frame policy mirrors clips, the mirrored clip is encoded too, because the VAE
-of a mirrored clip is not the mirrored latents. Who calls this, in one process or many, is in data_tools/workers.py.
+of a mirrored clip is not the mirrored latents. Of several sizes a clip gets the one that fits it best. Who calls this,
+in one process or many, is in data_tools/workers.py.
 
 Shapes: F frames, C channels, H W pixels, h w latent height and width, L tokens, D width; B is always 1 here, so that
 what a clip becomes does not depend on its neighbours.
@@ -12,7 +13,7 @@ what a clip becomes does not depend on its neighbours.
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from latte_scale.data.latents import pack_latents, pack_text
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import LatentKind, LatentsInfo, NumberType, VideoSettings
 from latte_scale.data.shards import LatentSample, ShardFile, shard_name
+from latte_scale.data.sizes import Fit
 from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, clean_caption, load_encoders
 from latte_scale.store import Store, open_store
 
@@ -67,6 +69,7 @@ class _Clip:
     sample: Sample
     pixels_FCHW: np.ndarray
     start_frame: int
+    fit: Fit | None = None  # where there are several sizes: which, and how well
     texts: tuple[bytes, ...] = ()  # the stored embedding of every caption
     posteriors: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # (mean, std) [F, C, h, w] fp32; of the mirrored clip
 
@@ -112,7 +115,9 @@ class Encoder:
         with ShardFile(self.store, name, "latents") as shard, self._stages(number, texts) as clips:
             for position, clip in enumerate(clips):
                 try:
-                    shard.add(self._stored(clip.result()))
+                    sample = self._stored(clip.result())
+                    shard.add(sample)
+                    count_fit(report, sample.bucket, clip.result().fit)
                 except (DamagedError, _BadClipError) as error:
                     report.left_out.append([self.source.index(number).key(position), str(error)])
                     report.num_short += isinstance(error, _ShortClipError)
@@ -140,12 +145,13 @@ class Encoder:
 
     def _decode(self, number: int, position: int) -> _Clip:
         """First stage: the clip of the frame policy, read and decoded."""
-        from latte_scale.data.video import TooShortError, VideoError, read_random_clip
+        from latte_scale.data.video import TooShortError, VideoError, read_fitting_clip, read_random_clip
 
-        sample = self.source.read(number, position)
+        sample, video = self.source.read(number, position), self.settings.video
+        read = read_fitting_clip if video.more_sizes else read_random_clip
         place = 0.5 if self.settings.latents.window == "centre" else 0.0
         try:
-            return _Clip(sample, *read_random_clip(sample.fields["video"], self.settings.video, place))
+            return _Clip(sample, *read(sample.fields["video"], video, place))
         except TooShortError as error:
             raise _ShortClipError(str(error)) from error
         except VideoError as error:
@@ -161,7 +167,7 @@ class Encoder:
             if caption not in texts:
                 embedding_LD = text.encode([caption])[0].cpu().numpy()
                 texts[caption] = to_bytes(_checked(pack_text, embedding_LD, self.settings.text.dtype))
-        return _Clip(clip.sample, clip.pixels_FCHW, clip.start_frame, tuple(texts[caption] for caption in captions))
+        return replace(clip, texts=tuple(texts[caption] for caption in captions))
 
     def _add_posteriors(self, captioned: "Future[_Clip]") -> _Clip:
         """Third stage: what the VAE makes of the clip, and of the mirrored clip."""
@@ -173,7 +179,7 @@ class Encoder:
         for pixels_FCHW in sides:
             mean, std = self.encoders[0].encode(torch.from_numpy(np.ascontiguousarray(pixels_FCHW))[None])
             posteriors.append((mean[0].cpu().numpy(), std[0].cpu().numpy()))
-        return _Clip(clip.sample, clip.pixels_FCHW, clip.start_frame, clip.texts, tuple(posteriors))
+        return replace(clip, posteriors=tuple(posteriors))
 
     def _stored(self, clip: _Clip) -> LatentSample:
         """The sample as it is written."""
@@ -184,6 +190,7 @@ class Encoder:
         ]
         captions = [clean_caption(caption) for caption in sample.captions]
         frames, _, height, width = clip.posteriors[0][0].shape
+        policy = self.settings.video if clip.fit is None else clip.fit.policy
         about = {name: sample.about[name] for name in ("source", "sha256", "fps") if name in sample.about}
         return LatentSample(
             sample.key,
@@ -191,7 +198,7 @@ class Encoder:
             f"{frames}x{height}x{width}",
             latents[0],
             clip.texts[0] if clip.texts else None,
-            {**about, "start_frame": clip.start_frame, **self.settings.video.stored()},
+            {**about, "start_frame": clip.start_frame, **policy.stored()},
             more_captions=tuple(captions[1:]),
             more_texts=clip.texts[1:],
             mirrored=latents[1] if len(latents) > 1 else None,
@@ -206,6 +213,13 @@ class Encoder:
         limit, text = self.settings.encoders.text_max_length, self.encoders[1]
         too_long = [length for length in (text.num_tokens(list(texts)) if text else []) if length > limit]
         report.num_cut_captions, report.longest_caption = len(too_long), max(too_long, default=0)
+
+
+def count_fit(report: ShardReport, bucket: str, fit: Fit | None) -> None:
+    """Note in the report how well a stored clip fits the size that it got; nothing where there is one size."""
+    if fit is not None:
+        report.enlarged[bucket] = report.enlarged.get(bucket, 0) + fit.enlarged
+        report.kept[bucket] = report.kept.get(bucket, 0.0) + float(fit.kept)
 
 
 class _BadClipError(ValueError):

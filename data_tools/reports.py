@@ -25,6 +25,9 @@ class ShardReport:
     num_short: int = 0  # of those: clips with fewer frames than the frame policy needs
     num_cut_captions: int = 0
     longest_caption: int = 0  # tokens, before it was cut; 0 where none was
+    # Where there are several sizes, of the clips stored in each (by its bucket):
+    enlarged: dict[str, int] = field(default_factory=dict)  # whose picture is smaller than the size
+    kept: dict[str, float] = field(default_factory=dict)  # share of the picture that the crop keeps, summed
 
 
 def report_name(shard: str) -> str:

@@ -8,8 +8,9 @@ that trains from latents needs no encoder.
 from collections.abc import Sequence
 
 from latte_scale.config import Config
+from latte_scale.data.fit import Expected, check_manifest
 from latte_scale.data.samples import Dataset
-from latte_scale.data.schema import Expected, ManifestError, check_manifest
+from latte_scale.data.schema import ManifestError
 from latte_scale.encoders import CAPTION_CLEANING, EncoderFacts, are_local, encoder_facts
 
 
@@ -37,13 +38,23 @@ def check_data(config: Config, datasets: Sequence[Dataset]) -> None:
         check_classes(config, dataset)
         if facts is None:
             check_names(config, dataset)
-    downscale = facts.downscale if facts is not None else datasets[0].manifest.latents.downscale
-    sides = [config.video.height // downscale, config.video.width // downscale]
-    if any(side % config.model.patch_size for side in sides):
+    check_sizes(config, kind, facts.downscale if facts is not None else datasets[0].manifest.latents.downscale)
+
+
+def check_sizes(config: Config, kind: str, downscale: int) -> None:
+    """Every size of the config must divide into patches; several are for latents, which know each clip's size."""
+    if kind == "video" and config.video.more_sizes:
         raise ManifestError(
-            f"latents of {sides[0]} x {sides[1]} do not divide into patches of model.patch_size="
-            f"{config.model.patch_size}; change it, or video.height and video.width"
+            "video.more_sizes needs latents: whole clips all get the size of the frame policy while they are decoded; "
+            "run `latte-data encode` with this video section, or leave more_sizes out"
         )
+    for policy in config.video.policies():
+        sides = [policy.height // downscale, policy.width // downscale]
+        if any(side % config.model.patch_size for side in sides):
+            raise ManifestError(
+                f"latents of {sides[0]} x {sides[1]} do not divide into patches of model.patch_size="
+                f"{config.model.patch_size}; change it, or video.height and video.width"
+            )
 
 
 def check_widths(config: Config, facts: EncoderFacts, text_dim: int | None) -> None:

@@ -140,6 +140,7 @@ class Config:
                 f"diffusion.objective={self.diffusion.objective} predicts {self.model.in_channels} channels, but "
                 f"model.out_channels is {self.model.out_channels}; set model.out_channels={self.model.in_channels}"
             )
+        self._check_sizes()
         if self.model.kind == "latte_t2v" and self.encoders.text is None:
             raise ValueError("model.kind=latte_t2v needs captions, but encoders.text is null; name a text encoder")
         if self.data.images is not None and not self.train.joint_images:
@@ -154,6 +155,17 @@ class Config:
             raise ValueError("validation.every_steps needs held-out samples: set data.holdout, as 0.02")
         self._check_contrastive()
         self._check_sequence_parallel()
+
+    def _check_sizes(self) -> None:
+        """Every size beside the main one must suit the model and the ranks that share a clip."""
+        tubelet, ranks = self.model.frames_per_token, self.engine.sequence_parallel
+        for size in self.video.more_sizes:
+            if size.frames > self.model.num_frames or size.frames % tubelet or size.frames // tubelet < ranks:
+                raise ValueError(
+                    f"video.more_sizes: {size} has {size.frames} frames; expected at most model.num_frames "
+                    f"{self.model.num_frames}, in whole patches of {tubelet}, and {ranks} of these or more "
+                    f"(engine.sequence_parallel); drop this size or change what it does not fit"
+                )
 
     def _check_contrastive(self) -> None:
         weight, group = self.contrastive.weight, self.contrastive.group

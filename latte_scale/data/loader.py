@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from latte_scale.data.batches import MicroBatch, MicroBatches
+from latte_scale.data.fit import mixture_differences
 from latte_scale.data.images import check_images
 from latte_scale.data.index import Side
 from latte_scale.data.items import LoaderError
@@ -87,22 +88,12 @@ def open_datasets(settings: DataSettings, store: StoreSettings | None = None) ->
     Raises ManifestError if one is missing or they cannot be mixed.
     """
     datasets = tuple(open_dataset(source.url, store) for source in settings.sources())
-    first = datasets[0].manifest
     for dataset in datasets[1:]:
-        other = dataset.manifest
-        for name in ("kind", "video", "latents", "caption_cleaning", "class_names"):
-            if getattr(other, name) != getattr(first, name):
-                raise ManifestError(
-                    f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {name}: "
-                    f"{getattr(first, name)} and {getattr(other, name)}; encode both with one config"
-                )
-        for name in ("vae", "text"):
-            mine, its = (encoder and encoder.sha256 for encoder in (getattr(first, name), getattr(other, name)))
-            if mine != its:
-                raise ManifestError(
-                    f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {name}.sha256: "
-                    f"{mine and mine[:16]}... and {its and its[:16]}...; encode both with one config"
-                )
+        for different in mixture_differences(datasets[0].manifest, dataset.manifest):
+            raise ManifestError(
+                f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {different.key}: "
+                f"{different.expected} and {different.came}; encode both with one config"
+            )
     return datasets
 
 

@@ -1,9 +1,9 @@
-"""What a sharded data set is: frame policy, manifest, fingerprint, and the check of a manifest against a config.
+"""What a sharded data set is: frame policy, manifest and fingerprint.
 
-In: `manifest.json` of a data set. Out: typed facts, a fingerprint that changes when any stored byte does, and either
-nothing or a ManifestError that lists every difference from what a training config needs. Two kinds exist: "video"
-holds whole clips and captions as they came, so one set serves every frame policy; "latents" holds what frozen
-encoders made of one frame policy. The manifest is written last: a folder without one is not a data set yet.
+In: `manifest.json` of a data set. Out: typed facts, and a fingerprint that changes when any stored byte does; whether
+they fit a training config is judged in data/fit.py. Two kinds exist: "video" holds whole clips and captions as they
+came, so one set serves every frame policy; "latents" holds what frozen encoders made of one frame policy, in one size
+or several. The manifest is written last: a folder without one is not a data set yet.
 The format grows by optional fields: one that holds its default is neither written nor hashed (`stored`), so a data set
 that does not use it keeps its bytes and its fingerprint.
 """
@@ -30,11 +30,25 @@ LatentKind = Literal["mean_logstd", "mean_std", "mean", "sample"]
 NumberType = Literal["float16", "int8"]
 
 _STRICT = {"extra": "forbid"}
-_ADDED_TO_VIDEO = {"window": None, "sampling": "stride", "hflip": False}
+_ADDED_TO_VIDEO = {"window": None, "sampling": "stride", "hflip": False, "more_sizes": ()}
 
 
 class ManifestError(ValueError):
     """A manifest that is missing, damaged, from another version, or does not fit the config."""
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """A size that clips may have beside that of the frame policy."""
+
+    frames: int
+    height: int  # pixels
+    width: int  # pixels
+
+    __pydantic_config__ = _STRICT
+
+    def __str__(self) -> str:
+        return f"{self.frames} x {self.height} x {self.width}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,9 @@ class VideoSettings:
     # (rounded down), where a file shorter than the window is a window of its own.
     sampling: Literal["stride", "linspace"] = "stride"
     hflip: bool = False  # mirror a clip with probability 0.5; a latents data set then holds both of each
+    # Further sizes, as {frames: 1, height: 512, width: 512}: every clip is encoded in the one that fits it best
+    # (data/sizes.py), each size is a bucket, and a training step has clips of one bucket.
+    more_sizes: tuple[ClipSize, ...] = ()
 
     __pydantic_config__ = _STRICT
 
@@ -64,11 +81,30 @@ class VideoSettings:
                 f"window must hold the clip: expected {self.min_window} frames or more for frames={self.frames}"
                 f"{self._interval_words}, came {self.window}"
             )
+        sizes = [policy.size for policy in self.policies()]
+        if len(set(sizes)) < len(sizes):
+            twice = next(size for size in sizes if sizes.count(size) > 1)
+            raise ValueError(f"more_sizes: {twice} stands twice, or is the size of the policy itself; keep one")
+
+    @property
+    def size(self) -> ClipSize:
+        """The size of the policy itself."""
+        return ClipSize(self.frames, self.height, self.width)
+
+    def policies(self) -> tuple["VideoSettings", ...]:
+        """The policy of each size alone, its own first. An image has no window: any frame will do."""
+        still = {"window": None, "sampling": "stride"}
+        own = dataclasses.replace(self, more_sizes=()) if self.more_sizes else self
+        return own, *(
+            dataclasses.replace(own, **dataclasses.asdict(size), **(still if size.frames == 1 else {}))
+            for size in self.more_sizes
+        )
 
     def stored(self) -> dict[str, Any]:
         """The plain values that are written and hashed: of the younger fields only those in use."""
         unused = {name for name, default in _ADDED_TO_VIDEO.items() if getattr(self, name) == default}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+        return content | ({"more_sizes": list(content["more_sizes"])} if self.more_sizes else {})
 
     @property
     def span(self) -> int:
@@ -281,71 +317,3 @@ def _validated(data: bytes, where: str) -> Manifest:
         if absent:
             raise ManifestError(f"{where}: a latents manifest needs {', '.join(absent)}; run `latte-data encode` again")
     return manifest
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a config needs of a latents data set. None: the caller does not know or care."""
-
-    video: VideoSettings | None = None
-    vae_sha256: str | None = None
-    latent_channels: int | None = None
-    latent_downscale: int | None = None
-    latent_scale: float | None = None
-    latent_shift: float | None = None
-    text_sha256: str | None = None
-    text_max_length: int | None = None
-    text_dim: int | None = None
-    caption_cleaning: str | None = None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One key in which config and data set disagree."""
-
-    key: str
-    expected: Any = field(compare=False)
-    came: Any = field(compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.key}: expected {self.expected}, came {self.came}"
-
-
-def differences(manifest: Manifest, expected: Expected) -> list[Difference]:
-    """Every key in which a latents manifest is not what is expected; none for "video" sets, which fit any policy.
-
-    A mirrored set beside the plain one is no difference: a config without video.hflip leaves it alone.
-    """
-    if manifest.kind == "video":
-        return []
-    video, latents, vae, text = manifest.video, manifest.latents, manifest.vae, manifest.text
-    assert video and latents and vae  # load_manifest has refused anything else
-    found: list[Difference] = []
-    if expected.video is not None:
-        for name, value in dataclasses.asdict(expected.video).items():
-            came = getattr(video, name)
-            if value != came and not (name == "hflip" and came):
-                found.append(Difference(f"video.{name}", value, came))
-    pairs = [
-        ("vae.sha256", expected.vae_sha256, vae.sha256),
-        ("latents.channels", expected.latent_channels, latents.channels),
-        ("latents.downscale", expected.latent_downscale, latents.downscale),
-        ("latents.scale", expected.latent_scale, latents.scale),
-        ("latents.shift", expected.latent_shift, latents.shift),
-        ("text.sha256", expected.text_sha256, text and text.sha256),
-        ("text.max_length", expected.text_max_length, text and text.max_length),
-        ("text.dim", expected.text_dim, text and text.dim),
-        ("caption_cleaning", expected.caption_cleaning, manifest.caption_cleaning),
-    ]
-    return found + [Difference(key, want, came) for key, want, came in pairs if want is not None and want != came]
-
-
-def check_manifest(manifest: Manifest, expected: Expected, url: str = "the data set") -> None:
-    """Refuse a data set that does not fit the config: ManifestError lists each difference."""
-    found = differences(manifest, expected)
-    if found:
-        listing = "\n".join(f"  {difference}" for difference in found)
-        raise ManifestError(
-            f"{url} was not made for this config ({len(found)} differences, config against data set):\n{listing}\n"
-            "Encode the clips again with this config (`latte-data encode`), or set the config to what is stored"
-        )

@@ -20,6 +20,7 @@ import av
 import numpy as np
 
 from latte_scale.data.schema import VideoSettings
+from latte_scale.data.sizes import Fit, best_fit
 
 FRAME_TIME = Fraction(1, 25)  # seconds; the pace that a file of joined images claims
 
@@ -61,16 +62,10 @@ def probe(source: bytes | str | Path) -> VideoInfo:
     Raises VideoError: not a video, audio only, zero frames, or a first frame that does not decode.
     """
     with _opened(source) as opened:
-        opened.container.seek(0, stream=opened.stream)
-        frame = next(opened.container.decode(opened.stream), None)
-        if frame is None:
-            raise VideoError(f"corrupt: none of its {opened.num_frames} frames decodes")
-        rotation = _rotation(frame)
-        width, height = frame.width, frame.height
-        if rotation in (90, 270):
-            width, height = height, width
+        frame = _first_frame(opened)
+        height, width = map(int, _shown(frame))
         fps = float(opened.stream.average_rate or 0)
-        return VideoInfo(opened.num_frames, fps, width, height, rotation, opened.stream.codec_context.name)
+        return VideoInfo(opened.num_frames, fps, width, height, _rotation(frame), opened.stream.codec_context.name)
 
 
 def read_clip(source: bytes | str | Path, video: VideoSettings, start_frame: int = 0) -> np.ndarray:
@@ -83,12 +78,31 @@ def read_clip(source: bytes | str | Path, video: VideoSettings, start_frame: int
         return _read(opened, video, start_frame)
 
 
+def read_fitting_clip(source: bytes | str | Path, video: VideoSettings, u: float) -> tuple[np.ndarray, int, Fit]:
+    """As `read_random_clip` in the size of the policy that fits the file best (data/sizes.py), and which that is.
+
+    The first frame is decoded, too: it says how the picture is turned.
+    """
+    with _opened(source) as opened:
+        height, width = _shown(_first_frame(opened), opened.pixel_shape)
+        try:
+            fit = best_fit(video.policies(), opened.num_frames, height, width)
+        except ValueError as error:
+            raise TooShortError(str(error)) from None
+        return *_read_at(opened, fit.policy, u), fit
+
+
 def read_random_clip(source: bytes | str | Path, video: VideoSettings, u: float) -> tuple[np.ndarray, int]:
     """(clip, its start frame): the start is the place `u` in [0, 1) of all that leave room for the whole window."""
     with _opened(source) as opened:
-        room = video.last_start(opened.num_frames)
-        start_frame = min(int(u * (room + 1)), room)
-        return _read(opened, video, start_frame), start_frame
+        return _read_at(opened, video, u)
+
+
+def _read_at(opened: _Video, video: VideoSettings, u: float) -> tuple[np.ndarray, int]:
+    """(clip, its start frame) of an open file, at the place `u`."""
+    room = video.last_start(opened.num_frames)
+    start_frame = min(int(u * (room + 1)), room)
+    return _read(opened, video, start_frame), start_frame
 
 
 def _read(opened: _Video, video: VideoSettings, start_frame: int) -> np.ndarray:
@@ -126,6 +140,21 @@ def _opened(source: bytes | str | Path) -> Iterator[_Video]:
         raise
     except (av.FFmpegError, EOFError) as error:
         raise VideoError(f"corrupt: {error}") from error
+
+
+def _first_frame(opened: _Video) -> Any:
+    """The first frame that decodes. Raises VideoError if none does."""
+    opened.container.seek(0, stream=opened.stream)
+    frame = next(opened.container.decode(opened.stream), None)
+    if frame is None:
+        raise VideoError(f"corrupt: none of its {opened.num_frames} frames decodes")
+    return frame
+
+
+def _shown(frame: Any, pixel_shape: Fraction = Fraction(1)) -> tuple[Fraction, Fraction]:
+    """Height and width of a frame as it is shown upright; `pixel_shape`: width of a stored pixel / its height."""
+    height, width = Fraction(frame.height), frame.width * pixel_shape
+    return (width, height) if _rotation(frame) in (90, 270) else (height, width)
 
 
 def _frames_by_time(opened: _Video, wanted: list[int], video: VideoSettings) -> list[np.ndarray] | None:

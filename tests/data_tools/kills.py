@@ -29,6 +29,8 @@ from tests.data.making import write_shards
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "encode_tiny.yaml"
 SLOWER = ("video.frames=8", "video.frame_interval=2", "video.height=64", "video.width=64", "latents.kind=mean_logstd")
+SIZES = "video.more_sizes=[{frames: 8, height: 32, width: 64}]"
+BUCKETS = {"8x32x32", "8x16x32"}
 
 
 @dataclass
@@ -45,12 +47,13 @@ class Counts:
 
 
 def make_source(folder: Path, num_clips: int, per_shard: int) -> Path:
-    """Clips of moving shapes in shards; one clip of each third shard is broken."""
+    """Clips of moving shapes in shards, every second one wide; one clip of each third shard is broken."""
     folder.mkdir(parents=True)
     samples = []
     for index in range(num_clips):
         clip = shapes.plan_clip(0, index)
-        write_mp4(folder / "clip.mp4", shapes.render(clip), shapes.FPS)
+        frames_FHWC = shapes.render(clip)
+        write_mp4(folder / "clip.mp4", frames_FHWC[:, 16:48] if index % 2 else frames_FHWC, shapes.FPS)
         is_broken = index % (3 * per_shard) == 1
         data = b"not a video" if is_broken else (folder / "clip.mp4").read_bytes()
         samples.append(VideoSample(f"clip{index}", shapes.prompt(clip.combination), data, "mp4"))
@@ -62,7 +65,7 @@ def make_source(folder: Path, num_clips: int, per_shard: int) -> Path:
 
 def command(source: Path, output: Path, workers: int) -> list[str]:
     urls = ["--input", str(source), "--output", str(output), "--config", str(CONFIG)]
-    return [sys.executable, "-m", "data_tools.cli", "encode", *urls, "--workers", str(workers), *SLOWER]
+    return [sys.executable, "-m", "data_tools.cli", "encode", *urls, "--workers", str(workers), *SLOWER, SIZES]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -114,6 +117,7 @@ def main(
     source = make_source(folder / "shards", num_clips, per_shard)
     assert cli.main(command(source, folder / "whole", 1)[3:]) == 0
     whole, output = contents(folder / "whole"), folder / "killed"
+    assert {name for shard in json.loads(whole["manifest.json"])["shards"] for name in shard["buckets"]} == BUCKETS
     assert len([name for name in whole if name.endswith(".tar")]) == num_clips // per_shard
     while counts.kills < num_kills or output.exists():
         if counts.kills < num_kills:

@@ -220,7 +220,7 @@ def test_mistakes_are_named(source: Path, latents: Path, tmp_path: Path, capsys:
     assert "not a finished data set" in message(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["encode_tiny.yaml", "encode_sd_t5.yaml"])
+@pytest.mark.parametrize("name", ["encode_tiny.yaml", "encode_sd_t5.yaml", "encode_sizes.yaml"])
 def test_shipped_configs_load(name: str) -> None:
     settings = load(encode.EncodeSettings, ROOT / "configs" / name)
     assert settings.video.height % 8 == 0
