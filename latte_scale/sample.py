@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             done += len(asked)
     ranks.barrier()  # all files are there
     if ranks.rank == 0:
-        lines = [json.dumps({**record, **about, "video": asdict(setup.video)}) for record in records]
+        lines = [json.dumps({**record, **about, "video": setup.video.stored()}) for record in records]
         (args.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
         print(f"sampled {len(records)} videos with {setup.loaded.source} into {args.out}")
     return 0

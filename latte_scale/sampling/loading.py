@@ -59,7 +59,10 @@ def load_sharded(source: str, tree: str | None, ranks: Ranks) -> Loaded:
 
 
 def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[EncoderSettings, VideoSettings]:
-    """Encoders and frame policy: of the YAML file `given`, of the run, or of the pipeline that `path` is."""
+    """Encoders and frame policy: of the YAML file `given`, of the run, or of the pipeline that `path` is.
+
+    Of several sizes the policy's own.
+    """
     config, root = loaded.config, Path(path.partition("#")[0])
     if given is not None:
         config = settings.read_mapping(given)
@@ -76,7 +79,7 @@ def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[
     where = str(given or path)
     return (
         settings.from_mapping(EncoderSettings, config.get("encoders", {}), where, "encoders."),
-        settings.from_mapping(VideoSettings, config.get("video", {}), where, "video."),
+        settings.from_mapping(VideoSettings, config.get("video", {}), where, "video.").policies()[0],
     )
 
 
