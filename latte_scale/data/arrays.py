@@ -22,18 +22,18 @@ _TYPES = {
 }
 
 
-def read_arrays(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_arrays(data: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(name -> read-only array, metadata). Raises ValueError when the bytes are not safetensors of a type we store."""
     size = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + size])
+        header = json.loads(bytes(data[8 : 8 + size]))
         metadata = header.pop("__metadata__", {})
         return {name: _view(data, 8 + size, about) for name, about in header.items()}, metadata
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a safetensors file of arrays that we store: {error!r}") from error
 
 
-def _view(data: bytes, start: int, about: dict) -> np.ndarray:
+def _view(data: bytes | memoryview, start: int, about: dict) -> np.ndarray:
     begin, end = about["data_offsets"]
     kind, shape = _TYPES[about["dtype"]], about["shape"]
     if end - begin != kind.itemsize * math.prod(shape):

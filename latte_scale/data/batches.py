@@ -22,8 +22,12 @@ from latte_scale.data.images import ClipFrames, ImageSource, image_set
 from latte_scale.data.index import Side
 from latte_scale.data.items import Draw, Item, ItemReader, Replacement, latent_shape
 from latte_scale.data.plan import Plan, Slot, micro_batch_shape, micro_batch_slots
+from latte_scale.data.ring import Packed, Ring, Room, pack
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import VideoSettings
+
+SMALL_BYTES = 1024
+"""More than the numbers of a slot (weight, index, class, ...) and its images take, each rounded up to a cache line."""
 
 
 @dataclass
@@ -99,12 +103,21 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.images is not None:
             self._image_source = image_set(self.images, self.plan, self.num_images, self.video, *common)
         self._null_texts: dict[str, np.ndarray] = {}
+        self._is_far = any(dataset.store.is_far for dataset in self.datasets)
         self._announced = -1
+        self.ring: Ring | None = None  # through which workers hand over what they make; None: in torch's way
 
-    def __getitem__(self, number: int) -> MicroBatch:
+    def __getitem__(self, number: int) -> "MicroBatch | Packed":
+        """Micro-batch `number`; in a worker with a ring, packed."""
         worker = torch.utils.data.get_worker_info()
         for each in (number, number + (worker.num_workers if worker else 1)):  # the next one of this worker too
             self._announce(each)
+        if worker is None or self.ring is None:
+            return self._make(number, Room())
+        room = self.ring.room(worker.id)
+        return pack(self.ring, room, self._make(number, room))
+
+    def _make(self, number: int, room: Room) -> MicroBatch:
         step, bucket, slots = self._slots(number)
         replaced: list[Replacement] = []
         items = [None if slot.id is None else self._item(step, bucket, slot, replaced) for slot in slots]
@@ -121,12 +134,12 @@ class MicroBatches(torch.utils.data.Dataset):
             label_B=_labels(items),
             condition_B=_conditions(items, dropped),
         )
-        self._add_clips(batch, items)
+        self._add_clips(batch, items, room)
         if batch.mean_BFCHW is not None and self.datasets[0].manifest.text is not None:
             clips = [None if slot.id is None else self.datasets[slot.id.dataset] for slot in slots]
-            batch.text_BLD, batch.mask_BL = self._text(items, clips, dropped)
+            batch.text_BLD, batch.mask_BL = self._text(items, clips, dropped, room)
         if self.num_images:
-            self._add_images(batch, items, slots)
+            self._add_images(batch, items, slots, room)
         return batch
 
     def _slots(self, number: int) -> tuple[int, str, list[Slot]]:
@@ -135,9 +148,25 @@ class MicroBatches(torch.utils.data.Dataset):
         bucket, slots = micro_batch_slots(self.plan, step, self.rank, self.size, self.micro_batch, part, self.group)
         return step, bucket, slots
 
+    @property
+    def max_bytes(self) -> int:
+        """No micro-batch has larger tensors, as long as all have `micro_batch` slots."""
+        slots = micro_batch_shape(self.plan.global_batch, self.size, self.micro_batch, self.group)[1]
+        info, text = self.datasets[0].manifest.latents, self.datasets[0].manifest.text
+        if info is None:
+            frame_bytes = clip_bytes = 3 * self.video.height * self.video.width
+            clip_bytes *= self.video.frames
+        else:
+            shapes = [latent_shape(bucket, info.channels) for bucket in self.plan.buckets]
+            parts = 2 * torch.float16.itemsize  # the mean, and perhaps the std
+            clip_bytes = max(parts * math.prod(shape) for shape in shapes)
+            frame_bytes = max(parts * math.prod(shape[1:]) for shape in shapes)
+        text_bytes = 0 if text is None else text.max_length * (text.dim * torch.float16.itemsize + 1)
+        return slots * (clip_bytes + text_bytes + self.num_images * (frame_bytes + text_bytes) + SMALL_BYTES)
+
     def _announce(self, number: int) -> None:
         """Tell the stores which samples of a micro-batch will be read, once."""
-        if number <= self._announced:
+        if number <= self._announced or not self._is_far:
             return
         self._announced = number
         step, bucket, slots = self._slots(number)
@@ -154,19 +183,19 @@ class MicroBatches(torch.utils.data.Dataset):
             return False
         return rng.uniform(self.seed, "caption_drop", step, slot.index, sub) < self.caption_drop
 
-    def _add_clips(self, batch: MicroBatch, items: list[Item | None]) -> None:
+    def _add_clips(self, batch: MicroBatch, items: list[Item | None], room: Room) -> None:
         """Pixels or latents."""
         info = self.datasets[0].manifest.latents
         if info is None:
             shape = (self.video.frames, 3, self.video.height, self.video.width)
-            batch.pixels_BFCHW = _stack([item and item.pixels_FCHW for item in items], shape, torch.uint8)
+            batch.pixels_BFCHW = _stack([item and item.pixels_FCHW for item in items], shape, torch.uint8, room)
             return
         shape = latent_shape(batch.bucket, info.channels)
-        batch.mean_BFCHW = _stack([item and item.mean_FCHW for item in items], shape, torch.float16)
+        batch.mean_BFCHW = _stack([item and item.mean_FCHW for item in items], shape, torch.float16, room)
         if info.kind in ("mean_std", "mean_logstd"):
-            batch.std_BFCHW = _stack([item and item.std_FCHW for item in items], shape, torch.float16)
+            batch.std_BFCHW = _stack([item and item.std_FCHW for item in items], shape, torch.float16, room)
 
-    def _add_images(self, batch: MicroBatch, items: list[Item | None], slots: list[Slot]) -> None:
+    def _add_images(self, batch: MicroBatch, items: list[Item | None], slots: list[Slot], room: Room) -> None:
         """The images of every clip: arrays, classes, ids and, of a set with captions, text."""
         images: list[list[Item | None]] = [
             [None] * self.num_images
@@ -182,7 +211,7 @@ class MicroBatches(torch.utils.data.Dataset):
         ):
             if clips is not None:
                 arrays = [None if image is None else getattr(image, name)[0] for image in flat]
-                setattr(batch, image_name, _stack(arrays, tuple(clips.shape[2:]), clips.dtype).unflatten(0, size))
+                setattr(batch, image_name, _stack(arrays, clips.shape[2:], clips.dtype, room).unflatten(0, size))
         batch.image_ids = [["" if image is None else image.id for image in row] for row in images]
         batch.image_label_BN = _labels(flat).view(size)
         batch.image_dropped_B = torch.tensor([self._is_dropped(batch.step, slot, 1) for slot in slots])
@@ -191,20 +220,23 @@ class MicroBatches(torch.utils.data.Dataset):
         batch.image_captions = [["" if image is None else image.caption for image in row] for row in images]
         if batch.text_BLD is not None:
             dropped = batch.image_dropped_B.repeat_interleave(self.num_images).tolist()
-            text, mask = self._text(flat, [self.images] * len(flat), dropped)
+            text, mask = self._text(flat, [self.images] * len(flat), dropped, room)
             batch.image_text_BNLD, batch.image_mask_BNL = text.unflatten(0, size), mask.unflatten(0, size)
 
     def _text(
-        self, items: list[Item | None], datasets: Sequence[Dataset | None], dropped: list[bool]
+        self, items: list[Item | None], datasets: Sequence[Dataset | None], dropped: list[bool], room: Room
     ) -> tuple[Tensor, Tensor]:
         """Embeddings padded to the longest, and their mask; a dropped one is the null embedding cut to its length."""
         texts = [item and item.text_LD for item in items]
         lengths = [1 if text is None else len(text) for text in texts]
-        text_BLD = _zeros((len(items), max(lengths), self.datasets[0].manifest.text.dim), torch.float16)
+        text_BLD = room.empty((len(items), max(lengths), self.datasets[0].manifest.text.dim), torch.float16)
         rows = text_BLD.numpy()
         for row, (text, length, dataset) in enumerate(zip(texts, lengths, datasets, strict=True)):
-            if text is not None:
+            if text is None:
+                rows[row] = 0
+            else:
                 rows[row, :length] = self._null_text(dataset)[:length] if dropped[row] else text
+                rows[row, length:] = 0
         return text_BLD, torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
 
     def _null_text(self, dataset: Dataset) -> np.ndarray:
@@ -223,20 +255,10 @@ def _labels(items: list[Item | None]) -> Tensor:
     return torch.tensor([-1 if item is None else item.label for item in items])
 
 
-def _stack(arrays: list[np.ndarray | None], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _stack(arrays: list[np.ndarray | None], shape: Sequence[int], dtype: torch.dtype, room: Room) -> Tensor:
     """[B, *shape] with zeros where an array is None; one copy."""
-    stacked = _zeros((len(arrays), *shape), dtype)
+    stacked = room.empty((len(arrays), *shape), dtype)
     rows = stacked.numpy()
     for row, array in enumerate(arrays):
-        if array is not None:
-            rows[row] = array
+        rows[row] = 0 if array is None else array
     return stacked
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A zero tensor; in a worker it lies in shared memory from the start, which spares a copy on the way out."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.zeros(shape, dtype=dtype)
-    empty = torch.empty(0, dtype=dtype)
-    storage = empty.untyped_storage()._new_shared(math.prod(shape) * empty.element_size())
-    return empty.new(storage).view(shape)  # fresh shared memory is zero (POSIX ftruncate)

@@ -12,6 +12,7 @@ f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "vi
 text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -166,6 +167,17 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    @functools.cached_property
+    def shared_texts(self) -> frozenset[int]:
+        """Where the embeddings that several captions of the tar use begin."""
+        columns = [self._columns[f"{name}.offset"] for name in self._fields if is_text(name)]
+        offsets, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *columns]), return_counts=True)
+        return frozenset(offsets[(counts > 1) & (offsets >= 0)].tolist())
+
+    def num_texts(self, position: int) -> int:
+        """Captions of the sample at `position` that have an embedding."""
+        return sum(self._columns[f"{name}.offset"][position] >= 0 for name in self._fields if is_text(name))
 
     def key(self, position: int) -> str:
         """The key of the sample at `position`, counted over the whole tar."""

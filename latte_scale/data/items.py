@@ -117,7 +117,7 @@ class ItemReader:
 
     def _caption_at(self, sample_id: SampleId, position: int, draw: Draw) -> float:
         """Which of several captions, in [0, 1). A draw costs a third of reading a sample, so one caption has none."""
-        if self.datasets[sample_id.dataset].index(sample_id.shard).row(position).num_texts == 1:
+        if self.datasets[sample_id.dataset].index(sample_id.shard).num_texts(position) == 1:
             return 0.0
         return rng.uniform(self.seed, "caption", *draw)
 

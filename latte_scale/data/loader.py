@@ -34,6 +34,7 @@ from latte_scale.data.plan import (
     rank_range,
     resolve_shuffle_window,
 )
+from latte_scale.data.ring import Packed, Ring
 from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import ManifestError, VideoSettings
 from latte_scale.store import StoreSettings
@@ -192,6 +193,7 @@ class Loader:
         workers: dict[str, Any] = {}
         if settings.num_workers:
             workers = {"prefetch_factor": settings.prefetch, "worker_init_fn": _init_worker}
+        self._source, self._settings = source, settings
         self._loader: DataLoader | None = DataLoader(
             source,
             batch_size=None,
@@ -212,7 +214,8 @@ class Loader:
         """The next step and its micro-batches."""
         if self._iterator is None:
             self._start()
-        micro_batches = [next(self._iterator) for _ in range(self.num_micro_batches)]
+        made = (next(self._iterator) for _ in range(self.num_micro_batches))
+        micro_batches = [each.unpack() if isinstance(each, Packed) else each for each in made]
         step, self.step = self.step, self.step + 1
         return step, micro_batches
 
@@ -232,11 +235,16 @@ class Loader:
             for worker in self._workers:  # one that hangs in a read has not seen the request, and ignores SIGTERM
                 worker.kill()
                 worker.join()
-        self._iterator, self._workers = None, []
+        self._iterator, self._workers, self._source.ring = None, [], None
 
     def _start(self) -> None:
         if self._loader is None:
             raise LoaderError("the loader is closed; make a new one with start_step")
+        num_workers = self._settings.num_workers
+        if num_workers and multiprocessing.get_start_method() == "fork":
+            # Each worker may be `prefetch` micro-batches ahead; the caller holds those of two steps for a moment.
+            slots_each = self._settings.prefetch + -(-2 * self.num_micro_batches // num_workers)
+            self._source.ring = Ring(num_workers, slots_each, self._source.max_bytes)
         others = multiprocessing.active_children()
         self._iterator = iter(self._loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in others]

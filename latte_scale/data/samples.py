@@ -27,6 +27,7 @@ from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
 NUM_INDEX_READERS = 16  # at a time, where every index is read
 NUM_CACHED_INDICES = 256
 NUM_CACHED_TEXTS = 64
+_ARRAYS = ("latents", "mirrored")  # fields that are only ever looked at as arrays
 
 
 class DamagedError(ValueError):
@@ -37,11 +38,12 @@ class DamagedError(ValueError):
 class Sample:
     """What was read: the key from the tar's own headers, and every field's checked bytes.
 
+    Fields of arrays (latents, mirrored, text) are views into what was read, which live as long as it; others are bytes.
     Of the embeddings of several captions one is read, as field "text".
     """
 
     key: str
-    fields: dict[str, bytes]
+    fields: dict[str, bytes | memoryview]
     about: dict[str, Any]  # the .json, {} if there is none
 
     @property
@@ -72,7 +74,7 @@ class Dataset:
         self.store, self.manifest = store, manifest
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._positions: OrderedDict[tuple, np.ndarray] = OrderedDict()
-        self._texts: OrderedDict[tuple[int, int], tuple[str, bytes]] = OrderedDict()
+        self._texts: OrderedDict[tuple[int, int], tuple[str, bytes]] = OrderedDict()  # those of several samples
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store, "manifest": self.manifest}
@@ -139,8 +141,9 @@ class Dataset:
                 f"{self.store.join(entry.name)}: sample {row.key!r} needs the embeddings {names}, its index points at "
                 f"{row.num_texts}, of which number {number} is {name!r}; write the data set again"
             )
-        self._texts[shard, text_span.offset] = name, text
-        _trim(self._texts, NUM_CACHED_TEXTS)
+        if known is None and text_span.offset in self.index(shard).shared_texts:
+            self._texts[shard, text_span.offset] = name, bytes(text)
+            _trim(self._texts, NUM_CACHED_TEXTS)
         return Sample(sample.key, {**sample.fields, "text": text}, sample.about)
 
     def expect(self, shard: int, position: int, caption_at: float = 0.0) -> None:
@@ -187,7 +190,7 @@ class Dataset:
             )
         return read_arrays(data)[0]["embedding"]
 
-    def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int, fresh: bool) -> tuple[str, bytes]:
+    def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int, fresh: bool) -> tuple[str, memoryview]:
         """(name, bytes) of a shared embedding, out of `data` if it lies there."""
         first = span.offset - BLOCK
         if not begin <= first <= begin + len(data) - BLOCK - span.size:
@@ -196,9 +199,7 @@ class Dataset:
         member = next(walk(_reader(data, begin), where, first, span.offset + span.size), None)
         if member is None or (member.offset, member.size) != (span.offset, span.size):
             raise _Mismatch("no embedding where the index says")
-        payload = data[span.offset - begin : span.offset - begin + span.size]
-        _check_crc("text", payload, span)
-        return member.name.removesuffix(".safetensors"), payload
+        return member.name.removesuffix(".safetensors"), _checked("text", data, begin, span)
 
 
 def open_dataset(url: str, settings: StoreSettings | None = None) -> Dataset:
@@ -236,8 +237,8 @@ def _own_fields(entry: ShardEntry, row: Row, data: bytes, begin: int, where: str
         member = members.get(span.offset)
         if member is None or member.size != span.size:
             raise _Mismatch(f"field {name!r} is not at byte {span.offset}")
-        fields[name] = data[span.offset - begin : span.offset - begin + span.size]
-        _check_crc(name, fields[name], span)
+        payload = _checked(name, data, begin, span)
+        fields[name] = payload if name in _ARRAYS else bytes(payload)
     return Sample(keys.pop(), fields, _parse_json(fields.get("json")))
 
 
@@ -257,10 +258,13 @@ def _reader(data: bytes, begin: int) -> Callable[[int, int], bytes]:
     return lambda offset, size: data[offset - begin : offset - begin + size]
 
 
-def _check_crc(name: str, payload: bytes, span: Span) -> None:
-    found = google_crc32c.value(payload)
+def _checked(name: str, data: bytes, begin: int, span: Span) -> memoryview:
+    """A field's bytes, a view of `data`, which starts at `begin` of the tar. Raises _Mismatch for a wrong checksum."""
+    payload = memoryview(data)[span.offset - begin : span.offset - begin + span.size]
+    found = google_crc32c.value(np.frombuffer(payload, np.uint8))  # it takes no memoryview, and an array costs no copy
     if len(payload) != span.size or found != span.crc32c:
         raise _Mismatch(f"field {name!r}: crc32c: expected {span.crc32c:08x}, came {found:08x}")
+    return payload
 
 
 def _damaged(store: Store, entry: ShardEntry, key: str, reason: str) -> str:

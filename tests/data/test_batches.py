@@ -1,5 +1,6 @@
 """Micro-batches: what is stored comes out; damage is replaced and reported; faults name their place."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from latte_scale import rng
+from latte_scale.data import loader
 from latte_scale.data.index import load_index
 from latte_scale.data.items import LoaderError
 from latte_scale.data.loader import DataSettings, open_datasets
@@ -61,6 +63,22 @@ def test_batches_hold_what_is_stored(tmp_path, num_workers, with_std):
                 assert (batch.text_BLD[row, :length] == number % 5 + 1).all()
                 assert not batch.text_BLD[row, length:].any()
                 assert not with_std or (batch.std_BFCHW[row] == 0.5).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_images": 2}, {"micro_batch": 1}])
+@pytest.mark.parametrize("kind", ["latents", "latents with std", "video"])
+def test_every_micro_batch_fits_into_a_slot_of_the_ring(tmp_path, monkeypatch, kind, options):
+    """Else all would arrive, but slowly."""
+    make = make_videos if kind == "video" else functools.partial(make_latents, with_std=kind != "latents")
+    make(tmp_path)
+    most = []
+    ring = loader.Ring
+    monkeypatch.setattr(loader, "Ring", lambda *args: most.append(args[2]) or ring(*args))
+    for batch in itertools.chain(*load(tmp_path, 1, 1, **options)):
+        tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        assert sum(64 + tensor.nbytes for tensor in tensors) <= most[0]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        assert len(storages) == 1
 
 
 def test_buckets_keep_their_shapes_and_do_not_mix(tmp_path):
