@@ -7,11 +7,12 @@ import sys
 VERBS = {
     "shapes": "short captioned clips of moving shapes, made up, to learn on a laptop",
     "shard": "a folder of captioned clips -> tar shards with indices and a manifest",
-    "index": "tars of another tool -> indices and a manifest beside them",
+    "index": "tars or MDS shards of another tool -> indices and a manifest beside them",
     "verify": "read a data set again and hold every byte to its checksums",
     "stats": "what a data set holds: distributions, as a page with plots",
     "preview": "a page of clips that play, with their captions",
     "encode": "shards of clips -> shards of VAE latents and text embeddings",
+    "convert": "tar shards -> MDS shards of mosaicml-streaming, and back",
 }
 WRONG_INPUT = 2  # the exit code of a user's mistake; a verb returns 1 when nothing at all could be done
 

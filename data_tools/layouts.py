@@ -26,12 +26,11 @@ from pathlib import Path, PurePosixPath
 
 from data_tools.captions import LISTS, Line, class_names, is_list, read_list, tidy
 from data_tools.tar_clips import tar_clips
-from latte_scale.data.shards import VIDEO_EXTENSIONS
+from latte_scale.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from latte_scale.store import LocalStore, Store, open_store
 
 LAYOUTS = ("clips", "ffs", "sky", "ucf101", "taichi")
 NUM_READERS = 16  # captions and sizes that are asked of a store at a time
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 SKY_MIN_FRAMES = 49  # more than 16 frames, one in 3
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[_\-\s]+")

@@ -45,10 +45,19 @@ class PackReport:
     hashes: dict[str, str] = field(default_factory=dict)  # of stored samples, where duplicates are looked for
 
 
-Report = TypeVar("Report", ShardReport, PackReport)
+@dataclass
+class ConvertReport:
+    """What `latte-data convert` made of one shard."""
+
+    count: int = 0  # samples that are stored
+    left_out: list[list[str]] = field(default_factory=list)  # [sample, reason]
+    unread: dict[str, int] = field(default_factory=dict)  # extension -> members that are no field, left behind
 
 
-def write_report(store: Store, shard: str, report: ShardReport | PackReport) -> None:
+Report = TypeVar("Report", ShardReport, PackReport, ConvertReport)
+
+
+def write_report(store: Store, shard: str, report: ShardReport | PackReport | ConvertReport) -> None:
     """Store the report of a shard."""
     store.write(report_name(shard), (json.dumps(asdict(report), ensure_ascii=False) + "\n").encode())
 

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_tools.convert import HEADER as CONVERT_HEADER
 from data_tools.reports import FOLDER as REPORTS
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.latents import unpack_latents, unpack_text
+from latte_scale.data.mds import MDS_INDEX
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import ENCODE_HEADER, MANIFEST, ManifestError, ShardEntry
 from latte_scale.store import Store, StoreError
@@ -87,7 +89,9 @@ def null_text_faults(dataset: Dataset) -> Iterator[str]:
 def unnamed_files(dataset: Dataset) -> list[str]:
     """Files below the root that the manifest does not name."""
     manifest = dataset.manifest
-    named = {MANIFEST, ENCODE_HEADER} | {name for shard in manifest.shards for name in (shard.name, shard.index)}
+    named = {MANIFEST, ENCODE_HEADER, MDS_INDEX, CONVERT_HEADER} | {
+        name for shard in manifest.shards for name in (shard.name, shard.index)
+    }
     reports = f"{REPORTS}/"
     if manifest.null_text is not None:
         named.add(manifest.null_text.name)

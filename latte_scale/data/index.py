@@ -9,7 +9,9 @@ Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash, caption_hash u64 
 metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field f.offset,
 f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "video" set; latents, json, text in a
 "latents" set, where text lies in a member that samples with the same caption share. A tar that uses them has more:
-text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip.
+text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip, and a
+column label i32 [n] (-1: none) for classes that a foreign sample's .json does not number. In an MDS shard (data/mds.py)
+start and end bound the whole sample with all its fields and embeddings, and key and extension are fields, too.
 """
 
 import functools
@@ -50,6 +52,7 @@ class Row(NamedTuple):
     start: int
     end: int
     fields: dict[str, Span]
+    label: int | None = None  # class, where the index and not the sample's .json holds it
 
     @property
     def num_texts(self) -> int:
@@ -58,7 +61,7 @@ class Row(NamedTuple):
 
 
 def index_name(shard: str) -> str:
-    """The name of the sidecar of a tar: "a/b.tar" -> "a/b.index.safetensors"."""
+    """The name of a shard's sidecar: "a/b.tar" -> "a/b.index.safetensors", "c.mds" -> "c.mds.index.safetensors"."""
     return f"{shard.removesuffix('.tar')}.index.safetensors"
 
 
@@ -131,6 +134,8 @@ class IndexBuilder:
             columns[f"{name}.offset"] = np.array([span.offset for span in spans], np.int64)
             columns[f"{name}.size"] = np.array([span.size for span in spans], np.int64)
             columns[f"{name}.crc32c"] = np.array([span.crc32c for span in spans], np.uint32)
+        if any(row.label is not None for row in rows):
+            columns["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
         about = {
             "kind": self.kind,
             "shard": shard,
@@ -179,6 +184,11 @@ class ShardIndex:
         """Captions of the sample at `position` that have an embedding."""
         return sum(self._columns[f"{name}.offset"][position] >= 0 for name in self._fields if is_text(name))
 
+    @property
+    def field_names(self) -> list[str]:
+        """Fields that at least one sample has."""
+        return [name for name in self._fields if (self._columns[f"{name}.offset"] >= 0).any()]
+
     def key(self, position: int) -> str:
         """The key of the sample at `position`, counted over the whole tar."""
         begin = int(self._ends[position - 1]) if position else 0
@@ -196,7 +206,8 @@ class ShardIndex:
                 fields[name] = Span(offset, int(size), int(crc))
         bucket = self.bucket_names[self._bucket[position]]
         start, end = self._columns["start"][position], self._columns["end"][position]
-        return Row(self.key(position), bucket, int(start), int(end), fields)
+        label = int(self._columns["label"][position]) if "label" in self._columns else -1
+        return Row(self.key(position), bucket, int(start), int(end), fields, None if label < 0 else label)
 
     def rows(self) -> Iterator[Row]:
         """All samples in the tar's order."""

@@ -4,7 +4,7 @@ A sample is one ranged read: its members lie side by side, and the caption's emb
 Nothing is believed from the index alone. The key is taken from the tar headers that were read with the sample, every
 field is held to its crc32c, and an embedding must carry the name that the sample's .json gives it. Bytes that do not
 fit raise DamagedError, which a loader may answer with a replacement; a tar that is another than the indexed one
-raises ManifestError, which it may not.
+raises ManifestError, which it may not. An MDS shard has no headers: its sample is a range that holds every field.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
@@ -20,6 +20,7 @@ import numpy as np
 
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.index import Row, ShardIndex, Side, Span, is_text, load_index, text_field
+from latte_scale.data.mds import is_mds
 from latte_scale.data.schema import Manifest, ManifestError, ShardEntry, load_manifest
 from latte_scale.data.tar import BLOCK, TarError, padded, split_name, walk
 from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
@@ -44,7 +45,8 @@ class Sample:
 
     key: str
     fields: dict[str, bytes | memoryview]
-    about: dict[str, Any]  # the .json, {} if there is none
+    about: dict[str, Any]  # the .json, {} if there is none; "label" is the index's, where that has one
+    names: tuple[str, ...] = ()  # of its members in a tar, also of those that are no field
 
     @property
     def caption(self) -> str:
@@ -52,7 +54,7 @@ class Sample:
         if "txt" in self.fields:
             return self.fields["txt"].decode("utf-8", "replace").strip()
         caption = self.about.get("caption")
-        return caption.strip() if isinstance(caption, str) else ""
+        return _valid(caption).strip() if isinstance(caption, str) else ""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ class Sample:
         captions, first = self.about.get("captions"), self.caption
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             return (first,)
-        captions = tuple(caption.strip() for caption in captions)
+        captions = tuple(_valid(caption).strip() for caption in captions)
         return captions if captions[:1] == (first,) else (first,)
 
 
@@ -122,6 +124,8 @@ class Dataset:
         """
         entry, row = self.manifest.shards[shard], self.index(shard).row(position)
         number = int(caption_at * row.num_texts)
+        if is_mds(entry.name):
+            return self._read_mds(entry, row, number, fresh=not cached)
         text_span = row.fields.get(text_field(number))
         known = self._texts.get((shard, text_span.offset)) if cached and text_span else None
         try:
@@ -144,7 +148,7 @@ class Dataset:
         if known is None and text_span.offset in self.index(shard).shared_texts:
             self._texts[shard, text_span.offset] = name, bytes(text)
             _trim(self._texts, NUM_CACHED_TEXTS)
-        return Sample(sample.key, {**sample.fields, "text": text}, sample.about)
+        return replace(sample, fields={**sample.fields, "text": text})
 
     def expect(self, shard: int, position: int, caption_at: float = 0.0) -> None:
         """Announce `read` of the same sample, so that a store far away can fetch it meanwhile."""
@@ -190,6 +194,29 @@ class Dataset:
             )
         return read_arrays(data)[0]["embedding"]
 
+    def _read_mds(self, entry: ShardEntry, row: Row, number: int, fresh: bool) -> Sample:
+        """The same of an MDS shard, whose samples hold all their fields and embeddings and have no headers."""
+        spans = {name: span for name, span in row.fields.items() if not is_text(name)}
+        if row.num_texts:
+            spans["text"] = row.fields[text_field(number)]
+        fields: dict[str, memoryview] = {}
+        faults: dict[str, str] = {}
+        try:
+            data = self.store.read(entry.name, row.start, row.end - row.start, fresh)
+            for name, span in spans.items():
+                fields[name], fault = _cut_out(name, data, row.start, span)
+                faults |= {name: fault} if fault else {}
+            if "key" in faults and all(name in faults for name, span in spans.items() if span.size):
+                raise ManifestError(_not_indexed(self.store.join(entry.name), entry, row, [bytes(fields["key"])]))
+            if faults:
+                raise _Mismatch("; ".join(faults.values()))
+            own = {name: data if name in _ARRAYS or is_text(name) else bytes(data) for name, data in fields.items()}
+            own.pop("key", None)
+            names = (f"{row.key}.{own.pop('extension').decode()}",) if "extension" in own else ()
+            return Sample(row.key, own, _about(row, own), names)
+        except (ShortReadError, _Mismatch) as error:
+            raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
+
     def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int, fresh: bool) -> tuple[str, memoryview]:
         """(name, bytes) of a shared embedding, out of `data` if it lies there."""
         first = span.offset - BLOCK
@@ -226,10 +253,7 @@ def _own_fields(entry: ShardEntry, row: Row, data: bytes, begin: int, where: str
     if not keys:
         raise _Mismatch(f"no member at byte {row.start}")
     if keys != {row.key}:
-        raise ManifestError(
-            f"{where}: bytes {row.start} to {row.end} hold {sorted(keys)}, the index says {row.key!r}: this is not the "
-            f"tar that was indexed (sha256 {entry.sha256[:16]}...); restore it, or run `latte-data index` on the folder"
-        )
+        raise ManifestError(_not_indexed(where, entry, row, sorted(keys)))
     fields = {}
     for name, span in row.fields.items():
         if is_text(name):
@@ -239,18 +263,29 @@ def _own_fields(entry: ShardEntry, row: Row, data: bytes, begin: int, where: str
             raise _Mismatch(f"field {name!r} is not at byte {span.offset}")
         payload = _checked(name, data, begin, span)
         fields[name] = payload if name in _ARRAYS else bytes(payload)
-    return Sample(keys.pop(), fields, _parse_json(fields.get("json")))
+    return Sample(keys.pop(), fields, _about(row, fields), tuple(member.name for member in members.values()))
 
 
-def _parse_json(data: bytes | None) -> dict[str, Any]:
-    """The .json member; its bytes are known to be those that were written."""
-    if data is None:
-        return {}
+def _about(row: Row, fields: dict[str, bytes]) -> dict[str, Any]:
+    """The .json, whose bytes are known to be those that were written, with the class that the index holds."""
+    label = {} if row.label is None else {"label": row.label}
     try:
-        content = json.loads(data)
-    except ValueError as error:
+        content = json.loads(fields.get("json") or b"{}")
+    except (ValueError, RecursionError) as error:
         raise _Mismatch(f"its .json cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return {**content, **label} if isinstance(content, dict) else label
+
+
+def _valid(text: str) -> str:
+    """The text as UTF-8 can hold it: half of a surrogate pair, which a .json may escape, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _not_indexed(where: str, entry: ShardEntry, row: Row, found: list[Any]) -> str:
+    return (
+        f"{where}: bytes {row.start} to {row.end} hold {found}, the index says {row.key!r}: this is not the "
+        f"file that was indexed (sha256 {entry.sha256[:16]}...); restore it, or run `latte-data index` on the folder"
+    )
 
 
 def _reader(data: bytes, begin: int) -> Callable[[int, int], bytes]:
@@ -259,12 +294,20 @@ def _reader(data: bytes, begin: int) -> Callable[[int, int], bytes]:
 
 
 def _checked(name: str, data: bytes, begin: int, span: Span) -> memoryview:
-    """A field's bytes, a view of `data`, which starts at `begin` of the tar. Raises _Mismatch for a wrong checksum."""
+    """A field's bytes, a view of `data`, which starts at `begin` of the shard. Raises _Mismatch if they are wrong."""
+    payload, fault = _cut_out(name, data, begin, span)
+    if fault:
+        raise _Mismatch(fault)
+    return payload
+
+
+def _cut_out(name: str, data: bytes, begin: int, span: Span) -> tuple[memoryview, str]:
+    """(a field's bytes, a view of `data`, which starts at `begin` of the shard; what is wrong with them or "")."""
     payload = memoryview(data)[span.offset - begin : span.offset - begin + span.size]
     found = google_crc32c.value(np.frombuffer(payload, np.uint8))  # it takes no memoryview, and an array costs no copy
-    if len(payload) != span.size or found != span.crc32c:
-        raise _Mismatch(f"field {name!r}: crc32c: expected {span.crc32c:08x}, came {found:08x}")
-    return payload
+    if len(payload) == span.size and found == span.crc32c:
+        return payload, ""
+    return payload, f"field {name!r}: crc32c: expected {span.crc32c:08x}, came {found:08x}"
 
 
 def _damaged(store: Store, entry: ShardEntry, key: str, reason: str) -> str:

@@ -22,6 +22,7 @@ from latte_scale.data.tar import END, header, padded, split_name
 from latte_scale.store import Store, explained
 
 VIDEO_EXTENSIONS = ("mp4", "mkv", "avi", "mov", "webm", "m4v", "mpg", "ts")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,9 @@ class ShardFile:
                 members.append(("mirrored", "mirrored.safetensors", sample.mirrored))
             return members
         extension = sample.extension.lower().lstrip(".")
-        if extension not in VIDEO_EXTENSIONS:
-            raise ValueError(f"{sample.key}: .{extension} is not a known container: {', '.join(VIDEO_EXTENSIONS)}")
+        known = VIDEO_EXTENSIONS + IMAGE_EXTENSIONS
+        if extension not in known:
+            raise ValueError(f"{sample.key}: .{extension} is not a known container: {', '.join(known)}")
         members = [("video", extension, sample.video), ("txt", "txt", sample.caption.encode()), ("json", "json", about)]
         return sorted(members, key=lambda member: member[1])
 

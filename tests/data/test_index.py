@@ -30,6 +30,7 @@ rows = st.builds(
     st.integers(0, 2**40),
     st.integers(0, 2**40),
     st.dictionaries(st.sampled_from(["latents", "json", "text"]), spans),
+    st.none() | st.integers(0, 2**31 - 1),
 )
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data_tools import index, verify
+from data_tools import foreign, index, verify
 from latte_scale.data.samples import open_dataset
-from latte_scale.data.schema import MANIFEST
+from latte_scale.data.schema import MANIFEST, VideoSettings
 from latte_scale.data.tar import TarError
+from latte_scale.data.video import read_clip
 from latte_scale.store import open_store
-from tests.data.making import make_clip, make_latents, make_videos
+from tests.data.loading import load
+from tests.data.making import frame_grey, make_clip, make_latents, make_videos, write_images
 
 CLIP = make_clip(4, 16, 16)
 
@@ -139,7 +141,6 @@ def test_a_cut_tar_names_the_last_sound_member(tmp_path):
     [
         ([("a.mp4", CLIP), ("b.mp4", CLIP), ("a.mp4", CLIP)], "'a' stands twice"),
         ([("a.mp4", CLIP), ("a.mkv", CLIP)], "'a.mkv' is a second video of sample 'a'"),
-        ([("a.mp4", CLIP), ("a.json", b"{")], "sample 'a': its .json cannot be read"),
         ([("a.latents.safetensors", b"")], "holds latents"),
     ],
 )
@@ -165,7 +166,7 @@ def test_latents_are_left_to_encode(tmp_path):
 
 
 def test_a_tar_larger_than_the_window_is_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 700)
+    monkeypatch.setattr(foreign, "CHUNK", 700)
     write_tar(
         tmp_path / "x.tar",
         [
@@ -177,3 +178,75 @@ def test_a_tar_larger_than_the_window_is_streamed(tmp_path, monkeypatch):
     assert run(index, tmp_path) == 0
     assert [caption for _, caption in stored(tmp_path)] == [("words " * 300).strip()] * 3
     assert run(verify, tmp_path) == 0
+
+
+def test_hostile_texts_cost_their_sample_alone(tmp_path, monkeypatch, capsys):
+    """Never fatal, never half a sample: what can be read as a caption is one, the rest is named."""
+    monkeypatch.setattr(foreign, "MAX_TEXT_BYTES", 2_000_000)
+    texts = {
+        "broken.json": b"{",
+        "deep.json": b"[" * 100_000,
+        "list.json": b'["no", "object"]',
+        "surrogate.json": b'{"caption": "half \\ud800 a pair"}',
+        "control.txt": b"a\0b\x1b[31m \xff\xfe",
+        "long.txt": b"word " * 300_000,
+        "endless.txt": b"x" * 2_000_001,
+    }
+    members = [(name.partition(".")[0] + ".mp4", CLIP) for name in texts]
+    members = [each for pair in zip(members, texts.items(), strict=True) for each in pair]
+    write_tar(tmp_path / "x.tar", members)
+    assert run(index, tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "done 4, skipped 3" in out
+    assert "sample 'broken': its .json cannot be read (Expecting" in err
+    assert "sample 'deep': its .json cannot be read (nested too deeply)" in err
+    assert "sample 'endless': its .txt has 2000001 bytes, more than 2000000" in err
+    captions = dict(stored(tmp_path))
+    assert captions == {
+        "list": "",
+        "surrogate": "half ? a pair",
+        "control": "a\0b\x1b[31m \ufffd\ufffd",
+        "long": ("word " * 300_000).strip(),
+    }
+    assert run(verify, tmp_path) == 0
+
+
+def test_classes_of_foreign_tars(tmp_path, capsys):
+    """webdataset's .cls, or "label" of a .json; numbers or names; what has none is named."""
+    members = [("a.mp4", CLIP), ("a.cls", b"1"), ("b.mp4", CLIP), ("b.json", b'{"label": "cat"}')]
+    members += [("c.mp4", CLIP), ("c.json", b'{"label": 1}'), ("d.mp4", CLIP), ("e.mp4", CLIP), ("e.cls", b"2")]
+    write_tar(tmp_path / "x.tar", members)
+    (tmp_path / "names").write_text("cat\ndog\n\n")
+    assert run(index, tmp_path, "--classes", tmp_path / "names") == 0
+    out, err = capsys.readouterr()
+    assert (
+        "done 3, skipped 2" in out and "sample 'e': label: expected a number from 0 to 1 or a class name, came 2" in err
+    )
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.manifest.class_names == ("cat", "dog")
+    labels = {sample.key: dataset.label(sample) for sample in dataset.samples(0)}
+    assert labels == {"a": 1, "b": 0, "c": 1} and run(verify, tmp_path) == 0
+    batches = [batch for step in load(tmp_path, 1, video=VideoSettings(2, 8, 8, 1), global_batch=3) for batch in step]
+    found = {
+        (n[-1], label) for each in batches for n, label in zip(each.sample_ids, each.label_B.tolist(), strict=True)
+    }
+    assert found == {("a", 1), ("b", 0), ("c", 1)}
+    assert run(index, tmp_path, "--classes", "3") == 0
+    assert "done 3, skipped 2" in capsys.readouterr().out
+    (tmp_path / "names").write_text("cat\ncat\n")
+    with pytest.raises(ValueError, match="each once"):
+        run(index, tmp_path, "--classes", tmp_path / "names")
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_image_tars(tmp_path, extension, capsys):
+    """KEY.jpg and KEY.txt, as img2dataset writes them: clips of one frame. Beside a video they are its thumbnail."""
+    image = write_images(tmp_path / "images", 2, extension)[1].read_bytes()
+    members = [(f"0.{extension}", image), ("0.txt", b"a cat"), ("0.mask.png", b"?"), ("1.mp4", CLIP)]
+    write_tar(tmp_path / "x.tar", [*members, (f"1.{extension}", image), ("2.txt", b"no picture")])
+    assert run(index, tmp_path) == 0
+    assert "done 2, skipped 1" in capsys.readouterr().out
+    still, clip = open_dataset(str(tmp_path)).samples(0)
+    assert (still.fields["video"], clip.fields["video"], still.caption) == (image, CLIP, "a cat")
+    frames = read_clip(still.fields["video"], VideoSettings(1, 16, 16))
+    assert abs(frames.astype(float).mean() - frame_grey(1)) < 2.5

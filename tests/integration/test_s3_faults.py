@@ -157,7 +157,7 @@ def test_swapped_shards_are_refused(s3):
     one, two = store.read("shard-000000.tar"), store.read("shard-000001.tar")
     store.write("shard-000000.tar", two)
     store.write("shard-000001.tar", one)
-    with pytest.raises(LoaderError, match=r"step \d+, index \d+, shard shard-00000[01].tar.*not the tar that"):
+    with pytest.raises(LoaderError, match=r"step \d+, index \d+, shard shard-00000[01].tar.*not the file that"):
         load_s3(s3)
 
 

@@ -1,0 +1,212 @@
+"""`latte-data convert`: a data set of tars -> MDS shards of mosaicml-streaming, or back, nothing lost.
+
+    latte-data convert --input runs/shapes/latents --output runs/shapes/mds --to mds
+
+In: the folder or URL of a data set of clips or of latents with its manifest; foreign tars and MDS folders get one by
+`latte-data index`. Out: shard n of the source as shard n in the other format (data_tools/mds_file.py has the columns),
+with an index beside it, what stands beside the shards (the null embedding, encode.json), for MDS its `index.json`, and
+`manifest.json`, written last. Either format trains as it is. Every sample is held to its checksums on the way; one that
+is damaged is named and left out. A data set of ours that goes there and back is the same to the byte; of a foreign one
+clips, captions, classes and .json stay, and members of other kinds (.wav, .npy) are counted and left behind.
+
+The decision worth knowing: the unit of work is a shard, so the same command goes on after an interruption; a folder
+that another source began is refused unless --force.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+
+from data_tools.converted import Keys, stored_sample, unread_kinds
+from data_tools.mds_file import MdsFile, mds_columns, mds_name
+from data_tools.reports import FOLDER, ConvertReport, read_report, write_report
+from latte_scale.data.index import index_name, is_text
+from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, is_mds, write_mds_index
+from latte_scale.data.samples import DamagedError, Dataset, open_dataset
+from latte_scale.data.schema import (
+    ENCODE_HEADER,
+    MANIFEST,
+    NULL_TEXT,
+    ShardEntry,
+    load_manifest,
+    save_manifest,
+)
+from latte_scale.data.shards import ShardFile, finished_entry, shard_name
+from latte_scale.store import Store, open_store
+
+HEADER = "convert.json"
+"""Of which data set an output folder was made: its fingerprint."""
+_OURS = re.compile(rf"shard(-\d{{6,}}\.tar|\.\d{{5,}}\.mds|-\d{{6,}})(\.index\.safetensors)?|{FOLDER}/.*")
+_convert_here_with = None  # in a worker process: what it converts with
+_BESIDE = (MDS_INDEX, NULL_TEXT, ENCODE_HEADER)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `latte-data convert`."""
+    parser.add_argument("--input", required=True, metavar="URL", help="data set with its manifest")
+    parser.add_argument("--output", required=True, metavar="URL", help="folder or URL of the data set to write")
+    parser.add_argument("--to", required=True, choices=("mds", "tar"), help="format of the shards to write")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one shard each (default 1)")
+    parser.add_argument("--force", action="store_true", help="start over in a folder that another source began")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; 0, or 1 when no sample could be stored. Raises ValueError and StoreError with what to do."""
+    from rich.console import Console
+    from rich.progress import track
+
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, came {args.workers}")
+    source, store = open_dataset(args.input), open_store(args.output)
+    _check_source(source, store, args.to)
+    _check_folder(store, source.manifest.fingerprint(), args.force)
+    numbers = range(len(source.manifest.shards))
+    there = sum(_finished(store, _name(args.to, n), source.manifest.shards[n].count) is not None for n in numbers)
+    console = Console(stderr=True)
+    show = partial(
+        track, description="converting", total=len(numbers), console=console, disable=not console.is_terminal
+    )
+    if args.workers == 1:
+        outcomes = list(show(map(partial(convert_shard, source, store, args.to), numbers)))
+    else:
+        context, job = multiprocessing.get_context("spawn"), (args.input, args.output, args.to)
+        with ProcessPoolExecutor(args.workers, context, initializer=_begin, initargs=job) as pool:
+            outcomes = list(show(pool.map(_convert_here, numbers)))
+    return _finish(source, store, args.to, outcomes, there)
+
+
+def convert_shard(source: Dataset, store: Store, to: str, number: int) -> tuple[ShardEntry | None, ConvertReport]:
+    """Shard `number` in the other format, unless an earlier run finished it; no entry where no sample is sound."""
+    name = _name(to, number)
+    if (known := _finished(store, name, source.manifest.shards[number].count)) is not None:
+        return known
+    for each in (index_name(name), name):  # an index proves a whole shard: the old one goes before the shard changes
+        if store.exists(each):
+            store.delete(each)
+    report, keys, index = ConvertReport(), Keys(), source.index(number)
+    with _writer(source, store, name, to, number) as shard:
+        for position in range(len(index)):
+            try:
+                sample = source.read(number, position)
+                key = keys.new(sample.key, position) if to == "tar" else sample.key
+                shard.add(stored_sample(source, number, position, sample, key))
+                report.unread = dict(Counter(report.unread) + unread_kinds(sample.names))
+            except DamagedError as error:
+                report.left_out.append([index.key(position), str(error)])
+        report.count = len(shard)
+        write_report(store, name, report)
+        return shard.close() if len(shard) else None, report
+
+
+def _begin(input_url: str, output_url: str, to: str) -> None:
+    """What a worker process opens once, for all its shards."""
+    global _convert_here_with
+    _convert_here_with = partial(convert_shard, open_dataset(input_url), open_store(output_url), to)
+
+
+def _convert_here(number: int) -> tuple[ShardEntry | None, ConvertReport]:
+    """Shard `number`, in a worker process."""
+    return _convert_here_with(number)
+
+
+def _writer(source: Dataset, store: Store, name: str, to: str, number: int) -> ShardFile | MdsFile:
+    """An empty shard of the format."""
+    if to == "tar":
+        return ShardFile(store, name, source.manifest.kind)
+    return MdsFile(store, name, source.manifest.kind, _columns(source, number))
+
+
+def _columns(source: Dataset, number: int) -> tuple[Column, ...]:
+    """The columns of MDS shard `number`."""
+    fields = source.index(number).field_names
+    return mds_columns(source.manifest.kind, sum(map(is_text, fields)), "mirrored" in fields)
+
+
+def _name(to: str, number: int) -> str:
+    return mds_name(number) if to == "mds" else shard_name(number)
+
+
+def _check_source(source: Dataset, store: Store, to: str) -> None:
+    if source.store.url == store.url:
+        raise ValueError(f"{store.url} is both --input and --output; give --output a folder of its own")
+    there = {"mds" if is_mds(entry.name) else "tar" for entry in source.manifest.shards}
+    if there == {to}:
+        raise ValueError(
+            f"{source.store.url} holds {to} shards already; convert it --to {'mds' if to == 'tar' else 'tar'}"
+        )
+
+
+def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
+    """Refuse a folder that another source began; with `force` remove what is ours in it instead."""
+    names, header = store.list(), {"source_fingerprint": fingerprint}
+    if HEADER in names and json.loads(store.read(HEADER)) == header:
+        return
+    if HEADER not in names and any(name == MANIFEST or name.endswith((".tar", ".mds")) for name in names):
+        raise ValueError(
+            f"{store.url} holds a data set that `latte-data convert` did not make; choose another --output"
+        )
+    if HEADER in names and not force:
+        raise ValueError(
+            f"{store.url} was begun from another data set than --input, or that has changed since; choose another "
+            "--output, or start it over with --force"
+        )
+    ours = [name for name in names if name in (MANIFEST, *_BESIDE) or _OURS.fullmatch(name)] if HEADER in names else []
+    for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: nobody may trust the rest
+        store.delete(name)
+    store.write(HEADER, (json.dumps(header) + "\n").encode())
+
+
+def _finished(store: Store, name: str, num_samples: int) -> tuple[ShardEntry | None, ConvertReport] | None:
+    """(entry, report) of a shard that an earlier run finished, else None."""
+    report = read_report(store, name, ConvertReport)
+    if report is None or report.count + len(report.left_out) != num_samples:
+        return None
+    if not report.count:
+        return None, report
+    entry = finished_entry(store, name)
+    return (entry, report) if entry is not None and entry.count == report.count else None
+
+
+def _finish(
+    source: Dataset, store: Store, to: str, outcomes: list[tuple[ShardEntry | None, ConvertReport]], num_there: int
+) -> int:
+    """What stands beside the shards, the manifest and the summary."""
+    entries = [entry for entry, _ in outcomes if entry is not None]
+    for line in _lines(report for _, report in outcomes):
+        print(line, file=sys.stderr)
+    total, failed = sum(entry.count for entry in entries), sum(len(report.left_out) for _, report in outcomes)
+    if not entries:
+        print(f"no sample of {source.store.url} could be stored: see the reasons above", file=sys.stderr)
+        return 1
+    for name in (NULL_TEXT, ENCODE_HEADER):
+        if source.store.exists(name):
+            store.write(name, source.store.read(name))
+    if to == "mds":
+        numbered = [(number, entry) for number, (entry, _) in enumerate(outcomes) if entry is not None]
+        shards = [(MdsShard(each.name, each.size_bytes, each.count, _columns(source, n)), each) for n, each in numbered]
+        write_mds_index(store, [(shard, entry.sha256) for shard, entry in shards])
+    manifest = replace(source.manifest, shards=tuple(entries), tool_version=version("latte_scale"))
+    if not store.exists(MANIFEST) or load_manifest(store).fingerprint() != manifest.fingerprint():
+        save_manifest(store, manifest)
+    print(
+        f"done {total}, failed {failed}; {num_there} of {len(outcomes)} shards were there; "
+        f"{sum(entry.size_bytes for entry in entries) / total:.0f} bytes a sample; {len(entries)} shards in {store.url}"
+    )
+    return 0
+
+
+def _lines(found: Iterator[ConvertReport]) -> Iterator[str]:
+    unread: Counter = Counter()
+    for report in found:
+        unread += Counter(report.unread)
+        yield from (f"failed {key}: {reason}" for key, reason in report.left_out)
+    for extension, count in sorted(unread.items()):
+        yield f"left behind: {count} members .{extension}, which training does not read"
