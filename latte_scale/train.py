@@ -69,9 +69,12 @@ from latte_scale.run.stopping import StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
-from latte_scale.store import NeverReachedError
+from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
 from latte_scale.weights import load_weights
+
+NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError)
+"""What another attempt would meet again: exit code 78."""
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
@@ -420,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
-    except (StopRunError, ManifestError, CheckpointError, NeverReachedError, ValueError) as error:
+    except (*NO_REQUEUE, ValueError) as error:
         code, reason = STOP, str(error)
         logger.exception("stopped")
     except Exception as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
 from latte_scale.run.folder import STOP_SIGNALS
 
@@ -25,6 +26,15 @@ def signal_handlers_stay() -> Iterator[None]:
     yield
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A test whose run failed in this process leaves no process group behind that the next run would stumble over."""
+    before = distributed.is_initialized()
+    yield
+    if distributed.is_initialized() and not before:
+        distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,11 @@ class UnreachableError(TransientError):
 
 
 class NeverReachedError(UnreachableError):
-    """No connection since this process began: a wrong address rather than a stall, so it is told early."""
+    """No answer since this process began: a wrong address rather than a stall, so it is told early."""
+
+
+class NeverAllowedError(CredentialsError):
+    """Nothing was allowed since this process began: wrong credentials rather than expired ones."""
 
 
 class Store(ABC):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from latte_scale.store.base import NeverReachedError
+from latte_scale.store.base import CredentialsError, NeverAllowedError, NeverReachedError
 from latte_scale.store.faults import Fault, fault_of, store_error
 from latte_scale.store.get import Getter
 from latte_scale.store.retry import Budget, HedgeAllowance, wait_s
@@ -49,6 +49,7 @@ class Connection:
         self.endpoint: str = self.client.meta.endpoint_url
         self.counters = Counters()
         self.reached = False  # the endpoint has answered this process, whatever it said
+        self.allowed = False  # and has done what it was asked
         self.hedges = HedgeAllowance()
         self.requests = Threads(settings.num_connections, "store-request")
         self.readers = Threads(settings.num_connections, "store-reader")
@@ -74,7 +75,7 @@ class Connection:
                     raise Passed(fault, tries.num_failed) from error
                 tries.failed(fault, error)
             else:
-                self.reached = True
+                self.reached = self.allowed = True
                 return answer
 
 
@@ -98,7 +99,7 @@ class Tries:
         """Count a failure and wait. Bytes that came before it make the next wait short again, and earn time."""
         self.num_failed += 1
         self.budget.earn(num_bytes)
-        self.connection.reached |= fault.kind != "unreachable"
+        self.connection.reached |= fault.is_answer or num_bytes > 0
         if fault.kind == "expired" and not self._renewed:
             self._renewed = True
             self.connection.renew()
@@ -117,8 +118,10 @@ class Tries:
         """The StoreError that ends the operation now."""
         spent_s = self.budget.spent_s
         error = store_error(fault, self.url, self.doing, self.connection.endpoint, self.num_failed, spent_s)
-        if fault.kind == "unreachable" and not self.connection.reached:
+        if not fault.is_answer and not self.connection.reached:
             return NeverReachedError(f"{error} (it has not answered since the start: store.first_answer_s)")
+        if isinstance(error, CredentialsError) and not self.connection.allowed:
+            return NeverAllowedError(str(error))
         return error
 
     def _left_s(self) -> float:

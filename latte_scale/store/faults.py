@@ -21,6 +21,7 @@ Kind = Literal[
     "expired",
     "denied",
     "unreachable",  # no connection
+    "silent",  # a connection, and then not a byte in time
     "transient",  # a connection, and then no whole answer
     "other",
 ]
@@ -77,6 +78,8 @@ _ADVICE: dict[Kind, str] = {
     "denied": "access is denied; check that AWS_ACCESS_KEY_ID or AWS_PROFILE are those of this bucket and that its "
     "policy allows this (a missing object is denied too, where listing is not allowed)",
     "unreachable": "check store.endpoint_url or AWS_ENDPOINT_URL and the network, then run the same command again",
+    "silent": "the service or the network is overloaded or broken; run the same command again later, or raise "
+    "store.stall_budget_s",
     "transient": "the service or the network is overloaded or broken; run the same command again later, or raise "
     "store.stall_budget_s",
     "other": "look the code up in the documentation of the service",
@@ -110,7 +113,12 @@ class Fault:
     @property
     def retryable(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.kind in ("unreachable", "transient")
+        return self.kind in ("unreachable", "silent", "transient")
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the endpoint said anything at all."""
+        return self.kind not in ("unreachable", "silent")
 
 
 def fault_of(error: Exception) -> Fault:
@@ -132,6 +140,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault("other", "certificate not trusted: set AWS_CA_BUNDLE") if certificate else _broken(error)
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
         return Fault("unreachable", _cause(error))
+    if isinstance(error, boto.ReadTimeoutError | http.ReadTimeoutError):
+        return Fault("silent", _cause(error))
     if isinstance(error, NoRangesError):
         return Fault("other", "the endpoint ignores byte ranges, which this loader stands on: use another S3 service")
     connection = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, http.HTTPError, OSError)

@@ -127,7 +127,7 @@ def fetch(connection: Connection, source: Source, first: int, last: int, etag: s
         kept, num_kept = kept + parts, num_kept + num_bytes
         # An error may come after the last byte, as when the deadline passes just then.
         if error is None or (facts is not None and first + num_kept == min(last + 1, facts.size)):
-            connection.reached = True
+            connection.reached = connection.allowed = True
             connection.hedges.earn()
             return kept[0] if len(kept) == 1 else b"".join(kept), facts
         etag = facts.etag if facts else etag

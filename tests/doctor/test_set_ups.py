@@ -26,7 +26,6 @@ def ask(data_sets, tmp_path):
     def run(*overrides: str, data: Path | None = None) -> tuple[int, list[dict]]:
         out = tmp_path / "doctor.json"
         settings = [f"data.url={data or data_sets.latents}", f"run.dir={tmp_path / 'run'}", *overrides]
-        shutdown()  # of a test before this one that ran a launch in this process and ended at an error
         code = doctor.main(["--config", CONFIG, "--json", str(out), *settings])
         shutdown()
         return code, json.loads(out.read_text())["lines"]

@@ -37,7 +37,7 @@ def train(cluster, data_sets, tmp_path):
     """Submit a job: `train("name", "key=value", ..., sbatch=(...), nodes=2)`; what is left of it is cancelled."""
     jobs = []
 
-    def run(name: str | Path, *overrides: str, data: Path | None = None, **options):
+    def run(name: str | Path, *overrides: str, data: Path | str | None = None, **options):
         output = tmp_path / f"job{len(jobs)}.out"
         data = data or data_sets.latents
         jobs.append(submit(cluster, tmp_path / name, data, *overrides, output=output, **options))

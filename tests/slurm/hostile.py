@@ -7,12 +7,15 @@ has to; else it has to end by itself, for good, with a reason that says what to 
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from latte_scale.store import open_store
 from tests.conftest import ROOT
 from tests.slurm.jobs import SITE, Job
+from tests.store.service import ENVIRONMENT, Corner, make_corner
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -99,6 +102,59 @@ def test_a_run_folder_that_cannot_be_made(train, disk):
 
 def test_data_that_is_not_there(train, tmp_path):
     assert_refused(train("run", *FEW, data=tmp_path / "nowhere"), "nowhere", "latte-data")
+
+
+# ----------------------------------------------------------------------------------------------------------- the store
+
+
+@dataclass
+class Bucket:
+    """The session's latents in a bucket that every node reaches, and the way there."""
+
+    corner: Corner
+    url: str
+
+    def run(self, train, endpoint: str | None = None, **environ: str) -> Job:
+        endpoint = f"store.endpoint_url={endpoint or self.corner.proxy.url}"
+        return train("run", *FEW, endpoint, data=self.url, **{**ENVIRONMENT, **environ})
+
+
+@pytest.fixture
+def bucket(cluster, data_sets, monkeypatch):
+    corner = make_corner(monkeypatch, host=cluster.hosts.machine_address)
+    local, remote = open_store(data_sets.latents), corner.store()
+    for name in local.list():
+        remote.write(f"latents/{name}", local.read(name))
+    corner.proxy.reset()
+    yield Bucket(corner, f"{corner.url}/latents")
+    corner.proxy.stop()
+
+
+def test_a_store_that_is_slow_and_busy_at_the_start(train, bucket, unbroken):
+    """Half a second a request, and 503 to the first twenty: the job waits and trains."""
+    bucket.corner.proxy.latency_s = 0.5
+    bucket.corner.fail("answer", times=20)
+    job = bucket.run(train)
+    assert job.wait_end() == "COMPLETED", job.story()
+    assert job.run.digests == unbroken.run.digests[:5]
+    print(f"\n| a store that is slow and busy at the start | {seconds_of(job)} s | trains, the same samples |")
+
+
+def test_a_store_that_never_answers(train, bucket):
+    bucket.corner.fail("silence", times=10_000, seconds=600)
+    assert_refused(bucket.run(train), "has not answered since the start: store.first_answer_s")
+
+
+def test_a_store_where_nothing_listens(train, bucket):
+    endpoint = f"http://{bucket.corner.proxy.host}:1"
+    assert_refused(bucket.run(train, endpoint), "has not answered since the start: store.first_answer_s")
+
+
+def test_a_store_that_does_not_know_the_credentials(train, bucket):
+    assert_refused(bucket.run(train, AWS_SECRET_ACCESS_KEY="wrong"), "credentials")
+
+
+# ------------------------------------------------------------------------------------------------ others on the cluster
 
 
 def test_two_jobs_of_one_run(train):

@@ -94,7 +94,7 @@ class Job:
 def submit(
     cluster: Cluster,
     folder: Path,
-    data: Path,
+    data: Path | str,
     *overrides: str,
     sbatch: tuple[str, ...] = (),
     nodes: int = 2,

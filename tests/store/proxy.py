@@ -51,10 +51,11 @@ class Seen:
 
 @dataclass
 class Proxy:
-    """Listens on loopback; `start` it, `stop` it."""
+    """Listens on loopback, or where it is told; `start` it, `stop` it."""
 
     upstream: tuple[str, int]
     port: int = 0
+    host: str = "127.0.0.1"
     latency_s: float = 0.0  # before each request is passed on
     bytes_per_s: float = 0.0  # of all answers together; 0: no limit
     faults: list[Fault] = field(default_factory=list)
@@ -68,11 +69,11 @@ class Proxy:
     @property
     def url(self) -> str:
         """The endpoint that clients are given."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Begin to listen."""
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
+        self._listener = socket.create_server((self.host, self.port), backlog=256)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._listen, daemon=True).start()
 

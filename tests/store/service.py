@@ -90,14 +90,14 @@ class Corner:
         self.proxy.faults.append(Fault(kind, **about))
 
 
-def make_corner(monkeypatch: pytest.MonkeyPatch) -> Corner:
-    """A corner of the service, and the environment for it."""
+def make_corner(monkeypatch: pytest.MonkeyPatch, host: str = "127.0.0.1") -> Corner:
+    """A corner of the service behind a proxy that listens on an address of this machine, and the environment for it."""
     ceph = service()
     for name in CLEARED:
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("latte_scale.store.connection._connections", {})  # those of another test's environment
-    proxy = Proxy(ceph.address)
+    proxy = Proxy(ceph.address, host=host)
     proxy.start()
     return Corner(proxy)

@@ -44,7 +44,7 @@ def answer(status: int, code: str) -> Exception:
         (boto.NoCredentialsError(), "no credentials", False),
         (boto.EndpointConnectionError(endpoint_url="http://x"), "unreachable", True),
         (boto.ConnectTimeoutError(endpoint_url="http://x"), "unreachable", True),
-        (boto.ReadTimeoutError(endpoint_url="http://x"), "transient", True),
+        (boto.ReadTimeoutError(endpoint_url="http://x"), "silent", True),
         (boto.ConnectionClosedError(endpoint_url="http://x"), "transient", True),
         (http.ProtocolError("broken"), "transient", True),
         (ConnectionResetError(104, "Connection reset by peer"), "transient", True),

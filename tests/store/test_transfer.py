@@ -10,6 +10,7 @@ import pytest
 from latte_scale.store import (
     CredentialsError,
     MissingError,
+    NeverAllowedError,
     StoreSettings,
     TransientError,
     UnreachableError,
@@ -190,9 +191,10 @@ def test_expired_credentials_are_read_again_once_and_then_an_error(s3, store):
     assert store.read("shard.tar", 0, 5) == DATA[:5]  # renewed meanwhile, by another program
     s3.fail("answer", status=400, code="ExpiredToken", times=9)
     s3.proxy.seen.clear()
-    with pytest.raises(CredentialsError, match="have expired; renew them"):
+    with pytest.raises(CredentialsError, match="have expired; renew them") as raised:
         store.read("shard.tar", 0, 5)
     assert len(s3.proxy.seen) == 2
+    assert not isinstance(raised.value, NeverAllowedError), "they were good before"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_expired_credentials_are_read_again_once_and_then_an_error(s3, store):
 def test_wrong_credentials_fail_at_once(s3, store, monkeypatch, name, value, code):
     monkeypatch.setenv(name, value)
     denied = s3.store(num_connections=2)
-    with pytest.raises(CredentialsError, match=f"access is denied; check .*{code}"):
+    with pytest.raises(NeverAllowedError, match=f"access is denied; check .*{code}"):
         denied.read("shard.tar", 0, 5)
     assert len(s3.proxy.seen) == 1
 
