@@ -16,8 +16,8 @@ from latte_scale.config import Config, load_config
 from latte_scale.data.plan import Plan, PlanData, micro_batch_slots, slots
 from latte_scale.engine.fsdp2 import row_range
 from latte_scale.estimate.hardware import DEVICES, Cluster
-from latte_scale.estimate.memory import weights_of
 from latte_scale.estimate.timing import scaled, timing
+from latte_scale.estimate.weights import weights_of
 
 RANKS = 1024
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
