@@ -8,16 +8,18 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
 from latte_scale.checkpoint.format import Manifest, check_tiling, encode_manifest, file_name
 from latte_scale.config import Config, load_config
-from latte_scale.data.plan import Plan, PlanData, micro_batch_slots, slots
+from latte_scale.data.plan import Plan, PlanData
+from latte_scale.data.shares import micro_batch_slots, slots
 from latte_scale.engine.fsdp2 import row_range
 from latte_scale.estimate.hardware import DEVICES, Cluster
+from latte_scale.estimate.memory import weights_of
 from latte_scale.estimate.timing import scaled, timing
-from latte_scale.estimate.weights import weights_of
 
 RANKS = 1024
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -26,7 +28,8 @@ TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq", "ema/0.9999")
 
 def main() -> int:
     """Measure and print."""
-    print("\n".join([*slices(), *plan_step(), *manifest(8), *manifest(RANKS), *forecast()]))
+    steps = [*plan_step(), *plan_step(num_buckets=12, num_datasets=2)]
+    print("\n".join([*slices(), *steps, *manifest(8), *manifest(RANKS), *forecast()]))
     return 0
 
 
@@ -50,9 +53,15 @@ def slices() -> list[str]:
             f"every rank; {time.perf_counter() - began_s:.1f} s for all ranks in one process"]  # fmt: skip
 
 
-def plan_step(samples: int = 10**9, shards: int = 10**5, ranks: int = 10240) -> list[str]:
-    """A rank's share of a step at 10^9 samples, far into the data."""
-    plan = Plan([PlanData({"b": np.full(shards, samples // shards, np.int64)}, "x")], 0, global_batch=4 * ranks)
+def plan_step(
+    samples: int = 10**9, shards: int = 10**5, ranks: int = 10240, num_buckets: int = 1, num_datasets: int = 1
+) -> list[str]:
+    """A rank's share of a step at 10^9 samples, far into the data; of several buckets each costs something else."""
+    counts = np.full(shards // num_datasets, samples // shards // num_buckets, np.int64)
+    names = [f"bucket {number}" for number in range(num_buckets)]
+    costs = {name: Fraction(4 + number, 4) for number, name in enumerate(names)}
+    data = [PlanData({name: counts + number for number, name in enumerate(names)}, str(d)) for d in range(num_datasets)]
+    plan = Plan(data, 0, global_batch=4 * ranks, costs=costs)
     times_ms = []
     for index in range(200):
         rank = index * 51 % ranks
@@ -60,8 +69,9 @@ def plan_step(samples: int = 10**9, shards: int = 10**5, ranks: int = 10240) -> 
         micro_batch_slots(plan, 20_000 + index, rank, ranks, 4, 0)
         times_ms.append(1e3 * (time.perf_counter() - began_s))
     ordered = sorted(times_ms)
-    held = sum(array.nbytes for order in plan._orders.values() for array in order) + 8 * shards
-    return [f"- plan step: {samples:,} samples in {shards:,} shards, {ranks:,} ranks: median "
+    held = sum(array.nbytes for order in plan._orders.values() for array in order) + 8 * shards * num_buckets
+    return [f"- plan step: {plan.num_samples:,} samples in {shards:,} shards, {ranks:,} ranks, {num_buckets} buckets, "
+            f"{num_datasets} data sets: median "
             f"{statistics.median(ordered):.2f} ms, p99 {ordered[-3]:.2f} ms, first {times_ms[0]:.1f} ms (permutes "
             f"the epoch's shards); {held / 1e6:.1f} MB held"]  # fmt: skip
 

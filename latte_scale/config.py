@@ -12,6 +12,7 @@ from typing import Literal
 from latte_scale import settings
 from latte_scale.checkpoint import CheckpointSettings
 from latte_scale.conditioning import KnownFramesSettings
+from latte_scale.data.buckets import BatchBudget
 from latte_scale.data.loader import DataSettings
 from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.contrastive import ContrastiveSettings
@@ -81,6 +82,9 @@ class TrainSettings:
     steps: int  # optimizer steps, skipped ones included
     global_batch: int  # samples a step, over all ranks; need not divide by the number of ranks
     micro_batch: int = 1  # samples a forward pass on one rank (memory); free to change on resume
+    # What every step has the same number of. tokens: both batches above count clips of the size of `video` itself, and
+    # of a size of video.more_sizes as many more or fewer are taken as cost the same.
+    batch_budget: BatchBudget = "samples"
     lr: float = 1e-4  # peak learning rate (Latte: 1e-4)
     lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0 at train.steps
     warmup_steps: int = 0  # linear from 0, in applied updates

@@ -51,10 +51,19 @@ def losses_of(
     return loss_B, info_nce(*features, inputs.condition_B, group, temperature)
 
 
-def share_of(config: Config, inputs: ModelInputs, loss_B: Tensor, contrastive_B: Tensor | None) -> Tensor:
-    """What a micro-batch adds to the step's loss, 0-d: the weighted sum of its slots over the global batch."""
+def share_of(
+    config: Config,
+    inputs: ModelInputs,
+    loss_B: Tensor,
+    contrastive_B: Tensor | None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """What a micro-batch adds to the step's loss, 0-d: the weighted sum of its slots over the samples of the step.
+
+    `batch_size`: these, over all ranks; None: train.global_batch.
+    """
     total_B = loss_B if contrastive_B is None else loss_B + config.contrastive.weight * contrastive_B
-    return (total_B * inputs.weight_B).sum() / config.train.global_batch
+    return (total_B * inputs.weight_B).sum() / (batch_size or config.train.global_batch)
 
 
 def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:

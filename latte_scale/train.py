@@ -35,11 +35,11 @@ from latte_scale.checkpoint import (
 from latte_scale.choices import attention_backends
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, guarded_differences, load_config
+from latte_scale.data.coverage import coverage, coverage_json, coverage_table
 from latte_scale.data.loader import (
     DataSettings,
     Loader,
     data_fingerprint,
-    make_plan,
     open_datasets,
     open_images,
     resolve_settings,
@@ -60,6 +60,7 @@ from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
+from latte_scale.planning import plan_of
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.run.journal import Journal, Progress, Tally
@@ -101,7 +102,7 @@ def train(
     check_data(config, datasets)
     config = replace(config, data=resolve_data_settings(config, datasets, found))
     images = open_images(config.data, datasets, config.store)
-    plan = make_plan(config.data, datasets, config.run.seed, config.train.global_batch)
+    plan = plan_of(config, datasets)
     fingerprint = data_fingerprint(plan, images)
     conditioner = make_conditioner(config, datasets, ranks.device)
     validator = Validator(config, datasets, conditioner, ranks, folder, fence, console)
@@ -126,6 +127,7 @@ def train(
     trackers = make_trackers(config, folder, progress, last_logged)
     journal = make_journal(config, progress, folder, fence, ranks, trackers)
     announce(config, plan, datasets, engine, progress)
+    tell_coverage(config, plan, datasets, folder)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     watchdog.arm(SLOW_FACTOR)
@@ -133,7 +135,7 @@ def train(
         for step in range(progress.step, config.train.steps):
             updates = journal.progress.updates_before(step)
             lr = learning_rate(config, updates)
-            journal.begin(step, lr, plan.epoch(step + 1), (step + 1) * config.train.global_batch)
+            journal.begin(step, lr, plan.epoch(step + 1), plan.samples_before(step + 1), plan.bucket(step))
             tally = Tally(ranks.device, engine.sequence.rank, engine.sequence.size)
             waiting_since_s = time.perf_counter()
             _, micro_batches = next(loader)
@@ -147,7 +149,7 @@ def train(
             for number, micro_batch in enumerate(micro_batches, 1):
                 inputs = conditioner(micro_batch, step)
                 loss_B, contrastive_B = losses_of(config, engine.model, schedule, inputs, engine.sequence)
-                share = share_of(config, inputs, loss_B, contrastive_B)
+                share = share_of(config, inputs, loss_B, contrastive_B, plan.batch_size(micro_batch.bucket))
                 engine.backward(share, last_microbatch=number == len(micro_batches))
                 tally.add(inputs, loss_B, contrastive_B, *cost_of(config, inputs))
             result = engine.step(lr, clip=updates >= config.optim.clip_from_update)
@@ -366,6 +368,15 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
         f"{plan.num_samples} samples in training, shuffled in windows of {plan.shuffle_window}; steps {progress.step} "
         f"to {config.train.steps} are {plan.epoch(config.train.steps) - plan.epoch(progress.step):.2f} epochs"
     )
+
+
+def tell_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], folder: RunFolder) -> None:
+    """What the whole run sees of its data, bucket by bucket, in print and in RUN/coverage.json (rank 0)."""
+    if folder.rank != 0:
+        return
+    rows = coverage(plan, datasets, config.train.steps)
+    console.print(coverage_table(rows, config.train.steps), markup=False)
+    folder.write_coverage(coverage_json(rows, config.train.steps))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = {
     "train", "sample", "serve", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench",
-    "quickstart", "doctor",
+    "quickstart", "doctor", "coverage",
 }  # fmt: skip
 
 # module (or package) -> what it may import of this repository. An entry point may import everything but data_tools and
@@ -43,23 +43,19 @@ MAY_IMPORT = {
     # What a report page is made of: it only reads run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
-    # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches, as one rank of a
-    # sequence group, and follows what the engines and the optimizer's groups do with the weights.
+    # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches.
     "estimate": {
         "estimate",
         "bench.inputs",
         "conditioning",
         "config",
-        "data.plan",
+        "data.shares",
         "diffusion",
         "encoders",
-        "engine.activations",
         "engine.base",
         "engine.fsdp2",
-        "engine.parallel.sequence",
         "losses",
         "model",
-        "optim",
         "run.metrics",
         "settings",
     },
@@ -110,6 +106,8 @@ MAY_IMPORT = {
         "validation.settings",
     },
     "check_data": {"config", "data", "encoders"},
+    # From a config to the plan: what the trainer does and `latte-scale coverage` prints.
+    "planning": {"config", "data"},
     "cli": set(),
 }
 NEVER = {"model": {"torch.distributed", "deepspeed"}, "diffusion": {"torch.distributed"}, "data": {"torch.distributed"}}

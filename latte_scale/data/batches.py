@@ -1,8 +1,9 @@
 """Micro-batches: (step, part) in, CPU tensors of one rank out. What the loader's workers run.
 
-In: data sets, the plan, a rank. Out: MicroBatch number n of that rank, a pure function of n and the stored bytes. How a
-sample is read, and replaced when it is damaged, is in data/items.py; where the images of joint training come from, in
-data/images.py. No list of bad samples is kept between steps: it would make the order depend on the workers.
+In: data sets, the plan, a rank. Out: that rank's MicroBatch number `part` of a step, a pure function of both and the
+stored bytes; how many a step has depends on its bucket. How a sample is read, and replaced when it is damaged, is in
+data/items.py; where the images of joint training come from, in data/images.py. No list of bad samples is kept between
+steps: it would make the order depend on the workers.
 Shapes: B slots of a micro-batch, F frames, n or N images a clip, C channels, H W latent height and width (pixels for
 "video"), L text tokens, D text width.
 """
@@ -21,10 +22,11 @@ from latte_scale import rng
 from latte_scale.data.images import ClipFrames, ImageSource, image_set
 from latte_scale.data.index import Side
 from latte_scale.data.items import Draw, Item, ItemReader, Replacement, latent_shape
-from latte_scale.data.plan import Plan, Slot, micro_batch_shape, micro_batch_slots
+from latte_scale.data.plan import Plan
 from latte_scale.data.ring import Packed, Ring, Room, pack
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import VideoSettings
+from latte_scale.data.shares import Slot, micro_batch_slots, step_shape
 
 SMALL_BYTES = 1024
 """More than the numbers of a slot (weight, index, class, ...) and its images take, each rounded up to a cache line."""
@@ -78,7 +80,7 @@ class MicroBatch:
 
 @dataclass
 class MicroBatches(torch.utils.data.Dataset):
-    """Micro-batch number -> MicroBatch of one rank; numbers count on over steps. Copied into every worker."""
+    """(step, part) -> MicroBatch number `part` of one rank's share of the step. Copied into every worker."""
 
     datasets: tuple[Dataset, ...]
     video: VideoSettings
@@ -95,7 +97,6 @@ class MicroBatches(torch.utils.data.Dataset):
     group: int = 1  # consecutive samples that one micro-batch holds together
 
     def __post_init__(self) -> None:
-        self.num_micro_batches, _ = micro_batch_shape(self.plan.global_batch, self.size, self.micro_batch, self.group)
         place = f"rank {self.rank} of {self.size}"
         common = (self.holdout, self.side, self.seed, place)
         self._reader = ItemReader(self.datasets, self.video, self.plan, *common)
@@ -104,21 +105,30 @@ class MicroBatches(torch.utils.data.Dataset):
             self._image_source = image_set(self.images, self.plan, self.num_images, self.video, *common)
         self._null_texts: dict[str, np.ndarray] = {}
         self._is_far = any(dataset.store.is_far for dataset in self.datasets)
-        self._announced = -1
+        self._announced = -1, 0
         self.ring: Ring | None = None  # through which workers hand over what they make; None: in torch's way
 
-    def __getitem__(self, number: int) -> "MicroBatch | Packed":
-        """Micro-batch `number`; in a worker with a ring, packed."""
-        worker = torch.utils.data.get_worker_info()
-        for each in (number, number + (worker.num_workers if worker else 1)):  # the next one of this worker too
-            self._announce(each)
-        if worker is None or self.ring is None:
-            return self._make(number, Room())
-        room = self.ring.room(worker.id)
-        return pack(self.ring, room, self._make(number, room))
+    def num_parts(self, step: int) -> int:
+        """Micro-batches of a step, the same on every rank."""
+        return self._shape(self.plan.bucket(step))[0]
 
-    def _make(self, number: int, room: Room) -> MicroBatch:
-        step, bucket, slots = self._slots(number)
+    def _shape(self, bucket: str) -> tuple[int, int]:
+        """(micro-batches, slots in each) of a step of this bucket."""
+        return step_shape(self.plan, bucket, self.size, self.micro_batch, self.group)
+
+    def __getitem__(self, place: tuple[int, int]) -> "MicroBatch | Packed":
+        """Micro-batch `part` of a step; in a worker with a ring, packed."""
+        worker = torch.utils.data.get_worker_info()
+        if self._is_far:
+            for each in (place, self._after(*place, worker.num_workers if worker else 1)):  # this worker's next, too
+                self._announce(*each)
+        if worker is None or self.ring is None:
+            return self._make(*place, Room())
+        room = self.ring.room(worker.id)
+        return pack(self.ring, room, self._make(*place, room))
+
+    def _make(self, step: int, part: int, room: Room) -> MicroBatch:
+        bucket, slots = self._slots(step, part)
         replaced: list[Replacement] = []
         items = [None if slot.id is None else self._item(step, bucket, slot, replaced) for slot in slots]
         dropped = [self._is_dropped(step, slot) for slot in slots]
@@ -142,34 +152,46 @@ class MicroBatches(torch.utils.data.Dataset):
             self._add_images(batch, items, slots, room)
         return batch
 
-    def _slots(self, number: int) -> tuple[int, str, list[Slot]]:
-        """Step, bucket and slots of a micro-batch."""
-        step, part = divmod(number, self.num_micro_batches)
-        bucket, slots = micro_batch_slots(self.plan, step, self.rank, self.size, self.micro_batch, part, self.group)
-        return step, bucket, slots
+    def _slots(self, step: int, part: int) -> tuple[str, list[Slot]]:
+        """Bucket and slots of a micro-batch."""
+        return micro_batch_slots(self.plan, step, self.rank, self.size, self.micro_batch, part, self.group)
+
+    @property
+    def max_parts(self) -> int:
+        """No step has more micro-batches."""
+        return max(self._shape(bucket)[0] for bucket in self.plan.buckets)
 
     @property
     def max_bytes(self) -> int:
-        """No micro-batch has larger tensors, as long as all have `micro_batch` slots."""
-        slots = micro_batch_shape(self.plan.global_batch, self.size, self.micro_batch, self.group)[1]
+        """No micro-batch has larger tensors."""
+        return max(self._shape(bucket)[1] * self._slot_bytes(bucket) for bucket in self.plan.buckets)
+
+    def _slot_bytes(self, bucket: str) -> int:
+        """No slot of this bucket has more, images and text included."""
         info, text = self.datasets[0].manifest.latents, self.datasets[0].manifest.text
         if info is None:
-            frame_bytes = clip_bytes = 3 * self.video.height * self.video.width
-            clip_bytes *= self.video.frames
+            frame_bytes = 3 * self.video.height * self.video.width
+            clip_bytes = self.video.frames * frame_bytes
         else:
-            shapes = [latent_shape(bucket, info.channels) for bucket in self.plan.buckets]
-            parts = 2 * torch.float16.itemsize  # the mean, and perhaps the std
-            clip_bytes = max(parts * math.prod(shape) for shape in shapes)
-            frame_bytes = max(parts * math.prod(shape[1:]) for shape in shapes)
+            frames, *shape = latent_shape(bucket, info.channels)
+            frame_bytes = 2 * torch.float16.itemsize * math.prod(shape)  # the mean, and perhaps the std
+            clip_bytes = frames * frame_bytes
         text_bytes = 0 if text is None else text.max_length * (text.dim * torch.float16.itemsize + 1)
-        return slots * (clip_bytes + text_bytes + self.num_images * (frame_bytes + text_bytes) + SMALL_BYTES)
+        return clip_bytes + text_bytes + self.num_images * (frame_bytes + text_bytes) + SMALL_BYTES
 
-    def _announce(self, number: int) -> None:
+    def _after(self, step: int, part: int, number: int) -> tuple[int, int]:
+        """The place of the micro-batch that comes `number` after this one."""
+        part += number
+        while part >= (parts := self.num_parts(step)):
+            step, part = step + 1, part - parts
+        return step, part
+
+    def _announce(self, step: int, part: int) -> None:
         """Tell the stores which samples of a micro-batch will be read, once."""
-        if number <= self._announced or not self._is_far:
+        if (step, part) <= self._announced:
             return
-        self._announced = number
-        step, bucket, slots = self._slots(number)
+        self._announced = step, part
+        bucket, slots = self._slots(step, part)
         for slot in slots:
             if slot.id is not None and self.datasets[slot.id.dataset].store.is_far:
                 self._reader.expect(Draw(step, slot.index), bucket, slot.id)

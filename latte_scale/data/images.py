@@ -40,14 +40,14 @@ class ClipFrames:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Samples of an image set, each with its own caption and class; one reader with its plan a bucket of images."""
+    """Samples of an image set, each with its own caption and class; one reader with its plan a bucket of clips."""
 
     num_images: int
     readers: dict[str, ItemReader]
 
     def items(self, draw: Draw, bucket: str, clip: Item, replaced: list[Replacement]) -> list[Item]:
         name, first = image_bucket(bucket), draw.index * self.num_images
-        reader = self.readers[name]
+        reader = self.readers[bucket]
         ids = reader.plan.batch(draw.step, first, first + self.num_images).ids
         return [
             reader.item(draw._replace(sub=j + 1), name, sample_id, first + j, replaced)
@@ -78,10 +78,11 @@ def image_set(
     fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
     still = replace(video, frames=1, window=None, sampling="stride")
     readers = {}
-    for name in sorted({image_bucket(bucket) for bucket in plan.buckets}):
+    for bucket in plan.buckets:
+        name = image_bucket(bucket)
         data = PlanData({name: counts[name]}, fingerprint)
-        image_plan = Plan([data], seed, plan.global_batch * num_images)
-        readers[name] = ItemReader((images,), still, image_plan, holdout, side, seed, place)
+        image_plan = Plan([data], seed, plan.batch_size(bucket) * num_images)
+        readers[bucket] = ItemReader((images,), still, image_plan, holdout, side, seed, place)
     return ImageSet(num_images, readers)
 
 

@@ -15,8 +15,9 @@ import multiprocessing
 import multiprocessing.process
 import signal
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Self
 
 import torch
@@ -27,16 +28,11 @@ from latte_scale.data.fit import mixture_differences
 from latte_scale.data.images import check_images
 from latte_scale.data.index import Side
 from latte_scale.data.items import LoaderError
-from latte_scale.data.plan import (
-    Plan,
-    PlanData,
-    micro_batch_shape,
-    rank_range,
-    resolve_shuffle_window,
-)
+from latte_scale.data.plan import Plan, PlanData, resolve_shuffle_window
 from latte_scale.data.ring import Packed, Ring
 from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import ManifestError, VideoSettings
+from latte_scale.data.shares import check_ranks, micro_batch_shape, rank_range
 from latte_scale.store import StoreSettings
 
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -135,18 +131,24 @@ def resolve_settings(settings: DataSettings, datasets: Sequence[Dataset]) -> Dat
 
 
 def make_plan(
-    settings: DataSettings, datasets: Sequence[Dataset], seed: int, global_batch: int, side: Side = "train"
+    settings: DataSettings,
+    datasets: Sequence[Dataset],
+    seed: int,
+    global_batch: int,
+    side: Side = "train",
+    costs: Mapping[str, Fraction] | None = None,
+    group: int = 1,
 ) -> Plan:
     """The plan of a run, or of its validation (`side="held_out"`, where one epoch is every held-out sample once)."""
-    return Plan(plan_data(settings, datasets, side), seed, global_batch, settings.shuffle_window)
+    return Plan(plan_data(settings, datasets, side), seed, global_batch, settings.shuffle_window, costs, group)
 
 
 class Loader:
     """An endless iterator of (step, micro-batches of this rank) from `start_step`. Close it, or use it in `with`.
 
-    Every rank gets the same number of micro-batches of the same number of slots (`micro_batch_shape`). With
-    `num_images` every clip brings so many images, from `images` or, without one, from the clip itself. `group`
-    consecutive samples of the global batch stay in one micro-batch.
+    Every rank gets the same number of micro-batches of the same number of slots (`step_shape`). With `num_images`
+    every clip brings so many images, from `images` or, without one, from the clip itself. `group` consecutive samples
+    of the global batch stay in one micro-batch.
     Raises ValueError for a global batch smaller than the ranks or not made of whole groups; while iterating, StoreError
     or LoaderError with rank, step, shard and sample.
     """
@@ -171,11 +173,12 @@ class Loader:
         group: int = 1,
     ) -> None:
         rank_range(plan.global_batch, rank, size, group)
+        check_ranks(plan, size, group)
+        micro_batch_shape(plan.global_batch, size, micro_batch, group)
         if images is not None and not num_images:
             raise ValueError("an image set needs num_images, the images that go with a clip; came 0")
-        self.num_micro_batches, _ = micro_batch_shape(plan.global_batch, size, micro_batch, group)
         self.step = start_step
-        source = MicroBatches(
+        self._source = MicroBatches(
             tuple(datasets),
             video,
             plan,
@@ -193,11 +196,11 @@ class Loader:
         workers: dict[str, Any] = {}
         if settings.num_workers:
             workers = {"prefetch_factor": settings.prefetch, "worker_init_fn": _init_worker}
-        self._source, self._settings = source, settings
+        self._settings = settings
         self._loader: DataLoader | None = DataLoader(
-            source,
+            self._source,
             batch_size=None,
-            sampler=_CountFrom(start_step * self.num_micro_batches),
+            sampler=_CountFrom(start_step, self._source.num_parts),
             num_workers=settings.num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader would draw from torch's global generator
@@ -214,7 +217,7 @@ class Loader:
         """The next step and its micro-batches."""
         if self._iterator is None:
             self._start()
-        made = (next(self._iterator) for _ in range(self.num_micro_batches))
+        made = (next(self._iterator) for _ in range(self._source.num_parts(self.step)))
         micro_batches = [each.unpack() if isinstance(each, Packed) else each for each in made]
         step, self.step = self.step, self.step + 1
         return step, micro_batches
@@ -243,7 +246,7 @@ class Loader:
         num_workers = self._settings.num_workers
         if num_workers and multiprocessing.get_start_method() == "fork":
             # Each worker may be `prefetch` micro-batches ahead; the caller holds those of two steps for a moment.
-            slots_each = self._settings.prefetch + -(-2 * self.num_micro_batches // num_workers)
+            slots_each = self._settings.prefetch + -(-2 * self._source.max_parts // num_workers)
             self._source.ring = Ring(num_workers, slots_each, self._source.max_bytes)
         others = multiprocessing.active_children()
         self._iterator = iter(self._loader)
@@ -259,13 +262,13 @@ def _close_if_alive(reference: "weakref.ref[Loader]") -> None:
 
 
 class _CountFrom:
-    """An endless sampler of micro-batch numbers."""
+    """An endless sampler of the places of micro-batches, (step, part)."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, start_step: int, num_parts: Callable[[int], int]) -> None:
+        self.start_step, self.num_parts = start_step, num_parts
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((step, part) for step in itertools.count(self.start_step) for part in range(self.num_parts(step)))
 
 
 def _init_worker(worker: int) -> None:

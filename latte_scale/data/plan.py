@@ -1,13 +1,15 @@
 """The plan: which samples form step k's global batch, as integer arithmetic on counts.
 
-In: per data set the number of samples in each shard and bucket, weights, a seed, the global batch, the shuffle window.
-Out: for any step the bucket and the sample ids, in any order of asking, the same in every process: there is no state,
-so the position in the data is the step alone, and ranks, workers, prefetch and micro-batches cannot change it.
+In: per data set the number of samples in each shard and bucket, weights, a seed, the global batch, the shuffle window,
+and what a sample of each bucket costs. Out: for any step the bucket and the sample ids, in any order of asking, the
+same in every process: there is no state, so the position in the data is the step alone, and ranks, workers, prefetch
+and micro-batches cannot change it.
 
 Three questions, each answered in closed form:
 1. Which bucket has step k, and which data set has place p of a bucket's stream? Each stream's events are spread evenly
    over time, stream i having the j-th at (2j + 1) / (2 w_i), and all are merged in order of time (`interleave`). After
-   any number of events each stream is within one or two of its exact share.
+   any number of events each stream is within one or two of its exact share. A bucket's share of the steps is its share
+   of the samples over its batch: batches of equal cost (`samples_for`) leave shares of samples as they are.
 2. Which place of an epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
    bucket's stream runs on over epochs, so nothing is left over and each sample comes once an epoch.
 3. Which sample has that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
@@ -17,21 +19,19 @@ Three questions, each answered in closed form:
 """
 
 import hashlib
-import heapq
 import json
-import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
+from latte_scale.data.orders import interleave, permute, smallest_integers
 from latte_scale.rng import generator, hash64
 
 PLAN_VERSION = 1
-NUM_ROUNDS = 8
 DEFAULT_SHUFFLE_WINDOW = 65_536
 
 
@@ -51,16 +51,6 @@ class StepPlan(NamedTuple):
     ids: list[SampleId]
 
 
-class Slot(NamedTuple):
-    """A place of a micro-batch: `index` in the global batch and the planned sample; -1 and None when it is empty."""
-
-    index: int
-    id: SampleId | None
-
-
-EMPTY = Slot(-1, None)
-
-
 @dataclass(frozen=True)
 class PlanData:
     """What the plan needs to know of one data set."""
@@ -76,13 +66,21 @@ class PlanData:
 
 
 class Plan:
-    """Steps to samples for one (data, seed, global batch, shuffle window).
+    """Steps to samples for one (data, seed, global batch, shuffle window, costs).
 
+    `costs`: of a sample of each bucket, in samples of the size that global_batch counts in; None: all cost the same.
+    `group`: a bucket's batch is made of whole groups of so many samples.
     Raises ValueError when no sample takes part, when weights are mixed with None, or are not positive.
     """
 
     def __init__(
-        self, datasets: Sequence[PlanData], seed: int, global_batch: int, shuffle_window: int | None = None
+        self,
+        datasets: Sequence[PlanData],
+        seed: int,
+        global_batch: int,
+        shuffle_window: int | None = None,
+        costs: Mapping[str, Fraction] | None = None,
+        group: int = 1,
     ) -> None:
         if global_batch < 1:
             raise ValueError(f"train.global_batch must be at least 1, came {global_batch}")
@@ -91,9 +89,13 @@ class Plan:
         self.shuffle_window = resolve_shuffle_window(shuffle_window, self.num_samples)
         shares = _shares(self.datasets)
         self.buckets = tuple(sorted({bucket for _, bucket in shares}))
-        self._bucket_weights = _integers([_total(shares, bucket) for bucket in self.buckets])
+        self.costs = {name: Fraction(1) if costs is None else costs[name] for name in self.buckets}
+        self._batches = {name: samples_for(global_batch, cost, group) for name, cost in self.costs.items()}
+        self._bucket_weights = smallest_integers([_total(shares, name) / self._batches[name] for name in self.buckets])
         self._members = {name: [d for d in range(len(datasets)) if (d, name) in shares] for name in self.buckets}
-        self._weights = {name: _integers([shares[d, name] for d in self._members[name]]) for name in self.buckets}
+        self._weights = {
+            name: smallest_integers([shares[d, name] for d in members]) for name, members in self._members.items()
+        }
         self._orders: OrderedDict[tuple[int, str, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     @property
@@ -116,20 +118,48 @@ class Plan:
                 for data in self.datasets
             ],
         }
+        if set(self._batches.values()) != {self.global_batch}:
+            content["batches"] = self._batches
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def batch_size(self, bucket: str) -> int:
+        """Samples of a step of this bucket, over all ranks."""
+        return self._batches[bucket]
+
+    def bucket(self, step: int) -> str:
+        """The bucket of a step."""
+        return self.buckets[interleave(self._bucket_weights, step, 1)[1][0]]
+
+    def steps_before(self, step: int) -> dict[str, int]:
+        """Bucket -> how many of the steps before `step` are its own."""
+        counts, _ = interleave(self._bucket_weights, step, 0)
+        return dict(zip(self.buckets, counts, strict=True))
+
+    def samples_before(self, step: int) -> int:
+        """Samples of all steps before `step`."""
+        return sum(count * self._batches[name] for name, count in self.steps_before(step).items())
+
+    def drawn_before(self, step: int, bucket: str) -> dict[int, int]:
+        """Data set -> how many samples of a bucket it gives to the steps before `step`."""
+        place = self.steps_before(step)[bucket] * self._batches[bucket]
+        counts, _ = interleave(self._weights[bucket], place, 0)
+        return dict(zip(self._members[bucket], counts, strict=True))
 
     def epoch(self, step: int) -> float:
         """Epochs over all samples seen when `step` starts."""
-        return step * self.global_batch / self.num_samples
+        return self.samples_before(step) / self.num_samples
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> StepPlan:
-        """Samples [start, stop) of the global batch of `step` (all of it by default), in order."""
-        stop = self.global_batch if stop is None else stop
-        if step < 0 or not 0 <= start <= stop <= self.global_batch:
-            raise ValueError(f"step {step}, range {start}:{stop} of a global batch of {self.global_batch}")
+        """Samples [start, stop) of the batch of `step` (all of it by default), in order."""
+        if step < 0:
+            raise ValueError(f"step {step}: steps are counted from 0")
         counts, order = interleave(self._bucket_weights, step, 1)
         bucket = self.buckets[order[0]]
-        place = counts[order[0]] * self.global_batch + start
+        size = self._batches[bucket]
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise ValueError(f"step {step}, range {start}:{stop} of a batch of {size}")
+        place = counts[order[0]] * size + start
         members = self._members[bucket]
         seen, order = interleave(self._weights[bucket], place, stop - start)
         ids: list[SampleId | None] = [None] * (stop - start)
@@ -224,118 +254,9 @@ def resolve_shuffle_window(window: int | None, num_samples: int) -> int:
     return min(window or DEFAULT_SHUFFLE_WINDOW, num_samples)
 
 
-def interleave(weights: Sequence[int], start: int, length: int) -> tuple[list[int], list[int]]:
-    """Events [start, start + length) of a merge of evenly spaced streams with positive integer weights.
-
-    Stream i has its event j (from 0) at time (2j + 1) / (2 w_i); ties go to the lower i. Returns (how many events of
-    each stream come before `start`, the stream of each event). Cost: O(streams + length), whatever `start` is.
-    """
-    if len(weights) == 1:
-        return [start], [0] * length
-    total, scale = sum(weights), math.lcm(*weights)
-    # Before time t stream i has at most w_i t + 1/2 events, so at t = (start - streams/2) / total no more than `start`
-    # events have passed: count them, then walk the few that are missing.
-    reach = 2 * start - len(weights)
-    counts = [max(0, -((total - weight * reach) // (2 * total))) for weight in weights]
-    steps = [scale // weight for weight in weights]
-    heap = [((2 * count + 1) * step, stream) for stream, (count, step) in enumerate(zip(counts, steps, strict=True))]
-    heapq.heapify(heap)
-    before, events = [], []
-    for position in range(sum(counts), start + length):
-        if position == start:
-            before = list(counts)
-        time, stream = heap[0]
-        heapq.heapreplace(heap, (time + 2 * steps[stream], stream))
-        counts[stream] += 1
-        if position >= start:
-            events.append(stream)
-    return before or list(counts), events
-
-
-def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of [0, size) sends `places` (int64, 1-D): a Feistel network with cycle walking.
-
-    The network permutes the smallest power of 4 that holds `size`; a value that falls outside walks on until it is
-    inside, four tries a place on average at worst.
-    """
-    half_bits = max(1, -(-max(1, (size - 1).bit_length()) // 2))
-    round_keys = [hash64(key, number) for number in range(NUM_ROUNDS)]
-    result = _feistel(places.astype(np.uint64), half_bits, round_keys)
-    while (outside := result >= size).any():
-        result[outside] = _feistel(result[outside], half_bits, round_keys)
-    return result.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.ndarray:
-    """One pass over uint64 values below 4**half_bits; the round function is the finisher of splitmix64."""
-    mask, bits = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    left, right = values >> bits, values & mask
-    for key in round_keys:
-        mixed = right + np.uint64(key)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
-    return (left << bits) | right
-
-
-def rank_range(global_batch: int, rank: int, size: int, group: int = 1) -> tuple[int, int]:
-    """The indices [start, stop) of the global batch that belong to a rank: as even as whole groups allow.
-
-    A group is `group` samples, from a multiple of it on, that stay together in one micro-batch.
-    Raises ValueError when a rank would have none, or the global batch is not made of whole groups.
-    """
-    if not 0 <= rank < size:
-        raise ValueError(f"rank {rank} of {size} ranks: expected 0 to {size - 1}")
-    num_groups = _num_groups("global_batch", global_batch, group)
-    if num_groups < size:
-        groups = f" in groups of {group}" if group > 1 else ""
-        raise ValueError(
-            f"train.global_batch {global_batch}{groups} is smaller than the {size} data-parallel ranks: some would "
-            f"have nothing to do; use {size * group} or more, or run on at most {num_groups} ranks"
-        )
-    return num_groups * rank // size * group, num_groups * (rank + 1) // size * group
-
-
-def micro_batch_shape(global_batch: int, size: int, micro_batch: int, group: int = 1) -> tuple[int, int]:
-    """(micro-batches a step, slots in each), the same on every rank; `micro_batch` is the most that fits.
-
-    Raises ValueError when global batch or micro-batch are not made of whole groups.
-    """
-    if micro_batch < 1:
-        raise ValueError(f"train.micro_batch must be at least 1, came {micro_batch}")
-    per_rank = -(-_num_groups("global_batch", global_batch, group) // size)
-    groups = min(_num_groups("micro_batch", micro_batch, group), per_rank)
-    return -(-per_rank // groups), groups * group
-
-
-def slots(plan: Plan, step: int, rank: int, size: int, micro_batch: int, group: int = 1) -> list[list[Slot]]:
-    """A rank's micro-batches of a step: equal in number and length on all ranks, filled up with empty slots."""
-    number, _ = micro_batch_shape(plan.global_batch, size, micro_batch, group)
-    return [micro_batch_slots(plan, step, rank, size, micro_batch, each, group)[1] for each in range(number)]
-
-
-def micro_batch_slots(
-    plan: Plan, step: int, rank: int, size: int, micro_batch: int, number: int, group: int = 1
-) -> tuple[str, list[Slot]]:
-    """(bucket, slots) of one micro-batch: only its own samples are computed."""
-    start, stop = rank_range(plan.global_batch, rank, size, group)
-    _, length = micro_batch_shape(plan.global_batch, size, micro_batch, group)
-    first = min(stop, start + number * length)
-    batch = plan.batch(step, first, min(stop, first + length))
-    filled = [Slot(first + place, sample) for place, sample in enumerate(batch.ids)]
-    return batch.bucket, filled + [EMPTY] * (length - len(filled))
-
-
-def _num_groups(name: str, samples: int, group: int) -> int:
-    """Groups in a batch that must be made of whole ones."""
-    below = samples // group * group
-    if below != samples:
-        near = f"{below} or {below + group}" if below else str(group)
-        raise ValueError(
-            f"train.{name} {samples} is not a multiple of {group}, the samples of a group that one micro-batch holds "
-            f"together; use {near}"
-        )
-    return samples // group
+def samples_for(budget: int, cost: Fraction, group: int = 1) -> int:
+    """As many samples of this cost as `budget` samples of cost 1, rounded down to whole groups; one group at least."""
+    return budget if cost == 1 else max(1, int(budget / cost) // group) * group
 
 
 def _locate(ends: np.ndarray, place: int) -> tuple[int, int]:
@@ -364,11 +285,3 @@ def _shares(datasets: Sequence[PlanData]) -> dict[tuple[int, str], Fraction]:
 
 def _total(shares: dict[tuple[int, str], Fraction], bucket: str) -> Fraction:
     return sum((share for (_, name), share in shares.items() if name == bucket), Fraction(0))
-
-
-def _integers(fractions: list[Fraction]) -> list[int]:
-    """The smallest integers in the same proportions."""
-    scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    numbers = [int(fraction * scale) for fraction in fractions]
-    divisor = math.gcd(*numbers)
-    return [number // divisor for number in numbers]

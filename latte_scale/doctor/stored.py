@@ -13,9 +13,9 @@ from pathlib import Path
 from latte_scale.check_data import check_data
 from latte_scale.config import Config
 from latte_scale.data.loader import open_datasets, open_images
-from latte_scale.data.plan import rank_range
 from latte_scale.data.samples import DamagedError, Dataset
 from latte_scale.data.schema import ManifestError
+from latte_scale.data.shares import rank_range
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_folder
 from latte_scale.run.metrics import read_metrics

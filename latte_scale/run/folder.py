@@ -100,6 +100,10 @@ class RunFolder:
         if self.rank == 0:
             _replace(self.path / "config.yaml", settings.dump_yaml(config))
 
+    def write_coverage(self, text: str) -> None:
+        """Write what the run sees of its data (rank 0)."""
+        _replace(self.path / "coverage.json", text)
+
     def write_exit(self, code: int, reason: str) -> None:
         """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
 

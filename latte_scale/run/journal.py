@@ -8,6 +8,7 @@ and turns them into metrics, a console line and the decisions that all ranks mus
 import logging
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,16 +126,17 @@ class Journal:
         self._every, self._total, self._max_skipped = every_steps, total_steps, max_skipped
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._recompute_share, self._contrastive = recompute_share, contrastive
-        self._known: dict[int, dict[str, float]] = {}
+        self._known: dict[int, dict[str, Any]] = {}
         self._sample_ids: dict[int, list[str]] = {}
-        self._spikes, self._save_failed = SpikeDetector(), False
+        self._spikes: dict[str, SpikeDetector] = defaultdict(SpikeDetector)  # by bucket: each has its own level of loss
+        self._save_failed = False
         self._began_at_s: dict[int, float] = {}
         self._first_step, self._started_at_s = progress.step, time.perf_counter()
         self.throughput = Throughput(self._started_at_s)
 
-    def begin(self, step: int, lr: float, epoch: float, samples_seen: int) -> None:
+    def begin(self, step: int, lr: float, epoch: float, samples_seen: int, bucket: str) -> None:
         """Keep what the host knows of a step until its numbers come back; `samples_seen` includes this step."""
-        self._known[step] = {"samples_seen": samples_seen, "epoch": epoch, "lr": lr}
+        self._known[step] = {"samples_seen": samples_seen, "epoch": epoch, "lr": lr, "bucket": bucket}
         self._began_at_s[step] = time.perf_counter()
 
     def note_samples(self, step: int, sample_ids: list[str]) -> None:
@@ -163,7 +165,7 @@ class Journal:
         skipped = self.progress.skipped_steps
         if not values["applied"]:
             skipped = (*skipped, step)
-        self._warn(step, values, self._sample_ids.pop(step, []))
+        self._warn(step, values, known["bucket"], self._sample_ids.pop(step, []))
         self.progress = Progress(step + 1, skipped)
         self.stop_requested |= values["stop"] > 0
         self._count(values)
@@ -175,10 +177,10 @@ class Journal:
                 f"(train.max_skipped is {self._max_skipped}); lower train.lr, or look at the samples of these steps"
             )
 
-    def _warn(self, step: int, values: dict[str, float], sample_ids: list[str]) -> None:
+    def _warn(self, step: int, values: dict[str, float], bucket: str, sample_ids: list[str]) -> None:
         """Log lines for what a person should look at; the same on all ranks, each with the samples of its own."""
         loss = values["loss"] / values["samples"]
-        height = self._spikes.look(loss)
+        height = self._spikes[bucket].look(loss)
         problem = None
         if not values["applied"]:
             problem = f"gradient norm {values['grad_norm']}, update skipped on all ranks"
@@ -203,9 +205,7 @@ class Journal:
         window.recomputed_flops += values["flops"] * self._recompute_share
         window.data_wait_s += values["data_wait_s"] / self._num_devices
 
-    def _record(
-        self, step: int, values: dict[str, float], known: dict[str, float], ended_at_s: float
-    ) -> dict[str, Any]:
+    def _record(self, step: int, values: dict[str, float], known: dict[str, Any], ended_at_s: float) -> dict[str, Any]:
         digest = (int(values["digest_low"]) + int(values["digest_high"]) * HALF) % 2**62
         bands = [
             _finite(values[f"band_loss_{k}"] / count) if (count := values[f"band_count_{k}"]) else None

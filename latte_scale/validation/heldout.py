@@ -14,6 +14,7 @@ Shapes: B slots of a micro-batch, K bands.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ from latte_scale import rng
 from latte_scale.conditioning import NUM_BANDS, Conditioner, ModelInputs, band_of
 from latte_scale.config import Config
 from latte_scale.data.batches import MicroBatch, MicroBatches
+from latte_scale.data.buckets import bucket_costs
 from latte_scale.data.loader import plan_data
-from latte_scale.data.plan import Plan, permute
+from latte_scale.data.orders import permute
+from latte_scale.data.plan import Plan, samples_for
 from latte_scale.data.samples import Dataset
 from latte_scale.diffusion.loss import diffusion_loss, draw_timestep, schedule_of
 from latte_scale.engine.dist import Ranks
@@ -81,7 +84,7 @@ class HeldOut:
             for turn in range(-(-part.num_micro_batches // self._ranks.size)):
                 number = turn * self._ranks.size + self._ranks.rank
                 counts = number < part.num_micro_batches
-                read.append((part, part.source[number if counts else 0], counts))
+                read.append((part, part.source[0, number if counts else 0], counts))
         self._micro_batches = read
 
     @torch.no_grad()
@@ -131,6 +134,7 @@ def _parts(config: Config, datasets: Sequence[Dataset], ranks: Ranks) -> list[_P
             f"data.holdout={config.data.holdout} holds out no sample of these data sets; raise it, or set "
             "validation.every_steps=0"
         )
+    costs = bucket_costs(config.train.batch_budget, config.video, datasets) or {}
     seed, parts, first = rng.hash64("validation", config.validation.seed), [], 0
     buckets = sorted(counts)
     places = apportion(config.validation.num_samples, [counts[bucket] for bucket in buckets])
@@ -139,11 +143,12 @@ def _parts(config: Config, datasets: Sequence[Dataset], ranks: Ranks) -> list[_P
             continue
         own = [replace(data, counts={bucket: data.counts.get(bucket, np.zeros(0, np.int64))}) for data in held_out]
         plan = Plan(own, seed, length)
-        micro_batch = min(config.train.micro_batch, -(-length // ranks.size))
+        fitting = samples_for(config.train.micro_batch, costs.get(bucket, Fraction(1)))
+        micro_batch = min(fitting, -(-length // ranks.size))
         source = MicroBatches(
             tuple(datasets), config.video, plan, config.data.holdout, "held_out", seed, 0.0, 0, 1, micro_batch
         )
-        parts.append(_Part(number, first, source, source.num_micro_batches))
+        parts.append(_Part(number, first, source, source.num_parts(0)))
         first += length
     return parts
 

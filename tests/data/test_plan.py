@@ -8,56 +8,23 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from latte_scale.data.plan import (
-    Plan,
-    PlanData,
-    SampleId,
-    interleave,
-    micro_batch_shape,
-    micro_batch_slots,
-    permute,
-    rank_range,
-    resolve_shuffle_window,
-    slots,
-)
-
-EXAMPLES = settings(max_examples=50, deadline=None)
-
-counts = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(lambda numbers: np.array(numbers, np.int64))
-plan_data = st.builds(
-    PlanData, st.dictionaries(st.sampled_from(["a", "b", "c"]), counts, min_size=1, max_size=3), st.sampled_from("xy")
-)
-
-
-@st.composite
-def plans(draw, weighted: bool = False) -> Plan:
-    datasets = draw(st.lists(plan_data.filter(lambda data: data.num_samples > 0), min_size=1, max_size=3))
-    if weighted:
-        weights = [draw(st.sampled_from([0.1, 0.25, 0.7, 1.0, 3.0])) for _ in datasets]
-        datasets = [PlanData(d.counts, d.fingerprint, w) for d, w in zip(datasets, weights, strict=True)]
-    return Plan(datasets, draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.none() | st.integers(1, 30)))
-
-
-def everything(plan: Plan, bucket: str) -> set[SampleId]:
-    return {
-        SampleId(number, shard, row)
-        for number, data in enumerate(plan.datasets)
-        for shard, count in enumerate(data.counts.get(bucket, []))
-        for row in range(count)
-    }
+from latte_scale.data.plan import Plan, PlanData, SampleId, resolve_shuffle_window, samples_for
+from tests.data.plans import EXAMPLES, everything, plans
 
 
 @EXAMPLES
 @given(plans())
 def test_every_sample_comes_once_an_epoch_of_its_bucket(plan):
     streams: dict[str, list[SampleId]] = {bucket: [] for bucket in plan.buckets}
-    for step in range(3 * plan.num_samples // plan.global_batch + 3 * len(plan.buckets)):
+    step = 0
+    while plan.samples_before(step) < 3 * plan.num_samples:
         batch = plan.batch(step)
-        assert len(batch.ids) == plan.global_batch
+        assert len(batch.ids) == plan.batch_size(batch.bucket)
         streams[batch.bucket] += batch.ids
+        step += 1
     for bucket, stream in streams.items():
         per_dataset = Counter(sample.dataset for sample in everything(plan, bucket))
         for dataset, size in per_dataset.items():
@@ -77,10 +44,61 @@ def test_weights_are_kept_at_every_moment(plan):
     for step in range(steps):
         given_samples.update(sample.dataset for sample in plan.batch(step).ids)
     weights = [Fraction(str(data.weight)) for data in plan.datasets]
+    largest = max(plan.batch_size(bucket) for bucket in plan.buckets)
     for number, weight in enumerate(weights):
-        expected = steps * plan.global_batch * weight / sum(weights)
-        slack = len(plan.buckets) * (plan.global_batch + 1) * (len(plan.datasets) + 1)
+        expected = given_samples.total() * weight / sum(weights)
+        slack = len(plan.buckets) * (largest + 1) * (len(plan.datasets) + 1)
         assert abs(given_samples[number] - expected) <= slack
+
+
+@EXAMPLES
+@given(plans(weighted=True), st.integers(0, 120))
+def test_counts_are_those_of_walking_through_the_steps(plan, steps):
+    buckets, drawn = Counter(), Counter()
+    for step in range(steps):
+        batch = plan.batch(step)
+        assert plan.bucket(step) == batch.bucket
+        buckets[batch.bucket] += 1
+        drawn.update((batch.bucket, sample.dataset) for sample in batch.ids)
+    assert {bucket: number for bucket, number in plan.steps_before(steps).items() if number} == dict(buckets)
+    assert plan.samples_before(steps) == drawn.total()
+    found = {(bucket, d): n for bucket in plan.buckets for d, n in plan.drawn_before(steps, bucket).items() if n}
+    assert found == dict(drawn)
+
+
+def test_shares_of_samples_are_exact_over_a_period_whatever_a_sample_costs():
+    """Video and images, 3 to 1 by samples, images cost a quarter: a step has 8 clips or 32 images."""
+    data = [PlanData({"video": np.array([300])}, "x", 0.75), PlanData({"image": np.array([7, 90])}, "y", 0.25)]
+    plan = Plan(data, 0, 8, costs={"video": Fraction(1), "image": Fraction(1, 4)})
+    assert (plan.batch_size("video"), plan.batch_size("image")) == (8, 32)
+    for start in range(0, 65, 13):  # 12 steps of 8 and one of 32 are a period
+        batches = [plan.batch(step) for step in range(start, start + 13)]
+        assert Counter(batch.bucket for batch in batches) == {"video": 12, "image": 1}
+    walked = [sample for step in range(13 * 7) for sample in plan.batch(step).ids if sample.dataset == 1]
+    assert len(walked) == 7 * 32 and set(walked[:97]) == set(walked[97:194]) == everything(plan, "image")
+    assert plan.epoch(13) == 128 / 397 and plan.samples_before(14) == 128 + 8
+
+
+@EXAMPLES
+@given(st.integers(1, 300), st.fractions(Fraction(1, 50), 50), st.integers(1, 5))
+def test_a_batch_costs_no_more_than_the_budget_and_is_whole_groups(budget, cost, group):
+    number = samples_for(budget, cost, group)
+    assert samples_for(budget, Fraction(1), group) == budget
+    if cost != 1:
+        assert number % group == 0 and number >= group
+        assert number * cost <= budget or number == group
+        assert (number + group) * cost > budget
+
+
+@EXAMPLES
+@given(plans())
+def test_costs_that_change_no_batch_change_nothing(plan):
+    same = Plan(plan.datasets, plan.seed, plan.global_batch, plan.shuffle_window)
+    ones = Plan(plan.datasets, plan.seed, plan.global_batch, plan.shuffle_window, dict.fromkeys("abc", Fraction(1)))
+    assert ones.fingerprint == same.fingerprint
+    assert [ones.batch(step) for step in range(20)] == [same.batch(step) for step in range(20)]
+    batches = {plan.batch_size(bucket) for bucket in plan.buckets}
+    assert (plan.fingerprint == same.fingerprint) == (batches == {plan.global_batch})
 
 
 def test_weights_are_exact_over_a_period():
@@ -91,69 +109,21 @@ def test_weights_are_exact_over_a_period():
 
 
 @EXAMPLES
-@given(plans(), st.integers(0, 40), st.data())
-def test_ranks_and_micro_batches_only_split_the_batch(plan, step, data):
-    size = data.draw(st.integers(1, plan.global_batch))
-    micro_batch = data.draw(st.integers(1, 15))
-    whole = plan.batch(step)
-    seen = []
-    for rank in range(size):
-        micro_batches = slots(plan, step, rank, size, micro_batch)
-        number, length = micro_batch_shape(plan.global_batch, size, micro_batch)
-        assert [len(each) for each in micro_batches] == [length] * number and length <= micro_batch
-        filled = [slot for each in micro_batches for slot in each if slot.index >= 0]
-        assert [slot.index for slot in filled] == list(range(*rank_range(plan.global_batch, rank, size)))
-        assert filled
-        seen += [slot.id for slot in filled]
-        assert micro_batch_slots(plan, step, rank, size, micro_batch, 0) == (whole.bucket, micro_batches[0])
-    assert seen == whole.ids
-
-
-@EXAMPLES
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.integers(0, 40), st.data())
-def test_groups_stay_in_one_micro_batch(group, num_groups, groups_a_micro_batch, step, data):
-    plan = Plan([PlanData({"a": np.array([7, 5])}, "x")], 1, group * num_groups)
-    size, micro_batch = data.draw(st.integers(1, num_groups)), group * groups_a_micro_batch
-    ranks, indices = [slots(plan, step, rank, size, micro_batch, group) for rank in range(size)], []
-    assert len({len(micro_batches) for micro_batches in ranks}) == 1
-    for micro_batches in ranks:
-        for each in micro_batches:
-            filled = [slot.index for slot in each if slot.index >= 0]
-            assert len(each) % group == 0 and len(each) <= micro_batch and len(filled) % group == 0
-            assert all(index % group == place % group for place, index in enumerate(filled))
-            assert [slot.index for slot in each[len(filled) :]] == [-1] * (len(each) - len(filled))
-            indices += filled
-            assert [slot.id for slot in each if slot.id] == [plan.batch(step).ids[index] for index in filled]
-    assert indices == list(range(plan.global_batch))
-
-
-def test_batches_that_are_not_whole_groups_are_refused():
-    with pytest.raises(ValueError, match=r"train\.global_batch 30 is not a multiple of 8, .*; use 24 or 32"):
-        rank_range(30, 0, 2, 8)
-    with pytest.raises(ValueError, match=r"train\.micro_batch 4 is not a multiple of 8, .*; use 8"):
-        micro_batch_shape(32, 2, 4, 8)
-    with pytest.raises(
-        ValueError, match=r"global_batch 16 in groups of 8 is smaller than the 3 .*; use 24 or more, or .* 2"
-    ):
-        rank_range(16, 0, 3, 8)
-
-
-@EXAMPLES
 @given(plans(), st.integers(0, 100))
 def test_a_plan_has_no_memory(plan, step):
     expected = plan.batch(step)
     for other in (step + 3, 0, step * 7 + 1):
         plan.batch(other)
-    fresh = Plan(plan.datasets, plan.seed, plan.global_batch, plan.shuffle_window)
+    fresh = Plan(plan.datasets, plan.seed, plan.global_batch, plan.shuffle_window, plan.costs)
     assert plan.batch(step) == expected == fresh.batch(step) == pickle.loads(pickle.dumps(plan)).batch(step)
-    middle = plan.global_batch // 2
+    middle = len(expected.ids) // 2
     assert plan.batch(step, 0, middle).ids + plan.batch(step, middle).ids == expected.ids
 
 
 @EXAMPLES
 @given(plans(), st.integers(0, 30), st.data())
 def test_replacements_are_others_of_the_bucket(plan, step, data):
-    index = data.draw(st.integers(0, plan.global_batch - 1))
+    index = data.draw(st.integers(0, plan.batch_size(plan.bucket(step)) - 1))
     bucket, (planned,) = plan.batch(step, index, index + 1)[1:]
     others = everything(plan, bucket) - {planned}
     if not others:
@@ -174,47 +144,6 @@ def test_replacements_reach_every_other_sample_evenly():
     found = Counter(plan.replacement(0, 1, attempt) for attempt in range(1200))
     assert found.keys() == everything(plan, "a") - {planned}
     assert min(found.values()) > 140 and max(found.values()) < 260
-
-
-@EXAMPLES
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 300), st.integers(0, 60))
-def test_interleaving_is_a_merge_by_time(weights, start, length):
-    period = start + length
-    merged = sorted((Fraction(2 * j + 1, 2 * w), i) for i, w in enumerate(weights) for j in range(period))
-    order = [stream for _, stream in merged[:period]]
-    before, events = interleave(weights, start, length)
-    assert events == order[start:]
-    assert before == [order[:start].count(stream) for stream in range(len(weights))]
-    for stream, weight in enumerate(weights):
-        assert abs(before[stream] - Fraction(start * weight, sum(weights))) <= max(1, Fraction(len(weights), 2))
-
-
-def test_interleaving_far_out_costs_no_more():
-    started = time.perf_counter()
-    before, events = interleave([3, 5, 7], 10**15, 15)
-    assert time.perf_counter() - started < 0.1
-    assert sum(before) == 10**15 and Counter(events) == {0: 3, 1: 5, 2: 7}
-
-
-@EXAMPLES
-@given(st.integers(1, 700), st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation(size, key):
-    permuted = permute(np.arange(size), size, key)
-    assert sorted(permuted.tolist()) == list(range(size))
-    some = np.arange(size)[:: max(1, size // 7)]
-    np.testing.assert_array_equal(permute(some, size, key), permuted[some])
-
-
-def test_permute_looks_random():
-    """Fixed points, first places and neighbours of many small permutations are what chance gives."""
-    size, keys = 20, 2000
-    table = np.stack([permute(np.arange(size), size, key) for key in range(keys)])
-    hits = np.stack([(table == value).sum(0) for value in range(size)])  # [value, place]
-    expected = keys / size
-    chi2 = ((hits - expected) ** 2 / expected).sum()
-    assert abs(chi2 - (size - 1) ** 2) < 5 * np.sqrt(2 * (size - 1) ** 2)
-    neighbours = (np.abs(np.diff(table, axis=1)) == 1).mean()
-    assert abs(neighbours - 2 / size) < 0.01
 
 
 def test_windows_bound_the_shards_in_use_and_shuffle_inside():
@@ -274,6 +203,8 @@ def test_the_fingerprint_follows_what_decides_the_order():
         {"datasets": [PlanData({"a": np.array([9, 9])}, "y", 1.0)]},
         {"datasets": [PlanData({"a": np.array([9, 8])}, "x", 1.0)]},
         {"datasets": [PlanData({"a": np.array([9, 9])}, "x", 2.0)]},
+        {"costs": {"a": Fraction(2)}},
+        {"costs": {"a": Fraction(4)}},
     ]
     assert len({Plan(**{**base, **change}).fingerprint for change in changes}) == len(changes)
     assert Plan(**base).fingerprint == Plan(**base).fingerprint
@@ -302,12 +233,6 @@ def test_wrong_arguments_are_named():
     empty = PlanData({"a": np.array([0])}, "x", 0.5)
     with pytest.raises(ValueError, match=r"data set 1 has a weight of 0\.5 but no sample"):
         Plan([PlanData(data.counts, "y", 0.5), empty], 0, 4)
-    with pytest.raises(ValueError, match="global_batch 4 is smaller than the 5 data-parallel ranks"):
-        rank_range(4, 0, 5)
-    with pytest.raises(ValueError, match="rank 5 of 5"):
-        rank_range(40, 5, 5)
-    with pytest.raises(ValueError, match="micro_batch must be at least 1, came 0"):
-        micro_batch_shape(4, 2, 0)
     assert resolve_shuffle_window(None, 10**6) == 65_536 and resolve_shuffle_window(100, 10) == 10
 
 

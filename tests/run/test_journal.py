@@ -57,7 +57,7 @@ def journal_of(tmp_path, **changes):
 
 
 def take(journal, step, numbers):
-    journal.begin(step, 1e-3, 0.5, (step + 1) * 4)
+    journal.begin(step, 1e-3, 0.5, (step + 1) * 4, "4x16x16")
     journal.take(step, numbers)
 
 

@@ -61,7 +61,7 @@ class Parts:
         """Some steps at a high rate; this rank's shares of their losses."""
         schedule, shares = schedule_of(self.config.diffusion), []
         for step in steps:
-            inputs = self.conditioner(self._source[step], step)
+            inputs = self.conditioner(self._source[step, 0], step)
             losses = losses_of(self.config, self.engine.model, schedule, inputs, self.engine.sequence)
             share = share_of(self.config, inputs, *losses)
             self.engine.backward(share, last_microbatch=True)

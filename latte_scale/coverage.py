@@ -1,0 +1,68 @@
+"""`latte-scale coverage --config configs/X.yaml [key.sub=value ...]`: what a run would see of its data, before it runs.
+
+    latte-scale coverage --config configs/sizes_cpu.yaml data.url=runs/mine/latents --ranks 2
+
+In: a training config. Out: for every bucket of every data set its clips, the batch of its steps, and how many clips
+train.steps use and leave over; the trainer prints the same table and writes it to RUN/coverage.json. With --ranks also
+the micro-batches of a step on each rank, or why so many ranks cannot train it. Nothing but manifests is read, and with
+data.holdout the indices. Exit codes: 0, or 2 with what is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latte_scale.check_data import check_data
+from latte_scale.config import Config, load_config
+from latte_scale.data.coverage import coverage, coverage_json, coverage_table
+from latte_scale.data.loader import open_datasets
+from latte_scale.data.plan import Plan
+from latte_scale.data.shares import check_ranks, step_shape
+from latte_scale.planning import plan_of
+from latte_scale.store import StoreError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale coverage", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the table for programs")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 0, or 2 with what is wrong."""
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        datasets = open_datasets(config.data, config.store)
+        check_data(config, datasets)
+        plan = plan_of(config, datasets)
+        rows = coverage(plan, datasets, config.train.steps)
+        print(coverage_table(rows, config.train.steps))
+        if args.out is not None:
+            args.out.write_text(coverage_json(rows, config.train.steps))
+        if args.ranks is not None:
+            print("\n".join(shapes(config, plan, args.ranks)))
+    except (ValueError, StoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
+    """A line a bucket: the micro-batches of a step on each rank. Raises ValueError where ranks would have nothing."""
+    size, rest = divmod(num_ranks, config.engine.sequence_parallel)
+    if rest or size < 1:
+        raise ValueError(
+            f"{num_ranks} ranks are no whole groups of engine.sequence_parallel={config.engine.sequence_parallel}"
+        )
+    group = config.sample_group
+    check_ranks(plan, size, group)
+    return [
+        f"{bucket}: {number} x {slots} samples a step on each of {num_ranks} ranks"
+        for bucket in plan.buckets
+        for number, slots in [step_shape(plan, bucket, size, config.train.micro_batch, group)]
+    ]

@@ -1,0 +1,36 @@
+"""What a sample of each bucket costs, from which the plan makes batches of equal cost.
+
+In: a frame policy and the data sets of a run. Out: bucket -> cost, in samples of the policy's own size. The decision
+worth knowing: cost is the number of latents of a clip, which is the number of its tokens up to a factor. Products with
+the weights, which are most of a step, cost the same for every token; attention over space costs more in large frames
+(a sixth more for 1,024 tokens at width 1,152), and that is not counted: the batches stay a matter of sizes alone, so a
+run's data does not depend on its model.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+from latte_scale.data.samples import Dataset
+from latte_scale.data.schema import VideoSettings
+
+BatchBudget = Literal["samples", "tokens"]
+
+
+def bucket_costs(budget: BatchBudget, video: VideoSettings, datasets: Sequence[Dataset]) -> dict[str, Fraction] | None:
+    """Bucket -> cost of a sample, 1 for one of the size of `video` itself; None where all samples count the same.
+
+    budget: what every step has the same number of. Whole clips have one size and so one cost.
+    """
+    latents = datasets[0].manifest.latents
+    if budget == "samples" or latents is None:
+        return None
+    main = video.frames * (video.height // latents.downscale) * (video.width // latents.downscale)
+    names = {name for dataset in datasets for name in dataset.manifest.buckets}
+    return {name: Fraction(num_latents(name), main) for name in names}
+
+
+def num_latents(bucket: str) -> int:
+    """Latents of one channel of a clip: "4x16x16" -> 1024."""
+    return math.prod(int(number) for number in bucket.split("x"))

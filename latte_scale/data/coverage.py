@@ -1,0 +1,94 @@
+"""What a run will see of its data, told before it begins: bucket by bucket, clips, used, left over.
+
+In: a plan and a number of steps. Out: a line for each bucket of each data set, exact, in closed form: nothing is read
+and no step is walked through. Nothing is left over at the end of an epoch, where a bucket's stream simply runs on; what
+is left over here are clips that the run's steps do not come to.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latte_scale.data.buckets import num_latents
+from latte_scale.data.plan import Plan
+from latte_scale.data.samples import Dataset
+from latte_scale.data.schema import RAW_BUCKET
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One bucket of one data set over a whole run."""
+
+    bucket: str
+    dataset: str  # its URL
+    clips: int  # that take part
+    held_out: int  # that data.holdout keeps from training
+    batch: int  # samples of a step of this bucket, from all data sets
+    steps: int  # of this bucket
+    drawn: int  # samples that this data set gives to them
+    used: int  # clips that come at least once
+    left_over: int  # clips that never come
+
+    @property
+    def epochs(self) -> float:
+        """How often each clip comes."""
+        return self.drawn / self.clips
+
+
+def coverage(plan: Plan, datasets: Sequence[Dataset], steps: int) -> list[Coverage]:
+    """What steps 0 to `steps` see, buckets in the plan's order and data sets in theirs."""
+    rows, of_bucket = [], plan.steps_before(steps)
+    for bucket in plan.buckets:
+        for number, drawn in plan.drawn_before(steps, bucket).items():
+            clips = int(plan.datasets[number].counts[bucket].sum())
+            stored = datasets[number].manifest.buckets[bucket]
+            rows.append(
+                Coverage(
+                    bucket,
+                    datasets[number].store.url,
+                    clips,
+                    stored - clips,
+                    plan.batch_size(bucket),
+                    of_bucket[bucket],
+                    drawn,
+                    used=min(clips, drawn),
+                    left_over=clips - min(clips, drawn),
+                )
+            )
+    return rows
+
+
+def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
+    """The rows for a person to read, and below them the sum and what is worth a warning."""
+    names = {row.dataset: f"{number}" for number, row in enumerate({row.dataset: row for row in rows}.values())}
+    titles = f"{'bucket':<14}{'data':>5}{'clips':>15}{'held out':>10}{'batch':>8}{'steps':>12}{'latents a step':>16}"
+    lines = [f"{titles}{'drawn':>15}{'used':>15}{'left over':>15}{'epochs':>9}"]
+    for row in rows:
+        latents = "" if row.bucket == RAW_BUCKET else f"{row.batch * num_latents(row.bucket):,}"
+        plan = f"{row.clips:>15,}{row.held_out:>10,}{row.batch:>8,}{row.steps:>12,}{latents:>16}"
+        found = f"{row.drawn:>15,}{row.used:>15,}{row.left_over:>15,}{row.epochs:>9.2f}"
+        lines.append(f"{row.bucket:<14}{names[row.dataset]:>5}{plan}{found}")
+    lines += [f"data {name}: {url}" for url, name in names.items()]
+    clips, used = sum(row.clips for row in rows), sum(row.used for row in rows)
+    lines.append(f"{steps:,} steps use {used:,} of {clips:,} clips; {clips - used:,} are left over")
+    return "\n".join([*lines, *warnings(rows)])
+
+
+def warnings(rows: Sequence[Coverage]) -> list[str]:
+    """Lines about buckets that are not what their owner will have meant."""
+    lines = []
+    for bucket in dict.fromkeys(row.bucket for row in rows):
+        own = [row for row in rows if row.bucket == bucket]
+        clips, batch = sum(row.clips for row in own), own[0].batch
+        if own[0].steps == 0:
+            lines.append(f"warning: bucket {bucket} has no step at all; raise train.steps, or leave its size out")
+        elif clips < batch:
+            lines.append(f"warning: bucket {bucket} has {clips:,} clips for steps of {batch:,}: a step has some twice")
+    return lines
+
+
+def coverage_json(rows: Sequence[Coverage], steps: int) -> str:
+    """The same for programs: {"steps", "rows": [...]}."""
+    content = {"steps": steps, "rows": [dataclasses.asdict(row) for row in rows]}
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,120 @@
+"""Clips of two shapes and images, from files to training: one pass of encode, steps of one size, stop and resume."""
+
+import json
+import os
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_tools import cli, shapes
+from latte_scale import coverage, train
+from latte_scale.data.video import write_mp4
+from tests.conftest import ROOT, Run, train_command
+
+CONFIG = ROOT / "configs" / "sizes_cpu.yaml"
+BATCHES = {"4x16x16": 12, "4x16x24": 8, "4x24x16": 8, "1x32x32": 12}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """40 clips: square, wide and single frames, in shards of 12, encoded in one pass."""
+    folder = tmp_path_factory.mktemp("sizes")
+    (folder / "clips").mkdir()
+    rows = []
+    for number in range(40):
+        clip = shapes.plan_clip(0, number)
+        frames_FHWC = shapes.render(clip)
+        cut = (frames_FHWC, frames_FHWC[:, 10:54], frames_FHWC[:1], frames_FHWC[:, 10:54])[number % 4]
+        write_mp4(folder / "clips" / f"{number:02d}.mp4", cut, shapes.FPS)
+        rows.append(json.dumps({"file": f"{number:02d}.mp4", "text": shapes.prompt(clip.combination)}))
+    (folder / "clips" / "captions.jsonl").write_text("\n".join(rows))
+    shards, output, config = folder / "shards", folder / "latents", ROOT / "configs" / "encode_sizes.yaml"
+    for command in (
+        ["shard", "--input", str(folder / "clips"), "--output", str(shards), "--samples-per-shard", "12"],
+        ["encode", "--input", str(shards), "--output", str(output), "--config", str(config)],
+    ):
+        assert cli.main(command) == 0
+    return output
+
+
+def run(folder: Path, latents: Path, *overrides: str) -> Run:
+    arguments = [f"data.url={latents}", f"run.dir={folder}", "data.num_workers=0", *overrides]
+    return Run(train.main(["--config", str(CONFIG), *arguments]), "", folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(latents, tmp_path_factory) -> Run:
+    """20 steps on one rank."""
+    return run(tmp_path_factory.mktemp("unbroken"), latents)
+
+
+def test_steps_have_one_size_each_and_as_many_tokens(unbroken, latents):
+    assert unbroken.code == 0
+    buckets = [record["bucket"] for record in unbroken.metrics]
+    assert len(set(buckets)) == 3 and set(buckets) < set(BATCHES)
+    seen = [record["samples_seen"] for record in unbroken.metrics]
+    assert [b - a for a, b in zip([0, *seen], seen, strict=False)] == [BATCHES[bucket] for bucket in buckets]
+    told = json.loads((unbroken.folder / "coverage.json").read_text())
+    assert {row["bucket"]: row["steps"] for row in told["rows"]} == Counter(buckets)
+    assert sum(row["drawn"] for row in told["rows"]) == seen[-1]
+
+
+def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp_path, capsys):
+    out = tmp_path / "coverage.json"
+    assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "3", "--out", str(out)]) == 0
+    assert out.read_bytes() == (unbroken.folder / "coverage.json").read_bytes()
+    printed = capsys.readouterr().out
+    assert "steps use 40 of 40 clips; 0 are left over" in printed
+    assert "4x16x24: 1 x 3 samples a step on each of 3 ranks" in printed
+    assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "9"]) == 2
+    assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
+
+
+def test_stopped_and_resumed_it_is_bitwise_the_unbroken_run(unbroken, latents, tmp_path):
+    """And with another micro-batch the same samples and noise."""
+    run(tmp_path / "run", latents, "train.steps=7")
+    resumed = run(tmp_path / "run", latents)
+    assert (resumed.code, resumed.losses, resumed.digests) == (0, unbroken.losses, unbroken.digests)
+    small = run(tmp_path / "small", latents, "train.micro_batch=5", "train.steps=8")
+    assert small.digests == unbroken.digests[:8]
+    assert small.losses == pytest.approx(unbroken.losses[:8], rel=1e-5)
+
+
+def test_two_ranks_draw_the_same_and_one_goes_on(unbroken, latents, tmp_path):
+    options = ("engine.kind=fsdp2", "train.steps=9", "train.micro_batch=4", "data.num_workers=1")
+    command = train_command(CONFIG, tmp_path / "run", latents, options, 2, "torchrun")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = run(tmp_path / "run", latents)
+    assert resumed.code == 0 and resumed.digests == unbroken.digests
+    assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
+
+
+def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path):
+    """A set of images, encoded apart, beside the clips: its weight is its share of the samples, whatever it costs."""
+    shards, config = latents.parent / "shards", ROOT / "configs" / "encode_sizes.yaml"
+    image = ("video.frames=1", "video.height=64", "video.width=64", "video.frame_interval=1", "video.more_sizes=[]")
+    images = ["encode", "--input", str(shards), "--output", str(tmp_path / "images"), "--config", str(config), *image]
+    assert cli.main(images) == 0
+    urls = f"data.url=[{{url: {latents}, weight: 0.5}}, {{url: {tmp_path / 'images'}, weight: 0.5}}]"
+    mixed = run(tmp_path / "run", latents, urls, "train.steps=30")
+    rows = json.loads((mixed.folder / "coverage.json").read_text())["rows"]
+    drawn = Counter({row["dataset"]: 0 for row in rows})
+    for row in rows:
+        drawn[row["dataset"]] += row["drawn"]
+    assert mixed.code == 0 and mixed.metrics[-1]["samples_seen"] == drawn.total()
+    assert abs(drawn[str(tmp_path / "images")] / drawn.total() - 0.5) < 0.05
+
+
+def test_what_does_not_fit_is_refused(latents, tmp_path, capsys):
+    for overrides, words in (
+        (["video.more_sizes=[]"], "video.more_sizes: expected sizes among 4 x 32 x 32, came 4 x 32 x 48"),
+        ([f"data.url={latents.parent / 'shards'}"], "video.more_sizes needs latents: whole clips all get the size"),
+        (["video.more_sizes=[{frames: 8, height: 32, width: 32}]"], "8 x 32 x 32 has 8 frames; expected at most model"),
+        (["train.batch_budget=token"], "expected one of samples, tokens, came 'token'"),
+    ):
+        assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", *overrides]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
