@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ import numpy as np
 from benchmarks import loader_rivals as rivals
 from benchmarks.loader_rivals import BATCH, NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES, TEXT, Batches, sample
 
-EPOCHS = 4  # of the runs from S3, where a worker's start takes as long as an epoch
+EPOCHS = 2  # of the runs from S3, where a worker's start takes long
+BLOCK = 8 << 20
 PACKAGES = {"energon": "megatron-energon", "mds": "mosaicml-streaming"}  # where the name is another
 
 
@@ -70,13 +72,13 @@ def write_ours(url: str) -> None:
     schema.save_manifest(store, manifest)
 
 
-def read_ours(url: str, order: str, num_workers: int, epochs: int = 1) -> Iterator[tuple[Any, Any]]:
+def read_ours(url: str, order: str, num_workers: int, epochs: int = 1, store: Any = None) -> Iterator[tuple[Any, Any]]:
     """Epochs of the real loader. Its "sequential" is a shuffle window of one shard, the least that it does."""
     from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
     from latte_scale.data.schema import VideoSettings
 
     settings = DataSettings(url, num_workers, shuffle_window=1 if order == "sequential" else None)
-    datasets = open_datasets(settings)
+    datasets = open_datasets(settings, store)
     plan = make_plan(settings, datasets, 0, BATCH)
 
     def batches() -> Iterator[tuple[Any, Any]]:
@@ -145,8 +147,13 @@ def line_rate(url: str) -> dict[str, float]:
 
 def one(name: str, url: str, order: str, num_workers: int) -> dict[str, float]:
     """One run, in this process."""
+    from latte_scale.store import StoreSettings
+
     if name == "line rate":
         return line_rate(url)
+    if name == "blocks":  # an empty cache each time
+        with tempfile.TemporaryDirectory() as cache:
+            return read_all(read_ours(url, order, num_workers, store=StoreSettings(cache_dir=cache, block_bytes=BLOCK)))
     if url.startswith("s3://"):
         return read_all(read_ours(url, order, num_workers, EPOCHS), EPOCHS)
     return read_all(LOADERS[name][1](url, order, num_workers))

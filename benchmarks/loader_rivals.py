@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-NUM_SAMPLES, PER_SHARD, BATCH = 512, 64, 8
+NUM_SAMPLES, PER_SHARD, BATCH = 1024, 64, 8
 LATENTS, TEXT = (16, 4, 64, 64), (60, 4096)
 SAMPLE_BYTES = 2 * (int(np.prod(LATENTS)) + int(np.prod(TEXT)))
 Batches = Iterable[tuple[Any, Any]]

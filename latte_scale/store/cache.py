@@ -29,6 +29,7 @@ TEMPORARY = ".tmp-"
 TEMPORARY_AGE_S = 600.0  # a temporary file older than this has lost its writer
 FILL_TO = 0.9  # of the limit, after making room
 LOCK_WAIT_S = 0.05
+CLAIM_WAIT_S, CLAIM_POLL_S = 10.0, 0.002  # for another who fetches the same
 PAUSE_S = 30.0  # without writing, after the disk refused
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,35 @@ class Cache:
         except OSError as error:
             self._paused_until = time.monotonic() + PAUSE_S
             self._tell("write", f"cache {self.folder}: {error.strerror}: reading goes on without writing to it")
+
+    def takes(self, size: int) -> bool:
+        """Whether it makes sense to put so many bytes: they fit, and the disk did not refuse a moment ago."""
+        return time.monotonic() >= self._paused_until and 2 * size <= self.limit_bytes
+
+    def forget(self, key: CacheKey) -> None:
+        """Remove an entry whose bytes turned out to be others than the object's."""
+        self._drop(self._path(key.digest()), "holds other bytes than the object")
+
+    @contextmanager
+    def claim(self, key: CacheKey) -> Iterator[None]:
+        """Hold others who claim the same, in any process or thread, back for a while: one fetches, they find it here.
+
+        Who has waited too long, or cannot lock, goes on without: the worst is a second fetch.
+        """
+        descriptor = None
+        with suppress(OSError):
+            folder = self.folder / "claims"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = folder / key.digest().hex()[:3]
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            until = time.monotonic() + CLAIM_WAIT_S
+            while not _locked_now(descriptor) and time.monotonic() < until:
+                time.sleep(CLAIM_POLL_S)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _path(self, digest: bytes) -> Path:
         name = digest.hex()
@@ -174,15 +204,11 @@ class Cache:
         descriptor = os.open(self.folder / "total", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             until = time.monotonic() + LOCK_WAIT_S
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        yield None
-                        return
-                    time.sleep(0.001)
+            while not _locked_now(descriptor):
+                if time.monotonic() > until:
+                    yield None
+                    return
+                time.sleep(0.001)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -196,6 +222,15 @@ class Cache:
 
 class _UnsoundError(Exception):
     """An entry that is not what its name says."""
+
+
+def _locked_now(descriptor: int) -> bool:
+    """Lock an open file if nobody else has it locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _total(lock: int) -> int | None:

@@ -19,6 +19,7 @@ from typing import Any
 import google_crc32c
 
 from latte_scale.store.base import MissingError, Store, StoreError, check_name, check_range, short_read
+from latte_scale.store.blocks import Blocks, Version
 from latte_scale.store.cache import Cache, CacheKey
 from latte_scale.store.connection import Connection, Passed, connection_for
 from latte_scale.store.faults import exists_error
@@ -211,11 +212,15 @@ class S3Store(Store):
 
     def _read_span(self, name: str, offset: int, size: int, fresh: bool) -> bytes:
         """Bytes [offset, offset + size) from the cache or the service."""
-        cache, counters = self.cache, self.connection.counters
+        cache, blocks, counters = self.cache, self._here().blocks, self.connection.counters
         if fresh:
             self._here().facts.pop(name, None)
         elif cache is not None:
             facts = self._here().facts.get(name) or self._head(name, "reading its etag")[0]
+            if blocks is not None and (found := blocks.read(Version(name, self.join(name), facts), offset, size)):
+                counters.num_cache_hits += found[1]
+                counters.num_cache_misses += not found[1]
+                return found[0]
             data = cache.get(CacheKey(self.join(name), facts.etag, offset, size))
             if data is not None:
                 counters.num_cache_hits += 1
@@ -227,6 +232,8 @@ class S3Store(Store):
             data, facts = b"", self._head(name, "reading its size")[0]
         if len(data) < size:
             raise short_read(self.join(name), check_range(self.join(name), offset, size), facts.size)
+        if fresh and blocks is not None:
+            blocks.replace(Version(name, self.join(name), facts), offset, data)
         if cache is not None:
             cache.put(CacheKey(self.join(name), facts.etag, offset, size), data)
         return data
@@ -313,6 +320,9 @@ class _Mine:
         def fetch_span(name: str, offset: int, size: int) -> bytes:
             return store._read_span(name, offset, size, fresh=False)
 
+        self.blocks: Blocks | None = None
+        if self.cache is not None and settings.block_bytes is not None:
+            self.blocks = Blocks(self.cache, settings.block_bytes, store._fetch)
         self.ahead = ReadAhead(store.connection.readers, fetch_span, settings.read_ahead_bytes)
 
     def note(self, name: str, facts: Facts) -> None:

@@ -17,6 +17,9 @@ class StoreSettings:
     addressing: Literal["auto", "path", "virtual"] = "auto"  # where the bucket stands; auto: path unless Amazon's
     cache_dir: str | None = None  # local folder that keeps what was read; none: no cache
     cache_bytes: int = 64 << 30  # the most that the folder may hold, over all processes that share it
+    # Shuffled samples are fetched in blocks of this size, a multiple of 1 MiB, which the cache keeps: several times the
+    # rate of an object store, if cache_bytes holds two shuffle windows (data.shuffle_window samples); none: one by one.
+    block_bytes: int | None = None
     num_connections: int = 16  # requests at a time, per process
     part_bytes: int = 8 * MEBIBYTE  # larger reads and writes are cut into requests of this size
     read_ahead_bytes: int = 128 * MEBIBYTE  # announced reads kept in memory, per process
@@ -34,6 +37,11 @@ class StoreSettings:
             raise ValueError(
                 f"store.part_bytes must be at least {5 * MEBIBYTE} (S3's own limit), came {self.part_bytes}"
             )
+        if self.block_bytes is not None:
+            if self.block_bytes < MEBIBYTE or self.block_bytes % MEBIBYTE:
+                raise ValueError(f"store.block_bytes must be a multiple of {MEBIBYTE}, came {self.block_bytes}")
+            if self.cache_dir is None:
+                raise ValueError("store.block_bytes needs store.cache_dir, a local folder that keeps the blocks")
         for name in ("request_timeout_s", "stall_budget_s", "first_answer_s", "hedge_after_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -20,6 +20,7 @@ from tests.data.making import VIDEO, make_latents
 from tests.store.service import Corner, make_corner
 
 NUM_SAMPLES, PER_SHARD = 28, 6  # five shards, the last with four samples
+MEBIBYTE = 1 << 20
 STEPS = 5  # a little more than an epoch of batches of seven
 
 
@@ -92,25 +93,37 @@ def test_broken_requests_change_nothing(s3, folder):
     assert not any(fault.times for fault in s3.proxy.faults), "not every fault was met"
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_flip_on_the_way_is_read_again(s3, folder, tmp_path, cached):
+@pytest.mark.parametrize(("cached", "block_bytes"), [(False, None), (True, None), (True, MEBIBYTE)])
+def test_a_flip_on_the_way_is_read_again(s3, folder, tmp_path, cached, block_bytes):
     """Also when it got into the cache: the second read of a damaged sample goes past it."""
     for number in range(3):
         s3.fail("flip", match=r"^GET .*\.tar", at=515 + number)  # in the payload of the range's first member
-        steps = load_s3(s3, cache_dir=str(tmp_path / f"{number}") if cached else None)
+        cache = str(tmp_path / f"{number}") if cached else None
+        steps = load_s3(s3, cache_dir=cache, block_bytes=block_bytes)
         assert ids(steps) == ids(load(folder, STEPS)) and means(steps) == means(load(folder, STEPS))
         assert not replacements(steps) and not s3.proxy.faults[-1].times
 
 
-def test_a_flip_in_the_cache_is_read_again(s3, folder, tmp_path):
-    load_s3(s3, cache_dir=str(tmp_path))
-    entries = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "total"]
+def test_blocks_bring_the_same_batches_with_a_request_a_shard(s3, folder, tmp_path):
+    for number, workers in enumerate((0, 2)):
+        s3.proxy.reset()
+        blocks = {"cache_dir": str(tmp_path / str(number)), "block_bytes": MEBIBYTE}
+        steps = load_s3(s3, num_workers=workers, **blocks)
+        assert ids(steps) == ids(load(folder, STEPS)) and means(steps) == means(load(folder, STEPS))
+        asked = [seen.line for seen in s3.proxy.seen if ".tar" in seen.line and seen.line.startswith("GET")]
+        assert len(asked) == 5 == len(set(asked))  # also by two workers, who share the cache
+
+
+@pytest.mark.parametrize("block_bytes", [None, MEBIBYTE])
+def test_a_flip_in_the_cache_is_read_again(s3, folder, tmp_path, block_bytes):
+    load_s3(s3, cache_dir=str(tmp_path), block_bytes=block_bytes)
+    entries = [path for path in tmp_path.glob("??/*") if path.is_file()]
     assert entries
     for path in entries:
         raw = bytearray(path.read_bytes())
         raw[len(raw) * 2 // 3] ^= 4
         path.write_bytes(raw)
-    steps = load_s3(s3, cache_dir=str(tmp_path))
+    steps = load_s3(s3, cache_dir=str(tmp_path), block_bytes=block_bytes)
     assert ids(steps) == ids(load(folder, STEPS)) and means(steps) == means(load(folder, STEPS))
     assert not replacements(steps)
 
@@ -196,11 +209,12 @@ def test_a_cache_below_the_working_set_gives_the_same_batches(s3, folder, tmp_pa
     assert 0 < kept <= limit
 
 
-def test_a_full_disk_under_the_cache_gives_the_same_batches(s3, folder, tmp_path):
+@pytest.mark.parametrize("block_bytes", [None, MEBIBYTE])
+def test_a_full_disk_under_the_cache_gives_the_same_batches(s3, folder, tmp_path, block_bytes):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        steps = load_s3(s3, cache_dir=str(tmp_path))
+        steps = load_s3(s3, cache_dir=str(tmp_path), block_bytes=block_bytes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert ids(steps) == ids(load(folder, STEPS)) and not replacements(steps)

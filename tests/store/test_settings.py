@@ -26,6 +26,8 @@ def test_they_are_a_config_section():
         ({"request_timeout_s": 0.0}, "store.request_timeout_s must be positive"),
         ({"hedge_after_s": -1.0}, "store.hedge_after_s must be positive"),
         ({"endpoint_url": "127.0.0.1:9000"}, "expected http://HOST:PORT"),
+        ({"block_bytes": 1 << 20}, "store.block_bytes needs store.cache_dir"),
+        ({"block_bytes": 1 << 19, "cache_dir": "c"}, "store.block_bytes must be a multiple of 1048576"),
         ({"cache_dir": ""}, "leave the key out for no cache"),
     ],
 )
