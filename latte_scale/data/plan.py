@@ -15,7 +15,7 @@ Three questions, each answered in closed form:
 3. Which sample has that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
    of about `shuffle_window`; inside a window a Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite
    domains") permutes the places. Memory is O(shards) for any number of samples, and the shards open at one time are
-   those of one window.
+   those of one window: the buckets of a data set go through the same shards together, each with its share of a window.
 """
 
 import hashlib
@@ -33,6 +33,8 @@ from latte_scale.rng import generator, hash64
 
 PLAN_VERSION = 1
 DEFAULT_SHUFFLE_WINDOW = 65_536
+MIN_WINDOW = 256
+"""Samples that a bucket's share of a window has at least, where it has as many: rare sizes are shuffled, too."""
 
 
 class SampleId(NamedTuple):
@@ -64,6 +66,11 @@ class PlanData:
         """Samples that take part, all buckets."""
         return sum(int(counts.sum()) for counts in self.counts.values())
 
+    @property
+    def buckets(self) -> list[str]:
+        """Buckets with any sample, sorted."""
+        return sorted(name for name, counts in self.counts.items() if counts.any())
+
 
 class Plan:
     """Steps to samples for one (data, seed, global batch, shuffle window, costs).
@@ -85,7 +92,8 @@ class Plan:
         if global_batch < 1:
             raise ValueError(f"train.global_batch must be at least 1, came {global_batch}")
         self.datasets, self.seed, self.global_batch = tuple(datasets), seed, global_batch
-        self.num_samples = sum(dataset.num_samples for dataset in datasets)
+        self._num_samples = [dataset.num_samples for dataset in datasets]
+        self.num_samples = sum(self._num_samples)
         self.shuffle_window = resolve_shuffle_window(shuffle_window, self.num_samples)
         shares = _shares(self.datasets)
         self.buckets = tuple(sorted({bucket for _, bucket in shares}))
@@ -120,6 +128,8 @@ class Plan:
         }
         if set(self._batches.values()) != {self.global_batch}:
             content["batches"] = self._batches
+        if any(len(data.buckets) > 1 for data in self.datasets):
+            content["windows"] = "shared"  # until then every bucket had its own order of shards
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def batch_size(self, bucket: str) -> int:
@@ -213,7 +223,7 @@ class Plan:
     def _epoch(self, dataset: int, bucket: str, epoch: int, num_samples: int, places: range) -> list[SampleId]:
         """The samples at `places` of one epoch."""
         shards, ends = self._shard_order(dataset, bucket, epoch)
-        num_windows = -(-num_samples // self.shuffle_window)
+        num_windows = self._num_windows(dataset, num_samples)
         samples: list[SampleId] = []
         start = places.start
         while start < places.stop:
@@ -229,12 +239,18 @@ class Plan:
             start = stop
         return samples
 
+    def _num_windows(self, dataset: int, num_samples: int) -> int:
+        """Into how many windows an epoch of a bucket is cut: those of the whole data set, unless it is rare."""
+        windows = -(-self._num_samples[dataset] // self.shuffle_window)
+        return min(windows, -(-num_samples // min(self.shuffle_window, MIN_WINDOW)))
+
     def _shard_order(self, dataset: int, bucket: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard numbers in this epoch's order, running totals of their samples), kept for the last few epochs."""
         name = dataset, bucket, epoch
         if name not in self._orders:
             data = self.datasets[dataset]
-            key = hash64("shards", data.fingerprint, dataset, bucket) >> 1
+            first = data.buckets[0]  # all follow it
+            key = hash64("shards", data.fingerprint, dataset, first) >> 1
             shards = generator(self.seed, "data-shards", epoch, key).permutation(len(data.counts[bucket]))
             self._orders[name] = shards, np.cumsum(data.counts[bucket][shards])
             while len(self._orders) > 2 * len(self.buckets) * len(self.datasets):

@@ -158,6 +158,20 @@ def test_windows_bound_the_shards_in_use_and_shuffle_inside():
     assert first_epoch != second_epoch
 
 
+def test_the_buckets_of_a_data_set_go_through_its_shards_together():
+    """80, 16 and 4 of 100 samples in each shard: a window of 5,000 samples is 10 shards, whichever sizes come."""
+    counts = {"a": np.full(100, 400), "b": np.full(100, 80), "c": np.full(100, 20)}
+    costs = {"a": Fraction(1), "b": Fraction(2), "c": Fraction(1, 2)}
+    plan = Plan([PlanData(counts, "x")], 3, 100, shuffle_window=5000, costs=costs)
+    for first in (0, 17, 400, 555):
+        batches = [plan.batch(step) for step in range(first, first + 60)]
+        assert len({batch.bucket for batch in batches}) == 3
+        assert len({sample.shard for batch in batches for sample in batch.ids}) <= 36  # parts of three windows
+    for bucket in "abc":
+        epoch = [plan.batch(step).ids for step in range(1200) if plan.bucket(step) == bucket]
+        assert len({sample for ids in epoch for sample in ids} & everything(plan, bucket)) == counts[bucket].sum()
+
+
 def test_the_seed_and_the_data_change_the_order():
     data = PlanData({"a": np.full(4, 25)}, "x")
     orders = {tuple(Plan([data], seed, 100).batch(0).ids) for seed in range(5)}
@@ -166,7 +180,10 @@ def test_the_seed_and_the_data_change_the_order():
 
 
 def test_golden_ids():
-    """These change only with PLAN_VERSION: a running training depends on them."""
+    """These change only with PLAN_VERSION: a running training depends on them.
+
+    The fingerprint of several buckets was another until they shared windows; that of one bucket is as old as the plan.
+    """
     data = [
         PlanData({"2x4x4": np.array([5, 0, 9, 4]), "2x4x8": np.array([3, 3, 1, 0])}, "one", 0.75),
         PlanData({"2x4x4": np.array([400])}, "two", 0.25),
@@ -176,6 +193,10 @@ def test_golden_ids():
     assert found == GOLDEN
     assert tuple(plan.replacement(1000, 2, 0)) == GOLDEN_REPLACEMENT
     assert plan.fingerprint == GOLDEN_FINGERPRINT
+    of_one = [PlanData({"2x4x4": each.counts["2x4x4"]}, each.fingerprint, each.weight) for each in data]
+    alone = Plan(of_one, 17, 6, shuffle_window=8)
+    assert [tuple(sample) for sample in alone.batch(1000).ids] == GOLDEN_ALONE
+    assert alone.fingerprint == "36c6a67d2f6e33cc2c55fc966d6436b9b84912063cf33ff9c31c3aaa040285d4"
 
 
 GOLDEN = [
@@ -185,7 +206,8 @@ GOLDEN = [
     ("2x4x4", [(0, 2, 1), (1, 0, 297), (0, 3, 0), (0, 2, 0), (1, 0, 303), (0, 3, 3)]),
 ]
 GOLDEN_REPLACEMENT = (0, 2, 5)
-GOLDEN_FINGERPRINT = "4d84245b01f747ba21d222ab7b178e1eb6ad814f2c3bc6e95d8f4a60df71a771"
+GOLDEN_FINGERPRINT = "a9a0c569a4fba40d40235c22ba5a4fd6027e6f42acfcb093966bfa0076196495"
+GOLDEN_ALONE = [(0, 2, 0), (0, 2, 1), (1, 0, 297), (0, 3, 3), (0, 3, 2), (0, 3, 0)]
 
 
 def test_the_fingerprint_follows_what_decides_the_order():
