@@ -8,6 +8,7 @@ looks at many; `latte-data verify` alone reads everything.
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from latte_scale.check_data import check_data
@@ -15,9 +16,10 @@ from latte_scale.config import Config
 from latte_scale.data.loader import open_datasets, open_images
 from latte_scale.data.samples import DamagedError, Dataset
 from latte_scale.data.schema import ManifestError
-from latte_scale.data.shares import rank_range
+from latte_scale.data.shares import check_ranks, rank_range
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_folder
+from latte_scale.planning import plan_of
 from latte_scale.run.metrics import read_metrics
 from latte_scale.store import StoreError
 
@@ -39,7 +41,7 @@ def data_lines(config: Config, rank: int, size: int) -> list[Line]:
         return [fault_of("data", error)]
     manifest = [f"{d.manifest.count} samples, {len(d.manifest.shards)} shards of {d.store.url}" for d in datasets]
     lines = [Line("ok", "data", "; ".join(manifest))]
-    lines += fit_lines(config, datasets) + encoder_lines(config, datasets[0])
+    lines += fit_lines(config, datasets) + size_lines(config, datasets, size) + encoder_lines(config, datasets[0])
     for dataset in (*datasets, *([images] if images else [])):
         lines += sound_lines(dataset, rank, size)
     return lines
@@ -58,6 +60,18 @@ def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
     except EncoderError:
         return []  # encoder_lines says it
     return [Line("ok", "fit", "manifest, encoders and model agree")]
+
+
+def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[Line]:
+    """Whether a step of every size of clips has samples for every rank; nothing where there is one size."""
+    try:
+        everything = replace(config.data, holdout=0.0)  # else every index would be read
+        plan = plan_of(replace(config, data=everything), datasets)
+        check_ranks(plan, max(1, size // config.engine.sequence_parallel), config.sample_group)
+    except ValueError as error:
+        return [fault_of("sizes", error)]
+    found = ", ".join(f"{plan.batch_size(bucket)} of {bucket}" for bucket in plan.buckets)
+    return [Line("ok", "sizes", f"{found} a step")] if len(plan.buckets) > 1 else []
 
 
 def local_folders(config: Config) -> list[Path]:

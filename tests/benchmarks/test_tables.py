@@ -5,8 +5,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks import score_over_steps, study
+from benchmarks import bucket_balance, score_over_steps, study
 from benchmarks.svg import line_chart
+from tests.conftest import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -54,3 +55,16 @@ def test_a_finished_run_is_scored_once(tmp_path, monkeypatch):
     assert score_over_steps.turn(score_over_steps.parse_args(["--out", str(tmp_path)])) == 0
     assert scored == ["step-00001000", "step-00003400"]
     assert score_over_steps.turn(score_over_steps.parse_args(["--out", str(tmp_path), "--turn-s", "60"])) == 75
+
+
+def test_steps_of_equal_tokens_are_counted_as_nearly_equal(capsys):
+    sizes = "video.more_sizes=[{frames: 16, height: 256, width: 128}, {frames: 1, height: 256, width: 256}]"
+    config = ["--config", str(ROOT / "configs" / "t2v_256.yaml"), "data.url=none", "train.global_batch=10", sizes]
+    assert bucket_balance.main(config) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[1], row[3]) for row in rows[:3]] == [
+        ("16 x 256 x 256", "10", "10"),
+        ("16 x 256 x 128", "10", "20"),
+        ("1 x 256 x 256", "10", "160"),
+    ]
+    assert float(rows[3][2]) > 14 and float(rows[3][4]) < 1.1

@@ -10,7 +10,10 @@ import pytest
 
 from data_tools import cli, shapes
 from latte_scale import coverage, train
+from latte_scale.config import load_config
+from latte_scale.data.loader import open_datasets
 from latte_scale.data.video import write_mp4
+from latte_scale.doctor.stored import size_lines
 from tests.conftest import ROOT, Run, train_command
 
 CONFIG = ROOT / "configs" / "sizes_cpu.yaml"
@@ -70,6 +73,15 @@ def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp
     assert "4x16x24: 1 x 3 samples a step on each of 3 ranks" in printed
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "9"]) == 2
     assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
+
+
+def test_doctor_says_how_many_ranks_a_size_has_samples_for(latents):
+    config = load_config(CONFIG, [f"data.url={latents}"])
+    datasets = open_datasets(config.data)
+    (line,) = size_lines(config, datasets, 8)
+    assert (line.level, line.found) == ("ok", "12 of 1x32x32, 12 of 4x16x16, 8 of 4x16x24 a step")
+    (line,) = size_lines(config, datasets, 9)
+    assert line.level == "fault" and "bucket 4x16x24: 8 samples cost" in line.found
 
 
 def test_stopped_and_resumed_it_is_bitwise_the_unbroken_run(unbroken, latents, tmp_path):
