@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: help venv quickstart quickstart-full test test-faults test-slurm soak lint clean
+.PHONY: help venv quickstart quickstart-full test test-faults test-slurm soak soak-loader lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise res
 
 soak: $(READY)  ## 200 random kills on three engines, every run compared bit for bit with one that nobody killed
 	$(BIN)/python -m tests.faults.soak --kills 200
+
+soak-loader: $(READY)  ## 100,000 batches of a tiny data set, every process's memory on the way (5 minutes)
+	$(BIN)/python -m benchmarks.loader_soak
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

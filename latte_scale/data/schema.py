@@ -9,6 +9,7 @@ that does not use it keeps its bytes and its fingerprint.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -255,7 +256,8 @@ class Manifest:
 
     def stored(self) -> dict[str, Any]:
         """The plain values that are written and hashed."""
-        content = dataclasses.asdict(self)
+        content = dataclasses.asdict(dataclasses.replace(self, shards=()))
+        content["shards"] = [vars(shard) for shard in self.shards]  # asdict would take a second for 10,000
         if self.video is not None:
             content["video"] = self.video.stored()
         if self.class_names is None:
@@ -266,6 +268,10 @@ class Manifest:
 
     def fingerprint(self) -> str:
         """sha256 of what is stored. The writing tool's version and the encoders' names (paths) are left out."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         content = self.stored()
         del content["tool_version"]
         for encoder in ("vae", "text"):
