@@ -8,8 +8,11 @@ In: nothing; the same samples of about 1 MB (latents 16x4x64x64 and 60 tokens of
 loader's own format. Out: a table of MB/s and samples/s, each the median of 5 runs with the lowest and the highest.
 Every run is a process of its own that reads one epoch into batches of 8 float tensors; loaders take turns, so that a
 slow minute of the machine hurts all of them. "hot": the files are in the page cache, which a first run sees to.
-`s3` reads four epochs, and counts from the first batch on (its time stands beside it), against the service's line rate:
-the same shards fetched whole by plain boto3 in 16 threads, through the same proxy that adds the latency.
+`s3` reads two epochs, and counts from the first batch on (its time stands beside it), against the service's line rate:
+the same shards fetched whole by plain boto3 in 16 threads, through the same proxy that adds the latency. "1 MB
+requests" is that in pieces of a sample's size, the most that reading samples one by one can reach. "blocks" is this
+loader with store.block_bytes and an empty cache, one epoch, counted from the start, for its first batch brings more
+than itself.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from benchmarks.loader_rivals import BATCH, NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES
 
 EPOCHS = 2  # of the runs from S3, where a worker's start takes long
 BLOCK = 8 << 20
+REQUESTS = {"line rate": BLOCK, "1 MB requests": 1 << 20}  # by plain boto3
 PACKAGES = {"energon": "megatron-energon", "mds": "mosaicml-streaming"}  # where the name is another
 
 
@@ -119,8 +123,8 @@ def read_all(batches: Batches, epochs: int = 1) -> dict[str, float]:
     }
 
 
-def line_rate(url: str) -> dict[str, float]:
-    """Every shard fetched whole, as often as there are epochs, by plain boto3: ranges of 8 MiB in 16 threads."""
+def line_rate(url: str, request_bytes: int) -> dict[str, float]:
+    """Every shard fetched whole, as often as there are epochs, by plain boto3: ranges of this size in 16 threads."""
     from concurrent.futures import ThreadPoolExecutor
 
     import boto3
@@ -132,10 +136,10 @@ def line_rate(url: str) -> dict[str, float]:
     )
     found = client.list_objects_v2(Bucket=bucket, Prefix=prefix + "/")["Contents"]
     shards = [(each["Key"], each["Size"]) for each in found if each["Key"].endswith(".tar")]
-    ranges = [(key, begin) for key, size in EPOCHS * shards for begin in range(0, size, 8 << 20)]
+    ranges = [(key, begin) for key, size in EPOCHS * shards for begin in range(0, size, request_bytes)]
 
     def get(part: tuple[str, int]) -> int:
-        span = f"bytes={part[1]}-{part[1] + (8 << 20) - 1}"
+        span = f"bytes={part[1]}-{part[1] + request_bytes - 1}"
         return len(client.get_object(Bucket=bucket, Key=part[0], Range=span)["Body"].read())
 
     begun = time.perf_counter()
@@ -149,11 +153,13 @@ def one(name: str, url: str, order: str, num_workers: int) -> dict[str, float]:
     """One run, in this process."""
     from latte_scale.store import StoreSettings
 
-    if name == "line rate":
-        return line_rate(url)
-    if name == "blocks":  # an empty cache each time
+    if name in REQUESTS:
+        return line_rate(url, REQUESTS[name])
+    if name == "blocks":
         with tempfile.TemporaryDirectory() as cache:
-            return read_all(read_ours(url, order, num_workers, store=StoreSettings(cache_dir=cache, block_bytes=BLOCK)))
+            settings = StoreSettings(cache_dir=cache, block_bytes=BLOCK)
+            found = read_all(read_ours(url, order, num_workers, store=settings))
+        return {**found, "rest_mb_per_s": found["mb_per_s"]}
     if url.startswith("s3://"):
         return read_all(read_ours(url, order, num_workers, EPOCHS), EPOCHS)
     return read_all(LOADERS[name][1](url, order, num_workers))
@@ -228,8 +234,8 @@ def compare_s3(
         try:
             environ = {"AWS_ENDPOINT_URL": proxy.stdout.readline().strip()}
             runs: dict[tuple[str, int], list] = {
-                ("line rate", 0): [],
-                **{("latte_scale", each): [] for each in workers},
+                **{(each, 0): [] for each in REQUESTS},
+                **{(name, each): [] for name in ("latte_scale", "blocks") for each in workers},
             }
             for _ in range(repeats):
                 for (name, num_workers), results in runs.items():
@@ -241,7 +247,7 @@ def compare_s3(
         for (name, num_workers), results in runs.items():
             share = statistics.median(run["rest_mb_per_s"] for run in results) / line
             first = statistics.median(run["first_s"] for run in results)
-            label = f"{latency:g} ms | {name if name == 'line rate' else f'{name}, {num_workers} workers'}"
+            label = f"{latency:g} ms | {name if name in REQUESTS else f'{name}, {num_workers} workers'}"
             print(row(label, results, f"{share:.0%} | {first:.2f} s |", "rest_mb_per_s"), flush=True)
 
 
