@@ -21,7 +21,14 @@ from latte_scale.conditioning import NUM_BANDS, ModelInputs, band_of
 from latte_scale.engine.base import StepResult
 from latte_scale.engine.dist import Ranks
 from latte_scale.run.folder import StopRunError
-from latte_scale.run.metrics import MetricsFile, SpikeDetector, Throughput, memory_bytes, peak_flops
+from latte_scale.run.metrics import (
+    MetricsFile,
+    SpikeDetector,
+    Throughput,
+    memory_bytes,
+    peak_flops,
+    worker_memory_bytes,
+)
 
 logger = logging.getLogger("latte_scale")
 
@@ -223,6 +230,7 @@ class Journal:
             "num_skipped": len(self.progress.skipped_steps),
             "save_failed": int(values["save_failed"]),
             "memory_gib": memory_bytes(self._device) / 2**30,
+            "worker_memory_gib": [size / 2**30 for size in worker_memory_bytes()],  # rank 0's, flat if all is well
             **self.throughput.summary(ended_at_s, self._num_devices, self._peak),
             "time": time.time(),
         }

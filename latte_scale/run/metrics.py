@@ -7,6 +7,7 @@ hands them out while the next step already runs, so a logged line is written one
 
 import json
 import math
+import multiprocessing
 import os
 import statistics
 from collections import deque
@@ -198,6 +199,18 @@ class Throughput:
             rates["mfu"] = utilization(self.model_flops, seconds, num_devices, peak)
             rates["hfu"] = utilization(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
         return rates
+
+
+def worker_memory_bytes() -> list[int]:
+    """What each child process of this one, so each worker of its loader, holds of memory of its own; oldest first."""
+    found = []
+    for child in sorted(multiprocessing.active_children(), key=lambda each: each.pid):
+        try:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+        except OSError:  # it ended just now, or this is not Linux
+            continue
+        found += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")]
+    return found
 
 
 def memory_bytes(device: torch.device) -> int:

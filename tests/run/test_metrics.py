@@ -1,6 +1,7 @@
 """Metrics: the file survives kills and rewinds, MFU is never a guess, numbers come back one step late."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -67,6 +68,18 @@ def test_rewind_of_nothing(tmp_path):
 
 def test_memory_of_this_process_is_plausible():
     assert 50e6 < metrics.memory_bytes(torch.device("cpu")) < 1e12
+
+
+def test_the_memory_of_each_child_is_seen_while_it_lives():
+    ended = multiprocessing.Event()
+    children = [multiprocessing.Process(target=ended.wait) for _ in range(2)]
+    for child in children:
+        child.start()
+    found = metrics.worker_memory_bytes()
+    ended.set()
+    for child in children:
+        child.join()
+    assert len(found) == 2 and all(1e6 < size < 1e11 for size in found) and metrics.worker_memory_bytes() == []
 
 
 def test_a_spike_is_told_once_and_ordinary_noise_never():
