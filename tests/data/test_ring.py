@@ -22,6 +22,10 @@ class Made:
     small: Tensor
     none: Tensor | None = None
 
+    def pin_memory(self) -> "Made":
+        """A copy of the tensors, as in page-locked memory."""
+        return Made(self.name, self.big.clone(), self.small.clone())
+
 
 def make(ring: Ring, number: int, worker: int = 0) -> Packed | Made:
     """What a worker does: `big` is made in the room, `small` elsewhere."""
@@ -59,6 +63,14 @@ def test_a_slot_is_free_again_when_the_last_tensor_over_it_is_gone():
     del array
     third = make(ring, 3)
     assert isinstance(third, Packed) and holds(third.unpack(), 3) and holds(first, 1)
+
+
+def test_a_slot_is_free_as_soon_as_its_batch_is_pinned():
+    """Page-locked memory is a copy: the pinning thread gives the slot back at once."""
+    ring = Ring(1, 1, 4096)
+    pinned = make(ring, 1).pin_memory()
+    packed = make(ring, 2)
+    assert isinstance(packed, Packed) and holds(packed.unpack(), 2) and holds(pinned, 1)
 
 
 def test_workers_have_slots_of_their_own():

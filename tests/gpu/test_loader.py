@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
@@ -9,6 +10,7 @@ from tests.data.loading import SEED
 from tests.data.making import VIDEO, make_latents
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch.cuda.is_available() is False")
 def test_batches_of_workers_are_pinned_and_copied_while_slots_are_used_again(tmp_path):
     make_latents(tmp_path)
     settings = DataSettings(str(tmp_path), 2)
