@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.process
 import signal
@@ -34,6 +35,8 @@ from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import ManifestError, VideoSettings
 from latte_scale.data.shares import check_ranks, micro_batch_shape, rank_range
 from latte_scale.store import StoreSettings
+
+log = logging.getLogger(__name__)
 
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -247,7 +250,10 @@ class Loader:
         if num_workers and multiprocessing.get_start_method() == "fork":
             # Each worker may be `prefetch` micro-batches ahead; the caller holds those of two steps for a moment.
             slots_each = self._settings.prefetch + -(-2 * self._source.max_parts // num_workers)
-            self._source.ring = Ring(num_workers, slots_each, self._source.max_bytes)
+            try:
+                self._source.ring = Ring(num_workers, slots_each, self._source.max_bytes)
+            except OSError as error:  # a system that promises no more memory than it has
+                log.warning("no shared memory for %d micro-batches (%s): reading is slower", slots_each, error)
         others = multiprocessing.active_children()
         self._iterator = iter(self._loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in others]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from latte_scale.data import loader as loader_module
 from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets
 from latte_scale.data.ring import Packed, Ring, Room, pack
-from tests.data.loading import SEED
+from tests.data.loading import SEED, ids, load
 from tests.data.making import VIDEO, make_latents
 
 
@@ -119,6 +120,16 @@ def test_a_loader_uses_few_slots_and_a_caller_may_keep_everything(tmp_path, pref
     for batch in kept + later:
         for row, name in enumerate(batch.sample_ids):
             assert (batch.mean_BFCHW[row] == (int(name[-6:]) if name else 0)).all()
+
+
+def test_a_system_without_memory_to_promise_gets_its_batches_slower(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(loader_module, "Ring", refuse)
+    make_latents(tmp_path)
+    assert ids(load(tmp_path, 2, num_workers=1)) == ids(load(tmp_path, 2))
+    assert "no shared memory" in caplog.text
 
 
 def test_room_without_a_slot_is_ordinary_memory():
