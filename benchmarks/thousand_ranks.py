@@ -18,8 +18,8 @@ from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.shares import micro_batch_slots, slots
 from latte_scale.engine.fsdp2 import row_range
 from latte_scale.estimate.hardware import DEVICES, Cluster
-from latte_scale.estimate.memory import weights_of
 from latte_scale.estimate.timing import scaled, timing
+from latte_scale.estimate.weights import weights_of
 
 RANKS = 1024
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -12,6 +12,7 @@ anything else. Rank 0 also writes code and reason to `exit.json`, because launch
 
 import argparse
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, N
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
+
+PROFILED_STEPS = 5  # of `--profile` without a number
 
 
 def train(
@@ -380,6 +383,10 @@ def tell_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], folde
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    words = list(sys.argv[1:] if argv is None else argv)
+    for place, following in enumerate(words[1:]):
+        if words[place] == "--profile" and "=" in following:  # a setting: the number was left out
+            words[place] = f"--profile={PROFILED_STEPS}"
     parser = argparse.ArgumentParser(prog="latte-scale train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
@@ -394,13 +401,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--profile",
         nargs="?",
         type=int,
-        const=5,
+        const=PROFILED_STEPS,
         default=0,
         metavar="N",
-        help="trace N steps (5) into RUN/profile and say where their time went",
+        help=f"trace N steps ({PROFILED_STEPS}) into RUN/profile and say where their time went",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

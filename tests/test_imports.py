@@ -43,7 +43,8 @@ MAY_IMPORT = {
     # What a report page is made of: it only reads run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
-    # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches.
+    # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches, as one rank of a
+    # sequence group, and follows what the engines and the optimizer's groups do with the weights.
     "estimate": {
         "estimate",
         "bench.inputs",
@@ -52,10 +53,13 @@ MAY_IMPORT = {
         "data.shares",
         "diffusion",
         "encoders",
+        "engine.activations",
         "engine.base",
         "engine.fsdp2",
+        "engine.parallel.sequence",
         "losses",
         "model",
+        "optim",
         "run.metrics",
         "settings",
     },

@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--json", metavar="FILE", help="keep the lines here")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
 def launched(config: Config) -> tuple[list[Line], Ranks | None]:
@@ -91,7 +91,7 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
     several_hosts, first_here = ranks.size > local_size, ranks.local_rank == 0
     has_gpu = ranks.device.type == "cuda"
     checks = {
-        "world": lambda: stored.world_lines(config, ranks.size),
+        "world": lambda: stored.world_lines(config, ranks.size, max(1, ranks.size // local_size)),
         "device": lambda: software.device_lines(ranks.device, local_size, environ),
         "driver": lambda: software.driver_lines(ranks.device),
         "libraries": lambda: software.requirement_lines(config),

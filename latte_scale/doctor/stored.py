@@ -180,17 +180,20 @@ def rate_lines(rates: dict[str, tuple[float, float]], config: Config) -> list[Li
     return [Line("ok", "reading", found)]
 
 
-def world_lines(config: Config, size: int) -> list[Line]:
-    """Whether this number of ranks can train this config."""
+def world_lines(config: Config, size: int, num_hosts: int) -> list[Line]:
+    """Whether this number of ranks, on so many hosts, can train this config."""
     engine, group = config.engine, config.sample_group
     if engine.kind == "single" and size > 1:
         remedy = "set engine.kind to fsdp2 or zero, or start one rank"
         return [Line("fault", "world", f"engine.kind=single runs on one rank, {size} were started", remedy)]
-    if size % engine.sequence_parallel:
-        found = f"{size} ranks are no whole groups of engine.sequence_parallel={engine.sequence_parallel}"
-        if size == 1:
-            return [Line("ok", "world", f"{found}: looked at again as all ranks of the job")]
-        return [Line("fault", "world", found, f"start a multiple of {engine.sequence_parallel} ranks")]
+    copies = num_hosts if engine.replicate == "node" else engine.replicate
+    for key, count in (("sequence_parallel", engine.sequence_parallel), ("replicate", copies)):
+        if size % count:
+            asked = f"engine.{key}={getattr(engine, key)}"
+            found = f"{size} rank{'s' * (size > 1)}, no multiple of the {count} that {asked} asks for"
+            if size == 1:
+                return [Line("ok", "world", f"{found}: looked at again as all ranks of the job")]
+            return [Line("fault", "world", found, f"start a multiple of {count} ranks, or change engine.{key}")]
     shares = size // engine.sequence_parallel
     try:
         rank_range(config.train.global_batch, 0, shares, group)

@@ -1,166 +1,155 @@
-"""What autograd keeps for the backward pass, and what a backward pass needs beside it, without any memory of that size.
+"""The log of a step of the whole model, from recordings of a few of its blocks.
 
-In: a config and a micro-batch. Out: bytes. The decision worth knowing: nothing here is a formula of the layers. The
-trainer's own loss runs forward and backward on fake tensors (shapes and types, no data) with one and two units of
-blocks and one and two clips, every allocation is followed, and the rest is extrapolated: each further one costs as
-much. So a change of the model, of autocast or of checkpointing changes the estimate with it.
-
-The fakes lie on the CPU, because torch's CPU build cannot run autograd on fakes of a GPU. What is kept is the same for
-this model: attention keeps q, k, v, its output and one fp32 number a query under either of flash attention's kernels
-(a GPU takes the memory-efficient kernel for the masked cross-attention, which keeps the same), and autocast rounds the
-same products to bf16. Scratch inside GPU kernels is not seen: flash attention's backward has an fp32 gradient of q.
+In: a config and the clips of a micro-batch. Out: the `Entry`s of one forward and backward, all blocks counted. The
+decision worth knowing: a model is recorded with at most three units of blocks of a kind, and the middle one is repeated
+as often as the model has more; a large micro-batch is extrapolated from those of two and three clips, entry by entry.
+A micro-batch of one to three clips is recorded as it is: torch copies at other places when there is only one.
 """
 
 import functools
-import weakref
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
-
-from latte_scale.bench.inputs import micro_batch
-from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config
-from latte_scale.diffusion.loss import schedule_of
-from latte_scale.engine.base import prepare
-from latte_scale.losses import losses_of, share_of
-from latte_scale.model.build import build_model
+from latte_scale.estimate.recording import MODEL, Entry, record
+
+RECORDED_UNITS = 3  # first, one in the middle, last
+RECORDED_CLIPS = (2, 3)  # micro-batches from which larger ones are extrapolated
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one micro-batch on one rank that holds its clips whole."""
+class Unit(NamedTuple):
+    """Consecutive blocks of a recorded model, and how often they come in the whole one."""
 
-    kept: int  # between forward and backward
-    peak: int  # largest of a forward and backward, `kept` included, gradients of weights not
-    last: int  # the peak near the end of the backward pass, with one unit of blocks to go
-    last_kept: int  # what of that was kept
-    on_host: int  # kept in host memory instead
-
-    @property
-    def workspace(self) -> int:
-        """What the backward pass needs beside what was kept: gradients of activations, and recomputed ones."""
-        return self.peak - self.kept
+    blocks: range
+    times: int
 
 
-def activations(config: Config, batch: int) -> Activations:
-    """Of a micro-batch of `batch` clips of the config's size, in its precision and kind of checkpointing.
+def activations(config: Config, batch: int) -> tuple[Entry, ...]:
+    """The log of a micro-batch of `batch` clips, of this rank's part of them, in the config's precision.
 
-    Compiled blocks keep less than this: torch.compile chooses what to keep, which is not looked at here. Offloaded
-    inputs of blocks are taken to be on the host but for those of two units, one at work and one on its way; no GPU was
-    at hand to see it.
+    Compiled blocks keep less than this: torch.compile chooses what to keep, which is not looked at here.
     """
-    kept, peak = zip(*(_at_batch(config, units, batch) for units in (1, 2)), strict=True)
-    units = num_units(config)
-    held = min(units, 2) if config.engine.activation_checkpointing == "offload" else units
-    return Activations(
-        kept=_extrapolate(held, *kept),
-        peak=_extrapolate(held, *peak),
-        last=peak[0],
-        last_kept=kept[0],
-        on_host=_extrapolate(units, *kept) - _extrapolate(held, *kept),
-    )
-
-
-def num_units(config: Config) -> int:
-    """Units of blocks that repeat: pairs of a spatial and a temporal block, or single blocks that do both."""
-    if config.model.kind == "latte_t2v":
-        return config.model.num_layers
-    return config.model.depth // _blocks_a_unit(config)
-
-
-def _blocks_a_unit(config: Config) -> int:
-    return 2 if config.model.variant in ("interleaved", "late_fusion") else 1
-
-
-def _extrapolate(count: int, at_1: int, at_2: int) -> int:
-    return at_1 + (count - 1) * (at_2 - at_1)
-
-
-def _at_batch(config: Config, units: int, batch: int) -> tuple[int, int]:
-    """Bytes kept and at the peak with so many units of blocks."""
-    stripped = _stripped(config)
-    at_1 = _run(stripped, units, 1)
-    if batch == 1:
-        return at_1
-    return tuple(_extrapolate(batch, *values) for values in zip(at_1, _run(stripped, units, 2), strict=True))
+    return _unrolled(_stripped(config), batch)
 
 
 def _stripped(config: Config) -> Config:
-    """The config with everything equal that changes no shape, so that it is run once."""
+    """The config with everything equal that changes no shape, so that it is recorded once."""
     contrastive = replace(config.contrastive, group=2) if config.contrastive.weight else config.contrastive
-    engine = replace(config.engine, kind="single", cpu_offload=False, compile=False, sequence_parallel=1, replicate=1)
+    engine = config.engine
+    engine = type(engine)(
+        kind="fsdp2",
+        activation_checkpointing=engine.activation_checkpointing,
+        checkpointed_share=engine.checkpointed_share,
+        sequence_parallel=engine.sequence_parallel,
+    )
     train = replace(config.train, micro_batch=1, global_batch=1, steps=1, warmup_steps=0)
     return replace(config, engine=engine, train=train, contrastive=contrastive)
 
 
 @functools.lru_cache(maxsize=256)
-def _run(config: Config, units: int, batch: int) -> tuple[int, int]:
-    """(bytes kept, bytes at the peak) of one forward and backward on fake tensors."""
-    with FakeTensorMode():
-        model = build_model(_with_units(config, units).model, torch.Generator().manual_seed(0))
-        prepare(model, model.repeated_blocks(), config.engine, config.train.precision, "cpu")
-        config = replace(config, train=replace(config.train, micro_batch=batch, global_batch=batch))
-        for parameter in model.parameters():  # gradients of weights are counted elsewhere
-            parameter.register_post_accumulate_grad_hook(_drop_grad)
-        with Allocations(list(model.parameters())) as allocations:
-            inputs, schedule = _inputs(config), schedule_of(config.diffusion)
-            share = share_of(config, inputs, *losses_of(config, model, schedule, inputs))
-            kept = allocations.now
-            share.backward()
-        return kept, allocations.peak
+def _unrolled(config: Config, batch: int) -> tuple[Entry, ...]:
+    small, units = recorded_model(config)
+    if batch <= RECORDED_CLIPS[-1]:
+        entries = _recorded(small, batch)
+    else:
+        entries = _extrapolated(*(_recorded(small, clips) for clips in RECORDED_CLIPS), batch)
+    return tuple(compressed(unrolled(entries, units)))
 
 
-def _inputs(config: Config) -> ModelInputs:
-    """A synthetic micro-batch; clips that are continued have a timestep for each frame."""
-    inputs = micro_batch(config, torch.device("cpu"), torch.Generator().manual_seed(0), "full")
-    if not config.train.known_frames.share:
-        return inputs
-    batch, _, frames = inputs.latents_BCFHW.shape[:3]
-    return replace(inputs, known_BF=torch.zeros(batch, frames, dtype=torch.bool))
+@functools.lru_cache(maxsize=64)
+def _recorded(config: Config, batch: int) -> list[Entry]:
+    return record(config, batch)
 
 
-def _with_units(config: Config, units: int) -> Config:
-    if config.model.kind == "latte_t2v":
-        return replace(config, model=replace(config.model, num_layers=units))
-    return replace(config, model=replace(config.model, depth=units * _blocks_a_unit(config)))
+def _extrapolated(at_2: list[Entry], at_3: list[Entry], batch: int) -> list[Entry]:
+    """Each further clip costs as much. The two logs tell the same story: only sizes differ."""
+    assert len(at_2) == len(at_3), "two clips and three are computed in different ways: extrapolate from others"
+    found = []
+    for two, three in zip(at_2, at_3, strict=True):
+        sizes = (one + (batch - 2) * (other - one) for one, other in zip(two[1:], three[1:], strict=True))
+        found.append(Entry(two.what, *sizes))
+    return found
 
 
-def _drop_grad(parameter: Tensor) -> None:
-    parameter.grad = None
+def recorded_model(config: Config) -> tuple[Config, list[Unit]]:
+    """The config with a model of few blocks, and which of its blocks stand for how many.
+
+    A unit is a pair of a spatial and a temporal block where they alternate, else a block. Blocks that are checkpointed
+    and blocks that are not (engine.checkpointed_share) are units of two kinds. late_fusion has its temporal blocks
+    after the spatial ones: two kinds as well, whose checkpointed share is taken to be the same.
+    """
+    is_t2v = config.model.kind == "latte_t2v"
+    variant = "interleaved" if is_t2v else config.model.variant
+    paired = 2 if variant in ("interleaved", "late_fusion") else 1
+    count = config.model.num_layers if is_t2v else config.model.depth // paired
+    share = config.engine.checkpointed_share if config.engine.activation_checkpointing != "none" else 1.0
+    checkpointed = round(share * count)
+    stretches = [length for length in (checkpointed, count - checkpointed) if length]
+    kept = [min(length, RECORDED_UNITS) for length in stretches]
+    size = {"num_layers": sum(kept)} if is_t2v else {"depth": paired * sum(kept)}
+    engine = replace(config.engine, checkpointed_share=kept[0] / sum(kept) if checkpointed else 0.0)
+    times = [number for length in stretches for number in _times(length)]
+    if variant == "late_fusion":
+        return replace(config, model=replace(config.model, **size), engine=engine), _units(times * 2, 1)
+    return replace(config, model=replace(config.model, **size), engine=engine), _units(times, paired)
 
 
-class Allocations(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made while it is entered."""
+def _times(length: int) -> list[int]:
+    return [1] * length if length <= RECORDED_UNITS else [1, length - 2, 1]
 
-    def __init__(self, existing: list[Tensor]) -> None:
-        """`existing`: tensors that were there before, whose views are no allocations."""
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self._known = WeakIdKeyDictionary()
-        for tensor in existing:
-            self._known[tensor.untyped_storage()] = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return result
+def _units(times: Sequence[int], size: int) -> list[Unit]:
+    return [Unit(range(index * size, (index + 1) * size), number) for index, number in enumerate(times)]
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, size)
 
-    def _free(self, size: int) -> None:
-        self.now -= size
+def unrolled(entries: Sequence[Entry], units: Sequence[Unit]) -> Iterator[Entry]:
+    """The log of the whole model: what lies between a unit's beginning and the next one's comes as often as the unit.
+
+    Blocks get the numbers that they have in the whole model. What is in no block is repeated with the unit in which it
+    happened, but for gradients of its weights: they come once.
+    """
+    forward = [entries.index(("enter", unit.blocks[0], 0)) for unit in units]
+    backward = [entries.index(("back", unit.blocks[-1], 0)) for unit in reversed(units)]
+    cuts = [*forward, *backward, len(entries)]
+    order = [*units, *reversed(units)]
+    yield from entries[: cuts[0]]
+    first, done = 0, set()
+    for number, (unit, start, stop) in enumerate(zip(order, cuts[:-1], cuts[1:], strict=True)):
+        for _ in range(unit.times):
+            first -= len(unit.blocks) if number >= len(units) else 0
+            for entry in entries[start:stop]:
+                if entry.what in ("gradient", "complete") and entry.first == MODEL:
+                    if entry in done:
+                        continue
+                    done.add(entry)
+                yield entry if entry.what == "change" or entry.first == MODEL else _moved(entry, first - unit.blocks[0])
+            first += len(unit.blocks) if number < len(units) else 0
+
+
+def _moved(entry: Entry, by: int) -> Entry:
+    return Entry(entry.what, entry.first + by, entry.second)
+
+
+def compressed(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The same log with two changes for each stretch of them: to where most was allocated, and from there to the end.
+
+    Nothing else happens in between, so the largest sum with the engine's own memory is found just as well.
+    """
+    now, most = (0, 0), (0, 0)
+    for entry in entries:
+        if entry.what == "change":
+            now = now[0] + entry.first, now[1] + entry.second
+            most = max(most, now, key=sum)
+            continue
+        yield from _two_changes(most, now)
+        now = most = (0, 0)
+        yield entry
+    yield from _two_changes(most, now)
+
+
+def _two_changes(most: tuple[int, int], end: tuple[int, int]) -> Iterator[Entry]:
+    if most != (0, 0):
+        yield Entry("change", *most)
+    if end != most:
+        yield Entry("change", end[0] - most[0], end[1] - most[1])

@@ -56,10 +56,14 @@ def recommend(config: Config, cluster: Cluster, efficiency: float | None = None)
 
     None if nothing fits.
     """
-    choices = [examine(each, cluster, efficiency) for each in candidates(config, cluster)]
-    fitting = [choice for choice in choices if choice.memory.needed <= cluster.device.memory_bytes]
-    limit_s = EQUALLY_FAST * min((choice.timing.step_s for choice in fitting), default=0.0)
-    fast = [choice for choice in fitting if choice.timing.step_s <= limit_s]
+    timed = [(timing(each, cluster, efficiency).step_s, each) for each in candidates(config, cluster)]
+    fast: list[Choice] = []
+    for step_s, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to find out than time
+        if fast and step_s > EQUALLY_FAST * fast[0].timing.step_s:
+            break
+        choice = examine(each, cluster, efficiency)
+        if choice.memory.needed <= cluster.device.memory_bytes:
+            fast.append(choice)
     return min(fast, key=lambda choice: (choice.config.engine.kind == "zero", choice.memory.total), default=None)
 
 

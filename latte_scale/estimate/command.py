@@ -18,9 +18,10 @@ from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
 from latte_scale.estimate.advice import Choice, examine, recommend, yaml_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, find_device
-from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES, micro_batches, weights_of
+from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES, micro_batches
 from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
 from latte_scale.estimate.traffic import REACHED
+from latte_scale.estimate.weights import weights_of
 from latte_scale.settings import SettingsError
 
 FITS, TOO_BIG, STOP = 0, 1, 78

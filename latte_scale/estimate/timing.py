@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from latte_scale.bench.inputs import latent_sides
 from latte_scale.config import Config
 from latte_scale.estimate.hardware import Cluster, Device
-from latte_scale.estimate.memory import data_ranks, micro_batches, padded_bytes, reshards, shard_ranks, weights_of
+from latte_scale.estimate.memory import data_ranks, micro_batches, reshards, shard_ranks
 from latte_scale.estimate.traffic import Collective
+from latte_scale.estimate.weights import padded_bytes, weights_of
 from latte_scale.losses import recompute_share
 from latte_scale.model.flops import num_flops
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from latte_scale import doctor
+from latte_scale.config import load_config
+from latte_scale.doctor.stored import world_lines
 from latte_scale.engine import shutdown
 from tests.conftest import ROOT
 
@@ -197,3 +199,20 @@ def test_a_slow_rank_is_named(data_sets, tmp_path):
     assert line["level"] != "ok" and line["found"].startswith("rank 1 ("), output  # how much, other work decides
     assert codes == [record["code"]] * 2, output
     assert {each["check"] for each in record["lines"]} >= {"all-reduce", "clocks", "same", "shared"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "num_hosts", "level"),
+    [
+        ("engine.replicate=2", 6, 1, "ok"),
+        ("engine.replicate=4", 6, 1, "fault"),
+        ("engine.replicate=4", 1, 1, "ok"),  # alone, before the launch
+        ("engine.replicate=node", 6, 4, "fault"),
+        ("engine.sequence_parallel=4", 6, 1, "fault"),
+    ],
+)
+def test_ranks_that_cannot_be_cut_into_copies_or_groups(setting, size, num_hosts, level):
+    config = load_config(CONFIG, ["data.url=none", "engine.kind=fsdp2", setting])
+    (line,) = world_lines(config, size, num_hosts)
+    assert line.level == level
+    assert level == "ok" or setting in line.found

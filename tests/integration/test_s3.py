@@ -1,5 +1,6 @@
 """The whole path with s3:// where a folder stood: shard, encode, verify, index, train; and a service that breaks."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,9 @@ import time
 import pytest
 
 from data_tools.cli import main as latte_data
-from latte_scale import ckpt
+from latte_scale import ckpt, doctor
 from latte_scale.data.schema import MANIFEST
+from latte_scale.engine import shutdown
 from latte_scale.run.metrics import read_metrics
 from latte_scale.sample import main as sampling
 from latte_scale.store import open_store
@@ -192,3 +194,28 @@ def test_a_run_with_its_checkpoints_in_the_store_is_killed_and_goes_on(s3, data_
     assert run_in_process(tmp_path / "next", data_sets.latents, f"model.init={there}", "train.steps=1") == 0
     sample = ["--checkpoint", there, "--prompt", "a red circle", "--out", str(tmp_path / "samples"), "--steps", "2"]
     assert sampling(sample) == 0 and list((tmp_path / "samples").glob("*.mp4"))
+
+
+def test_doctor_looks_at_data_and_checkpoints_in_the_store(s3, latents, tmp_path):
+    """And says which of two places does not answer as it should."""
+    out = tmp_path / "doctor.json"
+    words = ["--config", str(ROOT / "configs" / "tiny_cpu.yaml"), "--json", str(out), f"run.dir={tmp_path / 'run'}"]
+    words += [f"data.url={latents}", f"checkpoint.dir={s3.url}/checkpoints"]
+
+    def ask() -> tuple[int, dict[str, dict]]:
+        code = doctor.main(words)
+        shutdown()
+        return code, {line["check"]: line for line in json.loads(out.read_text())["lines"]}
+
+    code, lines = ask()
+    assert code == 0, lines
+    assert lines["data"]["found"].startswith("60 samples, 3 shards of s3://")
+    assert "3 of 3 shards and 12 samples read" in lines["shards"]["found"]
+    assert lines["writing"]["level"] == "ok" and "s3://" in lines["writing"]["found"]
+    assert not open_store(f"{s3.url}/checkpoints").list()  # it leaves nothing behind
+
+    s3.fail("answer", match=r"(PUT|POST) .*checkpoints", status=403, code="AccessDenied", times=100)
+    code, lines = ask()
+    assert code == 1 and lines["writing"]["level"] == "fault", lines
+    assert "access is denied" in lines["writing"]["found"] and "AWS_ACCESS_KEY_ID" in lines["writing"]["remedy"]
+    assert lines["data"]["level"] == "ok"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from latte_scale import train
 from latte_scale.run.metrics import read_metrics
 from latte_scale.run.profile import PARTS, parts_of, stragglers, union
 from tests.conftest import run_in_process
@@ -93,3 +94,17 @@ def test_the_trace_and_the_table_of_a_real_run(two_runs) -> None:
     for part in ("compute", "data wait", "checkpoint", "host"):  # step 4 is saved, within the trace of steps 3 to 5
         assert seconds[part] > 0, part
     assert seconds["exposed communication"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["--profile", "a.b=1"], 5),  # a setting, not the number
+        (["--profile", "8", "a.b=1"], 8),
+        (["a.b=1", "--profile"], 5),
+        (["a.b=1"], 0),
+    ],
+)
+def test_the_number_of_profiled_steps_may_be_left_out_before_a_setting(words, steps):
+    args = train.parse_args(["--config", "x.yaml", *words])
+    assert args.profile == steps and args.overrides == ["a.b=1"]

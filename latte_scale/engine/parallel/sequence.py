@@ -47,6 +47,16 @@ class SequenceGroup:
         """
         return ClipShare(self, num_frames, frames_per_token)
 
+    def exchange(
+        self, received: Tensor, sent: Tensor, received_sizes: Sequence[int], sent_sizes: Sequence[int]
+    ) -> None:
+        """One all-to-all of flat tensors, part r to and from rank r of the group. A collective of the group."""
+        dist.all_to_all_single(received, sent, list(received_sizes), list(sent_sizes), group=self.group)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add a tensor over the group in place. A collective of the group."""
+        dist.all_reduce(tensor, group=self.group)
+
 
 def make_sequence_group(ranks: Ranks, size: int, timeout_s: float) -> SequenceGroup:
     """Groups of `size` consecutive ranks, which a launcher places on one machine. A collective.
@@ -161,7 +171,7 @@ def switch(
         shapes.append(shape)
     sizes = [torch.Size(shape).numel() for shape in shapes]
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group.group)
+    group.exchange(received, sent, sizes, [part.numel() for part in parts])
     pieces = [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
     return torch.cat(pieces, dim=join_axis)
 
@@ -175,7 +185,7 @@ class _Join(torch.autograd.Function):
         batch, channels, _, height, width = out_BOFHW.shape
         whole_BOFHW = out_BOFHW.new_zeros(batch, channels, sum(frames), height, width)
         _part(whole_BOFHW, 2, frames, group.rank).copy_(out_BOFHW)
-        dist.all_reduce(whole_BOFHW, group=group.group)  # exact: one rank has a number there and the others 0
+        group.sum_(whole_BOFHW)  # exact: one rank has a number there and the others 0
         return whole_BOFHW
 
     @staticmethod

@@ -1,0 +1,187 @@
+"""What DeepSpeed's ZeRO stage 3 allocates beside the activations of a step (0.19, deepspeed/runtime/zero).
+
+In: the weights, the ranks, the entries of a step's log. Out: entries in the ledger. Every weight is cut; the pieces lie
+there twice (stage3.py compares a device with a string, so it makes a master copy even of fp32 weights), beside a buffer
+for this rank's gradients. The decision worth knowing: it is the third step and later ones that are told, when DeepSpeed
+knows in which order weights are used (partitioned_param_coordinator.py). Then weights that come next are gathered
+ahead, in one buffer out of which each is copied, and stay if they are used again soon.
+"""
+
+import math
+from dataclasses import dataclass
+
+from latte_scale.config import Config
+from latte_scale.estimate.ledger import Ledger
+from latte_scale.estimate.recording import MODEL, Entry
+from latte_scale.estimate.weights import Weights
+from latte_scale.estimate.zero import NORM_BYTES, Place
+
+REUSED_WITHIN = 1_000_000_000  # elements used until then (stage3_max_reuse_distance): such weights stay gathered
+MOST_LIVE = 1_000_000_000  # elements gathered, beyond which nothing is gathered ahead (stage3_max_live_parameters)
+
+OUTPUT = -2  # in place of a block: the model's weights behind the blocks
+
+
+@dataclass
+class _Sent:
+    """Weights that were gathered ahead in one buffer."""
+
+    waiting: set[Place]  # not used yet
+    size: int  # bytes of the buffer
+    is_copied: bool = False
+
+
+class Gathered:
+    """Stage 3. Weights are used in the order in which they were defined; what comes behind the blocks is the output."""
+
+    def __init__(self, config: Config, weights: Weights, ledger: Ledger, num_gpus: int) -> None:
+        self._ledger, self._offloads = ledger, config.engine.cpu_offload
+        self._numel = {place: math.prod(weights.shape(*place)) for place in weights.order}
+        self._pieces = {place: -(-numel // num_gpus) for place, numel in self._numel.items()}
+        self._num_gpus, total, piece = num_gpus, sum(self._numel.values()), sum(self._pieces.values())
+        self._persistent = {
+            place for place, numel in self._numel.items() if numel <= config.engine.zero_persistent_elements
+        }
+        self._bucket = min(config.engine.zero_bucket_elements, total)
+        self._ahead = min(config.engine.zero_prefetch_elements, total)
+        states = {"optimizer": 12 * piece, "ema": 4 * piece * len(config.ema.decays), "gradients": 4 * piece}
+        if self._offloads:
+            ledger.host += sum(states.values())
+            states = {}
+        self._there = set(self._persistent)
+        there = 4 * sum(self._numel[place] for place in self._there)
+        ledger.change({"parameters": 4 * piece, "gathered": there, "communication": 4 * self._bucket} | states)
+        checkpointing = config.engine.activation_checkpointing
+        self._holds = config.train.precision == "fp32" and checkpointing == "none"  # autograd does, without a cast
+        self._set_order(weights, computed_again=checkpointing != "none")
+        self._sent_with: dict[Place, _Sent] = {}
+        self._used, self._next = 0, 0  # weights used in this micro-batch; and sent for, or passed over
+        self._filled: list[Place] = []
+
+    def _set_order(self, weights: Weights, computed_again: bool) -> None:
+        """When weights are used, and how many elements are used between the forward and the backward of a block."""
+        places = {
+            index: [(index, number) for number in range(len(shapes))] for index, shapes in enumerate(weights.blocks)
+        }
+        last = max(place for place, (block, _) in enumerate(weights.order) if block != MODEL)
+        places[MODEL] = [place for place in weights.order[:last] if place[0] == MODEL]
+        places[OUTPUT] = list(weights.order[last + 1 :])
+        self._of, self._last = places, len(weights.blocks) - 1
+        blocks = [MODEL, *range(len(weights.blocks)), OUTPUT]
+        self._order, self._back_at = [place for block in blocks for place in places[block]], {}
+        for block in reversed(blocks):
+            self._back_at[block] = len(self._order)
+            self._order += places[block]
+        visits, self._until_backward, passed = 3 if computed_again else 2, {}, 0
+        for block in reversed(blocks):
+            self._until_backward[block] = passed
+            passed += visits * sum(self._numel[place] for place in places[block])
+
+    def begin(self, is_last: bool) -> None:
+        """A micro-batch: weights are used from the first one on again."""
+        self._used, self._next = 0, 0
+
+    def on(self, entry: Entry) -> None:
+        """Follow DeepSpeed's hooks."""
+        if entry.what == "gradient":
+            self._ledger.add("gradients", 4 * self._numel[entry[1:]])
+        elif entry.what == "complete":
+            self._fill(entry[1:])
+        elif entry.what == "enter" or (entry.what == "back" and entry.first != MODEL):
+            self._use(entry.first)
+        elif entry.what == "back":
+            self._use(OUTPUT)
+        elif entry.what == "leave" and entry.first != MODEL:
+            if not self._stays(entry.first):
+                self._release(entry.first)
+            if entry.first == self._last:
+                self._use(OUTPUT)
+        elif entry.what == "passed":
+            self._release(entry.first)
+
+    def end(self) -> None:
+        """The backward pass is over."""
+        self._reduce()
+        self._release(OUTPUT)
+        self._release(MODEL)
+
+    def update(self) -> None:
+        """Norms one by one; then the gradients are laid end to end once more."""
+        if self._offloads:
+            return
+        largest = NORM_BYTES * max(self._pieces.values())
+        self._ledger.add("workspace", largest)
+        self._ledger.add("workspace", -largest)
+        self._ledger.add("gradients", 4 * sum(self._pieces.values()))
+        self._ledger.add("gradients", -4 * sum(self._pieces.values()))
+
+    def _use(self, block: int) -> None:
+        for place in self._of[block]:
+            self._use_one(place)
+
+    def _use_one(self, place: Place) -> None:
+        """Gather a weight unless it is there or on its way, and send for those that come next."""
+        sent = self._sent_with.pop(place, None)
+        if sent is None and place not in self._there:
+            self._there.add(place)  # alone it is gathered in place
+            self._ledger.add("gathered", 4 * self._numel[place])
+        elif sent is not None:
+            self._arrive(sent, place)
+        self._used += 1
+        self._next = max(self._next, self._used)
+        self._send_ahead()
+
+    def _arrive(self, sent: _Sent, place: Place) -> None:
+        """The first one that is waited for has all of its buffer copied out; the last one gives the buffer back."""
+        if not sent.is_copied:
+            sent.is_copied = True
+            self._there |= sent.waiting
+            self._ledger.add("gathered", 4 * sum(self._numel[other] for other in sent.waiting))
+        sent.waiting.remove(place)
+        if not sent.waiting:
+            self._ledger.add("communication", -sent.size)
+
+    def _send_ahead(self) -> None:
+        there = sum(self._numel[place] for place in self._there | self._sent_with.keys())
+        limit, elements, places = min(MOST_LIVE - there, self._ahead), 0, set()
+        while self._next < len(self._order) and elements < limit:
+            place = self._order[self._next]
+            self._next += 1
+            if place not in self._there and place not in self._sent_with and place not in places:
+                places.add(place)
+                elements += self._numel[place]
+        if places:
+            sent = _Sent(places, 4 * self._num_gpus * sum(self._pieces[place] for place in places))
+            self._ledger.add("communication", sent.size)
+            self._sent_with |= dict.fromkeys(places, sent)
+
+    def _stays(self, block: int) -> bool:
+        """After forward: is it used again soon, or was that use passed over because it is there?"""
+        soon = self._until_backward[block] < REUSED_WITHIN
+        return self._holds or soon or self._next > self._back_at[block]
+
+    def _release(self, block: int) -> None:
+        for place in self._of[block]:
+            if place in self._there and place not in self._persistent:
+                self._there.remove(place)
+                self._ledger.add("gathered", -4 * self._numel[place])
+
+    def _fill(self, place: Place) -> None:
+        """Move a gradient into the bucket; one larger than the bucket goes by itself."""
+        filled = sum(self._numel[other] for other in self._filled)
+        if self._filled and filled + self._numel[place] > self._bucket:
+            self._reduce()
+            filled = 0
+        self._filled.append(place)
+        if filled + self._numel[place] <= self._bucket:
+            self._ledger.add("gradients", -4 * self._numel[place])
+
+    def _reduce(self) -> None:
+        """The bucket is put into the order of the ranks in a buffer of its own."""
+        size = 4 * self._num_gpus * sum(self._pieces[place] for place in self._filled)
+        alone = len(self._filled) == 1 and self._numel[self._filled[0]] % self._num_gpus == 0
+        self._ledger.add("communication", 0 if alone else size)
+        self._ledger.add("communication", 0 if alone else -size)
+        if len(self._filled) == 1 and self._numel[self._filled[0]] > self._bucket:
+            self._ledger.add("gradients", -4 * self._numel[self._filled[0]])
+        self._filled = []
