@@ -71,7 +71,7 @@ def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
         lines.append(f"{row.bucket:<14}{names[row.dataset]:>5}{plan}{found}")
     lines += [f"data {name}: {url}" for url, name in names.items()]
     clips, used = sum(row.clips for row in rows), sum(row.used for row in rows)
-    lines.append(f"{steps:,} steps use {used:,} of {clips:,} clips; {clips - used:,} are left over")
+    lines.append(f"{steps:,} steps use {used:,} of {clips:,} clips, {clips - used:,} left over")
     return "\n".join([*lines, *warnings(rows)])
 
 

@@ -21,7 +21,7 @@ def load(url, steps: int = 4, num_workers: int = 0, video: VideoSettings = VIDEO
     )
     datasets = open_datasets(settings)
     options["images"] = open_images(settings, datasets)
-    plan = make_plan(settings, datasets, SEED, global_batch, side)
+    plan = make_plan(settings, datasets, SEED, global_batch, side, options.pop("costs", None))
     options = {"seed": SEED, "micro_batch": 3, **options}
     with Loader(settings, datasets, video, plan, **options) as loader:
         return [micro_batches for _, micro_batches in itertools.islice(loader, steps)]

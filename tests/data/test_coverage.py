@@ -50,7 +50,7 @@ def test_the_table_names_data_sets_and_sums_up(tmp_path):
     assert {line.split()[6] for line in lines[1:4]} == {"108"}  # latents a step: 12 x 9, 6 x 18, 3 x 36
     assert lines[4].startswith("data 0: ") and lines[4].endswith("/images")
     used = sum(row.used for row in coverage(plan, datasets, 10))
-    assert lines[-1] == f"10 steps use {used} of 65 clips; {65 - used} are left over"
+    assert lines[-1] == f"10 steps use {used} of 65 clips, {65 - used} left over"
 
 
 def test_sizes_that_are_never_trained_or_come_twice_in_a_step_are_told():

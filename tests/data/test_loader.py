@@ -6,17 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
 from latte_scale import settings as settings_reader
+from latte_scale.data.batches import MicroBatch
 from latte_scale.data.items import LoaderError
 from latte_scale.data.loader import DataSettings, Loader, SourceSettings, make_plan, open_datasets, resolve_settings
-from latte_scale.data.schema import ManifestError
+from latte_scale.data.schema import Manifest, ManifestError, save_manifest
+from latte_scale.data.shards import LatentSample
+from latte_scale.store import open_store
 from tests.data.loading import GLOBAL_BATCH, SEED, ids, keys, load
-from tests.data.making import VIDEO, More, make_latents, make_videos
+from tests.data.making import (
+    BUCKET,
+    OTHER_BUCKET,
+    SIDE,
+    VIDEO,
+    More,
+    latent_sample,
+    make_latents,
+    make_videos,
+    write_shards,
+)
 
 
 def test_the_order_is_the_plans_for_any_workers_ranks_micro_batch_and_start(tmp_path):
@@ -31,6 +45,38 @@ def test_the_order_is_the_plans_for_any_workers_ranks_micro_batch_and_start(tmp_
         assert len({len(step) for rank in ranks for step in rank}) == 1
         joined = [[name for rank in ranks for name in ids(rank)[step]] for step in range(6)]
         assert joined == golden
+
+
+def test_sizes_of_different_cost_have_batches_and_micro_batches_to_match(tmp_path):
+    """8 of the one and 4 of the other cost the same; 3 of the one fit at a time, or 1 of the other."""
+    make_latents(tmp_path / "clips", every_other_bucket=3)
+    images = [latent_sample(number, bucket=f"1x{SIDE}x{(1 + number % 2) * SIDE}") for number in range(30)]
+    manifest = make_latents(tmp_path / "images", bucket=f"1x{SIDE}x{SIDE}")
+    save_manifest(open_store(tmp_path / "images"), replace_shards(tmp_path / "images", manifest, images))
+    options = {"costs": {BUCKET: Fraction(1), OTHER_BUCKET: Fraction(2)}, "global_batch": 8}
+    options |= {"images": tmp_path / "images", "num_images": 2}
+    golden = load(tmp_path / "clips", 9, **options)
+    shapes = {step[0].bucket: [len(batch.index_B) for batch in step] for step in golden}
+    assert shapes == {BUCKET: [3, 3, 3], OTHER_BUCKET: [1, 1, 1, 1]}
+    assert len({name for step in ids(golden) for name in step}) == 20
+    for other in ({"num_workers": 2}, {"micro_batch": 8}, {"micro_batch": 1}):
+        found = load(tmp_path / "clips", 9, **options, **other)
+        assert (ids(found), image_ids(found)) == (ids(golden), image_ids(golden))
+    assert ids(load(tmp_path / "clips", 4, start_step=5, num_workers=1, **options)) == ids(golden)[5:]
+    ranks = [load(tmp_path / "clips", 9, rank=rank, size=3, **options) for rank in range(3)]
+    assert [[name for rank in ranks for name in ids(rank)[step]] for step in range(9)] == ids(golden)
+    assert [[name for rank in ranks for name in image_ids(rank)[step]] for step in range(9)] == image_ids(golden)
+    with pytest.raises(ValueError, match=f"bucket {OTHER_BUCKET}: 4 samples cost as much as train.global_batch 8"):
+        load(tmp_path / "clips", size=5, **options)
+
+
+def replace_shards(folder: Path, manifest: Manifest, samples: list[LatentSample]) -> Manifest:
+    """The manifest with other samples, which are written."""
+    return dataclasses.replace(manifest, shards=write_shards(open_store(folder), "latents", samples, 10))
+
+
+def image_ids(steps: list[list[MicroBatch]]) -> list[list[list[str]]]:
+    return [[row for batch in step for row in batch.image_ids if row[0]] for step in steps]
 
 
 @pytest.mark.parametrize(("size", "micro_batch"), [(1, 12), (1, 4), (2, 4), (3, 8)])

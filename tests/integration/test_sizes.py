@@ -69,7 +69,7 @@ def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "3", "--out", str(out)]) == 0
     assert out.read_bytes() == (unbroken.folder / "coverage.json").read_bytes()
     printed = capsys.readouterr().out
-    assert "steps use 40 of 40 clips; 0 are left over" in printed
+    assert "steps use 40 of 40 clips, 0 left over" in printed
     assert "4x16x24: 1 x 3 samples a step on each of 3 ranks" in printed
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "9"]) == 2
     assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
