@@ -151,7 +151,7 @@ def test_a_store_where_nothing_listens(train, bucket):
 
 
 def test_a_store_that_does_not_know_the_credentials(train, bucket):
-    assert_refused(bucket.run(train, AWS_SECRET_ACCESS_KEY="wrong"), "credentials")
+    assert_refused(bucket.run(train, AWS_SECRET_ACCESS_KEY="wrong"), "access is denied; check that AWS_ACCESS_KEY_ID")
 
 
 # ------------------------------------------------------------------------------------------------ others on the cluster
