@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	( grep -v '^torch==' constraints.txt; $(BIN)/pip freeze | grep '^torch==' ) > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,data,deepspeed,s3,serve,tensorboard,wandb]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps --target $(VENV)/mosaic $(MOSAIC)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps --upgrade --target $(VENV)/mosaic $(MOSAIC)
 	touch $(READY)
 
 quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resumed -> videos and a report

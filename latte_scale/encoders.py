@@ -30,6 +30,7 @@ ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
 MAX_PIXELS = 1 << 21  # of one forward pass: 8 frames of 512 x 512, about 12 GB of activations of the SD VAE in fp32
 TEXT_BATCH = 16  # captions of one forward pass
+MAX_CHARACTERS = 8192  # of a caption, as data_tools/captions.py keeps it; no text encoder reads that far
 SD_DOWNSCALE = 8  # pixels a latent of the SD VAE, with which Latte was trained
 
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
@@ -123,8 +124,11 @@ def are_local(settings: EncoderSettings) -> bool:
 
 
 def clean_caption(caption: str) -> str:
-    """The caption as the text encoder is given it: LattePipeline's rule without its optional web cleaning."""
-    return caption.lower().strip()
+    """The caption as the text encoder is given it: LattePipeline's rule without its optional web cleaning.
+
+    A foreign caption may have megabytes, of which the tokenizer would take seconds to keep a few hundred tokens.
+    """
+    return caption[:MAX_CHARACTERS].lower().strip()
 
 
 def check_latents(latents_BFChw: Tensor, channels: int, decoder: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ import numpy as np
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.sizes import Fit, best_fit
 
+CONTAINERS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,asf,flv,ogg,mjpeg,jpeg_pipe,png_pipe,webp_pipe,gif"
+)
+"""What FFmpeg may take a file for: formats whose bytes are all in it. A playlist or an SDP named like a clip would
+open other files, or wait for the network."""
+MAX_FRAMES = 1 << 22  # of a file: 19 hours at 60 a second; one that claims more is endless
+MIN_FRAME_BYTES = 8  # of a file for each frame; a hostile index can name the same byte a billion times
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192, twice 8K video; decoding takes 4 bytes and more for each
 FRAME_TIME = Fraction(1, 25)  # seconds; the pace that a file of joined images claims
 
 
@@ -124,18 +133,30 @@ def _opened(source: bytes | str | Path) -> Iterator[_Video]:
     Files lie about their frame count and Matroska has none, so the packets are walked (no decoding).
     """
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), mode="r") as container:
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        with av.open(file, options={"format_whitelist": CONTAINERS}) as container:
             if not container.streams.video:
                 raise VideoError("audio only: no video stream" if container.streams.audio else "no video stream")
             stream = container.streams.video[0]
             stream.thread_count = 1  # worker processes are the parallelism
-            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-            if not packets:
+            pixels = stream.codec_context.width * stream.codec_context.height
+            if pixels > MAX_PIXELS:
+                size = f"{stream.codec_context.width} x {stream.codec_context.height}"
+                raise VideoError(f"huge: frames of {size} pixels, more than {MAX_PIXELS}; make it smaller outside")
+            size_bytes = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+            most = min(MAX_FRAMES, size_bytes // MIN_FRAME_BYTES)
+            packets = islice(container.demux(stream), most + 2)  # the last is the end of the file, without bytes
+            walked = [(packet.pts, packet.size > 0 and not packet.is_discard) for packet in packets]
+            if len(walked) > most + 1:
+                raise VideoError(
+                    f"endless: more than {most} frames in {size_bytes} bytes; cut it outside, or repair it"
+                )
+            pts = [time for time, is_shown in walked if is_shown]
+            if not pts:
                 raise VideoError("zero frames: the video stream is empty")
-            pts = [packet.pts for packet in packets]
             usable = None not in pts and len(set(pts)) == len(pts)
             pixel_shape = Fraction(stream.sample_aspect_ratio or 1)
-            yield _Video(container, stream, len(packets), sorted(pts) if usable else None, pixel_shape)
+            yield _Video(container, stream, len(pts), sorted(pts) if usable else None, pixel_shape)
     except VideoError:
         raise
     except (av.FFmpegError, EOFError) as error:
@@ -232,7 +253,7 @@ def join_frames(paths: Sequence[Path]) -> bytes:
 def _opened_image(path: Path) -> Iterator[tuple[Any, Any]]:
     """(stream, its one packet) of an image file."""
     try:
-        with av.open(io.BytesIO(path.read_bytes())) as container:
+        with av.open(io.BytesIO(path.read_bytes()), options={"format_whitelist": CONTAINERS}) as container:
             stream = container.streams.video[0]
             yield stream, next(packet for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, IndexError, StopIteration) as error:

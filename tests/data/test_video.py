@@ -13,6 +13,7 @@ from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import TooShortError, VideoError, join_frames, probe, read_clip, read_random_clip
 from tests.clips import CLIPS, needs_clips
 from tests.data.making import frame_grey, make_clip, write_images
+from tests.data.odd_clips import BAD, SOUND, audio_only, rotated, zero_frames
 
 TOLERANCE = 2.5  # grey levels: what compression leaves of a flat frame
 
@@ -110,15 +111,6 @@ def test_shrinking_does_not_alias():
     assert clip.astype(float).std() < 4 and abs(clip.astype(float).mean() - 127) < 4
 
 
-def rotated(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
-    """The mp4 with another display matrix (a, b, c, d) in its track header."""
-    identity = b"".join(number.to_bytes(4, "big") for number in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-    a, b, c, d = ((value << 16).to_bytes(4, "big", signed=True) for value in matrix)
-    other = a + b + bytes(4) + c + d + bytes(12) + (1 << 30).to_bytes(4, "big")
-    place = data.index(identity, data.index(b"tkhd"))
-    return data[:place] + other + data[place + 36 :]
-
-
 @pytest.mark.parametrize(
     ("matrix", "rotation", "red_side"),
     [
@@ -202,27 +194,6 @@ def test_images_that_cannot_be_joined_are_named(tmp_path):
         join_frames([paths[0], *write_images(tmp_path, 1, "png")])
 
 
-def audio_only() -> bytes:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=8000, layout="mono")
-        for number in range(4):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 8000, 1024 * number
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    return buffer.getvalue()
-
-
-def zero_frames() -> bytes:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="avi") as output:
-        stream = output.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
-        output.start_encoding()
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -231,12 +202,40 @@ def zero_frames() -> bytes:
         (audio_only(), "audio only"),
         (zero_frames(), "zero frames"),
         (make_clip(20)[:600], "corrupt"),
+        *BAD.values(),
     ],
 )
 def test_what_is_no_video_says_why(data, reason):
     for read in (probe, lambda data: read_clip(data, VideoSettings(2, 8, 8, 1))):
         with pytest.raises(VideoError, match=reason):
             read(data)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_odd_clips_give_the_right_frames(name):
+    """By their place in display order, whatever their times, depth, sides and rotation."""
+    info = probe(SOUND[name])
+    assert info.num_frames == 12 and (info.height, info.width) == ((64, 48) if name == "rotated" else (48, 64))
+    assert_frames(read_clip(SOUND[name], VideoSettings(4, 16, 16, 2), 3), [3, 5, 7, 9])
+
+
+def test_frames_with_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
+    from latte_scale.data import video as module
+
+    monkeypatch.setattr(module, "MAX_PIXELS", 48 * 64 - 1)
+    with pytest.raises(VideoError, match=r"huge: frames of 64 x 48 pixels, more than 3071; make it smaller outside"):
+        probe(make_clip(2))
+
+
+def test_playlists_open_no_other_file(tmp_path, monkeypatch):
+    """Under the name of a clip: FFmpeg would open what they name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.mp4").write_bytes(make_clip(3))
+    list_path = tmp_path / "a.mp4"
+    list_path.write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    for source in (list_path, list_path.read_bytes()):
+        with pytest.raises(VideoError, match="corrupt"):
+            probe(source)
 
 
 def test_too_short_is_counted():
