@@ -293,7 +293,7 @@ def load_manifest(store: Store) -> Manifest:
     except MissingError as error:
         raise ManifestError(
             f"{store.url}: no {MANIFEST}, so this is not a finished data set. Make one with `latte-data shard` or "
-            "`latte-data encode`; for tars of another tool run `latte-data index` on the folder"
+            "`latte-data encode`; for tars or MDS shards of another tool run `latte-data index` on the folder"
         ) from error
     try:
         content = json.loads(data)
