@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from typing import NamedTuple
 
 from data_tools.converted import Keys, stored_sample, unread_kinds
 from data_tools.mds_file import MdsFile, mds_columns, mds_name
@@ -69,7 +70,6 @@ def main(args: argparse.Namespace) -> int:
     _check_source(source, store, args.to)
     _check_folder(store, source.manifest.fingerprint(), args.force)
     numbers = range(len(source.manifest.shards))
-    there = sum(_finished(store, _name(args.to, n), source.manifest.shards[n].count) is not None for n in numbers)
     console = Console(stderr=True)
     show = partial(
         track, description="converting", total=len(numbers), console=console, disable=not console.is_terminal
@@ -80,11 +80,19 @@ def main(args: argparse.Namespace) -> int:
         context, job = multiprocessing.get_context("spawn"), (args.input, args.output, args.to)
         with ProcessPoolExecutor(args.workers, context, initializer=_begin, initargs=job) as pool:
             outcomes = list(show(pool.map(_convert_here, numbers)))
-    return _finish(source, store, args.to, outcomes, there)
+    return _finish(source, store, args.to, outcomes)
 
 
-def convert_shard(source: Dataset, store: Store, to: str, number: int) -> tuple[ShardEntry | None, ConvertReport]:
-    """Shard `number` in the other format, unless an earlier run finished it; no entry where no sample is sound."""
+class Converted(NamedTuple):
+    """What became of one shard."""
+
+    entry: ShardEntry | None  # None: no sample of it is sound
+    report: ConvertReport
+    was_there: bool  # an earlier run had finished it
+
+
+def convert_shard(source: Dataset, store: Store, to: str, number: int) -> Converted:
+    """Shard `number` in the other format, unless an earlier run finished it."""
     name = _name(to, number)
     if (known := _finished(store, name, source.manifest.shards[number].count)) is not None:
         return known
@@ -103,7 +111,7 @@ def convert_shard(source: Dataset, store: Store, to: str, number: int) -> tuple[
                 report.left_out.append([index.key(position), str(error)])
         report.count = len(shard)
         write_report(store, name, report)
-        return shard.close() if len(shard) else None, report
+        return Converted(shard.close() if len(shard) else None, report, False)
 
 
 def _begin(input_url: str, output_url: str, to: str) -> None:
@@ -112,7 +120,7 @@ def _begin(input_url: str, output_url: str, to: str) -> None:
     _convert_here_with = partial(convert_shard, open_dataset(input_url), open_store(output_url), to)
 
 
-def _convert_here(number: int) -> tuple[ShardEntry | None, ConvertReport]:
+def _convert_here(number: int) -> Converted:
     """Shard `number`, in a worker process."""
     return _convert_here_with(number)
 
@@ -142,6 +150,8 @@ def _check_source(source: Dataset, store: Store, to: str) -> None:
         raise ValueError(
             f"{source.store.url} holds {to} shards already; convert it --to {'mds' if to == 'tar' else 'tar'}"
         )
+    if source.manifest.null_text is not None:
+        source.null_text()  # held to its hash before it is copied
 
 
 def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
@@ -164,25 +174,23 @@ def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
     store.write(HEADER, (json.dumps(header) + "\n").encode())
 
 
-def _finished(store: Store, name: str, num_samples: int) -> tuple[ShardEntry | None, ConvertReport] | None:
-    """(entry, report) of a shard that an earlier run finished, else None."""
+def _finished(store: Store, name: str, num_samples: int) -> Converted | None:
+    """A shard that an earlier run finished, else None."""
     report = read_report(store, name, ConvertReport)
     if report is None or report.count + len(report.left_out) != num_samples:
         return None
     if not report.count:
-        return None, report
+        return Converted(None, report, True)
     entry = finished_entry(store, name)
-    return (entry, report) if entry is not None and entry.count == report.count else None
+    return Converted(entry, report, True) if entry is not None and entry.count == report.count else None
 
 
-def _finish(
-    source: Dataset, store: Store, to: str, outcomes: list[tuple[ShardEntry | None, ConvertReport]], num_there: int
-) -> int:
+def _finish(source: Dataset, store: Store, to: str, outcomes: list[Converted]) -> int:
     """What stands beside the shards, the manifest and the summary."""
-    entries = [entry for entry, _ in outcomes if entry is not None]
-    for line in _lines(report for _, report in outcomes):
+    kept = [(number, each.entry) for number, each in enumerate(outcomes) if each.entry is not None]
+    entries = tuple(entry for _, entry in kept)
+    for line in _lines(each.report for each in outcomes):
         print(line, file=sys.stderr)
-    total, failed = sum(entry.count for entry in entries), sum(len(report.left_out) for _, report in outcomes)
     if not entries:
         print(f"no sample of {source.store.url} could be stored: see the reasons above", file=sys.stderr)
         return 1
@@ -190,17 +198,22 @@ def _finish(
         if source.store.exists(name):
             store.write(name, source.store.read(name))
     if to == "mds":
-        numbered = [(number, entry) for number, (entry, _) in enumerate(outcomes) if entry is not None]
-        shards = [(MdsShard(each.name, each.size_bytes, each.count, _columns(source, n)), each) for n, each in numbered]
-        write_mds_index(store, [(shard, entry.sha256) for shard, entry in shards])
-    manifest = replace(source.manifest, shards=tuple(entries), tool_version=version("latte_scale"))
+        write_mds_index(store, [(_described(source, number, entry), entry.sha256) for number, entry in kept])
+    manifest = replace(source.manifest, shards=entries, tool_version=version("latte_scale"))
     if not store.exists(MANIFEST) or load_manifest(store).fingerprint() != manifest.fingerprint():
         save_manifest(store, manifest)
+    total, num_there = manifest.count, sum(each.was_there for each in outcomes)
     print(
-        f"done {total}, failed {failed}; {num_there} of {len(outcomes)} shards were there; "
-        f"{sum(entry.size_bytes for entry in entries) / total:.0f} bytes a sample; {len(entries)} shards in {store.url}"
+        f"done {total}, failed {sum(len(each.report.left_out) for each in outcomes)}; {num_there} of {len(outcomes)} "
+        f"shards were there; {sum(entry.size_bytes for entry in entries) / total:.0f} bytes a sample; "
+        f"{len(entries)} shards in {store.url}"
     )
     return 0
+
+
+def _described(source: Dataset, number: int, entry: ShardEntry) -> MdsShard:
+    """MDS shard `number` for index.json."""
+    return MdsShard(entry.name, entry.size_bytes, entry.count, _columns(source, number))
 
 
 def _lines(found: Iterator[ConvertReport]) -> Iterator[str]:

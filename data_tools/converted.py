@@ -50,6 +50,8 @@ def stored_sample(dataset: Dataset, shard: int, position: int, sample: Sample, k
         made = LatentSample(key, captions[0], row.bucket, latents, text, info, **known)
     rewritten = json.loads(sample_json(made))
     lost = {name: value for name, value in about.items() if name not in rewritten or rewritten[name] != value}
+    if key != row.key:
+        lost["key"] = row.key
     return replace(made, info={**info, "original": lost}) if lost else made
 
 

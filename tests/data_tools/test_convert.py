@@ -14,10 +14,11 @@ from data_tools import cli
 from data_tools.convert import HEADER
 from latte_scale.data.mds import MDS_INDEX
 from latte_scale.data.samples import Sample, open_dataset
-from latte_scale.data.schema import MANIFEST, load_manifest
+from latte_scale.data.schema import MANIFEST, NULL_TEXT, load_manifest
 from latte_scale.store import open_store
 from tests.data.making import More, make_clip, make_latents, make_videos
 from tests.data_tools.test_index import write_tar
+from tests.data_tools.test_index_mds import KEYED, keyed, write_mds
 from tests.mosaic import in_mosaic, needs_mosaic
 
 EVERYTHING = More(captions_each=3, class_names=("cat", "dog"), mirrored=True)
@@ -183,6 +184,26 @@ def test_foreign_tars_keep_clip_caption_class_and_json(tmp_path, capsys):
         assert {name: video.about[name] for name in ("url", "fps", "deep")} == {
             name: about[name] for name in ("url", "fps", "deep")
         }
+
+
+def test_keys_that_no_tar_can_hold_are_tamed(tmp_path):
+    names = ["a.b", "a_b", "/etc/x", "../up", "good/key", "a.b.c"]
+    write_mds(tmp_path / "mds", [keyed(name) for name in names], KEYED)
+    assert cli.main(["index", str(tmp_path / "mds")]) == 0
+    assert convert(tmp_path / "mds", tmp_path / "tar", "tar") == 0
+    assert [each.key for each in samples(tmp_path / "tar")] == ["a_b", "a_b-1", "etc/x", "__/up", "good/key", "a_b_c"]
+    originals = [each.about.get("original", {}).get("key", each.key) for each in samples(tmp_path / "tar")]
+    assert originals == names
+    assert cli.main(["verify", str(tmp_path / "tar")]) == 0
+
+
+def test_a_damaged_null_embedding_is_not_passed_on(tmp_path, capsys):
+    make_latents(tmp_path / "tar", num_samples=2)
+    data = bytearray((tmp_path / "tar" / NULL_TEXT).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "tar" / NULL_TEXT).write_bytes(data)
+    assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 2
+    assert "null-text.safetensors: sha256: expected" in capsys.readouterr().err
 
 
 def test_refusals(tmp_path, capsys):
