@@ -13,7 +13,7 @@ help:  ## list the targets
 venv: $(READY)  ## make the environment
 
 # mosaicml-streaming wants numpy < 2.2 and transformers < 5, so it cannot stand beside ours: its tests (tests/mosaic.py)
-# find it in a folder of its own.
+# find it in a folder of its own. Nothing else needs it.
 MOSAIC := mosaicml-streaming brotli catalogue cramjam python-snappy xxhash zstd
 
 # torch first, alone: the same line takes a CPU or a CUDA build, whichever fits the machine; the rest is then held to it.
@@ -22,7 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	( grep -v '^torch==' constraints.txt; $(BIN)/pip freeze | grep '^torch==' ) > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,data,deepspeed,s3,serve,tensorboard,wandb]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps --upgrade --target $(VENV)/mosaic $(MOSAIC)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps --upgrade --target $(VENV)/mosaic $(MOSAIC) \
+		|| echo "mosaicml-streaming cannot be installed here: the tests that let it read MDS will be skipped"
 	touch $(READY)
 
 quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resumed -> videos and a report
