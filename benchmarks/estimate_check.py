@@ -20,6 +20,8 @@ from latte_scale.estimate.memory import memory, micro_batches
 MOST = 0.05  # largest error that is allowed, of the total and of each part
 SMALL = 0.02  # parts below this share of the total are held to MOST x SMALL of the total instead
 MIB = 2**20
+HEADER = """| Configuration | Ranks | Tracked MiB | Estimated | Error | Furthest off | Parts, tracked / estimated |
+| --- | ---: | ---: | ---: | ---: | --- | --- |"""
 
 
 class Case(NamedTuple):
@@ -112,14 +114,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="leave out what takes minutes")
     parser.add_argument("--only", default="", help="cases with this in their name")
     args = parser.parse_args(argv)
-    rows = []
+    print(HEADER)
+    is_off = False
     for case in CASES:
         if args.only in case.name and not (args.quick and case.is_long):
             began_s = time.perf_counter()
-            rows.append(check(case))
-            print(f"{case.name}: {rows[-1].total_error:+.1%} in {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
-    print(table(rows))
-    return int(any(max(abs(row.total_error), abs(row.worst[1])) > MOST for row in rows))
+            row = check(case)
+            is_off |= max(abs(row.total_error), abs(row.worst[1])) > MOST
+            print(line(row), flush=True)
+            print(f"{case.name}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
+    return int(is_off)
 
 
 def check(case: Case) -> Row:
@@ -129,20 +133,16 @@ def check(case: Case) -> Row:
     return Row(case, tracked(config, case.num_gpus), {part: value for part, value in found.items() if value})
 
 
-def table(rows: list[Row]) -> str:
+def line(row: Row) -> str:
     """Markdown; MiB, tracked / estimated."""
-    lines = ["| Configuration | Ranks | Tracked MiB | Estimated | Error | Furthest off | Parts, tracked / estimated |",
-             "| --- | ---: | ---: | ---: | ---: | --- | --- |"]  # fmt: skip
-    for row in rows:
-        part, error = row.worst
-        parts = ", ".join(
-            f"{name} {row.tracked.get(name, 0) / MIB:,.1f} / {row.estimated.get(name, 0) / MIB:,.1f}"
-            for name in dict.fromkeys([*row.tracked, *row.estimated])
-        )
-        tracked, estimated = sum(row.tracked.values()) / MIB, sum(row.estimated.values()) / MIB
-        lines.append(f"| {row.case.name} | {row.case.num_gpus} | {tracked:,.1f} | {estimated:,.1f} | "
-                     f"{row.total_error:+.1%} | {part} {error:+.1%} | {parts} |")  # fmt: skip
-    return "\n".join(lines)
+    part, error = row.worst
+    parts = ", ".join(
+        f"{name} {row.tracked.get(name, 0) / MIB:,.1f} / {row.estimated.get(name, 0) / MIB:,.1f}"
+        for name in dict.fromkeys([*row.tracked, *row.estimated])
+    )
+    tracked, estimated = sum(row.tracked.values()) / MIB, sum(row.estimated.values()) / MIB
+    return (f"| {row.case.name} | {row.case.num_gpus} | {tracked:,.1f} | {estimated:,.1f} | "
+            f"{row.total_error:+.2%} | {part} {error:+.2%} | {parts} |")  # fmt: skip
 
 
 if __name__ == "__main__":

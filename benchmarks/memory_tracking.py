@@ -133,17 +133,17 @@ def forgetful_hook(tensors: Sequence[Tensor], fn: Callable[..., Any], *, mode: s
 
 
 @contextlib.contextmanager
-def fake_ranks(size: int) -> Iterator[Ranks]:
-    """Rank 0 of `size` ranks whose collectives move nothing."""
+def fake_ranks(size: int, rank: int = 0) -> Iterator[Ranks]:
+    """One of `size` ranks whose collectives move nothing."""
 
     class FakeRanks(Ranks):
         def all_gather_object(self, obj: Any) -> list[Any]:
             return [obj] * self.size
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         with mock.patch("torch.distributed._tools.mod_tracker.register_multi_grad_hook", forgetful_hook):
-            yield FakeRanks(0, size, 0, torch.device("cpu"))
+            yield FakeRanks(rank, size, 0, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -235,6 +235,8 @@ def name_states(engine: Any, ema: Ema, tracker: Tracker) -> None:
         tracker.name(flat, "parameters")
     if engine._stage == 3:
         tracker.name(optimizer.grad_partitions_flat_buffer, "gradients")
+        for param in optimizer.persistent_parameters:
+            tracker.name(param.data, "gathered")
         for bucket in optimizer.ipg_buckets.values():
             tracker.name(bucket.buffer, "communication")
     for state in engine._adamw.state.values():

@@ -8,6 +8,7 @@ ahead, in one buffer out of which each is copied, and stay if they are used agai
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latte_scale.config import Config
@@ -19,6 +20,7 @@ from latte_scale.estimate.zero import NORM_BYTES, Place
 REUSED_WITHIN = 1_000_000_000  # elements used until then (stage3_max_reuse_distance): such weights stay gathered
 MOST_LIVE = 1_000_000_000  # elements gathered, beyond which nothing is gathered ahead (stage3_max_live_parameters)
 
+LAST = 2  # weights of a block, weight and bias of its last layer, which are waited for when the rest has run
 OUTPUT = -2  # in place of a block: the model's weights behind the blocks
 
 
@@ -87,15 +89,16 @@ class Gathered:
             self._ledger.add("gradients", 4 * self._numel[entry[1:]])
         elif entry.what == "complete":
             self._fill(entry[1:])
-        elif entry.what == "enter" or (entry.what == "back" and entry.first != MODEL):
-            self._use(entry.first)
+        elif entry.what == "enter":
+            self._use(self._of[entry.first] if entry.first == MODEL else self._of[entry.first][:-LAST])
         elif entry.what == "back":
-            self._use(OUTPUT)
+            self._use(self._of[OUTPUT if entry.first == MODEL else entry.first])
         elif entry.what == "leave" and entry.first != MODEL:
+            self._use(self._of[entry.first][-LAST:])
             if not self._stays(entry.first):
                 self._release(entry.first)
             if entry.first == self._last:
-                self._use(OUTPUT)
+                self._use(self._of[OUTPUT])
         elif entry.what == "passed":
             self._release(entry.first)
 
@@ -115,8 +118,8 @@ class Gathered:
         self._ledger.add("gradients", 4 * sum(self._pieces.values()))
         self._ledger.add("gradients", -4 * sum(self._pieces.values()))
 
-    def _use(self, block: int) -> None:
-        for place in self._of[block]:
+    def _use(self, places: Sequence[Place]) -> None:
+        for place in places:
             self._use_one(place)
 
     def _use_one(self, place: Place) -> None:
