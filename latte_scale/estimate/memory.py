@@ -118,5 +118,7 @@ def _in_words(moment: Entry | None, num_blocks: int) -> str:
     """When that was: `moment` is the last entry before it, None after the backward pass."""
     if moment is None:
         return "in the update"
+    if moment == ("leave", MODEL, 0):
+        return "between forward and backward"
     block = "" if moment.first == MODEL else f", block {moment.first + 1} of {num_blocks}"
     return f"in the {'forward' if moment.what in ('enter', 'leave') else 'backward'} pass{block}"
