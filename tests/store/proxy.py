@@ -267,7 +267,8 @@ def main() -> None:
     parser.add_argument("--mb-per-s", type=float, default=0.0, help="of all answers together; 0: no limit")
     args = parser.parse_args()
     host, _, port = args.upstream.rpartition(":")
-    proxy = Proxy((host, int(port)), args.port, args.latency_ms / 1000, args.mb_per_s * 1e6)
+    link = {"latency_s": args.latency_ms / 1000, "bytes_per_s": args.mb_per_s * 1e6}
+    proxy = Proxy((host, int(port)), port=args.port, **link)
     proxy.start()
     print(proxy.url, flush=True)
     while True:
