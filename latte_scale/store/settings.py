@@ -17,8 +17,8 @@ class StoreSettings:
     addressing: Literal["auto", "path", "virtual"] = "auto"  # where the bucket stands; auto: path unless Amazon's
     cache_dir: str | None = None  # local folder that keeps what was read; none: no cache
     cache_bytes: int = 64 << 30  # the most that the folder may hold, over all processes that share it
-    # Shuffled samples are fetched in blocks of this size, a multiple of 1 MiB, which the cache keeps: fewer requests, if
-    # cache_bytes holds two shuffle windows (data.shuffle_window samples), for more CPU here; none: one by one.
+    # Shuffled samples are fetched in blocks of this size, a multiple of 1 MiB, which the cache keeps: fewer requests
+    # for more CPU here, if cache_bytes holds two shuffle windows (data.shuffle_window samples); none: one by one.
     block_bytes: int | None = None
     num_connections: int = 16  # requests at a time, per process
     part_bytes: int = 8 * MEBIBYTE  # larger reads and writes are cut into requests of this size
