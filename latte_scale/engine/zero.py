@@ -25,6 +25,7 @@ from latte_scale.engine.base import (
     num_bytes,
     prepare,
 )
+from latte_scale.engine.build_locks import drop_stale_locks
 from latte_scale.engine.dist import Ranks
 from latte_scale.engine.parallel.sequence import make_sequence_group
 from latte_scale.optim import OptimSettings, make_adamw, zero_state
@@ -43,6 +44,9 @@ class ZeroEngine:
         ranks: Ranks,
     ) -> None:
         deepspeed = _import_deepspeed(ranks)
+        if ranks.local_rank == 0:
+            drop_stale_locks()
+        ranks.barrier()  # nobody takes a lock before it was looked for
         prepare(model, blocks, settings, precision, ranks.device.type)
         check_equal_weights(model, ranks)
         self.module, self.device, self.ranks = model, ranks.device, ranks

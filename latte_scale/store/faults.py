@@ -91,6 +91,10 @@ class BrokenBodyError(Exception):
     """A body that ended before its last byte."""
 
 
+class SilenceError(Exception):
+    """A request to which not even the head of an answer came in time."""
+
+
 class NoRangesError(Exception):
     """The endpoint sent the whole object where a range was asked for."""
 
@@ -140,7 +144,7 @@ def fault_of(error: Exception) -> Fault:
         return Fault("other", "certificate not trusted: set AWS_CA_BUNDLE") if certificate else _broken(error)
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
         return Fault("unreachable", _cause(error))
-    if isinstance(error, boto.ReadTimeoutError | http.ReadTimeoutError):
+    if isinstance(error, boto.ReadTimeoutError | http.ReadTimeoutError | SilenceError):
         return Fault("silent", _cause(error))
     if isinstance(error, NoRangesError):
         return Fault("other", "the endpoint ignores byte ranges, which this loader stands on: use another S3 service")
@@ -176,7 +180,7 @@ def _cause(error: BaseException) -> str:
         if inner is None:
             break
         error = inner
-    if isinstance(error, BrokenBodyError):
+    if isinstance(error, BrokenBodyError | SilenceError):
         return str(error)
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__
 

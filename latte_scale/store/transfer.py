@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from latte_scale.store.connection import Connection, Tries
-from latte_scale.store.faults import BrokenBodyError, NoRangesError, fault_of
+from latte_scale.store.faults import BrokenBodyError, NoRangesError, SilenceError, fault_of
 from latte_scale.store.get import Answer, Getter
 from latte_scale.store.retry import MIN_BYTES_PER_S, Budget
 
@@ -218,4 +218,6 @@ def _outcome(
     error = last.error if last is not None and len(ended) == len(begun) else None
     if last is not None and not fault_of(last.error).retryable:
         error = last.error
+    if error is None and facts is None:
+        error = SilenceError(f"no answer in {limit_s:.0f} s")
     return parts, facts, error or BrokenBodyError(f"no whole answer in {limit_s:.0f} s")
