@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 
-.PHONY: help venv quickstart quickstart-full test test-faults test-slurm soak soak-loader lint clean
+.PHONY: help venv quickstart quickstart-full test test-services test-faults test-faults-short test-slurm soak soak-loader lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,13 +35,20 @@ quickstart-full: $(READY)  ## the same, trained until colour, shape and directio
 
 test: $(READY)  ## all tests that need no root
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not service"
+
+test-services: $(READY)  ## the tests on a real S3 service and a real Slurm, short form (root; 4 minutes)
+	$(PYTEST) -m service
 
 test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 20 minutes)
 	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
 
 test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on a quiet machine)
 	LATTE_FAULT_TESTS=1 $(BIN)/python -m pytest tests/faults tests/doctor
+
+# Without what measures time or memory, or kills at random moments.
+test-faults-short: $(READY)  ## the part of the fault suite that a busy machine can run (2 minutes)
+	LATTE_FAULT_TESTS=1 $(PYTEST) $(addprefix tests/faults/test_, bitwise.py faults_are_covered.py numbers.py saving.py saving_in_s3.py stops.py)
 
 soak: $(READY)  ## 200 random kills on three engines, every run compared bit for bit with one that nobody killed
 	$(BIN)/python -m tests.faults.soak --kills 200

@@ -20,6 +20,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
 
+SERVICES = {"s3", "cluster", "two_hosts"}
+"""Fixtures that start a real S3 service, a Slurm, or hosts of their own."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "service: starts a real service and uses it (make test-services)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVICES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("service")
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers_stay() -> Iterator[None]:
     """A test that runs the trainer in this process leaves no handler behind that would swallow a child's SIGTERM."""

@@ -164,6 +164,10 @@ def _import_deepspeed(ranks: Ranks) -> Any:
             "engine.kind=zero needs DeepSpeed, which is not installed: pip install 'latte_scale[deepspeed]', or set "
             "engine.kind=fsdp2"
         ) from error
+    if ranks.device.type == "cpu":
+        # Else every start compiles probes for all of DeepSpeed's operators, and the first one an operator that only
+        # inference uses: most of a minute, under a lock that SIGKILL leaves behind.
+        deepspeed.ops.__compatible_ops__ = {}
     logger.setLevel(logging.WARNING)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # one line a collective from torch >= 2.13
         warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
