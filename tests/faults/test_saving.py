@@ -55,6 +55,7 @@ def test_f02_f03_killed_at_any_change_of_the_disk(tmp_path: Path, half: bool) ->
     assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
     # The folder; 4 files of header and 2 tensors, the report, the manifest, each flushed; renames, folders, removals.
     assert len(outcomes) >= 34
+    print(f"\n{len(outcomes) - 1} kills {'in the middle of' if half else 'before'} a change of the disk")
 
 
 def test_f03_killed_while_the_last_sound_one_is_at_stake(tmp_path: Path) -> None:
@@ -81,6 +82,7 @@ def test_f03_killed_while_the_last_sound_one_is_at_stake(tmp_path: Path) -> None
         assert code in (0, 9) and newest(folder) == 1, f"change {at}"
         shutil.rmtree(folder)
         if code == 0:
+            print(f"\n{at} kills with one sound checkpoint left")
             return
     raise AssertionError("no attempt came to its end")
 
@@ -119,6 +121,7 @@ def test_f11_a_full_disk_at_any_write_keeps_the_old_one_and_says_so(tmp_path: Pa
     save(writer, 2)  # the same run goes on once there is room
     writer.finish()
     assert newest(tmp_path) == 2 and len(writes) >= 21
+    print(f"\n{len(writes) - 1} writes that found the disk full")
 
 
 def test_f17_a_writer_that_dies_is_heard(tmp_path: Path, real_disk) -> None:

@@ -91,6 +91,7 @@ def test_f02_f03_f23_killed_at_any_request(s3, after: bool) -> None:
             break
     assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
     assert len(outcomes) >= 4 + 2 + 1 + 5, "4 files, the report put and removed, the manifest, 5 removals"
+    print(f"\n{len(outcomes) - 1} kills {'after' if after else 'before'} a request")
 
 
 def test_f02_killed_at_any_request_of_an_upload_in_parts(s3) -> None:
@@ -116,5 +117,6 @@ def test_f02_killed_at_any_request_of_an_upload_in_parts(s3) -> None:
         store.delete_all(store.list())
         if not died:
             assert at >= 4, "begin, two parts, complete, report"
+            print(f"\n{at} kills around the requests of an upload in parts")
             return
     raise AssertionError("no attempt came to its end")
