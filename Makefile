@@ -33,7 +33,7 @@ quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resu
 quickstart-full: $(READY)  ## the same, trained until colour, shape and direction are right
 	$(BIN)/latte-scale quickstart --full
 
-test: $(READY)  ## all tests that need no root
+test: $(READY)  ## ruff, and all tests but those on services and the fault suite; never needs root
 	$(BIN)/ruff check .
 	$(PYTEST) -m "not service"
 

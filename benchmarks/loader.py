@@ -29,8 +29,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import loader_rivals as rivals
 from benchmarks.loader_rivals import BATCH, NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES, TEXT, Batches, sample
 
@@ -45,10 +43,9 @@ PACKAGES = {"energon": "megatron-energon", "mds": "mosaicml-streaming"}  # where
 
 def write_ours(url: str) -> None:
     """The samples as latent shards with index and manifest."""
-    import hashlib
-
     from safetensors.numpy import save
 
+    from benchmarks.made_up import save_manifest
     from latte_scale.data import schema
     from latte_scale.data.shards import LatentSample, ShardFile, shard_name
     from latte_scale.store import open_store
@@ -61,19 +58,7 @@ def write_ours(url: str) -> None:
             data = save({"mean": latents}), save({"embedding": text})
             shard.add(LatentSample(f"{number:06d}", f"caption {number}", "16x64x64", *data))
         entries.append(shard.close())
-    null = save({"embedding": np.zeros((120, TEXT[1]), "f2")})
-    store.write(schema.NULL_TEXT, null)
-    manifest = schema.Manifest(
-        kind="latents",
-        shards=tuple(entries),
-        caption_cleaning="none",
-        video=schema.VideoSettings(16, 512, 512, 1),
-        latents=schema.LatentsInfo("mean", 4, 8, 1.0, 0.0),
-        vae=schema.VaeInfo("none", "0" * 64),
-        text=schema.TextInfo("none", "0" * 64, 120, TEXT[1]),
-        null_text=schema.FileInfo(schema.NULL_TEXT, hashlib.sha256(null).hexdigest()),
-    )
-    schema.save_manifest(store, manifest)
+    save_manifest(store, entries, schema.VideoSettings(16, 512, 512, 1), (120, TEXT[1]))
 
 
 def read_ours(url: str, order: str, num_workers: int, epochs: int = 1, store: Any = None) -> Iterator[tuple[Any, Any]]:

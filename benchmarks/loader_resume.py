@@ -24,11 +24,10 @@ BATCH = 8
 
 def make(folder: Path, num_shards: int, per_shard: int) -> None:
     """The data set: one real shard, many names."""
-    import hashlib
-
     import numpy as np
     from safetensors.numpy import save
 
+    from benchmarks.made_up import save_manifest
     from latte_scale.data import schema
     from latte_scale.data.index import index_name
     from latte_scale.data.shards import LatentSample, ShardFile, shard_name
@@ -47,19 +46,7 @@ def make(folder: Path, num_shards: int, per_shard: int) -> None:
         for source, target in ((first.name, name), (first.index, index_name(name))):
             os.link(folder / source, folder / target)
         entries.append(dataclasses.replace(first, name=name, index=index_name(name)))
-    null = save({"embedding": np.zeros((8, 8), np.float16)})
-    store.write(schema.NULL_TEXT, null)
-    manifest = schema.Manifest(
-        kind="latents",
-        shards=tuple(entries),
-        caption_cleaning="none",
-        video=schema.VideoSettings(1, 32, 32, 1),
-        latents=schema.LatentsInfo("mean", 4, 8, 1.0, 0.0),
-        vae=schema.VaeInfo("none", "0" * 64),
-        text=schema.TextInfo("none", "0" * 64, 8, 8),
-        null_text=schema.FileInfo(schema.NULL_TEXT, hashlib.sha256(null).hexdigest()),
-    )
-    schema.save_manifest(store, manifest)
+    save_manifest(store, entries, schema.VideoSettings(1, 32, 32, 1), (8, 8))
 
 
 def one(folder: str, share: float, num_workers: int) -> dict[str, float]:

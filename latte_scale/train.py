@@ -27,15 +27,13 @@ from latte_scale.checkpoint import (
     Checkpoint,
     Checkpointer,
     CheckpointError,
-    Trees,
     find_newest_sound,
-    load_into,
     part_of_copies,
     state_trees,
 )
 from latte_scale.choices import attention_backends
 from latte_scale.conditioning import Conditioner
-from latte_scale.config import Config, guarded_differences, load_config
+from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
 from latte_scale.data.loader import (
     DataSettings,
@@ -62,6 +60,7 @@ from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
 from latte_scale.planning import plan_of
+from latte_scale.resume import counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.run.journal import Journal, Progress, Tally
@@ -119,7 +118,7 @@ def train(
     # Resume: everything but tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
-    last_logged = rewind_log(folder, progress, found, broken)
+    last_logged = rewind_log(folder, progress, found, broken, console)
     validator.rewind(progress.step)
     folder.write_config(config)
     note_facts(folder, ranks, fingerprint)
@@ -273,82 +272,11 @@ def learning_rate(config: Config, updates: int) -> float:
     )
 
 
-def counters_of(progress: Progress) -> dict:
-    """What a checkpoint holds besides tensors and its step."""
-    skipped = list(progress.skipped_steps)
-    return {"skipped_steps": skipped, "updates": progress.step - len(skipped)}
-
-
-def resume(
-    config: Config,
-    fingerprint: str,
-    found: Checkpoint,
-    trees: Trees,
-    engine: Engine,
-    ema: Ema,
-    allow_change: Sequence[str],
-) -> Progress:
-    """Load a sound checkpoint into this rank's shards.
-
-    Raises StopRunError when the config or the data differ from the checkpoint's in a way that would change the run.
-    """
-    manifest = found.manifest
-    check_changes(manifest.config, to_mapping(config), allow_change)
-    if manifest.data_fingerprint != fingerprint:
-        if "data" not in allow_change:
-            raise StopRunError(
-                f"{found.url} was trained on other data, or in another order: expected plan "
-                f"{manifest.data_fingerprint[:16]}, came {fingerprint[:16]}. Restore the data set (latte-data "
-                f"verify), start a new run with model.init={found.url}, or pass --allow-change data to go on with it"
-            )
-        logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, fingerprint)
-    load_into(found, trees)
-    engine.after_load(manifest.counters["updates"])
-    ema.after_load(manifest.counters["updates"])
-    return Progress(manifest.step, tuple(manifest.counters["skipped_steps"]))
-
-
-def rewind_log(
-    folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[str, str]]
-) -> int:
-    """Take back the logged steps after the checkpoint, which run again, and say so (rank 0).
-
-    Returns the last step that was logged before, -1 for none.
-    """
-    if folder.rank != 0:
-        return -1
-    replayed = MetricsFile(folder.metrics_path).rewind(progress.step, folder.logs / "rewound.jsonl")
-    if found is None and not replayed:
-        return -1
-    source = "the start: no checkpoint was complete" if found is None else found.url
-    again = f", steps {replayed[0]} to {replayed[-1]} are run again" if replayed else ""
-    console.print(f"resumed at step {progress.step} from {source}{again}")
-    problems = [f"{url}: {problem}" for url, problem in broken]
-    for problem in problems:
-        console.print(f"broken checkpoint set aside: {problem}", markup=False)
-    folder.note_restart(progress.step, source, replayed, problems)
-    return max(replayed, default=progress.step - 1)
-
-
 def note_facts(folder: RunFolder, ranks: Ranks, fingerprint: str) -> None:
     """Write down how this attempt was made: command, commit, versions, hosts. A collective."""
     gathered = ranks.all_gather_object(describe_rank(ranks.rank, str(ranks.device)))
     if ranks.rank == 0:
         write_facts(folder.path, collect_facts(gathered, fingerprint))
-
-
-def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:
-    """Refuse a changed config key that would make this another run; `--allow-change KEY` lets one through, logged."""
-    changed = guarded_differences(saved, current)
-    refused = {key: values for key, values in changed.items() if key not in allow_change}
-    for key in changed.keys() - refused.keys():
-        logger.warning("config key %s changed from %r to %r (--allow-change)", key, *changed[key])
-    if refused:
-        listing = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in refused.items())
-        raise StopRunError(
-            f"the config differs from that of the checkpoint:\n{listing}\nset the old values, choose another run.dir, "
-            f"or pass --allow-change {next(iter(refused))} if the change is meant"
-        )
 
 
 def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: Engine, progress: Progress) -> None:

@@ -110,6 +110,8 @@ MAY_IMPORT = {
         "validation.settings",
     },
     "check_data": {"config", "data", "encoders"},
+    # From a checkpoint back into a run. Only the trainer imports it.
+    "resume": {"checkpoint", "config", "ema", "engine", "run", "settings"},
     # From a config to the plan: what the trainer does and `latte-scale coverage` prints.
     "planning": {"config", "data"},
     "cli": set(),

@@ -65,6 +65,10 @@ _KINDS: dict[str, Kind] = {
 }
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
+_LATER = (
+    "the service or the network is overloaded or broken; run the same command again later, or raise "
+    "store.stall_budget_s"
+)
 _ADVICE: dict[Kind, str] = {
     "missing": "no such object; check the URL, or copy the missing file there",
     "no bucket": "no such bucket; check its name and the endpoint",
@@ -78,10 +82,8 @@ _ADVICE: dict[Kind, str] = {
     "denied": "access is denied; check that AWS_ACCESS_KEY_ID or AWS_PROFILE are those of this bucket and that its "
     "policy allows this (a missing object is denied too, where listing is not allowed)",
     "unreachable": "check store.endpoint_url or AWS_ENDPOINT_URL and the network, then run the same command again",
-    "silent": "the service or the network is overloaded or broken; run the same command again later, or raise "
-    "store.stall_budget_s",
-    "transient": "the service or the network is overloaded or broken; run the same command again later, or raise "
-    "store.stall_budget_s",
+    "silent": _LATER,
+    "transient": _LATER,
     "other": "look the code up in the documentation of the service",
 }
 _CLOCK = "the clock of this machine is wrong: set it, then run the same command again"

@@ -18,18 +18,9 @@ from latte_scale.sample import main as sampling
 from latte_scale.store import open_store
 from tests.conftest import ROOT, Run, run_in_process, train_command
 from tests.integration.test_resume import kill_at
-from tests.store.service import Corner, make_corner
+from tests.store.service import Corner
 
 ENCODE = str(ROOT / "configs" / "encode_tiny.yaml")
-
-
-@pytest.fixture
-def s3(monkeypatch) -> Corner:
-    """An empty corner that boto3's environment leads to, as a user's would."""
-    corner = make_corner(monkeypatch)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", corner.proxy.url)
-    yield corner
-    corner.proxy.stop()
 
 
 @pytest.fixture

@@ -2,24 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-
 from data_tools.cli import main as latte_data
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST
 from latte_scale.store import open_store
 from tests.data.loading import ids, load
 from tests.data.making import make_latents, make_videos
-from tests.store.service import Corner, make_corner
-
-
-@pytest.fixture
-def s3(monkeypatch) -> Corner:
-    """An empty corner that boto3's environment leads to."""
-    corner = make_corner(monkeypatch)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", corner.proxy.url)
-    yield corner
-    corner.proxy.stop()
 
 
 def convert(source: Path | str, output: Path | str, to: str) -> None:

@@ -1,0 +1,93 @@
+"""From a checkpoint back into a run: what may have changed since, what is loaded, which logged steps are taken back.
+
+In: the newest sound checkpoint, or none, and this attempt's config and data. Out: `Progress`, from which everything
+else follows, with weights, moments and averages in this rank's shards; or StopRunError, which names each difference
+that would make it another run and how to let it through.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from latte_scale.checkpoint import Checkpoint, Trees, load_into
+from latte_scale.config import Config, guarded_differences
+from latte_scale.ema import Ema
+from latte_scale.engine import Engine
+from latte_scale.run.folder import RunFolder, StopRunError
+from latte_scale.run.journal import Progress
+from latte_scale.run.metrics import MetricsFile
+from latte_scale.settings import to_mapping
+
+logger = logging.getLogger("latte_scale")
+
+
+def resume(
+    config: Config,
+    fingerprint: str,
+    found: Checkpoint,
+    trees: Trees,
+    engine: Engine,
+    ema: Ema,
+    allow_change: Sequence[str],
+) -> Progress:
+    """Load a sound checkpoint into this rank's shards.
+
+    Raises StopRunError when the config or the data differ from the checkpoint's in a way that would change the run.
+    """
+    manifest = found.manifest
+    check_changes(manifest.config, to_mapping(config), allow_change)
+    if manifest.data_fingerprint != fingerprint:
+        if "data" not in allow_change:
+            raise StopRunError(
+                f"{found.url} was trained on other data, or in another order: expected plan "
+                f"{manifest.data_fingerprint[:16]}, came {fingerprint[:16]}. Restore the data set (latte-data "
+                f"verify), start a new run with model.init={found.url}, or pass --allow-change data to go on with it"
+            )
+        logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, fingerprint)
+    load_into(found, trees)
+    engine.after_load(manifest.counters["updates"])
+    ema.after_load(manifest.counters["updates"])
+    return Progress(manifest.step, tuple(manifest.counters["skipped_steps"]))
+
+
+def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:
+    """Refuse a changed config key that would make this another run; `--allow-change KEY` lets one through, logged."""
+    changed = guarded_differences(saved, current)
+    refused = {key: values for key, values in changed.items() if key not in allow_change}
+    for key in changed.keys() - refused.keys():
+        logger.warning("config key %s changed from %r to %r (--allow-change)", key, *changed[key])
+    if refused:
+        listing = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in refused.items())
+        raise StopRunError(
+            f"the config differs from that of the checkpoint:\n{listing}\nset the old values, choose another run.dir, "
+            f"or pass --allow-change {next(iter(refused))} if the change is meant"
+        )
+
+
+def rewind_log(
+    folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[str, str]], console: Console
+) -> int:
+    """Take back the logged steps after the checkpoint, which run again, and say so (rank 0).
+
+    Returns the last step that was logged before, -1 for none.
+    """
+    if folder.rank != 0:
+        return -1
+    replayed = MetricsFile(folder.metrics_path).rewind(progress.step, folder.logs / "rewound.jsonl")
+    if found is None and not replayed:
+        return -1
+    source = "the start: no checkpoint was complete" if found is None else found.url
+    again = f", steps {replayed[0]} to {replayed[-1]} are run again" if replayed else ""
+    console.print(f"resumed at step {progress.step} from {source}{again}")
+    problems = [f"{url}: {problem}" for url, problem in broken]
+    for problem in problems:
+        console.print(f"broken checkpoint set aside: {problem}", markup=False)
+    folder.note_restart(progress.step, source, replayed, problems)
+    return max(replayed, default=progress.step - 1)
+
+
+def counters_of(progress: Progress) -> dict:
+    """What a checkpoint holds besides tensors and its step."""
+    skipped = list(progress.skipped_steps)
+    return {"skipped_steps": skipped, "updates": progress.step - len(skipped)}
