@@ -11,7 +11,6 @@ on a shared machine, and its slow minutes, then count for little. Set OMP_NUM_TH
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from latte_scale.bench.timing import Turns
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, leave
 from latte_scale.losses import cost_of
+from latte_scale.plain_json import json_text
 
 CONFIG = "configs/tiny_cpu.yaml"
 SMALL = (  # matrix products of 1024 tokens by 384 channels: a step is seconds of arithmetic, not of dispatch
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{facts}; {result['plain']['gflops_per_s']:.0f} GFLOP/s by plain PyTorch", markup=False)
     console.print(table(result), markup=False)
     if args.out:
-        Path(args.out).write_text(json.dumps(facts | {"subjects": result}, indent=1) + "\n")
+        Path(args.out).write_text(json_text(facts | {"subjects": result}, indent=1) + "\n")
     return 0
 
 

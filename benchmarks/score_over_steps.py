@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.svg import line_chart
 from latte_scale import checkpoint, settings
+from latte_scale.plain_json import json_text
 from latte_scale.run.folder import DONE, REQUEUE
 from latte_scale.run.metrics import read_metrics
 
@@ -100,7 +101,7 @@ def score(out: Path, objective: str, step_folder: Path, steps: int) -> None:
     record = {"step": step, "n": found["n"], **{name: found[name] for name in ASPECTS[:4]}}
     record |= {"held_out": sum(right) / len(right), "seconds": round(time.perf_counter() - began_s, 1)}
     with open(out / objective / "scores.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json_text(record) + "\n")
 
 
 def turn(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from latte_scale.model.attention_backends import (
     padding_of,
     why_absent,
 )
+from latte_scale.plain_json import json_text
 from latte_scale.timing import call_time
 
 logger = logging.getLogger("latte_scale")
@@ -194,5 +195,5 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 def _write(path: Path, choices: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(choices, indent=2) + "\n")
+    temporary.write_text(json_text(choices, indent=2) + "\n")
     os.replace(temporary, path)

@@ -14,7 +14,6 @@ videos come to their clips; they need no network.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from latte_scale.evaluation.metrics import NEEDS_REAL, NETWORK_OF, Protocol, Sco
 from latte_scale.evaluation.networks import TO_FETCH
 from latte_scale.evaluation.shapes import score_shapes
 from latte_scale.evaluation.videos import score_psnr
+from latte_scale.plain_json import json_text
 
 FOLDER_METRICS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"shapes": score_shapes, "psnr": score_psnr}
 METRICS = (*FOLDER_METRICS, *NETWORK_OF)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 def _write(path: Path, scores: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(scores, indent=1) + "\n")
+    temporary.write_text(json_text(scores, indent=1) + "\n")
     os.replace(temporary, path)
 
 

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from latte_scale import settings
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import read_random_clip, write_mp4
+from latte_scale.plain_json import json_text
 from latte_scale.run.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -256,11 +257,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_loss(out: Path) -> None:
-    """Put the loss of the overfitted model, the mean of its last 20 logged steps, beside the PSNR."""
+    """Put the loss of the overfitted model, the mean of its last 20 logged steps, beside the PSNR.
+
+    A step whose loss was not finite has none, and was not applied: the mean is over the others.
+    """
     scores = json.loads((out / "scores.json").read_text())
-    last = [record["loss"] for record in read_metrics(out / "run" / "metrics.jsonl")][-20:]
-    scores["loss"] = sum(last) / len(last)
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    last = [record["loss"] for record in read_metrics(out / "run" / "metrics.jsonl")[-20:]]
+    known = [loss for loss in last if loss is not None]
+    scores["loss"] = sum(known) / len(known) if known else None
+    (out / "scores.json").write_text(json_text(scores, indent=1) + "\n")
 
 
 def summarize(out: Path, seconds: dict[str, float], total_s: float) -> None:

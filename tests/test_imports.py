@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "store": {"store"},
     "rng": set(),
     "settings": set(),
+    "plain_json": set(),  # measured figures as JSON: whoever writes some
     "model": {"model"},
     "diffusion": {"diffusion"},
     "data": {"data", "store", "rng"},
@@ -33,11 +34,11 @@ MAY_IMPORT = {
     "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
     # Seconds of a call; what is chosen by measurement before a run's first step. Only entry points import the latter.
     "timing": set(),
-    "choices": {"config", "engine.dist", "model", "timing"},
+    "choices": {"config", "engine.dist", "model", "plain_json", "timing"},
     "run": {"run", "settings"},
-    "run.metrics": {"engine.base"},
-    "run.profile": {"engine.dist"},  # one table of all ranks
-    "run.journal": {"conditioning", "engine.base", "engine.dist", "run"},
+    "run.metrics": {"engine.base", "plain_json"},
+    "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks
+    "run.journal": {"conditioning", "engine.base", "engine.dist", "plain_json", "run"},
     # What sampled videos are scored by; the command is an entry point, and training may ask for a score, too.
     "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
     # What a report page is made of: it only reads run folders.
@@ -60,6 +61,7 @@ MAY_IMPORT = {
         "losses",
         "model",
         "optim",
+        "plain_json",
         "run.metrics",
         "settings",
     },
@@ -90,6 +92,7 @@ MAY_IMPORT = {
         "encoders",
         "engine.base",
         "engine.dist",
+        "plain_json",
         "rng",
         "run",
         "sampling",

@@ -12,7 +12,6 @@ are in the page cache when they are read. slower meanwhile: by how much the back
 
 import argparse
 import gc
-import json
 import os
 import shutil
 import statistics
@@ -36,6 +35,7 @@ from latte_scale.checkpoint import (
     open_checkpoint,
 )
 from latte_scale.engine import Ranks, init_distributed, shutdown
+from latte_scale.plain_json import json_text
 from latte_scale.store import open_store
 
 TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq", "ema/0.9999")
@@ -248,5 +248,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{size_bytes / 1e6:.0f} MB of state, one rank, {args.repeats} runs, torch {torch.__version__}\n")
     print(table(results, size_bytes))
     if args.out is not None:
-        args.out.write_text(json.dumps({"size_bytes": size_bytes, "runs": results}, indent=1) + "\n")
+        args.out.write_text(json_text({"size_bytes": size_bytes, "runs": results}, indent=1) + "\n")
     return 0

@@ -11,9 +11,7 @@ Exit code 0, or 78 for a config or a comparison that cannot be.
 """
 
 import argparse
-import dataclasses
 import datetime
-import json
 import platform
 import sys
 import time
@@ -36,6 +34,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.losses import cost_of, recompute_share
+from latte_scale.plain_json import json_text
 from latte_scale.run.facts import git_commit
 from latte_scale.run.metrics import peak_flops, utilization
 from latte_scale.settings import SettingsError, to_mapping
@@ -219,7 +218,7 @@ def num_graphs() -> int:
 def write(path: str, result: dict[str, Any]) -> None:
     """The JSON file, complete or not there."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(result, indent=2, default=dataclasses.asdict) + "\n")
+    temporary.write_text(json_text(result, indent=2) + "\n")
     temporary.replace(path)
 
 

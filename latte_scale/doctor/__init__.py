@@ -11,13 +11,11 @@ before the first measurement that a sick rank could hang. It is over within LIMI
 """
 
 import argparse
-import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +26,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
 from latte_scale.doctor.lines import LEVELS, Line, Pending, fault_of, joined, markup, run_all
 from latte_scale.engine import Ranks, init_distributed, leave, shutdown
+from latte_scale.plain_json import json_text
 from latte_scale.settings import SettingsError
 
 LIMIT_S = 55.0
@@ -200,9 +199,9 @@ def report(lines: Sequence[Line], args: argparse.Namespace, began_s: float, host
     summary = ", ".join(f"{counts[level]} {level}{'s' * (level != 'ok' and counts[level] != 1)}" for level in LEVELS)
     console.print(f"{summary} in {took_s:.1f} s: {'do not launch' if code else 'launch'}")
     if args.json:
-        record = {"code": code, "seconds": took_s, "hosts": machines, "lines": [asdict(line) for line in lines]}
+        record = {"code": code, "seconds": took_s, "hosts": machines, "lines": lines}
         temporary = Path(f"{args.json}.tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json_text(record, indent=1) + "\n")
         temporary.replace(args.json)
     return code
 

@@ -9,7 +9,6 @@ config is wrong.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES, micro_batches
 from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
 from latte_scale.estimate.traffic import REACHED
 from latte_scale.estimate.weights import weights_of
+from latte_scale.plain_json import json_text
 from latte_scale.settings import SettingsError
 
 FITS, TOO_BIG, STOP = 0, 1, 78
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return STOP
     if args.json:
-        print(json.dumps(as_dict(choice, best, cluster, args), indent=2))
+        print(json_text(as_dict(choice, best, cluster, args), indent=2))
     else:
         print("\n".join(as_text(choice, best, cluster, args)))
     return FITS if choice.memory.needed <= cluster.device.memory_bytes else TOO_BIG

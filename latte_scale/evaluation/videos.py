@@ -63,7 +63,9 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
 
     Every line of prompts.jsonl names its "clip" (a file in `real`) and, as `latte-scale sample` writes it, the frame
     policy "video"; the clip's frames are those that `latte-data encode` takes, from the centre. PSNR is over all
-    frames of a clip. Raises ValueError for a line without these, or a video of another size.
+    frames of a clip. A video that equals its clip has no PSNR in dB (its error is 0): it says "identical" and gets
+    None, is counted, and is left out of the mean, which is None if every one is. Raises ValueError for a line without
+    these, or a video of another size.
     """
     clips = []
     for record in read_prompts(fake):
@@ -73,11 +75,14 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
         frames, wanted = read_frames(fake / record["file"]), pixels_FCHW.transpose(0, 2, 3, 1)
         if frames.shape != wanted.shape:
             raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, came {frames.shape}")
-        clips.append({"file": record["file"], "text": record["text"], "psnr_db": psnr_db(frames, wanted)})
-    return {"n": len(clips), "psnr_db": float(np.mean([clip["psnr_db"] for clip in clips])), "clips": clips}
+        found = psnr_db(frames, wanted)
+        clips.append({"file": record["file"], "text": record["text"], "psnr_db": found, "identical": found is None})
+    known = [clip["psnr_db"] for clip in clips if not clip["identical"]]
+    mean = float(np.mean(known)) if known else None
+    return {"n": len(clips), "psnr_db": mean, "num_identical": len(clips) - len(known), "clips": clips}
 
 
-def psnr_db(image: np.ndarray, wanted: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 pixels in dB; infinite where they are equal."""
+def psnr_db(image: np.ndarray, wanted: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio of uint8 pixels in dB; None where they are equal, which no figure in dB says."""
     mse = np.mean((image.astype(np.float64) - wanted.astype(np.float64)) ** 2)
-    return float("inf") if mse == 0 else float(10 * np.log10(255**2 / mse))
+    return None if mse == 0 else float(10 * np.log10(255**2 / mse))

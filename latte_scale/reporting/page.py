@@ -115,22 +115,25 @@ def score_table(runs: Sequence[Run], given: Sequence[Evaluation]) -> dict[str, A
     several = len(runs) > 1
     named = [(f"{run.name}: {e.name}" if several else e.name, e.scores) for run in runs for e in run.evaluations]
     named += [(evaluation.name, evaluation.scores) for evaluation in given]
-    metrics = list(dict.fromkeys(key for _, scores in named for key, value in scores.items() if _is_number(value)))
+    metrics = list(dict.fromkeys(key for _, scores in named for key, value in scores.items() if _is_score(value)))
     rows = [(metric, [_score_cell(scores, metric) for _, scores in named]) for metric in metrics]
     intervals = any(interval for _, cells in rows for _, interval in cells)
     return {"columns": [name for name, _ in named], "rows": rows, "intervals": intervals}
 
 
 def _score_cell(scores: dict[str, Any], metric: str) -> tuple[str, str]:
-    if not _is_number(scores.get(metric)):
+    if metric not in scores or not _is_score(scores[metric]):
         return "", ""
+    if scores[metric] is None:
+        return ("identical" if metric == "psnr_db" else "not finite"), ""
     record = scores.get("metrics", {}).get(metric, {})
     interval = "" if record.get("low") is None else f"{record['low']:.4g} to {record['high']:.4g}"
     return f"{scores[metric]:.4g}", interval
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_score(value: object) -> bool:
+    """A number, or the None of one that was not finite."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 # ------------------------------------------------------------------------------------------------------------- videos
@@ -148,10 +151,17 @@ def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[s
                 "text": record.get("text", f"class {record['label']}" if "label" in record else ""),
                 "held_out": bool(record.get("held_out")),
                 "aspects": [(key, verdict[key]) for key in ASPECTS if isinstance(verdict.get(key), bool)],
-                "psnr_db": verdict.get("psnr_db"),
+                "nearness": _nearness(verdict),
             }
         )
     return clips
+
+
+def _nearness(verdict: dict[str, Any]) -> str:
+    """How near a video came to its clip, in words; "" where that was not asked."""
+    if verdict.get("identical"):
+        return "identical"
+    return _number(verdict.get("psnr_db"), ".1f", " dB")
 
 
 def sampled_videos(runs: Sequence[Run]) -> list[dict[str, Any]]:

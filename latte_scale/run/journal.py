@@ -6,7 +6,6 @@ and turns them into metrics, a console line and the decisions that all ranks mus
 """
 
 import logging
-import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 from latte_scale.conditioning import NUM_BANDS, ModelInputs, band_of
 from latte_scale.engine.base import StepResult
 from latte_scale.engine.dist import Ranks
+from latte_scale.plain_json import finite
 from latte_scale.run.folder import StopRunError
 from latte_scale.run.metrics import (
     MetricsFile,
@@ -215,15 +215,15 @@ class Journal:
     def _record(self, step: int, values: dict[str, float], known: dict[str, Any], ended_at_s: float) -> dict[str, Any]:
         digest = (int(values["digest_low"]) + int(values["digest_high"]) * HALF) % 2**62
         bands = [
-            _finite(values[f"band_loss_{k}"] / count) if (count := values[f"band_count_{k}"]) else None
+            finite(values[f"band_loss_{k}"] / count) if (count := values[f"band_count_{k}"]) else None
             for k in range(NUM_BANDS)
         ]
         record = {
             "step": step,
-            "loss": _finite(values["loss"] / values["samples"]),
+            "loss": finite(values["loss"] / values["samples"]),
             "loss_by_band": bands,
-            **({"contrastive_loss": _finite(values["contrastive"] / values["samples"])} if self._contrastive else {}),
-            "grad_norm": _finite(values["grad_norm"]),
+            **({"contrastive_loss": finite(values["contrastive"] / values["samples"])} if self._contrastive else {}),
+            "grad_norm": finite(values["grad_norm"]),
             "applied": bool(values["applied"]),
             **known,
             "sample_ids_sha": f"{digest:016x}",
@@ -257,8 +257,3 @@ def console_line(record: dict[str, Any], done: int, total: int, seconds_a_step: 
         f"{record['samples_per_s']:.1f} samples/s{mfu}  data wait {record['data_wait_share']:.0%}  "
         f"left {minutes}:{seconds:02d}"
     )
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: a number that is not finite becomes null."""
-    return value if math.isfinite(value) else None

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latte_scale.plain_json import finite, json_text
+
 # Dense bf16 tensor-core peaks in FLOP/s, without sparsity, by a part of torch.cuda.get_device_name(); from the vendor's
 # data sheets. First match wins, so longer names stand first. A device that is not here gets no MFU.
 PEAK_BF16_FLOPS = {
@@ -123,7 +125,7 @@ class MetricsFile:
     ) -> None:
         """`fence` is asked before each line; it raises once this attempt may not write any more.
 
-        `then` is given every line that was written.
+        `then` is given every line that was written, with None for what is not finite.
         """
         self.path, self._fence, self._then = Path(path), fence, then
 
@@ -152,8 +154,9 @@ class MetricsFile:
     def append(self, record: dict[str, Any]) -> None:
         """Write one line; it has left the process when this returns, so a kill cannot take it back."""
         self._fence()
+        record = finite(record)
         with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json_text(record) + "\n")
         self._then(record)
 
 

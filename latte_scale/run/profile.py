@@ -21,6 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from latte_scale.engine.dist import Ranks
+from latte_scale.plain_json import json_text
 
 logger = logging.getLogger("latte_scale")
 
@@ -98,7 +99,7 @@ class Profile:
         if self._ranks.rank == 0:
             named = stragglers(gathered)
             record = {"steps": self._num_steps, "seconds_a_step": gathered, "stragglers": named}
-            (folder / "table.json").write_text(json.dumps(record, indent=1) + "\n")
+            (folder / "table.json").write_text(json_text(record, indent=1) + "\n")
             self._console.print(table_of(gathered, self._num_steps))
             for line in [*named, f"traces: {folder}"]:
                 self._console.print(line, markup=False)

@@ -11,7 +11,6 @@ its own, also where a sequence group shares each clip in training: without gradi
 """
 
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from latte_scale.data.samples import Dataset
 from latte_scale.ema import Ema, swapped_in, tree_name
 from latte_scale.engine.base import Engine
 from latte_scale.engine.dist import Ranks
+from latte_scale.plain_json import finite
 from latte_scale.run.folder import Fence, RunFolder
 from latte_scale.run.metrics import MetricsFile
 from latte_scale.run.tracking import Trackers
@@ -121,8 +121,8 @@ class Validator:
     def _write_loss(self, step: int, loss: HeldOutLoss, seconds: float, trackers: Trackers) -> None:
         record = {
             "step": step,
-            "loss": _finite(loss.loss),
-            "loss_bands": [_finite(band) for band in loss.bands],
+            "loss": finite(loss.loss),
+            "loss_bands": finite(loss.bands),
             "weights": self._tree,
             "num_samples": self._settings.num_samples,
             "seconds": round(seconds, 3),
@@ -170,8 +170,3 @@ def weights_name(wanted: str, decays: Sequence[float]) -> str:
 
 def _is_due(step: int, every_steps: int, last_step: int) -> bool:
     return step % every_steps == 0 or step == last_step
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
-    return value if value is not None and math.isfinite(value) else None

@@ -1,11 +1,13 @@
 """Folders of sampled videos: their records, and PSNR to the clips that were overfitted."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from latte_scale import evaluate
 from latte_scale.data.video import write_mp4
 from latte_scale.evaluation.videos import psnr_db, read_prompts, score_psnr
 
@@ -31,9 +33,32 @@ def test_psnr_is_that_of_the_frames_encode_took(tmp_path: Path) -> None:
         score_psnr(real, fake)
 
 
+def test_a_video_that_equals_its_clip_is_counted_and_has_no_psnr(tmp_path: Path) -> None:
+    """Both are the same file, whose frames are all taken; the other video is another picture."""
+    real, fake = tmp_path / "real", tmp_path / "fake"
+    real.mkdir()
+    fake.mkdir()
+    draw = np.random.default_rng(0)
+    for folder, name in ((real, "clip.mp4"), (fake, "other.mp4")):
+        write_mp4(folder / name, draw.integers(0, 255, (4, 32, 32, 3), dtype=np.uint8), 8)
+    shutil.copy(real / "clip.mp4", fake / "same.mp4")
+    policy = {"frames": 4, "height": 32, "width": 32, "frame_interval": 1}
+    lines = [{"file": f"{name}.mp4", "text": "", "clip": "clip.mp4", "video": policy} for name in ("same", "other")]
+    (fake / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "scores.json"
+    assert evaluate.main(["--metrics", "psnr", "--real", str(real), "--fake", str(fake), "--out", str(out)]) == 0
+    scores = json.loads(out.read_text(), parse_constant=pytest.fail)
+    same, other = scores["clips"]
+    assert same["identical"] and same["psnr_db"] is None and not other["identical"]
+    assert scores["n"] == 2 and scores["num_identical"] == 1 and scores["psnr_db"] == other["psnr_db"] > 0
+    (fake / "prompts.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    alone = score_psnr(real, fake)
+    assert alone["psnr_db"] is None and alone["num_identical"] == alone["n"] == 1
+
+
 def test_psnr_in_closed_form() -> None:
     image = np.full((2, 2), 100, np.uint8)
-    assert psnr_db(image, image) == float("inf")
+    assert psnr_db(image, image) is None
     assert psnr_db(image, image + np.uint8(5)) == pytest.approx(20 * np.log10(255 / 5))
 
 

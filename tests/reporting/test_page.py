@@ -32,6 +32,22 @@ def test_scores_of_several_files_share_a_table(tmp_path: Path) -> None:
     assert rows["colour"] == [("", ""), ("", ""), ("0.5", "")] and "metrics" not in rows
 
 
+def test_an_identical_clip_and_a_score_that_is_not_finite_are_said_in_words(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    sampled = next((run / "samples").glob("step-*"))
+    name = next(sampled.glob("*.mp4")).name
+    clips = [{"file": name, "text": "a", "psnr_db": None, "identical": True}]
+    alike = Evaluation("alike", {"n": 1, "psnr_db": None, "num_identical": 1, "clips": clips})
+    table = score_table([], [alike, Evaluation("broken", {"fvd": None, "metrics": {"fvd": {"low": None}}})])
+    rows = dict(table["rows"])
+    assert rows["psnr_db"] == [("identical", ""), ("", "")] and rows["fvd"] == [("", ""), ("not finite", "")]
+    write_lines(sampled / "prompts.jsonl", [{"file": name, "text": "a"}])
+    page = render([read_run(run)], title="t", samples=sampled, evaluations=[alike])
+    assert page.split('<section id="videos">')[1].count("identical") == 1
+    near = Evaluation("near", {"clips": [{"file": name, "psnr_db": 18.52, "identical": False}]})
+    assert "18.5 dB" in render([read_run(run)], title="t", samples=sampled, evaluations=[near])
+
+
 def test_settings_and_facts_are_compared(tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", 2.0, seed=7)])
     assert config_differences(runs) == [("run.seed", ["0", "7"]), ("train.lr", ["0.001", "0.002"])]

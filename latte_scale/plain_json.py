@@ -1,0 +1,31 @@
+"""Measured figures as JSON that every program reads: a number that is not finite becomes null.
+
+In: plain values, lists, mappings and dataclasses. Out: one text without NaN and Infinity, which Python's own json would
+write although JSON has neither. The decision worth knowing: null says "there is no such number" and nothing more, so a
+writer for whom it has a meaning says that beside it ("identical" beside a PSNR); a file never fails over a NaN, because
+a run that meets one must be able to log it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """The same with None for each float that is not finite, at any depth; tuples become lists, dataclasses mappings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`finite(value)` as JSON. TypeError for what JSON cannot hold, as of json.dumps."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
