@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import loader_rivals as rivals
-from benchmarks.loader_rivals import BATCH, NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES, TEXT, Batches, sample
+from benchmarks.loader_rivals import Batches
+from benchmarks.loader_samples import BATCH, NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES, TEXT, sample
 
 EPOCHS = 2  # of the runs from S3, where a worker's start takes long
 BLOCK = 8 << 20

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron import energon
 
-from benchmarks.loader_rivals import tensors
+from benchmarks.loader_samples import tensors
 
 
 @dataclass

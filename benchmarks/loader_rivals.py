@@ -11,18 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-NUM_SAMPLES, PER_SHARD, BATCH = 1024, 64, 8
-LATENTS, TEXT = (16, 4, 64, 64), (60, 4096)
-SAMPLE_BYTES = 2 * (int(np.prod(LATENTS)) + int(np.prod(TEXT)))
+from benchmarks.loader_samples import BATCH, NUM_SAMPLES, PER_SHARD, SAMPLE_BYTES, sample, tensors
+
 Batches = Iterable[tuple[Any, Any]]
-
-
-def sample(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and text of sample `number`, random enough that nothing can be compressed."""
-    draw = np.random.Generator(np.random.Philox(number))
-    return draw.standard_normal(LATENTS, np.float32).astype("f2"), draw.standard_normal(TEXT, np.float32).astype("f2")
 
 
 def write_webdataset(folder: str) -> None:
@@ -35,18 +28,7 @@ def write_webdataset(folder: str) -> None:
             writer.write({"__key__": f"{number:06d}", "latents.bin": latents.tobytes(), "text.bin": text.tobytes()})
 
 
-def tensors(latents: bytes, text: bytes) -> tuple[Any, Any]:
-    """Raw bytes as tensors; the copy is the collation's."""
-    import torch
-
-    return (
-        torch.frombuffer(bytearray(latents), dtype=torch.float16).view(LATENTS),
-        torch.frombuffer(bytearray(text), dtype=torch.float16).view(TEXT),
-    )
-
-
 def read_webdataset(folder: str, order: str, num_workers: int) -> Batches:
-    import torch
     import webdataset
 
     urls = sorted(map(str, Path(folder).glob("*.tar")))
@@ -100,8 +82,6 @@ def import_streaming() -> Any:
 
 
 def pair_of_tensors(number: int) -> dict[str, Any]:
-    import torch
-
     latents, text = sample(number)
     return {"latents": torch.from_numpy(latents), "text": torch.from_numpy(text)}
 

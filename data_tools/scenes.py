@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.shapes import (
+from data_tools.drawing import (
     COLOUR_JITTER,
     COLOURS,
     DIRECTIONS,

@@ -22,36 +22,18 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools import scenes as scene_clips
+from data_tools.drawing import COLOUR_JITTER, COLOURS, DIRECTIONS, FPS, MARGIN, NUM_FRAMES, SHAPES, SIDE, coverage
 from latte_scale import rng
 from latte_scale.data.video import write_mp4
 
-SIDE = 64  # pixels, height and width
-NUM_FRAMES = 16
-FPS = 8
 PROMPT = "a {colour} {shape} moves {direction}"
-
-COLOURS = {"red": (225, 45, 40), "green": (50, 185, 70), "blue": (60, 95, 235), "yellow": (240, 215, 50)}
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y downwards
 
 RADIUS = (11.0, 13.0)  # pixels, of the circle; the other shapes have the circle's area, so area gives nothing away
 SPEED = (1.35, 1.65)  # pixels a frame: 5.4 to 6.6 px between frames 0, 4, 8, 12
-MARGIN = 1.0  # pixels between the shape and the border
 BACKGROUND = (20, 44)  # grey level
 BACKGROUND_TINT = 6  # each channel of the background moves by up to this
-COLOUR_JITTER = 10  # each channel of the shape's colour moves by up to this
 
-
-def regular_polygon(num_sides: int, turn: float) -> list[tuple[float, float]]:
-    """Vertices of a regular polygon of area 1 around the origin; `turn` in radians (0: a vertex on the x axis)."""
-    radius = math.sqrt(2 / (num_sides * math.sin(2 * math.pi / num_sides)))
-    angles = (turn + 2 * math.pi * k / num_sides for k in range(num_sides))
-    return [(round(radius * math.cos(a), 6), round(radius * math.sin(a), 6)) for a in angles]
-
-
-# Convex outlines of area 1, counter-clockwise in the (x, y) plane. Another shape is another line here. Circle and
-# square of one area are too alike at 32 px to be learned in minutes: after 2400 steps the shape was still at chance
-# while colour and direction were right (benchmarks/RESULTS.md, 2026-11-22).
-SHAPES = {"circle": regular_polygon(24, 0.0), "triangle": regular_polygon(3, -math.pi / 2)}
 
 Combination = tuple[str, str, str]  # colour, shape, direction
 
@@ -126,22 +108,6 @@ def plan_clip(seed: int, index: int, pool: list[Combination] | None = None) -> C
     return Clip(combination, size, (start[0], start[1]), speed, tuple(rgb), tuple(background))
 
 
-def coverage(outline: np.ndarray, size: float, centre_xy: tuple[float, float], side: int) -> np.ndarray:
-    """How much of each pixel a convex outline of area 1, scaled by `size`, covers: [side, side] in 0..1.
-
-    The signed distance to the nearest edge line, cut to half a pixel on either side: an antialiased edge.
-    """
-    vertices = outline * size + np.array(centre_xy)
-    edges = np.roll(vertices, -1, axis=0) - vertices
-    normals = np.stack([edges[:, 1], -edges[:, 0]], axis=1) / np.linalg.norm(edges, axis=1, keepdims=True)
-    offsets = (normals * vertices).sum(axis=1)
-    centres = np.arange(side) + 0.5
-    distance = np.full((side, side), -np.inf)
-    for (nx, ny), offset in zip(normals, offsets, strict=True):
-        np.maximum(distance, ny * centres[:, None] + nx * centres[None, :] - offset, out=distance)
-    return np.clip(0.5 - distance, 0.0, 1.0)
-
-
 def render(clip: Clip) -> np.ndarray:
     """The frames of a clip, [F, H, W, 3] uint8 RGB."""
     _, shape, direction = clip.combination
@@ -179,7 +145,7 @@ def write_shapes(
     if labels and scenes:
         raise ValueError("--labels is of plain shapes: scenes have more combinations than classes; leave one out")
     output.mkdir(parents=True, exist_ok=True)
-    draw, words = (_draw_scene, _scene_vocabulary(seed)) if scenes else (_draw_clip, vocabulary())
+    draw, words = (_draw_scene, scene_clips.vocabulary(seed)) if scenes else (_draw_clip, vocabulary())
     rows = []
     for index in progress or range(count):
         name = f"{index:06d}.mp4"
@@ -201,16 +167,8 @@ def _draw_clip(seed: int, index: int) -> tuple[np.ndarray, str, str]:
 
 
 def _draw_scene(seed: int, index: int) -> tuple[np.ndarray, str, str]:
-    from data_tools import scenes  # which takes its outlines from here
-
-    scene = scenes.plan_scene(seed, index)
-    return scenes.render(scene), scenes.prompt(scene.words), ""
-
-
-def _scene_vocabulary(seed: int) -> dict:
-    from data_tools import scenes
-
-    return scenes.vocabulary(seed)
+    scene = scene_clips.plan_scene(seed, index)
+    return scene_clips.render(scene), scene_clips.prompt(scene.words), ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +187,7 @@ def main(args: argparse.Namespace) -> int:
     output = Path(args.output)
     steps = track(range(args.count), description="drawing clips") if args.count > 0 else None
     write_shapes(output, args.count, args.seed, steps, args.labels, args.scenes)
-    words = _scene_vocabulary(args.seed) if args.scenes else vocabulary()
+    words = scene_clips.vocabulary(args.seed) if args.scenes else vocabulary()
     print(
         f"shapes: {args.count} done, 0 skipped, 0 failed -> {output} ({len(words['seen_prompts'])} combinations drawn, "
         f"{len(words['held_out'])} held out, see {output / 'shapes.json'})"

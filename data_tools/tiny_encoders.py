@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_tools.shapes import COLOURS, DIRECTIONS, FPS, PROMPT, SHAPES, plan_clip, render
+from data_tools.drawing import COLOURS, DIRECTIONS, FPS, SHAPES
+from data_tools.shapes import PROMPT, plan_clip, render
 from latte_scale import rng
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import read_clip, write_mp4

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import cli, shapes
+from data_tools import cli, drawing, shapes
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import probe, read_clip, write_mp4
@@ -16,7 +16,7 @@ from latte_scale.data.video import probe, read_clip, write_mp4
 
 def test_a_quarter_is_held_out_and_every_pair_of_words_is_still_seen() -> None:
     seen, held_out = shapes.combinations()
-    everything = set(itertools.product(shapes.COLOURS, shapes.SHAPES, shapes.DIRECTIONS))
+    everything = set(itertools.product(drawing.COLOURS, drawing.SHAPES, drawing.DIRECTIONS))
     assert len(held_out) == 8 and len(seen) == 24
     assert set(seen) | set(held_out) == everything and not set(seen) & set(held_out)
     for first, second in itertools.combinations(range(3), 2):
@@ -25,10 +25,10 @@ def test_a_quarter_is_held_out_and_every_pair_of_words_is_still_seen() -> None:
 
 
 def test_a_third_shape_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "square", shapes.regular_polygon(4, np.pi / 4))
+    monkeypatch.setitem(drawing.SHAPES, "square", drawing.regular_polygon(4, np.pi / 4))
     seen, held_out = shapes.combinations()
     assert len(held_out) == 12
-    assert {(c[0], c[2]) for c in seen} == set(itertools.product(shapes.COLOURS, shapes.DIRECTIONS))
+    assert {(c[0], c[2]) for c in seen} == set(itertools.product(drawing.COLOURS, drawing.DIRECTIONS))
     clip = shapes.plan_clip(0, 0, [("red", "square", "left")])
     assert shapes.render(clip).max() > 150
 
@@ -37,14 +37,14 @@ def test_a_third_shape_needs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_object_stays_in_view_and_keeps_its_area(index: int) -> None:
     clip = shapes.plan_clip(3, index)
     _, shape, direction = clip.combination
-    outline = np.array(shapes.SHAPES[shape])
-    for f in range(shapes.NUM_FRAMES):
-        centre = np.array(clip.start_xy) + clip.speed * f * np.array(shapes.DIRECTIONS[direction])
+    outline = np.array(drawing.SHAPES[shape])
+    for f in range(drawing.NUM_FRAMES):
+        centre = np.array(clip.start_xy) + clip.speed * f * np.array(drawing.DIRECTIONS[direction])
         vertices = outline * clip.size + centre
-        assert vertices.min() >= shapes.MARGIN - 1e-6
-        assert vertices.max() <= shapes.SIDE - shapes.MARGIN + 1e-6
+        assert vertices.min() >= drawing.MARGIN - 1e-6
+        assert vertices.max() <= drawing.SIDE - drawing.MARGIN + 1e-6
         if f % 5 == 0:
-            area = shapes.coverage(outline, clip.size, tuple(centre), shapes.SIDE).sum()
+            area = drawing.coverage(outline, clip.size, tuple(centre), drawing.SIDE).sum()
             assert area == pytest.approx(clip.size**2, rel=0.01)
 
 
