@@ -1,8 +1,9 @@
 """What devices and the links between them can do: the small table under every estimate, with its sources.
 
 In: a name. Out: `Device`, `Cluster`. Peaks are dense and of data sheets; what of them is reached is an assumption of
-timing.py, printed with every estimate. Another device is one more line here. On 2026-11-25 the lines of H100, H200, L40S
-and B200 agreed with published tables (but for one that gives B200 80 TFLOP/s in fp32); A100 and RTX 4090 were not compared.
+timing.py, printed with every estimate. Another device is one more line here. On 2026-11-25 the lines of H100, H200,
+L40S and B200 agreed with published tables (one of them gives B200 80 TFLOP/s in fp32); those of A100 and RTX 4090 were
+not compared.
 """
 
 from dataclasses import dataclass, replace
