@@ -79,17 +79,28 @@ class Claims:
         if content is not None and not self._is_dead(_name(work, number), content):
             return None
         claim = Claim(self, work, number + 1)
-        try:
-            self.store.write(claim.name, claim.content(), only_new=True)
-        except ExistsError:
+        if not self._put_first(claim):
             return None
         claim.start()
         return claim
 
-    def remove_all(self) -> None:
-        """Remove what is left of all claims; for when all work is done."""
+    def remove_others(self, claim: "Claim") -> None:
+        """Remove what is left of all claims but this one; for when all other work is done."""
         for name in self.store.list(f"{FOLDER}/"):
-            self.store.delete(name)
+            if name.rpartition(".")[0] != f"{FOLDER}/{claim.work}":
+                self.store.delete(name)
+
+    def _put_first(self, claim: "Claim", is_again: bool = False) -> bool:
+        """Write a claim unless it is there; whether it was written."""
+        try:
+            self.store.write(claim.name, claim.content(), only_new=True)
+        except ExistsError:
+            return False
+        except MissingError:  # a command that ends swept the folder in this moment
+            if is_again:
+                raise
+            return self._put_first(claim, is_again=True)
+        return True
 
     def _read(self, name: str) -> bytes | None:
         try:

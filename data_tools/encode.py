@@ -19,14 +19,17 @@ A folder that other settings or other clips began is refused unless --force, whi
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from data_tools import claims, reports
@@ -34,7 +37,7 @@ from data_tools.claims import Claims
 from data_tools.encode_shard import EncodeSettings
 from data_tools.reports import ShardReport, finished, read_report, report_name
 from data_tools.size_table import size_table
-from data_tools.workers import MADE, Board, Job, encode_all
+from data_tools.workers import MADE, POLL_S, Board, Job, encode_all
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import (
     ENCODE_HEADER,
@@ -186,7 +189,7 @@ def _forget_failures(store: Store, num_shards: int) -> None:
 
 
 def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, settings: EncodeSettings) -> int:
-    """Write the manifest and the summary, remove what killed workers left."""
+    """Write the manifest, remove what killed workers left, and print the summary."""
     outcomes = [each for each in _outcomes(store, board.counts) if each is not None]
     if len(outcomes) < len(board.counts):
         raise EncodeError(
@@ -194,18 +197,13 @@ def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, sett
             "command removes them (--force, --retry-failed); wait for it, then run this one again"
         )
     entries = tuple(entry for entry, _ in outcomes if entry is not None)
-    Claims(store).remove_all()
-    if isinstance(store, LocalStore):
-        _remove_unfinished(store)
+    _close(store, Manifest(**{**vars(manifest), "shards": entries}))
     made = [state == MADE for state in board.states]
     done = sum(report.count for (_, report), here in zip(outcomes, made, strict=True) if here)
     total, failed = sum(entry.count for entry in entries), _tell(store, [report for _, report in outcomes], settings)
     if not entries:
         print(f"no clip of the source could be encoded into {store.url}: see the reasons above", file=sys.stderr)
         return 1
-    manifest = Manifest(**{**vars(manifest), "shards": entries})
-    if not store.exists(MANIFEST) or load_manifest(store).fingerprint() != manifest.fingerprint():
-        save_manifest(store, manifest)
     if settings.video.more_sizes:
         print(size_table(settings.video, manifest.latents.downscale, entries, [report for _, report in outcomes]))
     print(
@@ -232,14 +230,36 @@ def _tell(store: Store, found: list[ShardReport], settings: EncodeSettings) -> i
     return sum(len(report.left_out) for report in found)
 
 
+def _close(store: Store, manifest: Manifest) -> None:
+    """Remove what killed workers left and write the manifest, unless it is there or has no shards.
+
+    Commands end together, when the last shard is there. What looks unfinished to one may be another's manifest on its
+    way, so this is a piece of work that is claimed like any other, and they do it one after the other.
+    """
+    every = Claims(store)
+    while (claim := every.take("manifest")) is None:
+        time.sleep(POLL_S)
+    with claim:
+        every.remove_others(claim)
+        if isinstance(store, LocalStore):
+            _remove_unfinished(store)
+        if manifest.shards and not _is_there(store, manifest):
+            save_manifest(store, manifest)
+    if isinstance(store, LocalStore):
+        with contextlib.suppress(OSError):  # another command that ends has its claim there, or was first
+            (store.root / claims.FOLDER).rmdir()
+
+
+def _is_there(store: Store, manifest: Manifest) -> bool:
+    return store.exists(MANIFEST) and load_manifest(store).fingerprint() == manifest.fingerprint()
+
+
 def _remove_unfinished(store: LocalStore) -> None:
     """Remove the temporary files of killed workers; called when no shard is left to make."""
-    for path in store.root.rglob("*"):
-        if TEMPORARY.search(path.name):
-            path.unlink(missing_ok=True)
-    folder = store.root / claims.FOLDER
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    for folder, _, files in os.walk(store.root):
+        for file in files:
+            if TEMPORARY.search(file):
+                Path(folder, file).unlink(missing_ok=True)
 
 
 def _latents_info(settings: EncodeSettings, facts: EncoderFacts) -> LatentsInfo:

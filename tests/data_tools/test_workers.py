@@ -3,15 +3,17 @@
 import multiprocessing
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from data_tools import workers
+from data_tools import encode, workers
 from data_tools.claims import Claims
 from data_tools.workers import MADE, Board, Job, WorkerError, work
-from latte_scale.data.schema import MANIFEST
+from latte_scale.data.schema import MANIFEST, load_manifest
 from latte_scale.settings import load
+from latte_scale.store import open_store
 from tests.data_tools import kills
 from tests.data_tools.test_encode import CONFIG, contents, run, write_source
 
@@ -67,6 +69,23 @@ def test_bytes_are_the_same_after_kills(tmp_path: Path) -> None:
     """The short form of `python -m tests.data_tools.kills`: it ends with a run of two workers that nobody kills."""
     counts = kills.main(num_kills=1, seed=3, folder=tmp_path, num_clips=24, per_shard=2, most_workers=1)
     assert counts.kills == 1 and counts.finished >= 1
+
+
+def test_commands_that_end_together_do_not_take_each_others_manifest_away(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They all wait for the last shard, so they all sweep the folder and write the manifest in the same moment."""
+    monkeypatch.setattr(encode, "POLL_S", 0.01)
+    assert run(source, tmp_path / "out") == 0
+    store, whole = open_store(tmp_path / "out"), contents(tmp_path / "out")
+    manifest = load_manifest(store)
+    for _ in range(5):
+        store.delete(MANIFEST)
+        (tmp_path / "out" / f"shard-000000.tar.tmp-{'0' * 32}").write_bytes(b"a killed worker's")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: encode._close(store, manifest), range(8)))
+        assert contents(tmp_path / "out") == whole
+        assert not (tmp_path / "out" / "claims").exists()
 
 
 def test_a_workers_mistake_is_the_commands(source: Path, tmp_path: Path) -> None:
