@@ -28,6 +28,7 @@ FOLDER = "claims"
 BEAT_S = 10.0
 STALE_S = 60.0
 """Seconds without a beat after which a holder counts as dead: several beats, and longer than a short outage."""
+NUM_TRIES = 50  # to put a claim into a folder that others sweep; each sweeps once
 
 
 class LostClaimError(RuntimeError):
@@ -71,7 +72,7 @@ class Claims:
         self.beat_s, self.stale_s = beat_s, stale_s
         self._seen: dict[str, tuple[bytes, float]] = {}  # claim -> (its content, since when it is unchanged)
 
-    def take(self, work: str) -> "Claim | None":
+    def take(self, work: str, num_tries: int = NUM_TRIES) -> "Claim | None":
         """Claim a piece of work; None if a worker that lives has it. Raises StoreError."""
         number, content = -1, None
         while (later := self._read(_name(work, number + 1))) is not None:
@@ -79,8 +80,14 @@ class Claims:
         if content is not None and not self._is_dead(_name(work, number), content):
             return None
         claim = Claim(self, work, number + 1)
-        if not self._put_first(claim):
+        try:
+            self.store.write(claim.name, claim.content(), only_new=True)
+        except ExistsError:
             return None
+        except MissingError:  # a command that ends swept the folder in this moment, or the bucket is gone
+            if num_tries == 1:
+                raise
+            return self.take(work, num_tries - 1)
         claim.start()
         return claim
 
@@ -89,18 +96,6 @@ class Claims:
         for name in self.store.list(f"{FOLDER}/"):
             if name.rpartition(".")[0] != f"{FOLDER}/{claim.work}":
                 self.store.delete(name)
-
-    def _put_first(self, claim: "Claim", is_again: bool = False) -> bool:
-        """Write a claim unless it is there; whether it was written."""
-        try:
-            self.store.write(claim.name, claim.content(), only_new=True)
-        except ExistsError:
-            return False
-        except MissingError:  # a command that ends swept the folder in this moment
-            if is_again:
-                raise
-            return self._put_first(claim, is_again=True)
-        return True
 
     def _read(self, name: str) -> bytes | None:
         try:
