@@ -6,8 +6,10 @@
     latte-scale ckpt convert A TARGET --to deepspeed    also --to dcp and --to latte
 
 PATH is a run folder, its checkpoints folder or one step, on a disk or as s3://BUCKET/PREFIX; `diff` and `convert` also
-take a folder of DeepSpeed's save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. One
-tensor is held at a time. A bucket is reached as boto3's environment says (AWS_ENDPOINT_URL, AWS_PROFILE).
+take a folder of DeepSpeed's save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. With
+--to latte, TARGET is a place of checkpoints, on a disk or s3://, and the new one is there when its manifest is, as one
+that a run saved. Folders of the other formats lie on a disk. One tensor is held at a time, of an upload one part a
+connection. A bucket is reached as boto3's environment says (AWS_ENDPOINT_URL, AWS_PROFILE).
 Exit code 1 if something is not sound or differs, 2 if there is nothing to look at or it cannot be converted.
 """
 
@@ -75,7 +77,10 @@ def open_any(path: str) -> Content:
     from latte_scale.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 
     if "://" in path:
-        return open_native(steps_at(path)[-1])
+        try:
+            return open_native(steps_at(path)[-1])
+        except ValueError as error:
+            raise ValueError(f"{error}; a folder of DeepSpeed or DCP is read from a disk: copy it there") from error
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path}: expected a folder; there is none")
@@ -111,14 +116,17 @@ def convert(args: argparse.Namespace) -> int:
     from latte_scale.checkpoint.dcp import write_dcp
     from latte_scale.checkpoint.deepspeed import write_deepspeed
 
+    if args.to != "latte" and "://" in args.target:  # before the source is read
+        raise ValueError(
+            f"{args.target}: a folder of --to {args.to} is written to a disk, came a URL; pass a folder, and copy it "
+            "from there"
+        )
     content = open_any(args.source)
     if args.config is not None:
         content = replace(content, config=run_config(args.config))
     content = with_averages(content, args.ema_from_weights)
     if args.to == "latte":
         path = write_native(content, args.target)
-    elif "://" in args.target:
-        raise ValueError(f"{args.target}: a folder of --to {args.to} is written to a disk; copy it from there")
     else:
         path = {"dcp": write_dcp, "deepspeed": write_deepspeed}[args.to](content, Path(args.target))
     print(f"{path}: step {content.step}, {len(content.shapes)} tensors in {', '.join(content.trees)}")

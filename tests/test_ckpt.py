@@ -95,6 +95,13 @@ def test_a_folder_that_says_nothing_of_its_run_needs_a_config_and_averages(run, 
     assert all(torch.equal(made[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("to", ["dcp", "deepspeed"])
+def test_other_formats_are_not_written_into_a_bucket(tmp_path, capsys, to):
+    """Said before the source is read, which may take an hour: here there is none."""
+    assert ckpt.main(["convert", str(tmp_path / "absent"), "s3://bucket/there", "--to", to]) == 2
+    assert f"a folder of --to {to} is written to a disk, came a URL" in capsys.readouterr().err
+
+
 def test_foreign_folders_are_told_apart(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert ckpt.main(["diff", str(tmp_path), str(tmp_path)]) == 2

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from latte_scale.checkpoint import disk
 from latte_scale.checkpoint.depot import open_depot
-from latte_scale.checkpoint.format import CheckpointError, Manifest, TensorFile, file_name
+from latte_scale.checkpoint.format import CheckpointError, Manifest, TensorFile, file_name, folder_name
 from latte_scale.checkpoint.load import Reader, open_checkpoint, verify
+from latte_scale.checkpoint.write import give_back, not_saved
 from latte_scale.store import Store
 
 FACTS = "latte_scale.json"
@@ -64,7 +65,11 @@ def open_native(where: str | Path | Store) -> Content:
 
 
 def write_native(content: Content, where: str | Path | Store) -> str:
-    """Write a checkpoint below a folder or s3:// prefix, as one rank would have; its URL. Raises CheckpointError."""
+    """Write a checkpoint below a folder or s3:// prefix, as one rank would have; its URL.
+
+    It is there when it is complete, as one that a run saved, and nothing of it stays if that fails. Raises
+    CheckpointError.
+    """
     if content.config is None:
         raise CheckpointError(
             f"{content.path} says nothing of the run that it belongs to; pass --config CONFIG.yaml, the config that "
@@ -72,9 +77,11 @@ def write_native(content: Content, where: str | Path | Store) -> str:
         )
     sizes = {name: torch.Size(shape).numel() for name, shape in content.shapes.items()}
     held = [(name, size) for name, size in sizes.items() if size]
-    draft = open_depot(where).begin(content.step, len(content.trees) * 4 * sum(sizes.values()))
+    depot, needed = open_depot(where), len(content.trees) * 4 * sum(sizes.values())
+    url = f"{depot.url}/{folder_name(content.step)}"
+    draft = None
     try:
-        files = {}
+        draft, files = depot.begin(content.step, needed), {}
         for tree in content.trees:
             file = TensorFile(held, _one_at_a_time(content, tree), {"tree": tree, "rank": "0"})
             files |= draft.write(file_name(tree, 0), file)
@@ -90,8 +97,11 @@ def write_native(content: Content, where: str | Path | Store) -> str:
             data_fingerprint=content.data_fingerprint,
         )
         draft.commit(manifest, lambda: None)
-    except BaseException:
-        draft.discard()
+    except BaseException as error:
+        if draft is not None:
+            give_back(draft)
+        if isinstance(error, OSError):
+            raise not_saved(depot, error, url, needed) from error
         raise
     return draft.url
 

@@ -21,7 +21,7 @@ from latte_scale.checkpoint.depot import Draft, open_depot
 from latte_scale.checkpoint.format import CheckpointError, Manifest, Trees, folder_name
 from latte_scale.checkpoint.load import on_rank_0
 from latte_scale.checkpoint.settings import CheckpointSettings
-from latte_scale.checkpoint.write import Job, not_saved
+from latte_scale.checkpoint.write import Job, give_back, not_saved
 from latte_scale.engine.base import Ranks
 from latte_scale.store import Store
 
@@ -193,7 +193,7 @@ class Checkpointer:
             self._failures = []
             return
         if self._ranks.rank == 0:
-            job.discard()  # no rank writes there any more
+            give_back(job.draft)  # no rank writes there any more
         self._note_failure("\n".join(messages))
 
     def _note_failure(self, message: str) -> None:

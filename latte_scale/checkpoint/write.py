@@ -110,19 +110,20 @@ class Job:
         check_tiling(self.manifest.shapes, self.manifest.pieces)
         self.draft.commit(self.manifest, self._fence)
 
-    def discard(self) -> None:
-        """Give back the room of a failed save; what cannot be removed now is removed at the next start."""
-        try:
-            self.draft.discard()
-        except (OSError, CheckpointError) as error:
-            logger.warning("what was written of %s was not removed: %r", self.draft.url, error)
-
     def _retain(self) -> None:
         """Remove what is too old. The checkpoint exists by now, so a failure here is logged and does not undo it."""
         try:
             retain(self._depot, self._settings, self._fence, self.hurry)
         except Exception as error:
             logger.warning("old checkpoints in %s were not removed: %r", self._depot.url, error)
+
+
+def give_back(draft: Draft) -> None:
+    """Remove what was written of a failed save; what cannot be removed now is removed at the next start, with a log."""
+    try:
+        draft.discard()
+    except (OSError, CheckpointError) as error:
+        logger.warning("what was written of %s was not removed: %r", draft.url, error)
 
 
 def not_saved(depot: Depot, error: Exception, url: str, needed: int) -> CheckpointError:

@@ -2,8 +2,10 @@
 
 import re
 import threading
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ from latte_scale.checkpoint import (
     open_checkpoint,
     verify,
 )
-from latte_scale.checkpoint.content import differences, open_native, write_native
+from latte_scale.checkpoint.content import Content, differences, open_native, write_native
 from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.write import retain
 from latte_scale.engine import Ranks
@@ -347,6 +349,38 @@ def test_conversion_there_and_back_is_the_same(s3, tmp_path: Path) -> None:
     assert differences(here, open_native(back)) == [] and values(Path(back)) == 7.0
     with pytest.raises(CheckpointError, match="never overwritten"):
         write_native(here, f"{s3.url}/copy")
+
+
+@pytest.mark.parametrize("last", ["optim-exp_avg_sq", "manifest.json"])
+def test_a_conversion_that_fails_leaves_nothing_and_may_be_run_again(s3, tmp_path: Path, last: str) -> None:
+    """In the middle of the files, and at the commit."""
+    save(saver(tmp_path / "run"), 7)
+    here = open_native(tmp_path / "run" / "step-00000007")
+    s3.fail("answer", match=f"PUT .*{last}", status=403, code="AccessDenied")
+    with pytest.raises(CheckpointError, match=r"step-00000007 was not saved.*access is denied"):
+        write_native(here, f"{s3.url}/copy")
+    s3.proxy.reset()
+    assert open_store(f"{s3.url}/copy").list() == []
+    assert differences(here, open_native(write_native(here, f"{s3.url}/copy"))) == []
+
+
+def test_a_conversion_holds_parts_and_tensors_and_not_the_state(s3) -> None:
+    """48 MiB in tensors of 2 MiB, over two connections of 5 MiB parts: what is alive at once is some of them."""
+    alive: set[int] = set()
+    most = []
+
+    def read(tree: str, name: str) -> torch.Tensor:
+        values = np.full((512, 1024), float(name), np.float32)
+        alive.add(id(values))
+        weakref.finalize(values, alive.discard, id(values))
+        most.append(len(alive))
+        return torch.from_numpy(values)
+
+    shapes = {str(number): (512, 1024) for number in range(24)}
+    content = Content("made", 3, ("model",), shapes, {"updates": 3}, {}, "", read)
+    made = write_native(content, s3.store(part_bytes=5 * MIB, num_connections=2))
+    assert verify(open_store(made, s3.settings())) == []
+    assert len(most) >= 2 * 24 and max(most) <= 2 * 4 + 1  # two parts that begin and end in a tensor, and the last one
 
 
 def test_a_url_that_names_no_bucket_is_refused() -> None:

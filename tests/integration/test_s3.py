@@ -187,6 +187,27 @@ def test_a_run_with_its_checkpoints_in_the_store_is_killed_and_goes_on(s3, data_
     assert sampling(sample) == 0 and list((tmp_path / "samples").glob("*.mp4"))
 
 
+def test_a_checkpoint_goes_through_other_formats_into_the_store_and_back(s3, data_sets, tmp_path, capsys):
+    """And a run goes on from there: its losses are those of the run that stayed on the disk."""
+    run, there = tmp_path / "run", f"{s3.url}/moved"
+    assert run_in_process(run, data_sets.latents, "train.steps=2", "checkpoint.every_steps=2") == 0
+    assert ckpt.main(["convert", str(run), str(tmp_path / "dcp"), "--to", "dcp"]) == 0
+    assert ckpt.main(["convert", str(tmp_path / "dcp"), there, "--to", "latte"]) == 0
+    for to in ("dcp", "deepspeed"):
+        assert ckpt.main(["convert", there, str(tmp_path / f"{to}-back"), "--to", to]) == 0
+        assert ckpt.main(["diff", str(run), str(tmp_path / f"{to}-back")]) == 0
+    capsys.readouterr()
+    assert ckpt.main(["convert", f"{s3.url}/absent", str(tmp_path / "new"), "--to", "dcp"]) == 2
+    assert "a folder of DeepSpeed or DCP is read from a disk" in capsys.readouterr().err
+    steps, losses = ("train.steps=4", "checkpoint.every_steps=2"), []
+    for folder, place in ((run, ()), (tmp_path / "next", (f"checkpoint.dir={there}",))):
+        assert run_in_process(folder, data_sets.latents, *steps, *place) == 0
+        losses.append([record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["step"] >= 2])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert ckpt.main(["verify", there]) == 0
+    assert "step-00000002  sound\nstep-00000004  sound\n" in capsys.readouterr().out
+
+
 def test_doctor_looks_at_data_and_checkpoints_in_the_store(s3, latents, tmp_path):
     """And says which of two places does not answer as it should."""
     out = tmp_path / "doctor.json"
