@@ -17,6 +17,10 @@ venv: $(READY)  ## make the environment
 # find it in a folder of its own. Nothing else needs it.
 MOSAIC := mosaicml-streaming brotli catalogue cramjam python-snappy xxhash zstd
 
+# The tests of the Triton kernels run on a CPU, too, in processes of their own. A CUDA build of torch brings its triton;
+# beside a CPU build it stays in a folder of its own, so that torch.compile finds the same packages as without it.
+TRITON := triton==3.6.0
+
 # torch first, alone: the same line takes a CPU or a CUDA build, whichever fits the machine; the rest is then held to it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +29,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,data,deepspeed,s3,serve,tensorboard,wandb]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps --upgrade --target $(VENV)/mosaic $(MOSAIC) \
 		|| echo "mosaicml-streaming cannot be installed here: the tests that let it read MDS will be skipped"
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton $(TRITON) \
+		|| echo "triton cannot be installed here: the tests of the Triton kernels will be skipped"
 	touch $(READY)
 
 quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resumed -> videos and a report

@@ -75,7 +75,7 @@ def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[
     """
     wanted = config.attention.backend
     if wanted != "auto":
-        reason = why_absent(wanted, ranks.device, _dtype(config))
+        reason = why_absent(wanted, ranks.device, dtype_of(config))
         if reason is not None:
             there = ", ".join(present(config, ranks.device))
             raise ValueError(f"attention.backend={wanted}: {reason}; choose auto, or one that is there: {there}")
@@ -93,7 +93,7 @@ def recorded_choice(config: Config, device: torch.device, path: Path | None) -> 
         "deterministic": config.train.deterministic,
         "probes": {site: list(probe) for site, probe in probes(config).items()},
     }
-    recorded = _read(path).get("attention")
+    recorded = read_choices(path).get("attention")
     if recorded is not None:
         missing = [name for name in recorded["backends"].values() if name not in present(config, device)]
         if recorded["key"] == key and not missing:
@@ -105,13 +105,15 @@ def recorded_choice(config: Config, device: torch.device, path: Path | None) -> 
     logger.info("attention measured, ms or why not: %s; chosen: %s", measured, chosen)
     backends = dict.fromkeys(SITES, "sdpa") | chosen
     if path is not None:
-        _write(path, _read(path) | {"attention": {"key": key, "backends": backends, "measured_ms": measured}})
+        write_choices(
+            path, read_choices(path) | {"attention": {"key": key, "backends": backends, "measured_ms": measured}}
+        )
     return backends
 
 
 def present(config: Config, device: torch.device) -> list[Backend]:
     """Back ends that can run this config here; with train.deterministic those whose gradients keep their bits."""
-    there = [backend for backend in BACKENDS if why_absent(backend, device, _dtype(config)) is None]
+    there = [backend for backend in BACKENDS if why_absent(backend, device, dtype_of(config)) is None]
     if config.train.deterministic and device.type == "cuda":
         return [backend for backend in there if backend in DETERMINISTIC]
     return there
@@ -143,7 +145,7 @@ def probes(config: Config) -> dict[Site, Probe]:
 
 def measure(probe: Probe, config: Config, device: torch.device) -> dict[str, float | str]:
     """Milliseconds of forward and backward by back end, or why one is out."""
-    dtype, results = _dtype(config), {}
+    dtype, results = dtype_of(config), {}
     for backend in present(config, device):
         try:
             error = difference(backend, probe.small(), device, dtype)
@@ -172,11 +174,11 @@ def difference(backend: Backend, probe: Probe, device: torch.device, dtype: torc
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
 
 
-def fastest(times_ms: dict[str, float | str]) -> Backend:
+def fastest(times_ms: dict[str, float | str]) -> str:
     """The name with the least time. Raises RuntimeError if no back end could run."""
     ran = {name: value for name, value in times_ms.items() if not isinstance(value, str)}
     if not ran:
-        raise RuntimeError(f"no attention back end runs at this shape: {times_ms}")
+        raise RuntimeError(f"no back end runs at this shape: {times_ms}")
     return min(ran, key=ran.__getitem__)
 
 
@@ -185,15 +187,18 @@ def _forward_backward(backend: Backend, q: Tensor, k: Tensor, v: Tensor, padding
     return out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + out.detach())
 
 
-def _dtype(config: Config) -> torch.dtype:
+def dtype_of(config: Config) -> torch.dtype:
+    """What the model's products are computed in."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def _read(path: Path | None) -> dict[str, Any]:
+def read_choices(path: Path | None) -> dict[str, Any]:
+    """What the file holds; nothing without one."""
     return json.loads(path.read_text()) if path is not None and path.exists() else {}
 
 
-def _write(path: Path, choices: dict[str, Any]) -> None:
+def write_choices(path: Path, choices: dict[str, Any]) -> None:
+    """Replace the file."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json_text(choices, indent=2) + "\n")
     os.replace(temporary, path)

@@ -23,6 +23,7 @@ from latte_scale.engine.base import EngineSettings
 from latte_scale.model.attention_backends import AttentionSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
+from latte_scale.model.norm_backends import NormSettings
 from latte_scale.optim import OptimSettings
 from latte_scale.run.tracking import LogSettings
 from latte_scale.store import Store, StoreSettings, open_store
@@ -39,6 +40,7 @@ FREE_ON_RESUME = (
     "data.prefetch",
     "store.",
     "attention.",
+    "norm.",
     "run.time_budget_s",
     "validation.",
 )
@@ -126,6 +128,7 @@ class Config:
     optim: OptimSettings = field(default_factory=OptimSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
+    norm: NormSettings = field(default_factory=NormSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     store: StoreSettings = field(default_factory=StoreSettings)

@@ -54,10 +54,12 @@ from latte_scale.engine.base import make_deterministic
 from latte_scale.estimate.advice import explain_out_of_memory
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
+from latte_scale.model.blocks import use_norm
 from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
+from latte_scale.norm_choice import norm_backend
 from latte_scale.optim import lr_at
 from latte_scale.planning import plan_of
 from latte_scale.resume import counters_of, resume, rewind_log
@@ -112,6 +114,7 @@ def train(
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
     model = initial_model(config)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
+    use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
     engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
     ema = Ema(engine.local_shards(), config.ema)
 

@@ -32,9 +32,10 @@ MAY_IMPORT = {
     # A micro-batch's losses and work: what the trainer and the benchmark of a step share. Here the model is called, so
     # here clips are cut for the ranks of a sequence group and their predictions joined.
     "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
-    # Seconds of a call; what is chosen by measurement before a run's first step. Only entry points import the latter.
+    # Seconds of a call; what is chosen by measurement before a run's first step (attention; norm and gate).
     "timing": set(),
     "choices": {"config", "engine.dist", "model", "plain_json", "timing"},
+    "norm_choice": {"choices", "config", "engine.dist", "model", "timing"},
     "run": {"run", "settings"},
     "run.metrics": {"engine.base", "plain_json"},
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks

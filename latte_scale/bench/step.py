@@ -34,6 +34,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.losses import cost_of, recompute_share
+from latte_scale.norm_choice import norm_backend
 from latte_scale.plain_json import json_text
 from latte_scale.run.facts import git_commit
 from latte_scale.run.metrics import peak_flops, utilization
@@ -86,14 +87,16 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
     num_shares = max(1, ranks.size // config.engine.sequence_parallel)  # of the batch: one a sequence group
     micro_batches = step_inputs(config, device, num_shares, args.captions)
     turns, subjects = Turns(device), {}
-    backends = attention_backends(config, ranks, None)
-    say(ranks, f"attention: {backends}; building and warming up on {device_name(device)}")
-    subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches, backends))
+    backends, norm = attention_backends(config, ranks, None), norm_backend(config, ranks, None)
+    say(ranks, f"attention: {backends}, norm: {norm}; building and warming up on {device_name(device)}")
+    subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches, backends, norm))
     turns.warm_up(subjects["latte_scale"], args.warm_up)
     failed = {}
     if args.against:
         try:
-            subjects[args.against] = turns.build(lambda: rival(args.against, config, device, micro_batches, backends))
+            subjects[args.against] = turns.build(
+                lambda: rival(args.against, config, device, micro_batches, backends, norm)
+            )
             turns.warm_up(subjects[args.against], args.warm_up)
         except torch.OutOfMemoryError:
             failed[args.against] = drop(subjects, args.against)
@@ -114,6 +117,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
         "settings": {key: value for key, value in vars(args).items() if key not in ("config", "overrides", "out")},
         "work": work,
         "attention": backends,
+        "norm": norm,
         "subjects": results | failed,
         "ratio": ratio(results, args.against),
         "compile": {"graphs": compiled, "graphs_while_measured": num_graphs() - compiled},

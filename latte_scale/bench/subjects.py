@@ -29,7 +29,9 @@ from latte_scale.engine.base import prepare
 from latte_scale.losses import losses_of, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.attention_backends import Backend, Site
+from latte_scale.model.blocks import use_norm
 from latte_scale.model.build import build_model
+from latte_scale.model.norm_backends import NormBackend
 from latte_scale.model.transformer_folder import transformer_config
 from latte_scale.optim import make_adamw
 
@@ -61,10 +63,15 @@ class Ours:
     name = "latte_scale"
 
     def __init__(
-        self, config: Config, ranks: Ranks, micro_batches: Sequence[ModelInputs], backends: Backends | None = None
+        self,
+        config: Config,
+        ranks: Ranks,
+        micro_batches: Sequence[ModelInputs],
+        backends: Backends | None = None,
+        norm: NormBackend = "torch",
     ) -> None:
-        """`backends`: who computes attention; None: the model's default."""
-        model = seeded_model(config, backends)
+        """`backends`: who computes attention; None: the model's default. `norm`: who computes norm and gate."""
+        model = seeded_model(config, backends, norm)
         precision, optim = config.train.precision, config.optim
         self._engine = build_engine(config.engine, optim, precision, model, model.repeated_blocks(), ranks)
         self._ema = Ema(self._engine.local_shards(), config.ema)
@@ -135,25 +142,24 @@ def rival(
     device: torch.device,
     micro_batches: Sequence[ModelInputs],
     backends: Backends | None = None,
+    norm: NormBackend = "torch",
 ) -> Plain:
-    """The named rival; `backends` are for `plain`. Raises ValueError for a config that it cannot run."""
+    """The named rival; `backends` and `norm` are for `plain`. Raises ValueError for a config that it cannot run."""
     if kind == "plain":
-        return _plain(config, device, micro_batches, backends)
+        return _plain(config, device, micro_batches, seeded_model(config, backends, norm))
     return (_diffusers if kind == "diffusers" else _eager)(config, device, micro_batches)
 
 
-def seeded_model(config: Config, backends: Backends | None = None) -> nn.Module:
+def seeded_model(config: Config, backends: Backends | None = None, norm: NormBackend = "torch") -> nn.Module:
     """The model of step 0, equal for every subject."""
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if backends is not None:
         use_backends(model, backends)
+    use_norm(model, norm)
     return model
 
 
-def _plain(
-    config: Config, device: torch.device, micro_batches: Sequence[ModelInputs], backends: Backends | None
-) -> Plain:
-    model = seeded_model(config, backends)
+def _plain(config: Config, device: torch.device, micro_batches: Sequence[ModelInputs], model: nn.Module) -> Plain:
     prepare(model, model.repeated_blocks(), config.engine, config.train.precision, device.type)
     model.to(device)
     return Plain("plain", model, model, _adamw(model, config), config, micro_batches)

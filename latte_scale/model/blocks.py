@@ -16,6 +16,7 @@ n images, E width of a head, d several widths side by side.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from latte_scale.model.attention import Attention, Axis, Linear, SelfAttention, SplitAttention
 from latte_scale.model.attention_backends import Padding
 from latte_scale.model.layers import FeedForward, Mlp, modulate, normalise
+from latte_scale.model.norm_backends import NormBackend, gated, modulated
 
 Reshard = Callable[[Tensor, Axis], Tensor]
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate, each broadcasting to x
@@ -35,12 +37,21 @@ def identity_reshard(x_BFTD: Tensor, whole: Axis) -> Tensor:
     return x_BFTD
 
 
-def residual(x: Tensor, layer: Callable[[Tensor], Tensor], modulation: Modulation | None) -> Tensor:
+def residual(
+    x: Tensor, layer: Callable[[Tensor], Tensor], modulation: Modulation | None, norm: NormBackend = "torch"
+) -> Tensor:
     """x + gate layer(norm(x) (1 + scale) + shift), or x + layer(norm(x)) without modulation."""
     if modulation is None:
         return x + layer(normalise(x))
     shift, scale, gate = modulation
-    return x + gate * layer(modulate(x, shift, scale))
+    return gated(x, layer(modulated(x, shift, scale, norm)), gate, norm)
+
+
+def use_norm(model: nn.Module, backend: NormBackend) -> None:
+    """Tell every block who computes its norm, modulation and gate. Must run before the blocks are compiled."""
+    for module in model.modules():
+        if isinstance(module, (T2VBlock, LatteBlock)):
+            module.norm = backend
 
 
 def per_frame(rows_BG: Tensor, num_frames: int) -> Tensor:
@@ -89,6 +100,7 @@ class T2VBlock(nn.Module):
         self.attn1 = Attention(width, num_heads, "space" if cross_attention else "time")
         self.attn2 = Attention(width, num_heads, "cross") if cross_attention else None
         self.ff = FeedForward(width)
+        self.norm: NormBackend = "torch"
 
     def forward(
         self,
@@ -107,7 +119,7 @@ class T2VBlock(nn.Module):
         rows_BG6D = self.scale_shift_table + modulation_BG6D
         rows_BRS6D = rows_BG6D[:, :, None] if self.attn2 is not None else rows_BG6D[:, None]  # R or S is 1
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BRS6D.unbind(-2)
-        x_BRSD = residual(x_BRSD, self._attend, (shift_msa, scale_msa, gate_msa))
+        x_BRSD = residual(x_BRSD, self._attend, (shift_msa, scale_msa, gate_msa), self.norm)
         if self.attn2 is not None and image_text_BnLD is None:
             x_BRSD = x_BRSD + self._read(x_BRSD, text_BLD, padding)
         elif self.attn2 is not None:
@@ -115,7 +127,7 @@ class T2VBlock(nn.Module):
             of_video = self._read(x_BRSD[:, :num_frames], text_BLD, padding)
             of_images = self._read_each(x_BRSD[:, num_frames:], image_text_BnLD, image_padding)
             x_BRSD = x_BRSD + torch.cat([of_video, of_images], dim=1)
-        return residual(x_BRSD, self.ff, (shift_mlp, scale_mlp, gate_mlp))
+        return residual(x_BRSD, self.ff, (shift_mlp, scale_mlp, gate_mlp), self.norm)
 
     def _attend(self, h_BRSD: Tensor) -> Tensor:
         return self.attn1(h_BRSD.flatten(0, 1)).view_as(h_BRSD)
@@ -147,6 +159,7 @@ class LatteBlock(nn.Module):
         self.temporal_attn = SelfAttention(width, num_heads, "time") if layout == "sequential" else None
         self.mlp = Mlp(width, hidden)
         self.num_layers = 3 if layout == "sequential" else 2
+        self.norm: NormBackend = "torch"
         self.adaLN_modulation = None
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * self.num_layers * width))
@@ -171,8 +184,9 @@ class LatteBlock(nn.Module):
         modulations = self._modulations(condition_BGD, x_BFTD.shape[1], num_images)
         for attn in (self.attn, self.temporal_attn):
             if attn is not None:
-                x_BFTD = residual(x_BFTD, lambda h, attn=attn: attn(h, rotary_2FE, num_images), modulations.pop(0))
-        return residual(x_BFTD, self.mlp, modulations.pop(0))
+                run = partial(attn, rotary_2FE=rotary_2FE, num_images=num_images)
+                x_BFTD = residual(x_BFTD, run, modulations.pop(0), self.norm)
+        return residual(x_BFTD, self.mlp, modulations.pop(0), self.norm)
 
     def _modulations(self, condition_BGD: Tensor | None, num_frames: int, num_images: int) -> list[Modulation | None]:
         """Shift, scale and gate of each layer, [B, F or 1, 1, D]; in the order of the layers."""

@@ -1,0 +1,47 @@
+"""Who computes the modulated norm and the gated residual of a block: torch, or Triton kernels of one pass each.
+
+In: x, and shift, scale and gate broadcasting to it. Out: the same formulas, up to rounding. The decision worth knowing:
+inside a compiled block torch fuses the forward passes well, and the norm with the gate before it, which an opaque
+kernel cannot; what the kernels save is reading everything again for the gradients of shift, scale and gate. So which
+is faster depends on the shape and on engine.compile, and `auto` measures it (choices.py).
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latte_scale.model.kernels.norm import gate_residual, norm_modulate
+from latte_scale.model.layers import modulate
+
+NormBackend = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True)
+class NormSettings:
+    """Who computes norm, modulation and gate. Nothing here changes what is computed, beyond rounding."""
+
+    # auto: on a GPU the faster, measured at the start and kept in RUN/choices.json; elsewhere torch.
+    backend: Literal["auto", NormBackend] = "auto"
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, backend: NormBackend) -> Tensor:
+    """norm(x) (1 + scale) + shift."""
+    return (norm_modulate if backend == "triton" else modulate)(x, shift, scale)
+
+
+def gated(x: Tensor, branch: Tensor, gate: Tensor, backend: NormBackend) -> Tensor:
+    """x + gate branch."""
+    return gate_residual(x, branch, gate) if backend == "triton" else x + gate * branch
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run with this device, in words; None if they can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on NVIDIA GPUs only (and, to be tested, on a CPU with TRITON_INTERPRET=1 in the environment)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; it comes with a CUDA build of torch"
+    return None

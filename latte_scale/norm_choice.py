@@ -1,0 +1,128 @@
+"""Who computes norm, modulation and gate: chosen by measurement, recorded, and reused on resume, as in choices.py.
+
+In: a Config, the ranks and RUN/choices.json. Out: the back end's name. The decision worth knowing: what is measured is
+two residual layers in a row, each around a product that costs all alike, and compiled where the run's blocks are: so
+torch.compile may fuse what it fuses inside a block, and the kernels are not flattered.
+"""
+
+import functools
+import logging
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latte_scale.choices import SECONDS, TOLERANCE, dtype_of, fastest, probes, read_choices, write_choices
+from latte_scale.config import Config
+from latte_scale.engine.dist import Ranks
+from latte_scale.model.blocks import residual
+from latte_scale.model.norm_backends import NormBackend, why_no_triton
+from latte_scale.timing import call_time
+
+logger = logging.getLogger("latte_scale")
+
+
+def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend:
+    """Who computes norm and gate, equal on all ranks. A collective on GPUs; `path`: RUN/choices.json, None for none.
+
+    Raises ValueError on all ranks when norm.backend names one that is not there.
+    """
+    wanted = config.norm.backend
+    reason = why_no_triton(ranks.device)
+    if wanted == "triton" and reason is not None:
+        raise ValueError(f"norm.backend=triton: {reason}; choose auto or torch")
+    if wanted != "auto":
+        return wanted
+    if ranks.device.type != "cuda":
+        return "torch"
+    return ranks.broadcast_object(recorded_norm(config, ranks.device, path) if ranks.rank == 0 else None)
+
+
+def recorded_norm(config: Config, device: torch.device, path: Path | None) -> NormBackend:
+    """What the file says, or what is measured now and written there."""
+    key = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": config.train.precision,
+        "compile": config.engine.compile,
+        "shape": norm_shape(config),
+    }
+    recorded = read_choices(path).get("norm")
+    present = recorded is not None and (recorded["backend"] == "torch" or why_no_triton(device) is None)
+    if present and recorded["key"] == key:
+        logger.info("norm as recorded in %s: %s", path, recorded["backend"])
+        return recorded["backend"]
+    measured = measure_norm(config, device)
+    chosen = fastest(measured)
+    logger.info("norm measured, ms or why not: %s; chosen: %s", measured, chosen)
+    if path is not None:
+        write_choices(path, read_choices(path) | {"norm": {"key": key, "backend": chosen, "measured_ms": measured}})
+    return chosen
+
+
+def norm_shape(config: Config) -> list[int]:
+    """Batch, tokens and width of what one rank normalises: a micro-batch, of which it holds 1 / cut."""
+    space = probes(config)["space"]
+    batch = config.train.micro_batch
+    return [batch, -(-space.batch // batch), space.num_queries, config.model.width]
+
+
+def measure_norm(config: Config, device: torch.device) -> dict[str, float | str]:
+    """Milliseconds of two layers in a row, forward and backward, by back end, compiled if the blocks are; or why not.
+
+    Each layer is one product, the same for all: torch.compile fuses up to it, as it does inside a block.
+    """
+    results: dict[str, float | str] = {}
+    for backend in typing.get_args(NormBackend):
+        reason = why_no_triton(device) if backend == "triton" else None
+        try:
+            results[backend] = reason or _norm_time(config, device, backend)
+        except (RuntimeError, ValueError) as error:  # a kernel that does not take this width
+            results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return results
+
+
+def _norm_time(config: Config, device: torch.device, backend: NormBackend) -> float | str:
+    batch, frames, patches, width = norm_shape(config)
+    dtype = dtype_of(config)
+    small = norm_tensors([min(batch, 2), min(frames, 2), min(patches, 64), width], device)
+    expected = norm_gradients(two_layers, small, "torch", torch.float32)
+    got = norm_gradients(two_layers, small, backend, dtype)
+    error = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+    if error > TOLERANCE[dtype]:
+        return f"off by {error:.1e} of the largest value"
+    run = torch.compile(two_layers, dynamic=False) if config.engine.compile else two_layers
+    tensors = norm_tensors([batch, frames, patches, width], device)
+    seconds = call_time(functools.partial(norm_gradients, run, tensors, backend, dtype), device, SECONDS)
+    return round(seconds * 1e3, 4)
+
+
+def two_layers(x_BFTD: Tensor, rows_B116D: Tensor, weight_DD: Tensor, backend: NormBackend) -> Tensor:
+    """Two residual layers of one product each, as a block has them."""
+    rows = rows_B116D.unbind(-2)
+    for modulation in (rows[:3], rows[3:]):
+        x_BFTD = residual(x_BFTD, lambda h: F.linear(h, weight_DD), modulation, backend)
+    return x_BFTD
+
+
+def norm_tensors(shape: list[int], device: torch.device) -> list[Tensor]:
+    """x [B, F, T, D], its modulation and a weight, ready for gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = shape, [shape[0], 1, 1, 6, shape[3]], [shape[3], shape[3]]
+    scales = 1.0, 1.0, shape[3] ** -0.5
+    return [
+        (torch.randn(each, generator=generator, device=device) * scale).requires_grad_()
+        for each, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def norm_gradients(
+    run: Callable[..., Tensor], tensors: list[Tensor], backend: NormBackend, dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and gradients, under autocast where the dtype is not fp32."""
+    device = tensors[0].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False):
+        out = run(*tensors, backend)
+    return [out.detach(), *torch.autograd.grad(out, tensors, torch.ones_like(out))]

@@ -1,0 +1,51 @@
+"""Every kernel through Triton's whole compiler, to machine code of an A100, an H100 and a B200, which needs no GPU.
+
+The interpreter is more lenient than the compiler. At the released width and head dim nothing may spill to memory.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from latte_scale.model.kernels import norm_triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+WIDTH = {"D": 1152, "BLOCK": 2048}
+FP32 = dict.fromkeys(("x", "shift", "scale", "gate", "grad_x", "partial"), "*fp32")
+CASES = {  # name -> kernel, types of its arguments, what it is compiled for, number of warps
+    "modulate_forward": (norm_triton.modulate_forward, FP32 | {"out": "*bf16", "eps": "fp32"}, WIDTH, 8),
+    "modulate_backward": (norm_triton.modulate_backward, FP32 | {"grad": "*bf16", "eps": "fp32"}, WIDTH, 8),
+    "gate_forward": (norm_triton.gate_forward, FP32 | {"branch": "*bf16", "out": "*fp32"}, WIDTH, 8),
+    "gate_backward": (
+        norm_triton.gate_backward,
+        FP32 | {"grad": "*fp32", "branch": "*bf16", "grad_branch": "*bf16"},
+        WIDTH,
+        8,
+    ),
+}
+
+
+# Triton compiles anew for integers that are 1, as in chunks of one row.
+@pytest.mark.parametrize(("capability", "ones"), [(80, False), (90, False), (90, True), (100, False)])
+@pytest.mark.parametrize("name", CASES)
+def test_it_compiles_and_spills_nothing(name, ones, capability, tmp_path) -> None:
+    kernel, types, constants, num_warps = CASES[name]
+    if "ROWS" in kernel.arg_names:
+        constants = constants | {"ROWS": 1 if ones else 32}
+    if ones:
+        constants = constants | {
+            n: 1 for n in ("size_s", "num_groups", "num_members", "row_m") if n in kernel.arg_names
+        }
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+    command = [str(CUOBJDUMP), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", usage) == [("0", "0")], usage

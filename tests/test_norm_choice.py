@@ -1,0 +1,70 @@
+"""Who computes norm and gate: named or refused, measured once and recorded, and everybody computes the same."""
+
+import json
+
+import pytest
+
+from latte_scale import norm_choice
+from latte_scale.bench.subjects import seeded_model
+from latte_scale.config import guarded_differences, load_config
+from latte_scale.norm_choice import measure_norm, norm_backend, norm_shape, recorded_norm
+from latte_scale.settings import to_mapping
+from tests.bench.test_subjects import ALONE, CLASSES, CONFIGS, CPU, tiny
+
+
+def test_without_a_gpu_torch_computes_it(tmp_path) -> None:
+    path = tmp_path / "choices.json"
+    assert norm_backend(tiny(), ALONE, path) == norm_backend(tiny("norm.backend=torch"), ALONE, path) == "torch"
+    assert not path.exists()
+
+
+def test_one_that_is_not_there_is_refused(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"norm.backend=triton: it runs on NVIDIA GPUs only .*; choose auto or torch"):
+        norm_backend(tiny("norm.backend=triton"), ALONE, None)
+
+
+@pytest.mark.parametrize("overrides", [(), CLASSES])
+def test_every_block_is_told(overrides) -> None:
+    model = seeded_model(tiny(*overrides), norm="triton")
+    assert {block.norm for block in model.repeated_blocks()} == {"triton"}
+
+
+def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "choices.json"
+    path.write_text(json.dumps({"attention": 1}))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert recorded_norm(tiny(), CPU, path) == "torch"
+    written = json.loads(path.read_text())
+    times = written["norm"]["measured_ms"]
+    assert written["attention"] == 1 and times["torch"] > 0 and "NVIDIA GPUs only" in times["triton"]
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(norm_choice, "measure_norm", not_again)
+    assert recorded_norm(tiny(), CPU, path) == "torch"
+    monkeypatch.setattr(norm_choice, "why_no_triton", lambda device: None)
+    path.write_text(json.dumps({"norm": written["norm"] | {"backend": "triton"}}))
+    assert recorded_norm(tiny(), CPU, path) == "triton", "a resumed run computes as it began"
+    with pytest.raises(AssertionError, match="measured again"):
+        recorded_norm(tiny("train.micro_batch=1"), CPU, path)
+
+
+def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
+    from latte_scale.model import norm_backends
+
+    monkeypatch.setattr(norm_choice, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(norm_backends, "norm_modulate", lambda x, shift, scale: x + shift + scale)
+    monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch)
+    assert "off by" in measure_norm(tiny(), CPU)["triton"]
+
+
+def test_what_is_measured_has_the_shape_of_the_run() -> None:
+    assert norm_shape(load_config(CONFIGS / "t2v_512.yaml", ["train.micro_batch=2"])) == [2, 16, 1024, 1152]
+    cut = ("train.micro_batch=2", "engine.kind=fsdp2", "engine.sequence_parallel=4")
+    assert norm_shape(load_config(CONFIGS / "t2v_512.yaml", cut)) == [2, 4, 1024, 1152]
+
+
+def test_it_may_change_on_resume() -> None:
+    assert not guarded_differences(to_mapping(tiny("norm.backend=torch")), to_mapping(tiny()))
