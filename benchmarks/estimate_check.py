@@ -10,12 +10,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks.memory_tracking import tracked
-from latte_scale.config import load_config
-from latte_scale.estimate.activations import activations
-from latte_scale.estimate.memory import memory, micro_batches
+from latte_scale.config import Config, load_config
+from latte_scale.data.buckets import bucket_name, relative_cost
+from latte_scale.data.plan import Plan, PlanData
+from latte_scale.data.shares import step_shape
+from latte_scale.encoders import vae_downscale
+from latte_scale.estimate.advice import examine
+from latte_scale.estimate.hardware import DEVICES, Cluster
 
 MOST = 0.05  # largest error that is allowed, of the total and of each part
 SMALL = 0.02  # parts below this share of the total are held to MOST x SMALL of the total instead
@@ -25,13 +32,14 @@ HEADER = """| Configuration | Ranks | Tracked MiB | Estimated | Error | Furthest
 
 
 class Case(NamedTuple):
-    """A row: a config file with overrides, on so many ranks."""
+    """A row: a config file with overrides, on so many ranks; of several sizes, a step of one bucket."""
 
     name: str
     config: str
     num_gpus: int
     overrides: tuple[str, ...] = ()
     is_long: bool = False  # minutes: not in the quick table
+    bucket: str = ""  # frames x height x width of its latents; "": the config has one size
 
 
 T2V, TINY, FFS = "configs/t2v_512.yaml", "configs/tiny_cpu.yaml", "configs/ffs_img.yaml"
@@ -41,9 +49,12 @@ SINGLE, LAYERS_4 = "engine.kind=single", "model.num_layers=4"
 SMALL_T2V = ("model.num_layers=6", "model.num_heads=8", "model.head_dim=32", "model.caption_channels=64")
 ZERO = ("engine.kind=zero", *SMALL_T2V, "video.height=32", "video.width=32", "encoders.text_max_length=12", NONE,
         "train.precision=fp32", "train.global_batch=8", "engine.zero_bucket_elements=500000")  # fmt: skip
+SIZES = (LAYERS_4, FULL, "train.global_batch=16", "train.micro_batch=2", "train.batch_budget=tokens",
+         "video.more_sizes=[{frames: 16, height: 192, width: 336}, {frames: 1, height: 512, width: 512}]")  # fmt: skip
 CASES = [
     Case("tiny, fp32", TINY, 1),
     Case("tiny, bf16, 3 micro-batches", TINY, 1, ("train.precision=bf16", "train.micro_batch=4")),
+    Case("tiny of 4 sizes: wide clips", "configs/sizes_cpu.yaml", 1, bucket="4x16x24"),
     Case("shapes, fp32", "configs/shapes_cpu.yaml", 1),
     Case("T2V 256, 4 pairs", T2V, 1, (SINGLE, LAYERS_4, NONE, *PX_256, "train.global_batch=1")),
     Case("T2V 256, 4 pairs, full checkpointing, 2 x 3 clips", T2V, 1,
@@ -69,6 +80,8 @@ CASES = [
           "train.global_batch=8")),
     Case("T2V 512, 4 pairs, fsdp2, 4 ranks a clip", "configs/t2v_512_64f.yaml", 8,
          (LAYERS_4, FULL, "engine.sequence_parallel=4", "train.global_batch=2", "train.micro_batch=1")),
+    Case("T2V 256 of 3 sizes, 4 pairs, fsdp2: wide clips", "configs/t2v_256.yaml", 8, SIZES, bucket="16x24x42"),
+    Case("T2V 256 of 3 sizes, 4 pairs, fsdp2: images", "configs/t2v_256.yaml", 8, SIZES, bucket="1x64x64"),
     Case("small T2V, zero 1", T2V, 8, (*ZERO, "engine.zero_stage=1")),
     Case("small T2V, zero 1, a bucket for all", T2V, 8,
          (*ZERO, "engine.zero_stage=1", "engine.zero_bucket_elements=50000000")),
@@ -129,8 +142,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(case: Case) -> Row:
     """Track and estimate one case."""
     config = load_config(case.config, ["data.url=none", *case.overrides])
-    found = memory(config, case.num_gpus, activations(config, micro_batches(config, case.num_gpus)[1])).parts
-    return Row(case, tracked(config, case.num_gpus), {part: value for part, value in found.items() if value})
+    planned = as_planned(config, case.bucket, case.num_gpus) if case.bucket else config
+    steps = {step.bucket.name: step for step in examine(config, Cluster(DEVICES["h100"], case.num_gpus)).steps}
+    step = steps[case.bucket] if case.bucket else next(iter(steps.values()))
+    found = step.memory.parts
+    return Row(case, tracked(planned, case.num_gpus), {part: value for part, value in found.items() if value})
+
+
+def as_planned(config: Config, bucket: str, num_gpus: int) -> Config:
+    """The config of one bucket's step with the batches of the trainer's own plan: nothing of the estimate in it."""
+    names = {bucket_name(policy, vae_downscale(config.encoders)): policy for policy in config.video.policies()}
+    costs = {name: relative_cost(name, next(iter(names))) for name in names}
+    data = PlanData({name: np.array([1000]) for name in names}, "made up")
+    plan = Plan([data], config.run.seed, config.train.global_batch, costs=costs, group=config.sample_group)
+    _, slots = step_shape(plan, bucket, num_gpus, config.train.micro_batch, config.sample_group)
+    train = replace(config.train, global_batch=plan.batch_size(bucket), micro_batch=slots)
+    return replace(config, video=names[bucket], train=train)
 
 
 def line(row: Row) -> str:

@@ -26,9 +26,19 @@ def bucket_costs(budget: BatchBudget, video: VideoSettings, datasets: Sequence[D
     latents = datasets[0].manifest.latents
     if budget == "samples" or latents is None:
         return None
-    main = video.frames * (video.height // latents.downscale) * (video.width // latents.downscale)
+    main = bucket_name(video, latents.downscale)
     names = {name for dataset in datasets for name in dataset.manifest.buckets}
-    return {name: Fraction(num_latents(name), main) for name in names}
+    return {name: relative_cost(name, main) for name in names}
+
+
+def bucket_name(video: VideoSettings, downscale: int) -> str:
+    """The bucket of the policy's own size: frames, height and width of its latents. 16 x 256 x 256 -> "16x32x32"."""
+    return f"{video.frames}x{video.height // downscale}x{video.width // downscale}"
+
+
+def relative_cost(bucket: str, main: str) -> Fraction:
+    """Of a sample of a bucket, where one of the bucket `main` costs 1."""
+    return Fraction(num_latents(bucket), num_latents(main))
 
 
 def num_latents(bucket: str) -> int:

@@ -7,6 +7,7 @@ are the same on any number of ranks.
 """
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 from latte_scale.data.plan import Plan, SampleId, samples_for
@@ -56,12 +57,17 @@ def check_ranks(plan: Plan, size: int, group: int = 1) -> None:
     """Raise ValueError where a step of some bucket has fewer groups than there are ranks."""
     rank_range(plan.global_batch, 0, size, group)
     for bucket in plan.buckets:
-        if (batch := plan.batch_size(bucket)) < size * group:
-            raise ValueError(
-                f"bucket {bucket}: {batch} samples cost as much as train.global_batch {plan.global_batch} of the main "
-                f"size, which is fewer than {size * group} for the {size} data-parallel ranks; use a global_batch of "
-                f"{math.ceil(plan.costs[bucket] * size * group)} or more, or fewer ranks"
-            )
+        check_bucket(bucket, plan.costs[bucket], plan.global_batch, size, group)
+
+
+def check_bucket(bucket: str, cost: Fraction, global_batch: int, size: int, group: int = 1) -> None:
+    """The same of one bucket, whose samples cost so much."""
+    if (batch := samples_for(global_batch, cost, group)) < size * group:
+        raise ValueError(
+            f"bucket {bucket}: {batch} samples cost as much as train.global_batch {global_batch} of the main size, "
+            f"which is fewer than {size * group} for the {size} data-parallel ranks; use a global_batch of "
+            f"{math.ceil(cost * size * group)} or more, or fewer ranks"
+        )
 
 
 def step_shape(plan: Plan, bucket: str, size: int, micro_batch: int, group: int = 1) -> tuple[int, int]:

@@ -6,15 +6,17 @@ every piece of advice may be followed by a run that is resumed.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from latte_scale.config import Config
 from latte_scale.estimate.activations import activations
+from latte_scale.estimate.buckets import Bucket, buckets_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, device_like
 from latte_scale.estimate.memory import Memory, data_ranks, memory, micro_batches
-from latte_scale.estimate.timing import Timing, timing
+from latte_scale.estimate.timing import Timing, mean_timing, timing
 
 logger = logging.getLogger("latte_scale")
 
@@ -23,13 +25,47 @@ CHECKPOINTING = ("none", "selective", "full", "offload")
 
 
 @dataclass(frozen=True)
+class Step:
+    """A step of one bucket: what it needs and how long it takes."""
+
+    bucket: Bucket
+    memory: Memory
+    timing: Timing
+    micro_batches: int  # on every rank
+    batch: int  # clips of each
+
+
+@dataclass(frozen=True)
 class Choice:
     """A config and what it needs on a cluster."""
 
     config: Config
-    memory: Memory
-    timing: Timing
-    batch: int  # clips of a micro-batch
+    steps: tuple[Step, ...]  # of every size, the main one first
+
+    @property
+    def peak(self) -> Step:
+        """The step that needs most memory."""
+        return max(self.steps, key=lambda step: step.memory.total)
+
+    @property
+    def where(self) -> str:
+        """In which steps that is, in words; "" where all are of one size."""
+        return f" in steps of {self.peak.bucket.name}" if len(self.steps) > 1 else ""
+
+    @property
+    def memory(self) -> Memory:
+        """Of the step that needs most."""
+        return self.peak.memory
+
+    @property
+    def timing(self) -> Timing:
+        """The mean over the buckets, by their share of the steps."""
+        return mean_timing([(step.bucket.share, step.timing) for step in self.steps])
+
+    @property
+    def batch(self) -> int:
+        """Clips of a micro-batch of the main size."""
+        return self.steps[0].batch
 
     @property
     def words(self) -> str:
@@ -42,26 +78,44 @@ class Choice:
         return f"{kind}, micro-batches of {self.batch}, {kept}"
 
 
-def examine(config: Config, cluster: Cluster, efficiency: float | None = None) -> Choice:
-    """Memory and time of a config as it is. ValueError where ranks and settings do not go together."""
+def examine(
+    config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
+) -> Choice:
+    """Memory and time of a config as it is. ValueError where ranks and settings do not go together.
+
+    steps: how many of a run's steps each bucket has, as for `buckets_of`.
+    """
     if config.engine.kind == "single" and cluster.num_gpus > 1:
         raise ValueError(f"engine.kind=single runs on one GPU, came --gpus {cluster.num_gpus}; use fsdp2 or zero")
-    _, batch = micro_batches(config, cluster.num_gpus)
-    found = memory(config, cluster.num_gpus, activations(config, batch))
-    return Choice(config, found, timing(config, cluster, efficiency), batch)
+    micro_batches(config, cluster.num_gpus)  # the main size's: says what does not go together in the config's own words
+    buckets = buckets_of(config, data_ranks(config, cluster.num_gpus), steps)
+    return Choice(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))
 
 
-def recommend(config: Config, cluster: Cluster, efficiency: float | None = None) -> Choice | None:
+def _step(bucket: Bucket, cluster: Cluster, efficiency: float | None) -> Step:
+    number, batch = micro_batches(bucket.config, cluster.num_gpus)
+    found = memory(bucket.config, cluster.num_gpus, activations(bucket.config, batch))
+    return Step(bucket, found, timing(bucket.config, cluster, efficiency), number, batch)
+
+
+def recommend(
+    config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
+) -> Choice | None:
     """The fastest choice that fits; of about equally fast ones torch's own engines first, then that with most room.
 
     None if nothing fits.
     """
-    timed = [(timing(each, cluster, efficiency).step_s, each) for each in candidates(config, cluster)]
+
+    def step_s(each: Config) -> float:
+        buckets = buckets_of(each, data_ranks(each, cluster.num_gpus), steps)
+        return mean_timing([(share, timing(own, cluster, efficiency)) for _, own, share in buckets]).step_s
+
+    timed = [(step_s(each), each) for each in candidates(config, cluster)]
     fast: list[Choice] = []
-    for step_s, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to find out than time
-        if fast and step_s > EQUALLY_FAST * fast[0].timing.step_s:
+    for seconds, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to find out than time
+        if fast and seconds > EQUALLY_FAST * fast[0].timing.step_s:
             break
-        choice = examine(each, cluster, efficiency)
+        choice = examine(each, cluster, efficiency, steps)
         if choice.memory.needed <= cluster.device.memory_bytes:
             fast.append(choice)
     return min(fast, key=lambda choice: (choice.config.engine.kind == "zero", choice.memory.total), default=None)
@@ -145,7 +199,7 @@ def out_of_memory(config: Config, cluster: Cluster) -> str:
     now = examine(config, cluster)
     lines = [
         f"out of memory on the device: {now.words} on {cluster.num_gpus} GPUs needs about "
-        f"{now.memory.needed / GIB:.1f} GiB, most of it {_largest(now.memory)}. What would help, each alone:"
+        f"{now.memory.needed / GIB:.1f} GiB{now.where}, most of it {_largest(now.memory)}. What would help, each alone:"
     ]
     for override, saved, costs in remedies(config, cluster):
         price = "at no cost in time" if costs < 0.01 else f"for {costs:.0%} more time a step"

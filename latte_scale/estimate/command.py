@@ -1,23 +1,28 @@
 """`latte-scale estimate`: what a run needs and costs before it is launched.
 
     latte-scale estimate --config configs/t2v_512.yaml --gpus 64 --device h100 engine.activation_checkpointing=none
+    latte-scale estimate --config configs/sizes_cpu.yaml --gpus 2 --coverage coverage.json engine.kind=fsdp2
 
 In: a training config (no data, no GPU), a number of devices and their kind. Out: memory by part, work, transfers, the
 time of a step, samples a second and GPU-hours, a recommendation with the YAML to use, and every assumption behind it;
-the same as one JSON object with --json. Exit code 0 if the config fits the device, 1 if it does not, 78 if the
-config is wrong.
+the same as one JSON object with --json. Of several sizes (video.more_sizes) each has a line of its own, the memory is
+that of the one that needs most, and times are means over the steps: with --coverage FILE as many of each size as
+`latte-scale coverage --out FILE` counted in the data, else as if there were as many clips of each. Exit code 0 if the
+config fits the device, 1 if it does not, 78 if the config is wrong.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
-from latte_scale.estimate.advice import Choice, examine, recommend, yaml_of
+from latte_scale.estimate.advice import Choice, Step, examine, recommend, yaml_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, find_device
-from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES, micro_batches
+from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES
 from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
 from latte_scale.estimate.traffic import REACHED
 from latte_scale.estimate.weights import weights_of
@@ -35,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gpus must be 1 or more, came {args.gpus}")
         config = load_config(args.config, args.overrides)
         cluster = Cluster(find_device(args.device, args.per_node), args.gpus)
-        choice = examine(config, cluster, args.efficiency)
-        best = recommend(config, cluster, args.efficiency)
-    except (SettingsError, ValueError) as error:
+        steps = None if args.coverage is None else counted_steps(args.coverage)
+        choice = examine(config, cluster, args.efficiency, steps)
+        best = recommend(config, cluster, args.efficiency, steps)
+    except (SettingsError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return STOP
     if args.json:
@@ -57,9 +63,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--efficiency", type=float, help="share of the peak that `latte-scale bench step` measured (HFU)"
     )
+    parser.add_argument(
+        "--coverage", type=Path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
+    )
     parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
+
+
+def counted_steps(path: Path) -> dict[str, int]:
+    """Bucket -> its steps in a run, from a file of `latte-scale coverage --out` (or RUN/coverage.json)."""
+    try:
+        return {row["bucket"]: int(row["steps"]) for row in json.loads(path.read_text())["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--coverage {path}: expected what `latte-scale coverage --out` writes ({error!r}); write it again"
+        ) from error
 
 
 def as_text(choice: Choice, best: Choice | None, cluster: Cluster, args: argparse.Namespace) -> list[str]:
@@ -67,7 +86,9 @@ def as_text(choice: Choice, best: Choice | None, cluster: Cluster, args: argpars
     config, device, need = choice.config, cluster.device, choice.memory.needed
     elements = weights_of(config.model).size_bytes // 4
     lines = [f"{args.config}: {elements:,} parameters, {choice.words}, on {cluster.num_gpus} x {device.name} "
-             f"({cluster.num_nodes} nodes)", "", f"Memory of a GPU, {choice.memory.moment} (GiB)"]  # fmt: skip
+             f"({cluster.num_nodes} nodes)", ""]  # fmt: skip
+    lines += [*_size_lines(choice), ""] if len(choice.steps) > 1 else []
+    lines.append(f"Memory of a GPU{choice.where}, {choice.memory.moment} (GiB)")
     lines += [f"  {name:<15}{size / GIB:9.2f}" for name, size in choice.memory.parts.items() if size]
     lines.append(f"  {'from torch':<15}{choice.memory.total / GIB:9.2f}")
     verdict = "fits" if need <= device.memory_bytes else "DOES NOT FIT"
@@ -84,16 +105,32 @@ def as_text(choice: Choice, best: Choice | None, cluster: Cluster, args: argpars
     return [*lines, "", "Assumed", *[f"  - {line}" for line in assumptions(config, cluster, args)]]
 
 
+def _size_lines(choice: Choice) -> list[str]:
+    """A line a size: what it needs, and how long its steps take."""
+    lines = [f"{'Size':<14}{'of steps':>9}{'batch':>8}{'a GPU':>10}{'activations':>13}{'from torch':>12}"
+             f"{'TFLOP a clip':>14}{'step s':>9}{'samples/s':>11}"]  # fmt: skip
+    for step in choice.steps:
+        train, found = step.bucket.config.train, step.memory
+        lines.append(f"{step.bucket.name:<14}{step.bucket.share:>9.1%}{train.global_batch:>8}"
+                     f"{f'{step.micro_batches} x {step.batch}':>10}{found.activations / GIB:>9.2f} GiB"
+                     f"{found.total / GIB:>8.2f} GiB{clip_flops(step.bucket.config) / 1e12:>14.2f}"
+                     f"{step.timing.step_s:>9.3f}{step.timing.samples_per_s:>11.1f}")  # fmt: skip
+    return lines
+
+
 def _time_lines(choice: Choice, cluster: Cluster, args: argparse.Namespace) -> list[str]:
     time, train = choice.timing, choice.config.train
-    number, _ = micro_batches(choice.config, cluster.num_gpus)
-    lines = [f"Work: {clip_flops(choice.config) / 1e12:.2f} TFLOP forward a clip, {number} micro-batches a step",
+    a_clip, number = clip_flops(choice.config) / 1e12, choice.steps[0].micro_batches
+    work = f"Work: {a_clip:.2f} TFLOP forward a clip, {number} micro-batches a step"
+    if len(choice.steps) > 1:
+        work = "A mean step of the run, by each size's share of the steps"
+    lines = [work,
              f"Step {time.step_s:.3f} s: forward {time.forward_s:.3f}, backward {time.backward_s:.3f}, update "
              f"{time.update_s:.4f}, transfers not hidden {time.exposed_s:.3f}; {time.samples_per_s:.1f} samples/s, "
              f"MFU {time.mfu(cluster):.1%}"]  # fmt: skip
     for each in time.collectives:
         lines.append(f"  {each.name:<26}{each.sent_bytes / GIB:8.2f} GiB sent a GPU and step, {each.span.size} ranks, "
-                     f"{each.seconds:.3f} s, {each.times:.0f} times")  # fmt: skip
+                     f"{each.seconds:.3f} s, {each.times:.4g} times")  # fmt: skip
     hours = time.gpu_hours(train.steps, cluster.num_gpus)
     price = f", {hours * args.price:,.0f} at {args.price} an hour" if args.price else ""
     lines.append(
@@ -116,6 +153,8 @@ def assumptions(config: Config, cluster: Cluster, args: argparse.Namespace) -> l
         f"captions of {config.encoders.text_max_length} tokens; no step waits for data, checkpoints or slow ranks",
         "the data are latents: clips that are encoded inside the step need the encoders' memory and time on top",
     ]
+    if config.video.more_sizes and args.coverage is None:
+        lines.append("there are as many clips of each size; --coverage FILE says how many steps each really has")
     if config.engine.compile:
         lines.append("engine.compile is not looked at: compiled blocks keep less and run faster")
     if config.engine.sequence_parallel > 1:
@@ -127,7 +166,9 @@ def assumptions(config: Config, cluster: Cluster, args: argparse.Namespace) -> l
 
 def as_dict(choice: Choice, best: Choice | None, cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
     """The report for programs: bytes, seconds, FLOPs."""
-    time = choice.timing
+    time, sent = choice.timing, dict.fromkeys((each.name for each in choice.timing.collectives), 0.0)
+    for each in time.collectives:
+        sent[each.name] += each.sent_bytes
     return {
         "device": cluster.device.name,
         "gpus": cluster.num_gpus,
@@ -143,9 +184,32 @@ def as_dict(choice: Choice, best: Choice | None, cluster: Cluster, args: argpars
         "samples_per_s": time.samples_per_s,
         "mfu": time.mfu(cluster),
         "gpu_hours": time.gpu_hours(choice.config.train.steps, cluster.num_gpus),
-        "sent_bytes": {each.name: each.sent_bytes for each in time.collectives},
+        "sent_bytes": sent,
+        "peak_bucket": choice.peak.bucket.name,
+        "buckets": [_bucket_as_dict(step) for step in choice.steps],
         "recommended": best and {"words": best.words, "yaml": yaml_of(best), "step_s": best.timing.step_s},
         "assumptions": assumptions(choice.config, cluster, args),
+    }
+
+
+def _bucket_as_dict(step: Step) -> dict[str, Any]:
+    """A step of one size; batches count its own samples."""
+    video = step.bucket.config.video
+    return {
+        "bucket": step.bucket.name,
+        "frames": video.frames,
+        "height": video.height,
+        "width": video.width,
+        "share_of_steps": step.bucket.share,
+        "global_batch": step.bucket.config.train.global_batch,
+        "micro_batches": step.micro_batches,
+        "micro_batch": step.batch,
+        "memory_bytes": step.memory.parts,
+        "total_bytes": step.memory.total,
+        "needed_bytes": step.memory.needed,
+        "forward_flops_a_clip": clip_flops(step.bucket.config),
+        "step_s": step.timing.step_s,
+        "samples_per_s": step.timing.samples_per_s,
     }
 
 

@@ -6,6 +6,7 @@ instead. Transfers count with what does not fit behind the forward or backward p
 the first unit's, which nothing can hide. Waiting for data, checkpoints and stragglers is not in it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from latte_scale.bench.inputs import latent_sides
@@ -27,7 +28,7 @@ AVERAGE_BYTES = 36  # an element and average: three passes over two or three num
 
 @dataclass(frozen=True)
 class Timing:
-    """One step of a whole run on a cluster."""
+    """One step of a whole run on a cluster, or the mean of several kinds of steps."""
 
     forward_s: float
     backward_s: float  # recomputing included
@@ -35,7 +36,7 @@ class Timing:
     exposed_s: float  # of transfers: what nothing hides
     collectives: tuple[Collective, ...]
     model_flops: float  # a step, all samples, 3 x forward: what MFU is credited with
-    global_batch: int
+    global_batch: float  # samples of it
 
     @property
     def step_s(self) -> float:
@@ -70,6 +71,27 @@ def timing(config: Config, cluster: Cluster, efficiency: float | None = None) ->
         model_flops=3.0 * forward_flops * config.train.global_batch,
         global_batch=config.train.global_batch,
     )
+
+
+def mean_timing(weighted: Sequence[tuple[float, Timing]]) -> Timing:
+    """The mean step of a run whose steps have several sizes, from the share of each and its step; shares sum to 1.
+
+    Rates of it are those of the run: samples of a mean step over its seconds.
+    """
+    if len(weighted) == 1:
+        return weighted[0][1]
+
+    def mean(name: str) -> float:
+        return sum(share * getattr(each, name) for share, each in weighted)
+
+    times: dict[Collective, float] = {}
+    for share, each in weighted:
+        for collective in each.collectives:
+            kind = replace(collective, times=1.0)
+            times[kind] = times.get(kind, 0.0) + share * collective.times
+    names = ("forward_s", "backward_s", "update_s", "exposed_s", "model_flops", "global_batch")
+    collectives = tuple(replace(kind, times=number) for kind, number in times.items())
+    return Timing(**{name: mean(name) for name in names}, collectives=collectives)
 
 
 def clip_flops(config: Config) -> float:

@@ -39,6 +39,32 @@ def test_a_config_that_does_not_fit_ends_with_1(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_every_size_has_a_line_and_the_data_say_how_many_steps(tmp_path, capsys):
+    coverage, out = tmp_path / "coverage.json", {}
+    rows = [{"bucket": name, "steps": steps} for name, steps in (("4x16x16", 15), ("1x32x32", 5), ("1x32x32", 5))]
+    coverage.write_text(json.dumps({"steps": 20, "rows": rows}))  # a row a data set, each with the bucket's steps
+    sizes = ["--config", "configs/sizes_cpu.yaml", "--gpus", "2", "engine.kind=fsdp2"]
+    for name, words in {"assumed": [], "counted": ["--coverage", str(coverage)]}.items():
+        assert main([*sizes, *words, "--json"]) == FITS
+        out[name] = json.loads(capsys.readouterr().out)
+    assert [bucket["share_of_steps"] for bucket in out["assumed"]["buckets"]] == pytest.approx([0.2, 0.3, 0.3, 0.2])
+    assert [bucket["share_of_steps"] for bucket in out["counted"]["buckets"]] == [0.75, 0, 0, 0.25]
+    assert [bucket["global_batch"] for bucket in out["counted"]["buckets"]] == [12, 8, 8, 12]
+    for found in out.values():
+        peak = max(found["buckets"], key=lambda bucket: bucket["total_bytes"])
+        assert found["peak_bucket"] == peak["bucket"] and found["memory_bytes"] == peak["memory_bytes"]
+        step_s = sum(bucket["share_of_steps"] * bucket["step_s"] for bucket in found["buckets"])
+        samples = sum(bucket["share_of_steps"] * bucket["global_batch"] for bucket in found["buckets"])
+        assert found["step_s"] == pytest.approx(step_s) and found["samples_per_s"] == pytest.approx(samples / step_s)
+    assert out["assumed"]["samples_per_s"] != pytest.approx(out["counted"]["samples_per_s"])
+    assert main(sizes) == FITS
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines() if " GiB " in line and " x " in line] == [
+        "4x16x16", "4x16x24", "4x24x16", "1x32x32"
+    ]  # fmt: skip
+    assert "as many clips of each size" in text and f"in steps of {out['assumed']['peak_bucket']}" in text
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -47,6 +73,8 @@ def test_a_config_that_does_not_fit_ends_with_1(capsys):
         (["engine.kind=single"], "runs on one GPU"),
         (["engine.kind=fsdp3"], "engine.kind"),
         (["--gpus", "64"], "global_batch 12"),
+        (["--coverage", "no.json"], "no.json"),
+        (["--coverage", "configs/tiny_cpu.yaml"], "expected what `latte-scale coverage --out` writes"),
     ],
 )
 def test_what_cannot_be_is_refused_with_78(change, said, capsys):

@@ -9,6 +9,7 @@ from benchmarks.estimate_check import CASES, MOST, check
 
 QUICK = (
     "tiny, bf16, 3 micro-batches",
+    "tiny of 4 sizes: wide clips",
     "T2V 512, 4 pairs, fsdp2, 2 micro-batches",
     "T2V 512, 4 pairs, fsdp2, freed after forward",
     "T2V 512, 4 pairs, fsdp2, 4 ranks a clip",
