@@ -27,6 +27,7 @@ from latte_scale.model.attention_backends import (
     padding_of,
     why_absent,
 )
+from latte_scale.model.kernels.small_attention import MAX_HEAD_DIM, MAX_LENGTH
 from latte_scale.plain_json import json_text
 from latte_scale.timing import call_time
 
@@ -79,7 +80,19 @@ def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[
         if reason is not None:
             there = ", ".join(present(config, ranks.device))
             raise ValueError(f"attention.backend={wanted}: {reason}; choose auto, or one that is there: {there}")
-        return dict.fromkeys(SITES, wanted)
+        if wanted != "triton_small":
+            return dict.fromkeys(SITES, wanted)
+        length, head_dim = probes(config)["time"].num_keys, probes(config)["time"].head_dim
+        if length > MAX_LENGTH or head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"attention.backend=triton_small: it takes up to {MAX_LENGTH} frames and head dim {MAX_HEAD_DIM}, this "
+                f"config has {length} and {head_dim}; choose auto"
+            )
+    chosen = _chosen_backends(config, ranks, path)
+    return chosen | {"time": wanted} if wanted != "auto" else chosen
+
+
+def _chosen_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Site, Backend]:
     if ranks.device.type != "cuda":
         return dict.fromkeys(SITES, "sdpa")
     return ranks.broadcast_object(recorded_choice(config, ranks.device, path) if ranks.rank == 0 else None)
@@ -160,6 +173,7 @@ def measure(probe: Probe, config: Config, device: torch.device) -> dict[str, flo
             TypeError,
             AttributeError,
             ImportError,
+            ValueError,
         ) as error:  # a kernel that does not take this shape
             results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     return results

@@ -19,7 +19,8 @@ from latte_scale.choices import SECONDS, TOLERANCE, dtype_of, fastest, probes, r
 from latte_scale.config import Config
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.blocks import residual
-from latte_scale.model.norm_backends import NormBackend, why_no_triton
+from latte_scale.model.kernels.availability import why_no_triton
+from latte_scale.model.norm_backends import NormBackend
 from latte_scale.timing import call_time
 
 logger = logging.getLogger("latte_scale")

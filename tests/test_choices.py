@@ -30,6 +30,16 @@ def test_a_named_back_end_is_taken_or_refused() -> None:
         attention_backends(tiny("attention.backend=flash2"), ALONE, None)
 
 
+def test_the_kernel_of_short_sequences_is_taken_over_time(monkeypatch) -> None:
+    named = tiny("attention.backend=triton_small")
+    with pytest.raises(ValueError, match=r"attention.backend=triton_small: it runs on NVIDIA GPUs only"):
+        attention_backends(named, ALONE, None)
+    monkeypatch.setattr(choices, "why_absent", lambda backend, device, dtype: None)
+    assert attention_backends(named, ALONE, None) == {"space": "sdpa", "time": "triton_small", "cross": "sdpa"}
+    with pytest.raises(ValueError, match=r"up to 64 frames and head dim 128, this config has 128 and 72; choose auto"):
+        attention_backends(load_config(CONFIGS / "t2v_512_128f.yaml", ["attention.backend=triton_small"]), ALONE, None)
+
+
 def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None:
     path, config = tmp_path / "choices.json", tiny(*MIXED)
     chosen = recorded_choice(config, CPU, path)

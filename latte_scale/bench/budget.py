@@ -18,11 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from latte_scale.bench.subjects import Subject
 
 # First match wins. Kernel names on a GPU: nvjet, cutlass, xmma and ampere_bf16_s16816gemm are cuBLAS; fmha and
-# pytorch_flash the SDPA kernels; triton_* what torch.compile made, named after the operators that it fused.
+# pytorch_flash the SDPA kernels; triton_* what torch.compile made, named after the operators that it fused;
+# modulate_* and gate_* are model/kernels/norm_triton.py.
 CATEGORIES = {
     "attention": r"flash|fmha|attention|attn|softmax|sdpa",
     "gemm": r"gemm|nvjet|cutlass|xmma|cublas|wgmma|addmm|::mm\b|::bmm\b|::linear\b|mkldnn|conv",
-    "norm_modulate": r"layer_?norm|triton.*native_layer_norm|welford|rms_norm",
+    "norm_modulate": r"layer_?norm|triton.*native_layer_norm|welford|rms_norm|^modulate_|^gate_",
     "memory": r"memcpy|memset|copy|transpose|::cat\b|contiguous|CatArray",
 }
 NUM_NAMED = 12  # kernels that stand by name under "top"

@@ -20,8 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from latte_scale.model.kernels.availability import why_no_triton
+from latte_scale.model.kernels.small_attention import small_attention
+
 Site = Literal["space", "time", "cross"]
-Backend = Literal["sdpa", "flash2", "flash3", "flash4", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "math"]
+Backend = Literal[
+    "sdpa", "flash2", "flash3", "flash4", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "math", "triton_small"
+]  # fmt: skip
 
 # Logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row without a
 # single real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
@@ -34,7 +39,8 @@ class AttentionSettings:
 
     # auto: on a GPU the fastest at each site, measured at the start and kept in RUN/choices.json; elsewhere sdpa. A
     # name: that one everywhere, or an error if it is not there. sdpa leaves the choice to torch; flash2 to flash4 are
-    # the flash-attn packages; sdpa_* are the kernels inside torch; math writes the scores out.
+    # the flash-attn packages; sdpa_* are the kernels inside torch; math writes the scores out. triton_small takes
+    # sequences of up to 64 tokens: by name it is over time only, and the rest as under auto.
     backend: Literal["auto", Backend] = "auto"
 
 
@@ -110,6 +116,12 @@ def packed(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, padding:
     return out.unflatten(0, (batch, num_queries)).transpose(1, 2)
 
 
+def _triton_small(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
+    if padding is not None:
+        raise ValueError("triton_small: takes no padding; it is for attention over time")
+    return small_attention(q, k, v)
+
+
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
@@ -123,16 +135,21 @@ BACKENDS: Mapping[Backend, Callable[[Tensor, Tensor, Tensor, Padding | None], Te
     "sdpa_cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
     "math": _sdpa_by(SDPBackend.MATH),
+    "triton_small": _triton_small,
 }
 _PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 _HALF_ONLY = (*_PACKAGES, "sdpa_flash", "sdpa_cudnn")  # on a GPU
 _GPU_ONLY = (*_PACKAGES, "sdpa_cudnn", "sdpa_efficient")
-DETERMINISTIC: tuple[Backend, ...] = ("flash2", "flash3", "sdpa_flash", "math")
+DETERMINISTIC: tuple[Backend, ...] = ("flash2", "flash3", "sdpa_flash", "math", "triton_small")
 """Back ends whose gradients have the same bits each time, under torch.use_deterministic_algorithms on a GPU."""
 
 
 def why_absent(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a back end cannot run with this device and dtype, in words; None if it can."""
+    if backend == "triton_small":
+        if device.type != "cuda" and dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies no bfloat16; set train.precision=fp32"
+        return why_no_triton(device)
     if device.type != "cuda" and backend in _GPU_ONLY:
         return "it runs on NVIDIA GPUs only"
     if device.type == "cuda" and backend in _HALF_ONLY and dtype not in (torch.float16, torch.bfloat16):

@@ -6,12 +6,9 @@ kernel cannot; what the kernels save is reading everything again for the gradien
 is faster depends on the shape and on engine.compile, and `auto` measures it (choices.py).
 """
 
-import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from latte_scale.model.kernels.norm import gate_residual, norm_modulate
@@ -36,12 +33,3 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, backend: NormBackend) -> 
 def gated(x: Tensor, branch: Tensor, gate: Tensor, backend: NormBackend) -> Tensor:
     """x + gate branch."""
     return gate_residual(x, branch, gate) if backend == "triton" else x + gate * branch
-
-
-def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run with this device, in words; None if they can."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it runs on NVIDIA GPUs only (and, to be tested, on a CPU with TRITON_INTERPRET=1 in the environment)"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; it comes with a CUDA build of torch"
-    return None

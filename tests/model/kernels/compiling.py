@@ -12,11 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from latte_scale.model.kernels import norm_triton
+from latte_scale.model.kernels import norm_triton, small_attention_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WIDTH = {"D": 1152, "BLOCK": 2048}
 FP32 = dict.fromkeys(("x", "shift", "scale", "gate", "grad_x", "partial"), "*fp32")
+HEADS = {"S": 16, "E": 72, "BLOCK_S": 16, "BLOCK_E": 128}
+BF16 = dict.fromkeys(("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"), "*bf16") | {"scale": "fp32"}
 CASES = {  # name -> kernel, types of its arguments, what it is compiled for, number of warps
     "modulate_forward": (norm_triton.modulate_forward, FP32 | {"out": "*bf16", "eps": "fp32"}, WIDTH, 8),
     "modulate_backward": (norm_triton.modulate_backward, FP32 | {"grad": "*bf16", "eps": "fp32"}, WIDTH, 8),
@@ -27,6 +29,8 @@ CASES = {  # name -> kernel, types of its arguments, what it is compiled for, nu
         WIDTH,
         8,
     ),
+    "attention_forward": (small_attention_triton.attention_forward, BF16, HEADS, 1),
+    "attention_backward": (small_attention_triton.attention_backward, BF16, HEADS, 1),
 }
 
 
