@@ -8,9 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 
 from data_tools.cli import main as latte_data
 from latte_scale import ckpt, doctor
+from latte_scale.checkpoint.content import Content
+from latte_scale.checkpoint.dcp import write_dcp
 from latte_scale.data.schema import MANIFEST
 from latte_scale.engine import shutdown
 from latte_scale.run.metrics import read_metrics
@@ -206,6 +209,22 @@ def test_a_checkpoint_goes_through_other_formats_into_the_store_and_back(s3, dat
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert ckpt.main(["verify", there]) == 0
     assert "step-00000002  sound\nstep-00000004  sound\n" in capsys.readouterr().out
+
+
+def test_a_conversion_into_the_store_does_not_grow_with_the_state(s3, tmp_path):
+    """320 MB of state; the process takes less than half of that on top of what its imports need."""
+    shapes = {f"block.{number}.weight": (1152, 4608) for number in range(15)}
+    content = Content("made", 3, ("model",), shapes, {"updates": 3}, {}, "", lambda *_: torch.ones(1152, 4608))
+    write_dcp(content, tmp_path / "dcp")
+    code = (
+        "import sys, resource, boto3; from latte_scale import ckpt; from latte_scale.checkpoint import dcp, deepspeed; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "code = ckpt.main(sys.argv[1:]); print(code, (peak() - before) // 1024)"
+    )
+    words = ["convert", str(tmp_path / "dcp"), f"{s3.url}/large", "--to", "latte"]
+    done = subprocess.run([sys.executable, "-c", code, *words], timeout=120, check=True, capture_output=True, text=True)
+    returned, more_mib = map(int, done.stdout.split()[-2:])
+    assert returned == 0 and more_mib < 150, done.stdout
 
 
 def test_doctor_looks_at_data_and_checkpoints_in_the_store(s3, latents, tmp_path):
