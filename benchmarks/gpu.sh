@@ -54,6 +54,14 @@ bench() {  # bench NAME CONFIG [option or override ...]
         --budget-s "${BUDGET_S:-60}" --out "$out/$name.json" "$@" ${OVERRIDES:-}
 }
 
+kernels() {  # kernels NAME CONFIG [override ...]: every way to compute attention, norm and gate; JSON in OUT/kernels
+    local name=$1 config=$2
+    shift 2
+    # shellcheck disable=SC2086  # OVERRIDES is a list of words
+    part "$name" 300 "$python" -m latte_scale.cli bench kernels --config "configs/$config.yaml" \
+        --out "$out/kernels/$name.json" "$@" ${OVERRIDES:-}
+}
+
 environment() {
     date -u +%FT%TZ
     nvidia-smi
@@ -71,6 +79,11 @@ kept="engine.kind=single engine.compile=true engine.activation_checkpointing=non
 {
     bench t2v_512 t2v_512 --against diffusers $kept train.micro_batch=2 train.global_batch=4
     part tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+    kernels kernels_512 t2v_512 $kept train.micro_batch=2 train.global_batch=4
+    kernels kernels_256 t2v_256 $kept train.micro_batch=8 train.global_batch=16
+    for norm in torch triton; do
+        bench "norm_$norm" t2v_512 $kept train.micro_batch=2 train.global_batch=4 norm.backend=$norm
+    done
     bench t2v_256 t2v_256 --against diffusers $kept train.micro_batch=8 train.global_batch=16
     bench t2v_256_mixed t2v_256 --against diffusers --captions mixed $kept train.micro_batch=8 train.global_batch=16
     bench xl2 ffs --against eager $kept train.micro_batch=16 train.global_batch=16

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 VERBS = {  # verb -> (module:function, what it does)
     "step": ("latte_scale.bench.step:main", "optimizer steps on synthetic latents, beside diffusers or plain PyTorch"),
+    "kernels": (
+        "latte_scale.bench.kernels:main",
+        "every way to compute attention, norm and gate at a config's shapes",
+    ),
     "checkpoint": ("latte_scale.bench.checkpoint:main", "stall of a save and time of a resume, beside torch.save, DCP"),
 }
 

@@ -20,10 +20,10 @@ def test_it_parses_and_says_how_it_is_called() -> None:
 def test_every_part_is_a_config_and_settings_that_exist() -> None:
     text = SCRIPT.read_text().replace("\\\n", " ")
     kept = re.search(r'^kept="(.*)"$', text, re.MULTILINE)[1]
-    parts = re.findall(r"^ +bench (\S+) (\S+) (.*)$", text, re.MULTILINE)
+    parts = re.findall(r"^ +(?:bench|kernels) (\S+) (\S+) (.*)$", text, re.MULTILINE)
     assert len(parts) >= 8
     for _, config, rest in parts:
-        words = rest.replace("$kept", kept).replace("$engine", "fsdp2").split()
+        words = rest.replace("$kept", kept).replace("$engine", "fsdp2").replace("$norm", "triton").split()
         load_config(ROOT / "configs" / f"{config}.yaml", [word for word in words if "=" in word])
         rivals = re.findall(r"--against (\S+)", rest)
         assert set(rivals) <= set(get_args(Rival))

@@ -1,0 +1,155 @@
+"""What can be computed in more than one way, at a config's own shapes: who is how fast, forward and backward.
+
+    latte-scale bench kernels --config configs/t2v_512.yaml --out kernels.json train.micro_batch=2 engine.compile=true
+
+In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: milliseconds of every
+attention back end at each site; of the modulated norm and of the gated residual by torch, by torch.compile (with
+engine.compile=true) and by the Triton kernels, with the bytes a second that they move at least; and of two residual
+layers in a row, which is what norm.backend=auto decides by. Who cannot run, or computes something else, is listed with
+the reason. Exit code 0, or 78 for a config that cannot be.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from latte_scale.bench.ceiling import copy_bandwidth
+from latte_scale.bench.step import STOP, environment
+from latte_scale.choices import dtype_of, measure, probes
+from latte_scale.config import Config, load_config
+from latte_scale.model.kernels.availability import why_no_triton
+from latte_scale.model.norm_backends import NormBackend, gated, modulated
+from latte_scale.norm_choice import measure_norm, norm_shape
+from latte_scale.plain_json import json_text
+from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.timing import call_time
+
+SECONDS = 0.2  # of a measurement, after one call that does not count
+Times = dict[str, float | str]  # who -> milliseconds, or why not
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report; 0, or 78 with the reason."""
+    args = parse_args(argv)
+    console = Console(soft_wrap=True, highlight=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        result = measured(load_config(args.config, args.overrides), device)
+    except (SettingsError, ValueError) as error:
+        console.print(f"error: {error}", markup=False)
+        return STOP
+    console.print(table(result), markup=False)
+    if args.out:
+        path = Path(args.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json_text(result, indent=2) + "\n")
+        temporary.replace(path)
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latte-scale bench kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--out", help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def measured(config: Config, device: torch.device) -> dict[str, Any]:
+    """Everything that the JSON holds."""
+    dtype, sites = dtype_of(config), probes(config)
+    plain = dataclasses.replace(config, engine=dataclasses.replace(config.engine, compile=False))
+    layers = {"eager": measure_norm(plain, device)}
+    if config.engine.compile:
+        layers["compiled"] = measure_norm(config, device)
+
+    def norm(backend: NormBackend, x: Tensor, row: Tensor, _: Tensor) -> Tensor:
+        return modulated(x, row, row, backend).to(dtype)  # as the linear layer behind it rounds it
+
+    def gate(backend: NormBackend, x: Tensor, row: Tensor, branch: Tensor) -> Tensor:
+        return gated(x, branch, row, backend)
+
+    return {
+        "environment": environment(device, 1),
+        "config": to_mapping(config),
+        "shape": norm_shape(config),
+        "attention_ms": {site: measure(probe, config, device) for site, probe in sites.items()},
+        "norm_ms": operation_times(norm, config, device),
+        "gate_ms": operation_times(gate, config, device),
+        "two_layers_ms": {f"{who}, {how}": value for how, times in layers.items() for who, value in times.items()},
+        "least_bytes": least_bytes(config),
+        "copy_bytes_per_s": copy_bandwidth(device),
+    }
+
+
+def operation_times(
+    operation: Callable[[NormBackend, Tensor, Tensor, Tensor], Tensor], config: Config, device: torch.device
+) -> Times:
+    """Milliseconds of forward and backward of operation(backend, x, a row of modulation, a branch), by who does it."""
+    shape, dtype = norm_shape(config), dtype_of(config)
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = shape, [shape[0], 1, 1, shape[3]], shape
+    x, row, branch = (torch.randn(size, generator=generator, device=device) for size in sizes)
+    tensors = [x.requires_grad_(), row.requires_grad_(), branch.to(dtype).requires_grad_()]
+    ways: dict[str, Callable[..., Tensor]] = {"torch eager": functools.partial(operation, "torch")}
+    if config.engine.compile:
+        ways["torch compiled"] = torch.compile(functools.partial(operation, "torch"), dynamic=False)
+    reason = why_no_triton(device)
+    if reason is None:
+        ways["triton"] = functools.partial(operation, "triton")
+    times: Times = {who: forward_backward_ms(way, tensors, device, dtype) for who, way in ways.items()}
+    return times if reason is None else times | {"triton": reason}
+
+
+def forward_backward_ms(
+    run: Callable[..., Tensor], tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+) -> float:
+    """Milliseconds of run(*tensors), under autocast where the dtype is not fp32, and of its gradients."""
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False):
+            return run(*tensors)
+
+    grad = torch.randn_like(forward())
+    call = functools.partial(torch.autograd.grad, inputs=tensors, grad_outputs=grad, allow_unused=True)
+    return round(call_time(lambda: call(forward()), device, SECONDS) * 1e3, 4)
+
+
+def least_bytes(config: Config) -> dict[str, int]:
+    """What forward and backward must read and write at least: every tensor of the size of x once in each."""
+    elements, size = math.prod(norm_shape(config)), dtype_of(config).itemsize
+    return {
+        "norm_ms": elements * (3 * 4 + 2 * size),  # x, the result; x, its gradient, that of the result
+        "gate_ms": elements * (3 * 4 + 3 * size),  # x, branch, the result; its gradient, the branch and its gradient
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: a row for each way of each operation; the fastest of each is marked."""
+    lines = ["| what | who | ms forward and backward | GB/s at least |", "| --- | --- | ---: | ---: |"]
+    groups = {f"attention, {site}": times for site, times in result["attention_ms"].items()}
+    groups |= {name: result[name] for name in ("norm_ms", "gate_ms", "two_layers_ms")}
+    for name, times in groups.items():
+        ran = [value for value in times.values() if not isinstance(value, str)]
+        for who, value in times.items():
+            rate = ""
+            if name in result["least_bytes"] and not isinstance(value, str):
+                rate = f"{result['least_bytes'][name] / value / 1e6:.4g}"
+            best = " (fastest)" if ran and value == min(ran) else ""
+            lines.append(f"| {name.removesuffix('_ms').replace('_', ' ')} | {who}{best} | {value} | {rate} |")
+    device, batch = result["environment"]["device"], "x".join(map(str, result["shape"]))
+    return "\n".join([*lines, "", f"x {batch} on {device}; copies {result['copy_bytes_per_s'] / 1e9:.4g} GB/s"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
