@@ -8,6 +8,7 @@ from latte_scale.run.metrics import read_metrics
 from tests.conftest import run_in_process
 from tests.slurm import cluster as slurm
 from tests.slurm import hosts
+from tests.slurm.arrays import Array, Clips, submit_array
 from tests.slurm.cluster import Cluster
 from tests.slurm.hosts import Hosts
 from tests.slurm.jobs import submit
@@ -46,6 +47,27 @@ def train(cluster, data_sets, tmp_path):
     yield run
     for job in jobs:
         job.cancel()
+    cluster.wait_idle(3, timeout_s=120)
+
+
+@pytest.fixture(scope="session")
+def clips(cluster, tmp_path_factory):
+    """Clips to encode, and what one worker without Slurm makes of them."""
+    return Clips.make(tmp_path_factory.mktemp("clips"), 24)
+
+
+@pytest.fixture
+def encode(cluster, clips, tmp_path):
+    """Submit an array of encode.sh: `encode("name", "--option of sbatch", ...)`; what is left of it is cancelled."""
+    arrays = []
+
+    def run(name: str, *sbatch: str) -> Array:
+        arrays.append(submit_array(cluster, clips, tmp_path / name, *sbatch))
+        return arrays[-1]
+
+    yield run
+    for task in (task for array in arrays for task in array.tasks):
+        task.cancel()
     cluster.wait_idle(3, timeout_s=120)
 
 
