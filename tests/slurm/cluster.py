@@ -89,7 +89,9 @@ class Cluster:
     """The daemons, each started by this process and ended by its pid."""
 
     def __init__(self, root: Path, num_nodes: int) -> None:
-        self.root, self.hosts = root, Hosts(root, num_nodes)
+        # Slurm names a node's control group after the node: of two clusters on this machine, none may take the other's.
+        self._prefix = f"p{os.getpid()}n"
+        self.root, self.hosts = root, Hosts(root, num_nodes, self._prefix)
         self._daemons: dict[str, subprocess.Popen] = {}
 
     @property
@@ -121,7 +123,7 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
-        for folder in sorted(FREEZER.glob("**/slurm_node*/**/"), reverse=True):
+        for folder in sorted(FREEZER.glob(f"**/slurm_{self._prefix}*/**/"), reverse=True):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -201,8 +203,8 @@ class Cluster:
             node_port=port + 1,
             proctrack=proctrack,
             kill_wait=KILL_WAIT_S,
-            nodes=f"node[1-{count}]",
-            addresses=self.hosts.address("node1")[:-1] + f"[1-{count}]",
+            nodes=f"{self._prefix}[1-{count}]",
+            addresses=self.hosts.address(self.hosts.names[0])[:-1] + f"[1-{count}]",
         )
 
     def _start(self, name: str, command: Sequence[str]) -> None:

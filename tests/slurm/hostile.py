@@ -157,26 +157,27 @@ def test_a_store_that_does_not_know_the_credentials(train, bucket):
 # ------------------------------------------------------------------------------------------------ others on the cluster
 
 
-def test_two_jobs_of_one_run(train):
+def test_two_jobs_of_one_run(train, cluster):
     """Submitted in one moment: one trains, the other says who holds the folder and leaves."""
-    jobs = [train("run", *ENDLESS, nodes=1, sbatch=("--exclusive",)) for _ in range(2)]
+    jobs = [train("run", *ENDLESS, nodes=1, sbatch=(f"--nodelist={node}",)) for node in cluster.hosts.names[:2]]
     jobs[0].wait(lambda: "FAILED" in [job.state for job in jobs], "one of them to be refused")
     refused = next(job for job in jobs if job.state == "FAILED")
     (holder,) = [job for job in jobs if job is not refused]
     holder.wait_step(20)
     assert holder.state == "RUNNING" and refused.fields["ExitCode"] == "78:0"
     said = (refused.folder / "logs" / "rank-00000.out").read_text()
-    assert re.search(rf"is held by process \d+ on node\d, job {holder.id} restart 0, last seen", said), said
+    assert re.search(rf"is held by process \d+ on \w+, job {holder.id} restart 0, last seen", said), said
     assert seconds_of(refused) < 60
     print(f"\n| two jobs of one run folder | {seconds_of(refused)} s | the second: exit code 78, the first goes on |")
 
 
 @pytest.mark.skipif(not FAKETIME.exists(), reason="a clock that is wrong needs libfaketime (apt: faketime)")
-def test_a_node_with_a_clock_an_hour_ahead_takes_no_run_from_the_living(train):
-    first = train("run", *ENDLESS, nodes=1, sbatch=("--exclusive",))
+def test_a_node_with_a_clock_an_hour_ahead_takes_no_run_from_the_living(train, cluster):
+    node1, node2, _ = cluster.hosts.names
+    first = train("run", *ENDLESS, nodes=1, sbatch=(f"--nodelist={node1}",))
     first.wait_step(20)
     skewed = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
-    second = train("run", *ENDLESS, nodes=1, sbatch=("--exclusive",), **skewed)
+    second = train("run", *ENDLESS, nodes=1, sbatch=(f"--nodelist={node2}",), **skewed)
     assert second.wait_end() == "FAILED" and second.fields["ExitCode"] == "78:0"
     assert re.search(rf"job {first.id} restart 0", (second.folder / "logs" / "rank-00000.out").read_text())
     assert first.state == "RUNNING" and seconds_of(second) < 60
@@ -188,18 +189,20 @@ def test_a_node_with_a_clock_an_hour_ahead_takes_no_run_from_the_living(train):
 
 def test_a_loopback_address_is_refused(train):
     assert_refused(
-        train("run", *FEW, LATTE_MASTER_ADDR="127.0.0.1"), "MASTER_ADDR 127.0.0.1 is the loopback address of node"
+        train("run", *FEW, LATTE_MASTER_ADDR="127.0.0.1"), "MASTER_ADDR 127.0.0.1 is the loopback address of "
     )
 
 
-def test_a_rank_that_never_comes_is_named_within_a_minute(train, tmp_path):
+def test_a_rank_that_never_comes_is_named_within_a_minute(train, cluster, tmp_path):
     """The interpreter of one node hangs, as on a dead shared disk."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\n[[ $(hostname) == node2 ]] && exec sleep 300\nexec {SITE["LATTE_PYTHON"]} "$@"\n')
+    python, (node1, node2, _) = tmp_path / "python", cluster.hosts.names
+    python.write_text(
+        f'#!/bin/bash\n[[ $(hostname) == {node2} ]] && exec sleep 300\nexec {SITE["LATTE_PYTHON"]} "$@"\n'
+    )
     python.chmod(0o755)
     job = train("run", *FEW, LATTE_PYTHON=str(python))
     assert job.wait_end(150) == "FAILED" and job.restarts == 0
-    assert "1 of 2 ranks came, from node1; missing are ranks [1]" in everything_said(job)
+    assert f"1 of 2 ranks came, from {node1}; missing are ranks [1]" in everything_said(job)
     assert seconds_of(job) <= 60
     print(f"\n| a rank that never starts | {seconds_of(job)} s | exit code {job.fields['ExitCode']}, not requeued |")
 

@@ -38,12 +38,12 @@ _number = itertools.count()  # of the sets of hosts of this process
 class Hosts:
     """Hosts node1 ... nodeN and the machine itself, which the hosts reach at `machine_address`."""
 
-    def __init__(self, folder: Path, num_hosts: int) -> None:
-        """`folder`: of their own; what is mounted later in its `disks` is seen on all of them."""
+    def __init__(self, folder: Path, num_hosts: int, prefix: str = "node") -> None:
+        """`folder`: of their own; what is mounted later in its `disks` is seen on all of them. `prefix` of names."""
         number = 8 * os.getpid() + next(_number)  # of two test processes, neither takes the other's
         self._tag = f"lt{number % 1_000_000}"
         self._net = f"10.{200 + number // 250 % 50}.{number % 250}"
-        self.names = [f"node{number}" for number in range(1, num_hosts + 1)]
+        self.names = [f"{prefix}{number}" for number in range(1, num_hosts + 1)]
         self.machine_address = f"{self._net}.254"
         self._file, self.disks = folder / "hosts", folder / "disks"
 
