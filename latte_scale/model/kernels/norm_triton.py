@@ -50,7 +50,7 @@ def modulate_forward(
     clip_rows = num_groups * num_members
     for step in range(ROWS):
         member = tl.program_id(1) * ROWS + step
-        live = inside & (member < num_members)
+        live = d < tl.where(member < num_members, D, 0)
         row = group * row_a + member * row_m
         normalised, _ = _normalised(x, _place(clip, row, size_s, x_b, x_r, x_s), d, live, eps, D)
         target = (clip.to(tl.int64) * clip_rows + row) * D
@@ -73,7 +73,7 @@ def modulate_backward(
     of_shift, of_scale = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for step in range(ROWS):
         member = tl.program_id(1) * ROWS + step
-        live = inside & (member < num_members)
+        live = d < tl.where(member < num_members, D, 0)
         row = group * row_a + member * row_m
         normalised, inverse = _normalised(x, _place(clip, row, size_s, x_b, x_r, x_s), d, live, eps, D)
         source = (clip.to(tl.int64) * clip_rows + row) * D
@@ -105,7 +105,7 @@ def gate_forward(
     clip_rows = num_groups * num_members
     for step in range(ROWS):
         member = tl.program_id(1) * ROWS + step
-        live = inside & (member < num_members)
+        live = d < tl.where(member < num_members, D, 0)
         row = group * row_a + member * row_m
         value = tl.load(x + _place(clip, row, size_s, x_b, x_r, x_s) + d, mask=live, other=0.0).to(tl.float32)
         source = (clip.to(tl.int64) * clip_rows + row) * D
@@ -130,7 +130,7 @@ def gate_backward(
     of_gate = tl.zeros([BLOCK], tl.float32)
     for step in range(ROWS):
         member = tl.program_id(1) * ROWS + step
-        live = inside & (member < num_members)
+        live = d < tl.where(member < num_members, D, 0)
         row = group * row_a + member * row_m
         where = _place(clip, row, size_s, grad_b, grad_r, grad_s)
         of_out = tl.load(grad + where + d, mask=live, other=0.0).to(tl.float32)
