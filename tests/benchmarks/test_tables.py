@@ -2,10 +2,11 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import bucket_balance, score_over_steps, study
+from benchmarks import bucket_balance, int8_latents, score_over_steps, study
 from benchmarks.svg import line_chart
 from tests.conftest import ROOT
 
@@ -39,6 +40,19 @@ def test_scores_are_tabled_by_step(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()[2:4]
     assert [row.split("|")[2].strip() for row in rows] == ["500", "1000"]
     assert (tmp_path / "score_over_steps.svg").read_text().count("<polyline") == 1
+
+
+def test_smaller_latents_are_compared_where_clips_and_noise_were_the_same():
+    """Differences are paired by seed: seeds that lie apart by 1 do not hide a difference of 0.25."""
+    exact = [int8_latents.Losses(float(seed), 2.0 + seed, (f"digest {seed}",)) for seed in range(3)]
+    small = [replace(run, held_out=run.held_out + 0.25) for run in exact]
+    rows = int8_latents.table({"mean": exact, "mean, int8": small}).splitlines()[2:]
+    assert rows == [
+        "| mean | 1.00000 |  | 3.00000 |  | 1.00000 |",
+        "| mean, int8 | 1.00000 | +0.00000 (at most 0.00000) | 3.25000 | +0.25000 (at most 0.25000) | 1.00000 |",
+    ]
+    with pytest.raises(ValueError, match="did not meet the same clips and noise"):
+        int8_latents.table({"mean": exact, "mean, int8": small[::-1]})
 
 
 def test_a_finished_run_is_scored_once(tmp_path, monkeypatch):
