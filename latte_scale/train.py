@@ -31,7 +31,7 @@ from latte_scale.checkpoint import (
     part_of_copies,
     state_trees,
 )
-from latte_scale.choices import attention_backends
+from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
@@ -59,7 +59,6 @@ from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
-from latte_scale.norm_choice import norm_backend
 from latte_scale.optim import lr_at
 from latte_scale.planning import plan_of
 from latte_scale.resume import counters_of, resume, rewind_log

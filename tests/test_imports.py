@@ -34,8 +34,7 @@ MAY_IMPORT = {
     "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
     # Seconds of a call; what is chosen by measurement before a run's first step (attention; norm and gate).
     "timing": set(),
-    "choices": {"config", "engine.dist", "model", "plain_json", "timing"},
-    "norm_choice": {"choices", "config", "engine.dist", "model", "timing"},
+    "choices": {"choices", "config", "engine.dist", "model", "plain_json", "timing"},
     "run": {"run", "settings"},
     "run.metrics": {"engine.base", "plain_json"},
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks

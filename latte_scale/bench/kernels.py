@@ -24,11 +24,12 @@ from torch import Tensor
 
 from latte_scale.bench.ceiling import copy_bandwidth
 from latte_scale.bench.step import STOP, environment
-from latte_scale.choices import dtype_of, measure, probes
+from latte_scale.choices.attention import measure, probes
+from latte_scale.choices.norm import measure_norm, norm_shape
+from latte_scale.choices.record import dtype_of
 from latte_scale.config import Config, load_config
 from latte_scale.model.kernels.availability import why_no_triton
 from latte_scale.model.norm_backends import NormBackend, gated, modulated
-from latte_scale.norm_choice import measure_norm, norm_shape
 from latte_scale.plain_json import json_text
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.timing import call_time

@@ -28,13 +28,12 @@ from latte_scale.bench.inputs import Captions, step_inputs
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
 from latte_scale.bench.table import markdown
 from latte_scale.bench.timing import Turns
-from latte_scale.choices import attention_backends
+from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.losses import cost_of, recompute_share
-from latte_scale.norm_choice import norm_backend
 from latte_scale.plain_json import json_text
 from latte_scale.run.facts import git_commit
 from latte_scale.run.metrics import peak_flops, utilization

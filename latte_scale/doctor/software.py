@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from latte_scale.choices import present
+from latte_scale.choices.attention import present
 from latte_scale.config import Config
 from latte_scale.doctor.lines import Line
 from latte_scale.model.attention_backends import why_absent

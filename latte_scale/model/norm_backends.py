@@ -3,7 +3,7 @@
 In: x, and shift, scale and gate broadcasting to it. Out: the same formulas, up to rounding. The decision worth knowing:
 inside a compiled block torch fuses the forward passes well, and the norm with the gate before it, which an opaque
 kernel cannot; what the kernels save is reading everything again for the gradients of shift, scale and gate. So which
-is faster depends on the shape and on engine.compile, and `auto` measures it (choices.py).
+is faster depends on the shape and on engine.compile, and `auto` measures it (latte_scale/choices).
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ import math
 
 from latte_scale.bench import main
 from latte_scale.bench.kernels import least_bytes, table
-from latte_scale.choices import probes
+from latte_scale.choices.attention import probes
 from tests.bench.test_subjects import CONFIGS, tiny
 
 

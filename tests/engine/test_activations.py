@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latte_scale.choices import SITES
+from latte_scale.choices.attention import SITES
 from latte_scale.engine.activations import HostStash, checkpoint_blocks, keep_products, offload_blocks
 from latte_scale.engine.base import EngineSettings, prepare
 from latte_scale.losses import cost_of, losses_of, recompute_share

@@ -9,7 +9,7 @@ from latte_scale.bench import main as bench
 from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours
 from latte_scale.bench.timing import Turns
-from latte_scale.choices import attention_backends, recorded_choice
+from latte_scale.choices.attention import attention_backends, recorded_choice
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks
 from tests.conftest import ROOT

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from latte_scale import choices
-from latte_scale.choices import Probe, attention_backends, difference, fastest, probes, recorded_choice
+from latte_scale.choices import attention
+from latte_scale.choices.attention import Probe, attention_backends, difference, probes, recorded_choice
+from latte_scale.choices.record import fastest
 from latte_scale.config import load_config
 from latte_scale.model import attention_backends as backends
 from latte_scale.model.attention import Attention, SelfAttention, SplitAttention
@@ -34,7 +35,7 @@ def test_the_kernel_of_short_sequences_is_taken_over_time(monkeypatch) -> None:
     named = tiny("attention.backend=triton_small")
     with pytest.raises(ValueError, match=r"attention.backend=triton_small: it runs on NVIDIA GPUs only"):
         attention_backends(named, ALONE, None)
-    monkeypatch.setattr(choices, "why_absent", lambda backend, device, dtype: None)
+    monkeypatch.setattr(attention, "why_absent", lambda backend, device, dtype: None)
     assert attention_backends(named, ALONE, None) == {"space": "sdpa", "time": "triton_small", "cross": "sdpa"}
     with pytest.raises(ValueError, match=r"up to 64 frames and head dim 128, this config has 128 and 72; choose auto"):
         attention_backends(load_config(CONFIGS / "t2v_512_128f.yaml", ["attention.backend=triton_small"]), ALONE, None)
@@ -68,8 +69,8 @@ def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:
         raise RuntimeError("head dim 16 is not for me\nand more")
 
     half = {"sdpa": lambda q, k, v, padding: 0.5 * backends.BACKENDS["math"](q, k, v, padding), "sdpa_flash": cannot}
-    monkeypatch.setattr(choices, "BACKENDS", dict(backends.BACKENDS) | half)
-    measured = choices.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
+    monkeypatch.setattr(attention, "BACKENDS", dict(backends.BACKENDS) | half)
+    measured = attention.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
     assert "off by" in measured["sdpa"] and measured["sdpa_flash"] == "head dim 16 is not for me"
     assert fastest(measured) == "math"
     with pytest.raises(RuntimeError, match="no back end"):
@@ -78,8 +79,8 @@ def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:
 
 def test_deterministic_runs_choose_among_deterministic_back_ends() -> None:
     config = tiny("train.deterministic=true", "train.precision=bf16")
-    names = choices.present(config, torch.device("cuda"))
-    assert names == ["sdpa_flash", "math"] and "sdpa_efficient" in choices.present(tiny(), torch.device("cuda"))
+    names = attention.present(config, torch.device("cuda"))
+    assert names == ["sdpa_flash", "math"] and "sdpa_efficient" in attention.present(tiny(), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Who computes norm, modulation and gate: chosen by measurement, recorded, and reused on resume, as in choices.py.
+"""Who computes norm, modulation and gate: chosen by measurement, recorded, and reused on resume.
 
 In: a Config, the ranks and RUN/choices.json. Out: the back end's name. The decision worth knowing: what is measured is
 two residual layers in a row, each around a product that costs all alike, and compiled where the run's blocks are: so
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latte_scale.choices import SECONDS, TOLERANCE, dtype_of, fastest, probes, read_choices, write_choices
+from latte_scale.choices.attention import probes
+from latte_scale.choices.record import SECONDS, TOLERANCE, dtype_of, fastest, read_choices, write_choices
 from latte_scale.config import Config
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.blocks import residual

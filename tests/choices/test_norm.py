@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from latte_scale import norm_choice
 from latte_scale.bench.subjects import seeded_model
+from latte_scale.choices import norm
+from latte_scale.choices.norm import measure_norm, norm_backend, norm_shape, recorded_norm
 from latte_scale.config import guarded_differences, load_config
-from latte_scale.norm_choice import measure_norm, norm_backend, norm_shape, recorded_norm
 from latte_scale.settings import to_mapping
 from tests.bench.test_subjects import ALONE, CLASSES, CONFIGS, CPU, tiny
 
@@ -42,9 +42,9 @@ def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None
     def not_again(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(norm_choice, "measure_norm", not_again)
+    monkeypatch.setattr(norm, "measure_norm", not_again)
     assert recorded_norm(tiny(), CPU, path) == "torch"
-    monkeypatch.setattr(norm_choice, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
     path.write_text(json.dumps({"norm": written["norm"] | {"backend": "triton"}}))
     assert recorded_norm(tiny(), CPU, path) == "triton", "a resumed run computes as it began"
     with pytest.raises(AssertionError, match="measured again"):
@@ -54,7 +54,7 @@ def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None
 def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
     from latte_scale.model import norm_backends
 
-    monkeypatch.setattr(norm_choice, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
     monkeypatch.setattr(norm_backends, "norm_modulate", lambda x, shift, scale: x + shift + scale)
     monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch)
     assert "off by" in measure_norm(tiny(), CPU)["triton"]

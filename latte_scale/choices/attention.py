@@ -1,21 +1,18 @@
-"""Choices made by measurement: made once, written to RUN/choices.json, and made again as they were on resume.
+"""Who computes attention at each site: by config, or the fastest, measured and recorded.
 
-In: a Config, the ranks and the file. Out: the attention back end of each site. The decision worth knowing: a choice is
-part of a run's numbers (back ends round differently), so a resumed run takes the recorded one, and measures again only
-where that cannot hold: on another kind of device, at other shapes or precision, or without the recorded back end. One
-whose outputs or gradients are not those of the formula is not chosen, however fast it is.
+In: a Config, the ranks and RUN/choices.json. Out: the back end of each site. One whose outputs or gradients are not
+those of the formula is not chosen, however fast it is.
 """
 
-import json
 import logging
-import os
 import typing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from latte_scale.choices.record import SECONDS, TOLERANCE, dtype_of, fastest, read_choices, write_choices
 from latte_scale.config import Config, latent_sides
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.attention_backends import (
@@ -28,15 +25,11 @@ from latte_scale.model.attention_backends import (
     why_absent,
 )
 from latte_scale.model.kernels.small_attention import MAX_HEAD_DIM, MAX_LENGTH
-from latte_scale.plain_json import json_text
 from latte_scale.timing import call_time
 
 logger = logging.getLogger("latte_scale")
 
 SITES: tuple[Site, ...] = typing.get_args(Site)
-SECONDS = 0.05  # of a measurement of one back end at one site
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
-"""Largest difference to the formula in fp32, over its largest value: bf16 rounds by 4e-3, fp32 products may be TF32."""
 
 
 class Probe(NamedTuple):
@@ -188,31 +181,6 @@ def difference(backend: Backend, probe: Probe, device: torch.device, dtype: torc
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
 
 
-def fastest(times_ms: dict[str, float | str]) -> str:
-    """The name with the least time. Raises RuntimeError if no back end could run."""
-    ran = {name: value for name, value in times_ms.items() if not isinstance(value, str)}
-    if not ran:
-        raise RuntimeError(f"no back end runs at this shape: {times_ms}")
-    return min(ran, key=ran.__getitem__)
-
-
 def _forward_backward(backend: Backend, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> tuple[Tensor, ...]:
     out = BACKENDS[backend](q, k, v, padding)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + out.detach())
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    """What the model's products are computed in."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def read_choices(path: Path | None) -> dict[str, Any]:
-    """What the file holds; nothing without one."""
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
-
-
-def write_choices(path: Path, choices: dict[str, Any]) -> None:
-    """Replace the file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json_text(choices, indent=2) + "\n")
-    os.replace(temporary, path)
