@@ -36,7 +36,7 @@ COVERED = {
         "checkpoint/test_save.py::test_no_room_is_known_before_writing",
     ],
     "F13": [
-        "faults/test_worlds.py::test_f13_one_two_four_three_ranks",
+        "faults/test_worlds.py::test_f13_other_numbers_of_ranks",
         "faults/test_worlds.py::test_f13_bf16_from_zero_3_to_fsdp2",
         "engine/test_resume.py::test_a_run_continues_on_any_engine_and_world_size",
     ],

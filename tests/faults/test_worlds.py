@@ -8,6 +8,7 @@ from latte_scale.run.metrics import read_metrics
 from tests.faults.attempts import Server
 from tests.faults.conftest import digests, losses
 
+SINGLE, FSDP2 = ("engine.kind=single",), ("engine.kind=fsdp2",)
 ZERO_3 = ("engine.kind=zero", "engine.zero_stage=3")
 
 
@@ -20,15 +21,18 @@ def assert_close(folder: Path, whole: Path, relative: float) -> None:
     assert largest < relative
 
 
-def test_f13_one_two_four_three_ranks(server: Server, data_sets, undisturbed, tmp_path: Path) -> None:
-    """12 samples over 1, 2, 4 and 3 ranks under three engines; no sample comes twice, and none is left out."""
+@pytest.mark.parametrize(
+    "attempts",
+    [
+        ((4, 1, SINGLE), (8, 2, ZERO_3), (13, 4, FSDP2), (20, 3, FSDP2)),
+        ((7, 2, FSDP2), (12, 1, SINGLE), (20, 2, ZERO_3)),
+    ],
+    ids=["1 2 4 3", "2 1 2"],
+)
+def test_f13_other_numbers_of_ranks(server: Server, data_sets, undisturbed, tmp_path: Path, attempts) -> None:
+    """Attempts up to a step, on so many ranks, under an engine: no sample comes twice, and none is left out."""
     folder = tmp_path / "run"
-    for steps, ranks, engine in (
-        (4, 1, ("engine.kind=single",)),
-        (8, 2, ZERO_3),
-        (13, 4, ("engine.kind=fsdp2",)),
-        (20, 3, ("engine.kind=fsdp2",)),
-    ):
+    for steps, ranks, engine in attempts:
         attempt = server.start(folder, data_sets.latents, f"train.steps={steps}", *engine, ranks=ranks)
         assert attempt.wait() == [0] * ranks, attempt.output
     assert_close(folder, undisturbed("train.steps=20"), 1e-5)
