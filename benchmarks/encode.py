@@ -3,7 +3,8 @@
     taskset -c 0 python -m benchmarks.encode --input shards --config configs/encode_tiny.yaml [key.sub=value ...]
 
 In: a data set of clips and an encode config. Out: clips/s of decode, of the VAE and of the text encoder alone, of
-encode with one worker (start-up not counted), and the share of 1/(1/a + 1/b + 1/c), which one core can reach at best.
+encode with one worker (start-up not counted), and the share of 1/(1/a + 1/b + 1/c), which one core can reach at best;
+once by the wall's clock, which is the truth on a quiet machine, and once by CPU time, which other work disturbs less.
 Rounds of all four follow each other, so that other work on the machine meets each alike; medians are printed.
 """
 
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,11 +24,18 @@ from latte_scale.data.shards import shard_name
 from latte_scale.settings import load
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of this process in all its threads: on one core, what the work costs whoever else is there."""
-    begun_s = time.process_time()
+class Seconds(NamedTuple):
+    """What a piece of work took."""
+
+    wall: float
+    cpu: float  # of this process in all its threads: on one core, what the work costs whoever else is there
+
+
+def seconds(work: Callable[[], object]) -> Seconds:
+    """Do it once, and say what it took."""
+    begun = Seconds(time.perf_counter(), time.process_time())
     work()
-    return time.process_time() - begun_s
+    return Seconds(time.perf_counter() - begun.wall, time.process_time() - begun.cpu)
 
 
 def main() -> None:
@@ -39,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
     settings = load(EncodeSettings, args.config, args.overrides)
-    times: dict[str, list[float]] = {"decode": [], "vae": [], "t5": [], "encode": []}
+    times: dict[str, list[Seconds]] = {"decode": [], "vae": [], "t5": [], "encode": []}
     with tempfile.TemporaryDirectory() as folder:
         encoder = Encoder(args.input, folder, settings, "cpu")
         vae, text = encoder.encoders
@@ -54,10 +63,13 @@ def main() -> None:
             with Claims(encoder.store).take(f"round-{number}") as claim:
                 times["encode"].append(seconds(lambda claim=claim: encoder.shard(0, claim, lambda: None)))
         size_bytes = (Path(folder) / shard_name(0)).stat().st_size / len(clips)
-    rates = {name: len(clips) / statistics.median(found) for name, found in times.items()}
-    best = 1 / sum(1 / rates[name] for name in ("decode", "vae", "t5"))
-    print("  ".join(f"{name} {rate:.1f} clips/s" for name, rate in rates.items()), f"(CPU time, {args.rounds} rounds)")
-    print(f"at best {best:.1f} clips/s; encode reaches {rates['encode'] / best:.1%}; {size_bytes:.0f} bytes a clip")
+    for clock in Seconds._fields:
+        medians = {name: statistics.median(getattr(each, clock) for each in found) for name, found in times.items()}
+        rates = {name: len(clips) / median for name, median in medians.items()}
+        best = 1 / sum(1 / rates[name] for name in ("decode", "vae", "t5"))
+        found = "  ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+        print(f"{clock}: {found} clips/s; at best {best:.1f}; encode reaches {rates['encode'] / best:.1%}")
+    print(f"{len(clips)} clips, {args.rounds} rounds, {size_bytes:.0f} bytes a clip")
 
 
 if __name__ == "__main__":
