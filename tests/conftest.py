@@ -1,4 +1,4 @@
-"""Data sets and runs that several tests share: real clips drawn, packed and encoded once a session."""
+"""What several tests share: data sets and runs, made once a session, and corners of a real S3 service."""
 
 import json
 import os
@@ -13,13 +13,12 @@ import pytest
 from torch import distributed
 
 from latte_scale.run.folder import STOP_SIGNALS
+from tests.store.service import Corner, make_corner
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-
 SERVICES = {"s3", "cluster", "two_hosts"}
 """Fixtures that start a real S3 service, a Slurm, or hosts of their own."""
 
@@ -32,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVICES & set(getattr(item, "fixturenames", ())):
             item.add_marker("service")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Corner]:
+    """An empty prefix of a real S3 service, which boto3's environment leads to; skipped where none can be started."""
+    corner = make_corner(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", corner.proxy.url)
+    yield corner
+    corner.proxy.stop()
 
 
 @pytest.fixture(autouse=True)

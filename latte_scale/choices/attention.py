@@ -30,6 +30,8 @@ from latte_scale.timing import call_time
 logger = logging.getLogger("latte_scale")
 
 SITES: tuple[Site, ...] = typing.get_args(Site)
+NOT_FOR_THIS = (RuntimeError, TypeError, AttributeError, ImportError, ValueError)
+"""What a kernel raises that does not take a shape, or is not there after all."""
 
 
 class Probe(NamedTuple):
@@ -161,13 +163,7 @@ def measure(probe: Probe, config: Config, device: torch.device) -> dict[str, flo
             tensors = probe.tensors(device, dtype)
             seconds = call_time(lambda b=backend, t=tensors: _forward_backward(b, *t), device, SECONDS)
             results[backend] = round(seconds * 1e3, 4)
-        except (
-            RuntimeError,
-            TypeError,
-            AttributeError,
-            ImportError,
-            ValueError,
-        ) as error:  # a kernel that does not take this shape
+        except NOT_FOR_THIS as error:
             results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     return results
 

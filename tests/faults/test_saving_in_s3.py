@@ -1,7 +1,7 @@
 """F2, F3, F23 in a bucket: a kill before or after any request of a save to a real S3 service, and what stays behind."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,18 +10,10 @@ from botocore.client import BaseClient
 from latte_scale.checkpoint import Checkpointer, Piece, list_steps, load_full, open_checkpoint
 from latte_scale.store import Store
 from tests.checkpoint.making import in_child, newest, save, saver, values
-from tests.store.service import Corner, make_corner
 
 MOST_REQUESTS = 200
 """More than a save has: the loops below end at the first attempt that no fault reached."""
 RUN = "0123456789ab"
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Corner]:
-    corner = make_corner(monkeypatch)
-    yield corner
-    corner.proxy.stop()
 
 
 class Death:

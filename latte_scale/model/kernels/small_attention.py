@@ -74,9 +74,8 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], strided: tuple[Tensor, 
     batch, num_heads, length, head_dim = tensors[0].shape
     if tensors[0].numel() == 0:
         return
-    block_s, block_e = (
-        max(16, 1 << (size - 1).bit_length()) for size in (length, head_dim)
-    )  # 16: the least of a product
+    # The least that a product takes is 16.
+    block_s, block_e = (max(16, 1 << (size - 1).bit_length()) for size in (length, head_dim))
     strides = [stride for tensor in strided for stride in tensor.stride()[:3]]
     options = {"S": length, "E": head_dim, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_warps": block_s // 16}
     kernel[(batch * num_heads,)](*tensors, num_heads, head_dim**-0.5, *strides, **options)
