@@ -88,7 +88,7 @@ def walk(
             elif fields.kind == b"x":
                 pax = _parse_pax(payload, where, member_start)
         name = pax.get("path", long_name if long_name is not None else fields.name)
-        size = int(pax.get("size", fields.size))
+        size = _size(pax["size"], where, member_start) if "size" in pax else fields.size
         if fields.kind != b"5":
             _refuse_hostile(name, fields.kind, where)
             if total is not None and position + size > total:
@@ -118,14 +118,21 @@ def _parse(block: bytes, where: str, position: int, last: str) -> _Header:
     name = block[:100].split(b"\0")[0]
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0")[0]):
         name = prefix + b"/" + name
-    return _Header(name.decode("utf-8", "surrogateescape"), _number(block[124:136]), block[156:157])
+    field = block[124:136]  # octal digits, or base 256 when the top bit is set (GNU, files of 8 GiB and more)
+    is_binary, digits = field[0] & 0x80, field.split(b"\0")[0].strip() or b"0"
+    size = int.from_bytes(field[1:], "big") if is_binary else _size(digits, where, position, base=8)
+    return _Header(name.decode("utf-8", "surrogateescape"), size, block[156:157])
 
 
-def _number(field: bytes) -> int:
-    """A size field: octal digits, or base 256 when the top bit is set (GNU, files of 8 GiB and more)."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
+def _size(digits: str | bytes, where: str, position: int, base: int = 10) -> int:
+    """A size in digits. A negative one would send the walk back to where it came from, for ever."""
+    try:
+        size = int(digits, base)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise TarError(f"{where}: the header at byte {position} says a size of {digits!r}; copy the file again")
+    return size
 
 
 def _parse_pax(payload: bytes, where: str, position: int) -> dict[str, str]:

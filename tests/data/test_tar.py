@@ -127,6 +127,28 @@ def test_sizes_of_8_gib_and_more_are_read():
         assert member.size == 9 << 30
 
 
+def with_size_field(block: bytes, field: bytes) -> bytes:
+    """A header block with another size field, and the checksum that fits."""
+    changed = bytearray(block[:124] + field.ljust(12, b"\0") + block[136:])
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("field", [b"-0000001000", b"twelve bytes"])
+def test_a_size_that_is_none_is_refused_and_the_walk_ends(field):
+    with pytest.raises(TarError, match="the header at byte 0 says a size of"):
+        members_of(with_size_field(header("a.mp4", 0), field) + END)
+
+
+@pytest.mark.parametrize("size", ["-512", "many"])
+def test_a_size_of_a_pax_header_that_is_none_is_refused(size):
+    info = tarfile.TarInfo("a.mp4")
+    info.pax_headers = {"size": size}
+    with pytest.raises(TarError, match=f"the header at byte 0 says a size of '{size}'"):
+        members_of(info.tobuf(tarfile.PAX_FORMAT) + END)
+
+
 def test_names_are_split_by_the_rule_of_webdataset():
     from webdataset.tariterators import base_plus_ext
 
