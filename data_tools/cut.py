@@ -20,7 +20,7 @@ import av
 import numpy as np
 
 from data_tools.filters import as_fraction
-from latte_scale.data.video import VideoError, VideoInfo
+from latte_scale.data.video import TAGS, VideoError, VideoInfo
 
 Piece = tuple[int, int]
 
@@ -70,7 +70,7 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
     manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold))
     try:
         manager.detect_scenes(VideoStreamAv(io.BytesIO(data), suppress_output=True), show_progress=False)
-    except (av.FFmpegError, EOFError) as error:
+    except (av.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last: it insists on tags in UTF-8
         raise VideoError(f"corrupt: its scenes cannot be found: {error}") from error
     cuts = [start.frame_num for start, _ in manager.get_scene_list()[1:]]
     edges = [0, *(place for place in cuts if 0 < place < num_frames), num_frames]
@@ -80,7 +80,7 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
 def cut_out(data: bytes, facts: VideoInfo, wanted: Sequence[Piece]) -> Iterator[bytes]:
     """Each wanted piece (ascending, apart) as an MP4, in one pass over the video. Raises VideoError."""
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), metadata_errors=TAGS) as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             frames = enumerate(container.decode(stream))

@@ -70,6 +70,20 @@ def endless(num_frames: int = 3_000_000) -> bytes:
     return bytes(data)
 
 
+def latin_tag() -> bytes:
+    """An mp4 whose title is Latin-1, as old cameras and editors write it, and so no UTF-8."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output, av.open(io.BytesIO(flat_clip())) as clip:
+        output.metadata["title"] = "TITLE"
+        stream = output.add_stream_from_template(clip.streams.video[0])
+        for packet in clip.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    assert b"TITLE" in buffer.getvalue()
+    return buffer.getvalue().replace(b"TITLE", "Fête!".encode("latin-1"))
+
+
 VARIABLE_MS = [0, 10, 500, 510, 520, 3000, 3001, 3002, 9000, 9500, 9501, 20_000]
 SOUND = {
     "ten_bit": flat_clip(pix_fmt="yuv420p10le"),
@@ -78,6 +92,7 @@ SOUND = {
     "variable_rate_mkv": flat_clip("matroska", times_ms=VARIABLE_MS),
     "wild_rate": flat_clip(times_ms=list(range(12))),  # 1000 frames a second
     "rotated": rotated(flat_clip(), (0, 1, -1, 0)),
+    "latin_tag": latin_tag(),
 }
 """Of 48 x 64 pixels as stored, frame i filled with frame_grey(i)."""
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"

@@ -12,6 +12,7 @@ from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, probe, read_clip, write_mp4
 from tests.data.making import frame_grey, make_clip
+from tests.data.odd_clips import SOUND
 from tests.data_tools.test_shard import run as run_tool
 from tests.data_tools.test_shard import write_captions
 
@@ -33,6 +34,12 @@ def test_pieces_hold_exactly_their_frames() -> None:
     assert found == list(cut_out(data, probe(data), wanted))
     with pytest.raises(VideoError, match="decoding ended after 30 frames"):
         list(cut_out(data, probe(data), [(20, 40)]))
+
+
+def test_a_tag_that_is_no_utf8_is_no_reason() -> None:
+    data = SOUND["latin_tag"]
+    (piece,) = cut_out(data, probe(data), [(2, 8)])
+    assert probe(piece).num_frames == 6
 
 
 @pytest.mark.parametrize(("seconds", "lengths"), [(None, [30]), (3.0, [30]), (2.9, [15, 15]), (1.0, [10, 10, 10])])
