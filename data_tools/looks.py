@@ -19,8 +19,11 @@ from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, m
 from data_tools.layouts import Clip, too_short
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
+from latte_scale.store import CredentialsError, TransientError
 
 FAILED, SHORT = "failed", "min_frames"
+OUTAGES = (TransientError, CredentialsError)
+"""Faults of a store that say nothing about the clip: the command ends, and begins with this clip when run again."""
 T = TypeVar("T")
 
 
@@ -73,6 +76,8 @@ def look_at(clip: Clip, settings: ShardSettings) -> list[Look]:
         return [_look_at_piece(clip, settings, data, facts, number, found) for number in range(len(found))]
     except VideoError as error:
         return left_out(FAILED, str(error))
+    except OUTAGES:
+        raise
     except OSError as error:
         return left_out(FAILED, f"cannot be read: {error.strerror or error}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.cut import cut_out
 from data_tools.layouts import Clip
-from data_tools.looks import FAILED, Look
+from data_tools.looks import FAILED, OUTAGES, Look
 from data_tools.reports import PackReport, write_report
 from latte_scale.data.index import index_name
 from latte_scale.data.schema import ShardEntry
@@ -28,16 +28,28 @@ def pack_shard(
             store.delete(each)
     with ShardFile(store, name, "video") as shard:
         for clip, each in zip(group, looks, strict=True):
-            kept = [look for look in each if not look.left_out_by]
-            try:
-                for sample in _samples(clip, kept):
-                    shard.add(sample)
-            except (VideoError, OSError) as error:
-                report.left_out += [[look.source, FAILED, str(error)] for look in kept if look.key not in shard]
-                report.hashes = {key: digest for key, digest in report.hashes.items() if key in shard}
+            for sample in _readable(clip, [look for look in each if not look.left_out_by], report):
+                shard.add(sample)
         report.count = len(shard)
         write_report(store, name, report)
         return report, shard.close() if len(shard) else None
+
+
+def _readable(clip: Clip, kept: list[Look], report: PackReport) -> Iterator[VideoSample]:
+    """The samples of a clip, up to the first that cannot be read or cut any more: from there on they are left out.
+
+    What goes wrong while a sample is written (a full disk) is no fault of the clip and is not caught here.
+    """
+    missing = {look.key: look for look in kept}
+    try:
+        for sample in _samples(clip, kept):
+            del missing[sample.key]
+            yield sample
+    except OUTAGES:
+        raise
+    except (VideoError, OSError) as error:
+        report.left_out += [[look.source, FAILED, str(error)] for look in missing.values()]
+        report.hashes = {key: digest for key, digest in report.hashes.items() if key not in missing}
 
 
 def _samples(clip: Clip, kept: list[Look]) -> Iterator[VideoSample]:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from data_tools import looks, shard, verify
+from data_tools.layouts import Clip
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST
-from latte_scale.store import open_store
+from latte_scale.data.shards import ShardFile
+from latte_scale.store import CredentialsError, StoreError, TransientError, open_store
 from tests.clips import CLIPS, needs_clips
 from tests.data.making import make_clip
 
@@ -161,6 +163,56 @@ def test_an_interrupted_run_is_picked_up(clips, tmp_path, monkeypatch):
     assert loaded == ["a", "b", "c", "c", "more/d"]
     contents = [{name: data for name, (data, _) in snapshot(tmp_path / each).items()} for each in ("out", "whole")]
     assert contents[0] == contents[1]
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_clip(clips, tmp_path, monkeypatch):
+    """The clip being written is sound: the command ends, and the next one stores all of them."""
+    write, failed = ShardFile._write, []
+
+    def full_once(self, data):
+        if self.name == "shard-000001.tar" and not failed:
+            failed.append(self._file.write(data[: len(data) // 2]))  # a part arrives
+            raise StoreError("no room")
+        write(self, data)
+
+    monkeypatch.setattr(ShardFile, "_write", full_once)
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 2)
+    with pytest.raises(StoreError, match="no room"):
+        run(shard, *command)
+    assert failed and not (tmp_path / "out" / MANIFEST).exists()
+    assert run(shard, *command) == 0
+    assert len(stored(tmp_path / "out")) == 4 and run(verify, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("outage", [TransientError("gave up"), CredentialsError("expired")])
+@pytest.mark.parametrize("reads_before_it", [1, 5])  # while clips are looked at; while they are packed
+def test_an_outage_of_the_store_is_no_fault_of_the_clips(clips, tmp_path, monkeypatch, outage, reads_before_it):
+    read, reads = Clip.read, []
+
+    def cut_off(self):
+        reads.append(self.key)
+        if len(reads) > reads_before_it:
+            raise outage
+        return read(self)
+
+    command = ("--input", clips, "--output", tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(type(outage)):
+        patch.setattr(Clip, "read", cut_off)
+        run(shard, *command)
+    assert run(shard, *command) == 0 and len(stored(tmp_path / "out")) == 4
+
+
+def test_a_clip_that_is_gone_when_it_is_packed_is_named_and_the_others_stay(clips, tmp_path, monkeypatch, capsys):
+    pack = shard.pack_shard
+
+    def after_one_is_gone(*arguments):
+        (clips / "b.mkv").unlink()
+        return pack(*arguments)
+
+    monkeypatch.setattr(shard, "pack_shard", after_one_is_gone)
+    assert run(shard, "--input", clips, "--output", tmp_path / "out") == 0
+    assert "failed b.mkv: " in capsys.readouterr().err
+    assert stored(tmp_path / "out").keys() == {"a", "c", "more/d"}
 
 
 def test_a_finished_data_set_of_other_clips_is_kept_unless_forced(clips, tmp_path):
