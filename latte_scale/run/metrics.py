@@ -6,6 +6,7 @@ hands them out while the next step already runs, so a logged line is written one
 """
 
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from latte_scale.plain_json import finite, json_text
+
+logger = logging.getLogger("latte_scale")
 
 # Dense bf16 tensor-core peaks in FLOP/s, without sparsity, by a part of torch.cuda.get_device_name(); from the vendor's
 # data sheets. First match wins, so longer names stand first. A device that is not here gets no MFU.
@@ -187,8 +190,11 @@ class Throughput:
     checkpoint_stall_s: float = 0.0
     validation_s: float = 0.0
 
-    def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float]:
-        """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known."""
+    def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float | None]:
+        """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known.
+
+        These are None, with a warning, where they would be above 1.
+        """
         seconds = max(until_s - self.started_at_s, 1e-9)
         rates = {
             "samples_per_s": self.samples / seconds,
@@ -199,9 +205,22 @@ class Throughput:
             "validation_s": self.validation_s,
         }
         if peak is not None:
-            rates["mfu"] = utilization(self.model_flops, seconds, num_devices, peak)
-            rates["hfu"] = utilization(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
+            rates["mfu"] = _told(self.model_flops, seconds, num_devices, peak)
+            rates["hfu"] = _told(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
         return rates
+
+
+def _told(flops: float, seconds: float, num_devices: int, peak: float) -> float | None:
+    """`utilization`, or None and a warning where that is impossible: no figure ends a run.
+
+    The host is a step ahead of the device, so a window has the time of the steps one before its own: where these are
+    smaller, as images before a video, its work may be more than its time allows.
+    """
+    try:
+        return utilization(flops, seconds, num_devices, peak)
+    except ValueError as error:
+        logger.warning("%s; this line has none", error)
+        return None
 
 
 def worker_memory_bytes() -> list[int]:

@@ -38,6 +38,14 @@ def test_a_utilization_above_one_is_an_error():
         metrics.utilization(2e15, 1.0, 1, 1e15)
 
 
+def test_a_window_with_more_work_than_its_time_has_no_utilization_and_ends_no_run(caplog):
+    """Ten images and then a video: its FLOPs are in a window that has an image's time for it."""
+    window = metrics.Throughput(started_at_s=0.0, samples=1, model_flops=0.8e15, recomputed_flops=0.4e15)
+    rates = window.summary(1.0, 1, 1e15)
+    assert rates["mfu"] == pytest.approx(0.8) and rates["hfu"] is None
+    assert "utilization of 1.20 is impossible" in caplog.text and rates["samples_per_s"] == 1.0
+
+
 def test_readback_hands_out_steps_in_order():
     readback = metrics.Readback()
     numbers = torch.tensor([1.0, 2.0], dtype=torch.float64)
