@@ -111,7 +111,7 @@ def train(
     validator = Validator(config, datasets, conditioner, ranks, folder, fence, console)
 
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
-    model = initial_model(config)
+    model = initial_model(config, is_new=found is None)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
     engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
@@ -180,7 +180,7 @@ def train(
             profile.step()
     watchdog.arm(SLOW_FACTOR)
     checkpointer.finish(hurry=journal.stop_requested)  # the last save is complete before the exit code says so
-    return DONE if journal.progress.step == config.train.steps else REQUEUE
+    return DONE if journal.progress.step >= config.train.steps else REQUEUE  # above: train.steps was lowered
 
 
 def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Checkpoint | None) -> DataSettings:
@@ -208,10 +208,13 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
     )
 
 
-def initial_model(config: Config) -> Latte | LatteT2V:
-    """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank."""
+def initial_model(config: Config, is_new: bool) -> Latte | LatteT2V:
+    """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank.
+
+    `is_new`: False for a run that goes on from a checkpoint. What model.init names is not read then: it may be gone.
+    """
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
-    if config.model.init is not None:
+    if is_new and config.model.init is not None:
         weights = load_weights(config.model.init)
         check_state(config.model, weights.state_dict, weights.source)
         model.load_state_dict(weights.state_dict, strict=True)
@@ -359,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(config.run.dir, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     profile = Profile(folder.path, ranks, args.profile, console)
-    code, reason, fence = FAILED, "", None
+    code, reason, fence = FAILED, "interrupted", None  # the reason of what is caught nowhere below, as Ctrl-C
     try:
         folder.open()
         fence = folder.take(ranks.broadcast_object)

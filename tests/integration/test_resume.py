@@ -161,3 +161,23 @@ def test_a_finished_run_is_done_at_once(data_sets, tmp_path, unbroken):
     shutil.copytree(unbroken.folder, folder)
     assert run_in_process(folder, data_sets.latents) == 0
     assert Run(0, "", folder).losses == unbroken.losses
+
+
+def test_a_run_that_has_more_steps_than_are_asked_for_is_done(data_sets, tmp_path, unbroken):
+    """train.steps may be lowered; "requeue me" would send the job round for ever."""
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    assert run_in_process(folder, data_sets.latents, "train.steps=12") == 0
+    run = Run(0, "", folder)
+    assert run.exit["code"] == 0 and run.losses == unbroken.losses
+
+
+def test_a_resumed_run_does_not_need_what_it_was_started_from(data_sets, tmp_path, unbroken):
+    """Stages follow each other by model.init; the earlier one may be cleared away while the next one goes on."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(unbroken.folder, first)
+    few = (f"model.init={first}", "train.steps=2", "checkpoint.every_steps=2")
+    assert run_in_process(second, data_sets.latents, *few) == 0
+    shutil.rmtree(first)
+    assert run_in_process(second, data_sets.latents, *few, "train.steps=3") == 0
+    assert [record["step"] for record in Run(0, "", second).metrics][-1] == 2
