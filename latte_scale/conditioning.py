@@ -167,7 +167,7 @@ class Conditioner:
         if self.num_classes is not None:
             return self._labels(micro_batch), [0] * len(micro_batch.index_B)
         text, mask = self._text(micro_batch)
-        lengths_B = torch.where(micro_batch.index_B >= 0, mask.sum(1), 0)
+        lengths_B = torch.where(micro_batch.index_B >= 0, mask.sum(1).cpu(), 0)  # an encoder's mask is on its device
         images = self._image_text(micro_batch)
         if images is not None:
             text, mask = _join_captions(text, mask, *images)
