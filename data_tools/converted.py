@@ -15,7 +15,7 @@ from latte_scale.data.samples import Dataset, Sample
 from latte_scale.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, LatentSample, VideoSample, sample_json
 from latte_scale.data.tar import split_name
 
-OURS = ("key", "caption", "captions", "caption_sha", "bucket", "text", "texts", "source_bytes")
+OURS = ("key", "caption", "captions", "caption_sha", "bucket", "text", "texts", "source_bytes", "size")
 """Names in a .json that the writers fill."""
 FIELD_EXTENSIONS = ("txt", "json", "cls", "latents.safetensors", "mirrored.safetensors")
 
@@ -41,6 +41,7 @@ def stored_sample(dataset: Dataset, shard: int, position: int, sample: Sample, k
     if dataset.manifest.kind == "video":
         source_bytes = about.get("source_bytes")
         known["source_bytes"] = source_bytes if type(source_bytes) is int else None
+        known["size"] = row.size
         made = VideoSample(key, captions[0], sample.fields["video"], _extension(sample), info, **known)
     else:
         texts = _texts(dataset, shard, position, row.num_texts)

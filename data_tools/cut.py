@@ -20,6 +20,7 @@ import av
 import numpy as np
 
 from data_tools.filters import as_fraction
+from latte_scale.data.schema import ClipSize
 from latte_scale.data.video import TAGS, VideoError, VideoInfo
 
 Piece = tuple[int, int]
@@ -75,6 +76,11 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
     cuts = [start.frame_num for start, _ in manager.get_scene_list()[1:]]
     edges = [0, *(place for place in cuts if 0 < place < num_frames), num_frames]
     return list(pairwise(edges))
+
+
+def piece_size(facts: VideoInfo, num_frames: int) -> ClipSize:
+    """The size of a piece of so many frames: its sides are even."""
+    return ClipSize(num_frames, facts.height // 2 * 2, facts.width // 2 * 2)
 
 
 def cut_out(data: bytes, facts: VideoInfo, wanted: Sequence[Piece]) -> Iterator[bytes]:

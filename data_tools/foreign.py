@@ -2,6 +2,8 @@
 
 In: a shard's bytes in order, and where each sample's fields lie in them. Out: rows of a sidecar index, and counts with
 reasons. A sample whose text or class cannot be used is skipped and named, never half used; the rest of its shard stays.
+The size of a clip (frames, height, width) is what opening it says, where that is asked for, or what `latte-data shard`
+wrote into its .json; another tool's .json is not believed.
 """
 
 import hashlib
@@ -14,7 +16,8 @@ import google_crc32c
 
 from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name
 from latte_scale.data.samples import Sample
-from latte_scale.data.schema import RAW_BUCKET, ShardEntry
+from latte_scale.data.schema import RAW_BUCKET, ClipSize, ShardEntry
+from latte_scale.data.shards import stored_size
 from latte_scale.store import Store
 
 CHUNK = 8 << 20  # bytes read at a time
@@ -28,6 +31,7 @@ class Outcome:
     """Counts and reasons for the summary, and the classes that labels count in."""
 
     class_names: tuple[str, ...] | None = None  # None: labels are left alone
+    opens_clips: bool = False  # to note their sizes
     num_done: int = 0
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -43,6 +47,7 @@ class Found(NamedTuple):
     end: int
     spans: dict[str, Span]
     small: dict[str, bytes]  # payloads of SMALL fields; an int is written in digits
+    clip: bytes | None = None  # the video or image itself, where it is to be opened
 
 
 class FileStream:
@@ -86,7 +91,7 @@ class FileStream:
 
 def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome) -> None:
     """Put a sample into the index, or its reason into `outcome.skipped`. Raises ValueError for a repeated key."""
-    reason, label, caption = None, None, ""
+    reason, label, caption, size = None, None, "", None
     if "video" not in found.spans:
         reason = "no video"
     elif long := [name for name in found.small if found.spans[name].size > MAX_TEXT_BYTES]:
@@ -96,15 +101,17 @@ def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome
             about = json.loads(found.small.get("json", b"{}") or b"{}")
             sample = Sample(found.key, found.small, about if isinstance(about, dict) else {})
             label, caption = _label(sample, outcome.class_names), sample.caption
+            size = stored_size(sample.about) if found.clip is None else _opened_size(found.clip)
         except RecursionError:
             reason = "its .json cannot be read (nested too deeply)"
         except ValueError as error:
-            reason = str(error) if isinstance(error, _LabelError) else f"its .json cannot be read ({error})"
+            own = isinstance(error, (_LabelError, _ClipError))
+            reason = str(error) if own else f"its .json cannot be read ({error})"
     if reason is not None:
         outcome.skipped.append(f"{where}: sample {found.key!r}: {reason}")
         return
     spans = {name: span for name, span in found.spans.items() if name != "cls"}
-    builder.add(Row(found.key, RAW_BUCKET, found.start, found.end, spans, label), caption)
+    builder.add(Row(found.key, RAW_BUCKET, found.start, found.end, spans, label, size), caption)
     outcome.num_done += 1
     outcome.num_without_caption += not caption
 
@@ -122,6 +129,20 @@ def store_index(builder: IndexBuilder, stream: FileStream) -> ShardEntry | None:
 
 class _LabelError(ValueError):
     """A class that is missing or unknown."""
+
+
+class _ClipError(ValueError):
+    """A clip that cannot be opened."""
+
+
+def _opened_size(clip: bytes) -> ClipSize:
+    """Frames, height and width of a clip: its packets are counted and its first frame is decoded."""
+    from latte_scale.data.video import VideoError, probe
+
+    try:
+        return probe(clip).size
+    except VideoError as error:
+        raise _ClipError(f"its clip cannot be opened ({error})") from error
 
 
 def _label(sample: Sample, class_names: tuple[str, ...] | None) -> int | None:

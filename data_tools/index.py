@@ -2,13 +2,16 @@
 
     latte-data index /data/webvid
     latte-data index s3://bucket/images --classes names.txt
+    latte-data index /data/webvid --sizes
 
 In: a folder or URL with tars as webdataset, video2dataset or cosmos-curate write them: files that share a key, here a
 video (.mp4 .mkv ...) or an image (.jpg .png) and its caption (.txt, or "caption" in a .json). Or an MDS data set of
 mosaicml-streaming (`index.json` and plain .mds files) with columns as data_tools/index_mds.py lists them: video,
 caption and the like. The shards are read once and not changed. Out: an index beside each shard and `manifest.json`.
 With --classes every sample needs a class: .cls or "label" in a .json, a number or a name; --classes gives the names in
-their order (a file, one a line) or how many there are. Samples without a clip, or whose text or class cannot be used,
+their order (a file, one a line) or how many there are. With --sizes every clip is opened, and its frames, height and
+width are noted in the index: training in several sizes (video.more_sizes) needs them; `latte-data shard` notes them of
+itself. Samples without a clip, or whose clip was to be opened and cannot be, or whose text or class cannot be used,
 are skipped, counted and named. Pickled members (.pkl .pickle .pyd .pth .pt) and columns are refused by name: they are
 never opened, the rest of their sample is used. A shard that is cut, or a tar that holds links or paths that leave it,
 is an error that names the member, and no manifest is written.
@@ -34,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data index`."""
     parser.add_argument("url", help="folder or URL with .tar files, or with an MDS index.json")
     parser.add_argument("--classes", metavar="FILE|N", help="names of the classes, one a line, or their number")
+    parser.add_argument("--sizes", action="store_true", help="open every clip to note its frames, height and width")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     shards = find_shards(store)
     if store.exists(MANIFEST) and load_manifest(store).kind != "video":
         raise ValueError(f"{store.url} is a latents data set, which `latte-data encode` indexes as it writes it")
-    outcome, entries = Outcome(class_names(args.classes) if args.classes else None), []
+    outcome, entries = Outcome(class_names(args.classes) if args.classes else None, args.sizes), []
     console = Console(stderr=True)
     for index in track(shards, "indexing", console=console, disable=not console.is_terminal):
         entry = index(outcome)

@@ -45,7 +45,8 @@ def index_mds(store: Store, shard: MdsShard, outcome: Outcome) -> ShardEntry | N
     for number in range(shard.count):
         begin, end = int(offsets[number]), int(offsets[number + 1])
         try:
-            add_sample(builder, _found(stream, shard, roles, number, begin, end), where, outcome)
+            found = _found(stream, shard, roles, number, begin, end, outcome.opens_clips)
+            add_sample(builder, found, where, outcome)
         except ValueError as error:
             raise MdsError(f"{where}: sample {number}: {error}") from error
     return store_index(builder, stream)
@@ -70,26 +71,30 @@ def roles_of(shard: MdsShard, where: str, outcome: Outcome) -> dict[str, Column]
     return roles
 
 
-def _found(stream: FileStream, shard: MdsShard, roles: dict[str, Column], number: int, begin: int, end: int) -> Found:
+def _found(
+    stream: FileStream, shard: MdsShard, roles: dict[str, Column], number: int, begin: int, end: int, opens_clips: bool
+) -> Found:
     """Sample `number`, whose bytes are [begin, end)."""
     sizes = stream.read(begin, min(sizes_bytes(shard.columns), end - begin))
     if len(sizes) < sizes_bytes(shard.columns):
         raise ValueError(f"{end - begin} bytes are too few for its {len(shard.columns)} columns")
     ranges = column_ranges(sizes, shard.columns, begin, end)
-    spans, small = {}, {}
+    spans, small, clip = {}, {}, None
     for field, column in sorted(roles.items(), key=lambda role: ranges[role[1].name]):
         offset, size = ranges[column.name]
-        keep = field != "video" and size <= MAX_TEXT_BYTES
+        keep = opens_clips if field == "video" else size <= MAX_TEXT_BYTES
         spans[field], data = stream.span(offset, size, keep)
         if field in ("txt", "json", "key"):
             small[field] = data
         elif field == "cls":
             small[field] = _digits(data, column)
+        elif field == "video" and opens_clips:
+            clip = data
     if "key" in small:
         key = small.pop("key").decode("utf-8", "replace")
     else:  # the file's name and the place in it
         key = f"{shard.name.removesuffix('.mds').replace('.', '_')}/{number:06d}"
-    return Found(key, begin, end, spans, small)
+    return Found(key, begin, end, spans, small, clip)
 
 
 def _digits(data: bytes, column: Column) -> bytes:

@@ -49,6 +49,7 @@ class _Open:
     end: int = 0
     spans: dict[str, Span] = field(default_factory=dict)
     small: dict[str, bytes] = field(default_factory=dict)
+    clips: dict[str, bytes] = field(default_factory=dict)  # video and image, where they are to be opened
 
 
 def _take(sample: _Open, member: Member, extension: str, stream: FileStream, outcome: Outcome) -> None:
@@ -65,10 +66,12 @@ def _take(sample: _Open, member: Member, extension: str, stream: FileStream, out
         return
     if name in sample.spans:
         raise TarError(f"{stream.where}: member {member.name!r} is a second {name} of sample {sample.key!r}; keep one")
-    keep = name in SMALL and member.size <= MAX_TEXT_BYTES
+    keep = outcome.opens_clips if name in ("video", "image") else member.size <= MAX_TEXT_BYTES
     sample.spans[name], data = stream.span(member.offset, member.size, keep)
     if name in SMALL:
         sample.small[name] = data
+    elif keep:
+        sample.clips[name] = data
 
 
 def _close(sample: _Open | None, builder: IndexBuilder, outcome: Outcome, where: str) -> None:
@@ -79,7 +82,8 @@ def _close(sample: _Open | None, builder: IndexBuilder, outcome: Outcome, where:
     image = spans.pop("image", None)
     if image is not None:
         spans.setdefault("video", image)
+    clip = sample.clips.get("video", sample.clips.get("image"))
     try:
-        add_sample(builder, Found(sample.key, sample.start, sample.end, spans, sample.small), where, outcome)
+        add_sample(builder, Found(sample.key, sample.start, sample.end, spans, sample.small, clip), where, outcome)
     except ValueError as error:
         raise TarError(f"{where}: {error}") from error

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from data_tools.cut import CutSettings, Piece, pieces
+from data_tools.cut import CutSettings, Piece, piece_size, pieces
 from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, measure, rejection
 from data_tools.layouts import Clip, too_short
-from latte_scale.data.schema import VideoSettings
+from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
 from latte_scale.store import CredentialsError, TransientError
 
@@ -49,6 +49,7 @@ class Look:
     height: int = 0  # pixels as shown
     width: int = 0
     codec: str = ""
+    size: ClipSize | None = None  # as VideoSample.size; of a piece as it will be encoded
     digest: str = ""  # perceptual hash, where duplicates are looked for
     left_out_by: str = ""  # "": it is kept; FAILED, SHORT or the name of a filter
     reason: str = ""
@@ -93,6 +94,7 @@ def _look_at_piece(
     source = f"{clip.source}, frames {start} to {stop - 1}" if is_piece else clip.source
     known = {"start": start, "stop": stop, "is_piece": is_piece, "fps": facts.fps}
     known |= {"height": facts.height, "width": facts.width, "codec": facts.codec}
+    known["size"] = piece_size(facts, stop - start) if is_piece else facts.size
     seconds = (stop - start) / fps if fps else None
     measures = Measures(
         side=min(facts.height, facts.width),

@@ -94,8 +94,9 @@ class MdsFile:
         fields = {name: Span(*ranges[name], google_crc32c.value(values[name])) for name in values}
         is_clip = isinstance(sample, VideoSample)
         bucket, source_bytes = (RAW_BUCKET, sample.source_bytes) if is_clip else (sample.bucket, None)
+        size = sample.size if is_clip else None
         described = description((sample.caption, *sample.more_captions), sample.label, source_bytes)
-        self._rows.append((Row(sample.key, bucket, begin, self._size_bytes, fields), described))
+        self._rows.append((Row(sample.key, bucket, begin, self._size_bytes, fields, size=size), described))
 
     def close(self) -> ShardEntry:
         """Finish the file, put it and then its index in place, and return the manifest entry."""

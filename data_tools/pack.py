@@ -77,7 +77,7 @@ def _sample(clip: Clip, look: Look, data: bytes, extension: str) -> VideoSample:
     }
     if look.is_piece:
         info |= {"first_frame": look.start, "codec": "h264"}
-        info |= {side: info[side] // 2 * 2 for side in ("height", "width")}
+        info |= {"height": look.size.height, "width": look.size.width}
     if not clip.is_video:
         del info["fps"]  # nobody knows it
     return VideoSample(
@@ -89,4 +89,5 @@ def _sample(clip: Clip, look: Look, data: bytes, extension: str) -> VideoSample:
         more_captions=clip.captions[1:],
         label=clip.label,
         source_bytes=None if clip.is_video else clip.size_bytes,
+        size=look.size,
     )

@@ -42,13 +42,13 @@ def check_data(config: Config, datasets: Sequence[Dataset]) -> None:
 
 
 def check_sizes(config: Config, kind: str, downscale: int) -> None:
-    """Every size of the config must divide into patches; several are for latents, which know each clip's size."""
-    if kind == "video" and config.video.more_sizes:
-        raise ManifestError(
-            "video.more_sizes needs latents: whole clips all get the size of the frame policy while they are decoded; "
-            "run `latte-data encode` with this video section, or leave more_sizes out"
-        )
+    """Every size of the config must divide into latents, and these into patches."""
     for policy in config.video.policies():
+        if kind == "video" and (policy.height % downscale or policy.width % downscale):
+            raise ManifestError(
+                f"clips of {policy.size} pixels do not divide into latents of {downscale} x {downscale} pixels (of "
+                "encoders.vae); change this size to multiples of it"
+            )
         sides = [policy.height // downscale, policy.width // downscale]
         if any(side % config.model.patch_size for side in sides):
             raise ManifestError(

@@ -5,7 +5,7 @@
 In: a training config. Out: for every bucket of every data set its clips, the batch of its steps, and how many clips
 train.steps use and leave over; the trainer prints the same table and writes it to RUN/coverage.json. With --ranks also
 the micro-batches of a step on each rank, or why so many ranks cannot train it. Nothing but manifests is read, and with
-data.holdout the indices. Exit codes: 0, or 2 with what is wrong.
+data.holdout, or for whole clips of several sizes, the indices. Exit codes: 0, or 2 with what is wrong.
 """
 
 import argparse
@@ -16,10 +16,9 @@ from pathlib import Path
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
-from latte_scale.data.loader import open_datasets
 from latte_scale.data.plan import Plan
 from latte_scale.data.shares import check_ranks, step_shape
-from latte_scale.planning import plan_of
+from latte_scale.planning import open_data, plan_of
 from latte_scale.store import StoreError
 
 
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        datasets = open_datasets(config.data, config.store)
+        datasets = open_data(config)
         check_data(config, datasets)
         plan = plan_of(config, datasets)
         rows = coverage(plan, datasets, config.train.steps)

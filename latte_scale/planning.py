@@ -1,15 +1,21 @@
-"""The plan of a run: a config and its data sets in, which samples form which step out.
+"""The plan of a run: a config in, its data sets and which of their samples form which step out.
 
-The trainer and `latte-scale coverage` call the same function, so what is printed before a run is what it does.
+The trainer and `latte-scale coverage` call the same functions, so what is printed before a run is what it does.
 """
 
 from collections.abc import Sequence
 
 from latte_scale.config import Config
-from latte_scale.data.buckets import bucket_costs
-from latte_scale.data.loader import make_plan
+from latte_scale.data.buckets import bucket_costs, sizes_of
+from latte_scale.data.loader import make_plan, open_datasets
 from latte_scale.data.plan import Plan
 from latte_scale.data.samples import Dataset
+from latte_scale.encoders import vae_downscale
+
+
+def open_data(config: Config) -> tuple[Dataset, ...]:
+    """The data sets of `data.url`; whole clips are sorted into the config's sizes, if it has several."""
+    return open_datasets(config.data, config.store, sizes_of(config.video, vae_downscale(config.encoders)))
 
 
 def plan_of(config: Config, datasets: Sequence[Dataset]) -> Plan:

@@ -39,7 +39,6 @@ from latte_scale.data.loader import (
     DataSettings,
     Loader,
     data_fingerprint,
-    open_datasets,
     open_images,
     resolve_settings,
 )
@@ -60,7 +59,7 @@ from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
-from latte_scale.planning import plan_of
+from latte_scale.planning import open_data, plan_of
 from latte_scale.resume import counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
@@ -101,7 +100,7 @@ def train(
     found, broken = find_newest_sound(checkpoints, ranks)
 
     # Data: what is stored, whether it fits the model, and which samples form step k.
-    datasets = open_datasets(config.data, config.store)
+    datasets = open_data(config)
     check_data(config, datasets)
     config = replace(config, data=resolve_data_settings(config, datasets, found))
     images = open_images(config.data, datasets, config.store)
@@ -298,7 +297,7 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
         f"{config.train.precision}, {config.diffusion.objective}; global batch {config.train.global_batch}"
     )
     for dataset in datasets:
-        buckets = ", ".join(f"{name}: {count}" for name, count in dataset.manifest.buckets.items())
+        buckets = ", ".join(f"{name}: {count}" for name, count in dataset.buckets.items())
         console.print(f"data {dataset.store.url}: {dataset.manifest.count} samples ({buckets})")
     console.print(
         f"{plan.num_samples} samples in training, shuffled in windows of {plan.shuffle_window}; steps {progress.step} "

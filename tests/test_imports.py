@@ -118,8 +118,9 @@ MAY_IMPORT = {
     "check_data": {"config", "data", "encoders"},
     # From a checkpoint back into a run. Only the trainer imports it.
     "resume": {"checkpoint", "config", "ema", "engine", "run", "settings"},
-    # From a config to the plan: what the trainer does and `latte-scale coverage` prints.
-    "planning": {"config", "data"},
+    # From a config to the plan: what the trainer does and `latte-scale coverage` prints. The VAE's downscale names the
+    # sizes of whole clips as those of their latents.
+    "planning": {"config", "data", "encoders"},
     "cli": set(),
 }
 NEVER = {"model": {"torch.distributed", "deepspeed"}, "diffusion": {"torch.distributed"}, "data": {"torch.distributed"}}

@@ -170,8 +170,9 @@ class MicroBatches(torch.utils.data.Dataset):
         """No slot of this bucket has more, images and text included."""
         info, text = self.datasets[0].manifest.latents, self.datasets[0].manifest.text
         if info is None:
-            frame_bytes = 3 * self.video.height * self.video.width
-            clip_bytes = self.video.frames * frame_bytes
+            policy = self.datasets[0].policy(bucket, self.video)
+            frame_bytes = 3 * policy.height * policy.width
+            clip_bytes = policy.frames * frame_bytes
         else:
             frames, *shape = latent_shape(bucket, info.channels)
             frame_bytes = 2 * torch.float16.itemsize * math.prod(shape)  # the mean, and perhaps the std
@@ -209,7 +210,8 @@ class MicroBatches(torch.utils.data.Dataset):
         """Pixels or latents."""
         info = self.datasets[0].manifest.latents
         if info is None:
-            shape = (self.video.frames, 3, self.video.height, self.video.width)
+            policy = self.datasets[0].policy(batch.bucket, self.video)
+            shape = (policy.frames, 3, policy.height, policy.width)
             batch.pixels_BFCHW = _stack([item and item.pixels_FCHW for item in items], shape, torch.uint8, room)
             return
         shape = latent_shape(batch.bucket, info.channels)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import VideoSettings
+from latte_scale.data.sizes import Sizes
 
 BatchBudget = Literal["samples", "tokens"]
 
@@ -21,14 +22,20 @@ BatchBudget = Literal["samples", "tokens"]
 def bucket_costs(budget: BatchBudget, video: VideoSettings, datasets: Sequence[Dataset]) -> dict[str, Fraction] | None:
     """Bucket -> cost of a sample, 1 for one of the size of `video` itself; None where all samples count the same.
 
-    budget: what every step has the same number of. Whole clips have one size and so one cost.
+    budget: what every step has the same number of. Whole clips of one size have one cost.
     """
-    latents = datasets[0].manifest.latents
-    if budget == "samples" or latents is None:
+    latents, sizes = datasets[0].manifest.latents, datasets[0].sizes
+    if budget == "samples" or (latents is None and sizes is None):
         return None
-    main = bucket_name(video, latents.downscale)
-    names = {name for dataset in datasets for name in dataset.manifest.buckets}
+    main = bucket_name(video, latents.downscale) if sizes is None else sizes.main
+    names = {name for dataset in datasets for name in dataset.buckets}
     return {name: relative_cost(name, main) for name in names}
+
+
+def sizes_of(video: VideoSettings, downscale: int) -> Sizes | None:
+    """The sizes into which whole clips are sorted, under the names that their latents' buckets have; None for one."""
+    policies = video.policies()
+    return Sizes({bucket_name(policy, downscale): policy for policy in policies}) if len(policies) > 1 else None
 
 
 def bucket_name(video: VideoSettings, downscale: int) -> str:

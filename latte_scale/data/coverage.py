@@ -14,6 +14,7 @@ from latte_scale.data.buckets import num_latents
 from latte_scale.data.plan import Plan
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import RAW_BUCKET
+from latte_scale.data.sizes import TOO_SHORT
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Coverage:
 
     bucket: str
     dataset: str  # its URL
-    clips: int  # that take part
+    clips: int  # that take part; of bucket TOO_SHORT those that cannot
     held_out: int  # that data.holdout keeps from training
     batch: int  # samples of a step of this bucket, from all data sets
     steps: int  # of this bucket
@@ -37,12 +38,12 @@ class Coverage:
 
 
 def coverage(plan: Plan, datasets: Sequence[Dataset], steps: int) -> list[Coverage]:
-    """What steps 0 to `steps` see, buckets in the plan's order and data sets in theirs."""
+    """What steps 0 to `steps` see, buckets in the plan's order and data sets in theirs; last what no size takes."""
     rows, of_bucket = [], plan.steps_before(steps)
     for bucket in plan.buckets:
         for number, drawn in plan.drawn_before(steps, bucket).items():
             clips = int(plan.datasets[number].counts[bucket].sum())
-            stored = datasets[number].manifest.buckets[bucket]
+            stored = datasets[number].buckets[bucket]
             rows.append(
                 Coverage(
                     bucket,
@@ -56,7 +57,8 @@ def coverage(plan: Plan, datasets: Sequence[Dataset], steps: int) -> list[Covera
                     left_over=clips - min(clips, drawn),
                 )
             )
-    return rows
+    short = [(dataset.store.url, dataset.num_too_short) for dataset in datasets]
+    return rows + [Coverage(TOO_SHORT, url, count, 0, 0, 0, 0, 0, left_over=count) for url, count in short if count]
 
 
 def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
@@ -65,7 +67,7 @@ def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
     titles = f"{'bucket':<14}{'data':>5}{'clips':>15}{'held out':>10}{'batch':>8}{'steps':>12}{'latents a step':>16}"
     lines = [f"{titles}{'drawn':>15}{'used':>15}{'left over':>15}{'epochs':>9}"]
     for row in rows:
-        latents = "" if row.bucket == RAW_BUCKET else f"{row.batch * num_latents(row.bucket):,}"
+        latents = "" if row.bucket in (RAW_BUCKET, TOO_SHORT) else f"{row.batch * num_latents(row.bucket):,}"
         plan = f"{row.clips:>15,}{row.held_out:>10,}{row.batch:>8,}{row.steps:>12,}{latents:>16}"
         found = f"{row.drawn:>15,}{row.used:>15,}{row.left_over:>15,}{row.epochs:>9.2f}"
         lines.append(f"{row.bucket:<14}{names[row.dataset]:>5}{plan}{found}")
@@ -81,7 +83,9 @@ def warnings(rows: Sequence[Coverage]) -> list[str]:
     for bucket in dict.fromkeys(row.bucket for row in rows):
         own = [row for row in rows if row.bucket == bucket]
         clips, batch = sum(row.clips for row in own), own[0].batch
-        if own[0].steps == 0:
+        if bucket == TOO_SHORT:
+            lines.append(f"warning: {clips:,} clips are too short for every size and are left out")
+        elif own[0].steps == 0:
             lines.append(f"warning: bucket {bucket} has no step at all; raise train.steps, or leave its size out")
         elif clips < batch:
             lines.append(f"warning: bucket {bucket} has {clips:,} clips for steps of {batch:,}: a step has some twice")

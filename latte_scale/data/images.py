@@ -16,6 +16,7 @@ from latte_scale.data.items import Draw, Item, ItemReader, Replacement
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import RAW_BUCKET, ManifestError, VideoSettings
+from latte_scale.data.sizes import Sizes
 
 
 class ImageSource(Protocol):
@@ -60,6 +61,12 @@ def image_bucket(bucket: str) -> str:
     return bucket if bucket == RAW_BUCKET else f"1x{bucket.partition('x')[2]}"
 
 
+def image_sizes(sizes: Sizes) -> Sizes:
+    """Of the images that go with clips of these sizes."""
+    still = {"frames": 1, "window": None, "sampling": "stride"}
+    return Sizes({image_bucket(bucket): replace(policy, **still) for bucket, policy in sizes.policies.items()})
+
+
 def image_set(
     images: Dataset,
     plan: Plan,
@@ -98,8 +105,8 @@ def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
         pairs += [("latents", mine.latents, its.latents), ("vae.sha256", mine.vae.sha256, its.vae.sha256)]
         if mine.text is not None:
             pairs.append(("text.sha256", mine.text.sha256, its.text and its.text.sha256))
-        wanted = {image_bucket(bucket) for each in clips for bucket in each.manifest.buckets}
-        pairs += [("bucket", name, "none") for name in sorted(wanted - its.buckets.keys())]
+    wanted = {image_bucket(bucket) for each in clips for bucket in each.buckets}
+    pairs += [("bucket", name, "none") for name in sorted(wanted - images.buckets.keys())]
     for name, expected, came in pairs:
         if expected != came:
             raise ManifestError(

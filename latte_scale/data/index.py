@@ -9,9 +9,10 @@ Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash, caption_hash u64 
 metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field f.offset,
 f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "video" set; latents, json, text in a
 "latents" set, where text lies in a member that samples with the same caption share. A tar that uses them has more:
-text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip, and a
-column label i32 [n] (-1: none) for classes that a foreign sample's .json does not number. In an MDS shard (data/mds.py)
-start and end bound the whole sample with all its fields and embeddings, and key and extension are fields, too.
+text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip, a
+column label i32 [n] (-1: none) for classes that a foreign sample's .json does not number, and of whole clips frames,
+height and width i32 [n] (-1: unknown), by which a run of several sizes sorts them. In an MDS shard (data/mds.py) start
+and end bound the whole sample with all its fields and embeddings, and key and extension are fields, too.
 """
 
 import functools
@@ -24,10 +25,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from latte_scale.data.arrays import read_arrays
-from latte_scale.data.schema import ManifestError, ShardEntry
+from latte_scale.data.schema import ClipSize, ManifestError, ShardEntry
+from latte_scale.data.sizes import Sizes
 from latte_scale.rng import hash64
 from latte_scale.store import Store
 
+_SIDES = ("frames", "height", "width")
 FIELDS = {"video": ("video", "txt", "json"), "latents": ("latents", "json", "text")}
 Side = Literal["train", "held_out"]
 
@@ -53,6 +56,7 @@ class Row(NamedTuple):
     end: int
     fields: dict[str, Span]
     label: int | None = None  # class, where the index and not the sample's .json holds it
+    size: ClipSize | None = None  # of a whole clip as it is shown, where that is known
 
     @property
     def num_texts(self) -> int:
@@ -136,6 +140,11 @@ class IndexBuilder:
             columns[f"{name}.crc32c"] = np.array([span.crc32c for span in spans], np.uint32)
         if any(row.label is not None for row in rows):
             columns["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
+        if any(row.size is not None for row in rows):
+            for name in _SIDES:
+                columns[name] = np.array(
+                    [-1 if row.size is None else getattr(row.size, name) for row in rows], np.int32
+                )
         about = {
             "kind": self.kind,
             "shard": shard,
@@ -207,7 +216,24 @@ class ShardIndex:
         bucket = self.bucket_names[self._bucket[position]]
         start, end = self._columns["start"][position], self._columns["end"][position]
         label = int(self._columns["label"][position]) if "label" in self._columns else -1
-        return Row(self.key(position), bucket, int(start), int(end), fields, None if label < 0 else label)
+        size = None if self.sizes_N3 is None else self.sizes_N3[position].tolist()
+        known = ClipSize(*size) if size is not None and min(size) > 0 else None
+        return Row(self.key(position), bucket, int(start), int(end), fields, None if label < 0 else label, known)
+
+    @functools.cached_property
+    def sizes_N3(self) -> np.ndarray | None:
+        """Frames, height and width of each clip as shown, -1 where unknown, int32 [n, 3]; None: of none known."""
+        return np.column_stack([self._columns[name] for name in _SIDES]) if "frames" in self._columns else None
+
+    def sort(self, sizes: Sizes) -> None:
+        """Put each clip into the bucket of its size, or TOO_SHORT. Raises IndexFileError where one is unknown."""
+        if self.sizes_N3 is None or (self.sizes_N3 < 1).any():
+            raise IndexFileError(
+                f"{self.shard}: video.more_sizes gives each clip its size by its own frames, height and width, which "
+                "this shard's index does not hold; run `latte-data index URL --sizes` once (it opens every clip), or "
+                "leave more_sizes out"
+            )
+        self.bucket_names, self._bucket = sizes.names, sizes.numbers(self.sizes_N3)
 
     def rows(self) -> Iterator[Row]:
         """All samples in the tar's order."""

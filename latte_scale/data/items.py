@@ -154,7 +154,8 @@ class ItemReader:
             return item
         try:
             u = rng.uniform(self.seed, "window", *draw)
-            item.pixels_FCHW, _ = read_random_clip(sample.fields["video"], self.video, u)
+            policy = dataset.policy(bucket, self.video)
+            item.pixels_FCHW, _ = read_random_clip(sample.fields["video"], policy, u)
         except VideoError as error:
             raise VideoError(f"{dataset.store.join(entry.name)}: sample {sample.key!r}: {error}") from error
         if mirrored:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from latte_scale.data.batches import MicroBatch, MicroBatches
 from latte_scale.data.fit import mixture_differences
-from latte_scale.data.images import check_images
+from latte_scale.data.images import check_images, image_sizes
 from latte_scale.data.index import Side
 from latte_scale.data.items import LoaderError
 from latte_scale.data.plan import Plan, PlanData, resolve_shuffle_window
@@ -34,6 +34,7 @@ from latte_scale.data.ring import Packed, Ring
 from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import ManifestError, VideoSettings
 from latte_scale.data.shares import check_ranks, micro_batch_shape, rank_range
+from latte_scale.data.sizes import Sizes
 from latte_scale.store import StoreSettings
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,10 @@ class DataSettings:
         return tuple(SourceSettings(each) if isinstance(each, str) else each for each in given if each)
 
 
-def open_datasets(settings: DataSettings, store: StoreSettings | None = None) -> tuple[Dataset, ...]:
-    """Open every data set of `data.url`; `store` says how s3:// is reached.
+def open_datasets(
+    settings: DataSettings, store: StoreSettings | None = None, sizes: Sizes | None = None
+) -> tuple[Dataset, ...]:
+    """Open every data set of `data.url`; `store` says how s3:// is reached, `sizes` into which whole clips are sorted.
 
     Raises ManifestError if one is missing or they cannot be mixed.
     """
@@ -94,6 +97,8 @@ def open_datasets(settings: DataSettings, store: StoreSettings | None = None) ->
                 f"data.url: {datasets[0].store.url} and {dataset.store.url} cannot be mixed: {different.key}: "
                 f"{different.expected} and {different.came}; encode both with one config"
             )
+    if sizes is not None and datasets[0].manifest.kind == "video":
+        return tuple(dataset.in_sizes(sizes) for dataset in datasets)
     return datasets
 
 
@@ -104,6 +109,8 @@ def open_images(
     if settings.images is None:
         return None
     images = open_dataset(settings.images, store)
+    if datasets[0].sizes is not None and images.manifest.kind == "video":
+        images = images.in_sizes(image_sizes(datasets[0].sizes))
     check_images(images, datasets)
     return images
 

@@ -10,7 +10,7 @@ raises ManifestError, which it may not. An MDS shard has no headers: its sample 
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,8 @@ import numpy as np
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.index import Row, ShardIndex, Side, Span, is_text, load_index, text_field
 from latte_scale.data.mds import is_mds
-from latte_scale.data.schema import Manifest, ManifestError, ShardEntry, load_manifest
+from latte_scale.data.schema import Manifest, ManifestError, ShardEntry, VideoSettings, load_manifest
+from latte_scale.data.sizes import TOO_SHORT, Sizes
 from latte_scale.data.tar import BLOCK, TarError, padded, split_name, walk
 from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
 
@@ -70,26 +71,55 @@ class Dataset:
     """A finished data set: its manifest, indices read when first needed, and samples.
 
     Holds small caches only (indices, shared embeddings), so that a copy in every worker process is cheap.
+    `sizes`: whole clips are sorted into these, by what the indices know of them; None: they are one bucket.
     """
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
-        self.store, self.manifest = store, manifest
+    def __init__(self, store: Store, manifest: Manifest, sizes: Sizes | None = None) -> None:
+        self.store, self.manifest, self.sizes = store, manifest, sizes
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._positions: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._texts: OrderedDict[tuple[int, int], tuple[str, bytes]] = OrderedDict()  # those of several samples
+        self._counts: dict[tuple[float, Side], dict[str, np.ndarray]] = {}  # of clips that are sorted into sizes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "manifest": self.manifest}
+        return {"store": self.store, "manifest": self.manifest, "sizes": self.sizes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["store"], state["manifest"])
+        self.__init__(**state)
+
+    def in_sizes(self, sizes: Sizes) -> "Dataset":
+        """The same whole clips, sorted into sizes."""
+        return Dataset(self.store, self.manifest, sizes)
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """Samples per bucket, held-out ones included, names sorted. Of sorted clips every index is read, once."""
+        if self.sizes is None:
+            return self.manifest.buckets
+        counts = {name: int(counts.sum()) for name, counts in self._sorted_counts(0.0, "train").items()}
+        return {name: count for name, count in sorted(counts.items()) if count and name != TOO_SHORT}
+
+    @property
+    def num_too_short(self) -> int:
+        """Clips that no size takes."""
+        return 0 if self.sizes is None else int(self._sorted_counts(0.0, "train")[TOO_SHORT].sum())
+
+    def policy(self, bucket: str, video: VideoSettings) -> VideoSettings:
+        """By which whole clips of a bucket are decoded: `video`, or that of their size."""
+        return video if self.sizes is None else self.sizes.policies[bucket]
 
     def index(self, shard: int) -> ShardIndex:
         """The index of shard number `shard` of the manifest. Raises ManifestError or StoreError."""
         if shard not in self._indices:
-            self._indices[shard] = load_index(self.store, self.manifest.shards[shard])
+            self._indices[shard] = self._load_index(self.manifest.shards[shard])
             _trim(self._indices, NUM_CACHED_INDICES)
         return self._indices[shard]
+
+    def _load_index(self, entry: ShardEntry) -> ShardIndex:
+        index = load_index(self.store, entry)
+        if self.sizes is not None:
+            index.sort(self.sizes)
+        return index
 
     def positions(self, shard: int, bucket: str, holdout: float, side: Side) -> np.ndarray:
         """Positions of the samples of a bucket on one side of the holdout (see ShardIndex.positions), cached."""
@@ -102,18 +132,27 @@ class Dataset:
     def counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
         """Bucket -> samples per shard, int64 [num_shards], on one side of the holdout.
 
-        Without a holdout the manifest knows them; with one every index is read once, several at a time.
+        Without a holdout the manifest knows them; with one, or with several sizes, every index is read once, several
+        at a time. Clips too short for every size are left out.
         """
-        shards = self.manifest.shards
+        if self.sizes is not None:
+            counts = self._sorted_counts(holdout, side)
+            return {bucket: counts[bucket] for bucket in self.buckets}
         if holdout == 0.0 and side == "train":
-            per_shard = [shard.buckets for shard in shards]
-        else:
-            with ThreadPoolExecutor(NUM_INDEX_READERS) as readers:
-                per_shard = list(readers.map(lambda shard: load_index(self.store, shard).counts(holdout, side), shards))
-        return {
-            bucket: np.array([counts.get(bucket, 0) for counts in per_shard], np.int64)
-            for bucket in self.manifest.buckets
-        }
+            return _per_shard([shard.buckets for shard in self.manifest.shards], self.manifest.buckets)
+        return self._indexed_counts(holdout, side, self.manifest.buckets)
+
+    def _sorted_counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
+        """`counts` of every size, and of clips too short for all; kept."""
+        if (holdout, side) not in self._counts:
+            self._counts[holdout, side] = self._indexed_counts(holdout, side, self.sizes.names)
+        return self._counts[holdout, side]
+
+    def _indexed_counts(self, holdout: float, side: Side, buckets: Iterable[str]) -> dict[str, np.ndarray]:
+        """The same, counted over all indices."""
+        with ThreadPoolExecutor(NUM_INDEX_READERS) as readers:
+            counted = readers.map(lambda entry: self._load_index(entry).counts(holdout, side), self.manifest.shards)
+            return _per_shard(list(counted), buckets)
 
     def read(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
         """The sample at `position` of a shard. `cached=False` reads past every cache, of the store and of embeddings.
@@ -233,6 +272,11 @@ def open_dataset(url: str, settings: StoreSettings | None = None) -> Dataset:
     """Open the data set at a URL. Raises ManifestError if there is none, ValueError for a scheme that is not read."""
     store = open_store(url, settings)
     return Dataset(store, load_manifest(store))
+
+
+def _per_shard(counts: list[dict[str, int]], buckets: Iterable[str]) -> dict[str, np.ndarray]:
+    """Bucket -> samples per shard, int64."""
+    return {bucket: np.array([each.get(bucket, 0) for each in counts], np.int64) for bucket in buckets}
 
 
 class _Mismatch(ValueError):

@@ -4,7 +4,8 @@ One code path serves `latte-data shard` (clips) and `latte-data encode` (latents
 name, hashed while it is written, renamed, and then its index is written: an index therefore proves a whole tar, which
 is how an interrupted run knows what it has (`finished_entry`). The same samples in the same order give the same bytes
 on any machine and day: members carry no time and no owner, and .json members have sorted keys. What a sample may have
-beyond one caption (a class, more captions, mirrored latents) costs nothing where it is absent: the bytes are the same.
+beyond one caption (a class, its size, more captions, mirrored latents) costs nothing where it is absent: the bytes are
+the same.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 import google_crc32c
 
 from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name, text_field
-from latte_scale.data.schema import RAW_BUCKET, Kind, ShardEntry
+from latte_scale.data.schema import RAW_BUCKET, ClipSize, Kind, ShardEntry
 from latte_scale.data.tar import END, header, padded, split_name
 from latte_scale.store import Store, explained
 
@@ -37,6 +38,7 @@ class VideoSample:
     more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
     label: int | None = None  # class, by its place in the manifest's class_names; None: the data set has none
     source_bytes: int | None = None  # size of the files that `video` was joined from; None: it is one file as it came
+    size: ClipSize | None = None  # its frames, and height and width as shown in square pixels; None: nobody looked
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,21 @@ def sample_json(sample: VideoSample | LatentSample) -> bytes:
         content["captions"] = captions
     if isinstance(sample, VideoSample) and sample.source_bytes is not None:
         content["source_bytes"] = sample.source_bytes
+    if isinstance(sample, VideoSample) and sample.size is not None:
+        content["size"] = [sample.size.frames, sample.size.height, sample.size.width]
     if isinstance(sample, LatentSample) and sample.text is not None:
         content["text"] = text_name(sample.caption)
         if sample.more_captions:
             content["texts"] = [text_name(caption) for caption in captions]
     return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def stored_size(about: dict[str, Any]) -> ClipSize | None:
+    """The size of a clip as `sample_json` wrote it; None where the .json has none or another tool wrote it."""
+    size = about.get("size") if about.get("bucket") == RAW_BUCKET else None
+    if not isinstance(size, list) or [type(number) for number in size] != [int] * 3 or min(size) < 1:
+        return None
+    return ClipSize(*size)
 
 
 def finished_entry(store: Store, name: str) -> ShardEntry | None:
@@ -149,7 +161,8 @@ class ShardFile:
         bucket = sample.bucket if isinstance(sample, LatentSample) else RAW_BUCKET
         source_bytes = sample.source_bytes if isinstance(sample, VideoSample) else None
         described = description((sample.caption, *sample.more_captions), sample.label, source_bytes)
-        self._index.add(Row(sample.key, bucket, start, self.size_bytes, fields), described)
+        size = sample.size if isinstance(sample, VideoSample) else None
+        self._index.add(Row(sample.key, bucket, start, self.size_bytes, fields, size=size), described)
 
     def close(self) -> ShardEntry:
         """Finish the tar, put it and then its index in place, and return the manifest entry."""

@@ -1,5 +1,8 @@
 """Which of several sizes a clip gets: its own frames, height and width in, the frame policy of its bucket out.
 
+Asked of a decoded file by `latte-data encode` (`best_fit`), and of a whole index of clips by a run that trains from
+them (`Sizes`), where nothing is opened.
+
 The decision worth knowing, in this order: the most frames that the clip can give; a size that needs no enlarging; the
 size of which the crop keeps most of the picture, to the nearest twentieth; the most pixels (the fewest where all
 enlarge); the first of those. So long clips train as video and single images as images, wide clips as wide ones, and a
@@ -7,13 +10,17 @@ small clip is not blown up while a smaller size is there. A function of the clip
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+
+import numpy as np
 
 from latte_scale.data.schema import VideoSettings
 
 NUM_GRADES = 20
 """Shares of the picture are told apart in twentieths: 16:9 and 1.75 are one shape, 16:9 and 4:3 are two."""
+TOO_SHORT = "too short"
+"""Where a bucket is named: clips that are too short for every size."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +54,43 @@ def _fit(policy: VideoSettings, height: Fraction, width: Fraction) -> Fit:
 def _rank(fit: Fit) -> tuple[int, bool, int, int]:
     pixels = fit.policy.height * fit.policy.width
     return -fit.policy.frames, fit.enlarged, -round(fit.kept * NUM_GRADES), pixels if fit.enlarged else -pixels
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a run that trains from whole clips."""
+
+    policies: dict[str, VideoSettings]  # bucket -> frame policy of its size alone; the run's main size first
+    _known: dict[tuple[int, int, int], int] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def main(self) -> str:
+        """The bucket of the main size."""
+        return next(iter(self.policies))
+
+    @property
+    def names(self) -> list[str]:
+        """What `numbers` counts in: the buckets, and TOO_SHORT."""
+        return [*self.policies, TOO_SHORT]
+
+    def numbers(self, sizes_N3: np.ndarray) -> np.ndarray:
+        """The place in `names` of each clip, int32 [n]; sizes_N3: frames, height and width as shown, each above 0."""
+        # Of a clip's frames only matters which sizes it is long enough for, so there are few kinds of clips.
+        least = sorted({policy.min_frames for policy in self.policies.values()})
+        enough = np.searchsorted(least, sizes_N3[:, 0], side="right")
+        heights, widths = sizes_N3[:, 1].astype(np.int64), sizes_N3[:, 2].astype(np.int64)
+        pictures, picture = np.unique(heights << 31 | widths, return_inverse=True)
+        kinds, kind = np.unique(picture * (len(least) + 1) + enough, return_inverse=True)
+        numbers = []
+        for place, reach in (divmod(each, len(least) + 1) for each in kinds.tolist()):
+            numbers.append(self._number(least, reach, *divmod(int(pictures[place]), 1 << 31)))
+        return np.array(numbers, np.int32)[kind]
+
+    def _number(self, least: list[int], enough: int, height: int, width: int) -> int:
+        if not enough:
+            return len(self.policies)
+        kind = enough, height, width
+        if kind not in self._known:
+            policies = list(self.policies.values())
+            self._known[kind] = policies.index(best_fit(policies, least[enough - 1], height, width).policy)
+        return self._known[kind]

@@ -20,7 +20,7 @@ from typing import Any
 import av
 import numpy as np
 
-from latte_scale.data.schema import VideoSettings
+from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.sizes import Fit, best_fit
 
 CONTAINERS = (
@@ -53,6 +53,7 @@ class VideoInfo:
     height: int
     rotation: int  # degrees counter-clockwise that show the frames upright: 0, 90, 180 or 270
     codec: str
+    size: ClipSize  # frames, and the picture as shown in square pixels, to the nearest whole one
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def probe(source: bytes | str | Path) -> VideoInfo:
     with _opened(source) as opened:
         frame = _first_frame(opened)
         height, width = map(int, _shown(frame))
-        fps = float(opened.stream.average_rate or 0)
-        return VideoInfo(opened.num_frames, fps, width, height, _rotation(frame), opened.stream.codec_context.name)
+        fps, codec = float(opened.stream.average_rate or 0), opened.stream.codec_context.name
+        size = ClipSize(opened.num_frames, *(max(1, round(side)) for side in _shown(frame, opened.pixel_shape)))
+        return VideoInfo(opened.num_frames, fps, width, height, _rotation(frame), codec, size)
 
 
 def read_clip(source: bytes | str | Path, video: VideoSettings, start_frame: int = 0) -> np.ndarray:

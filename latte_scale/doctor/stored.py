@@ -19,12 +19,15 @@ from latte_scale.data.schema import ManifestError
 from latte_scale.data.shares import check_ranks, rank_range
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_folder
-from latte_scale.planning import plan_of
+from latte_scale.estimate.buckets import buckets_of
+from latte_scale.planning import open_data, plan_of
 from latte_scale.run.metrics import read_metrics
 from latte_scale.store import StoreError
 
 NUM_SHARDS, NUM_SAMPLES = 3, 4
 """Looked at by a rank, and samples of each of them."""
+COUNTED_SHARDS = 1000
+"""Of whole clips in several sizes, beyond which they are not counted here: every index would be read."""
 READ_S, READ_THREADS = 2.0, 8
 HASH_BYTES = 2**31
 """Encoder weights beyond this are not hashed here: it takes longer than doctor may."""
@@ -64,12 +67,23 @@ def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
 
 def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[Line]:
     """Whether a step of every size of clips has samples for every rank; nothing where there is one size."""
+    ranks, num_shards = max(1, size // config.engine.sequence_parallel), sum(len(d.manifest.shards) for d in datasets)
+    are_sorted = datasets[0].manifest.kind == "video" and bool(config.video.more_sizes)
     try:
+        if are_sorted and num_shards > COUNTED_SHARDS:
+            found = ", ".join(f"{b.config.train.global_batch} of {b.name}" for b in buckets_of(config, ranks))
+            return [Line("ok", "sizes", f"{found} a step; `latte-scale coverage` counts the clips of each")]
+        if are_sorted:
+            datasets = open_data(config)
+            open_images(config.data, datasets, config.store)
         everything = replace(config.data, holdout=0.0)  # else every index would be read
         plan = plan_of(replace(config, data=everything), datasets)
-        check_ranks(plan, max(1, size // config.engine.sequence_parallel), config.sample_group)
-    except ValueError as error:
+        check_ranks(plan, ranks, config.sample_group)
+    except (ValueError, StoreError) as error:
         return [fault_of("sizes", error)]
+    if num_short := sum(dataset.num_too_short for dataset in datasets):
+        short = f"{num_short} clips are too short for every size and are left out"
+        return [Line("warning", "sizes", short, "add a size of fewer frames to video.more_sizes, if they matter")]
     found = ", ".join(f"{plan.batch_size(bucket)} of {bucket}" for bucket in plan.buckets)
     return [Line("ok", "sizes", f"{found} a step")] if len(plan.buckets) > 1 else []
 

@@ -74,7 +74,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def counted_steps(path: Path) -> dict[str, int]:
     """Bucket -> its steps in a run, from a file of `latte-scale coverage --out` (or RUN/coverage.json)."""
     try:
-        return {row["bucket"]: int(row["steps"]) for row in json.loads(path.read_text())["rows"]}
+        rows = json.loads(path.read_text())["rows"]
+        return {row["bucket"]: int(row["steps"]) for row in rows if row["steps"]}  # clips that no size takes have none
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--coverage {path}: expected what `latte-scale coverage --out` writes ({error!r}); write it again"

@@ -3,23 +3,28 @@
 import itertools
 
 from latte_scale.data.batches import MicroBatch
+from latte_scale.data.buckets import sizes_of
 from latte_scale.data.loader import DataSettings, Loader, make_plan, open_datasets, open_images
 from latte_scale.data.schema import VideoSettings
 from tests.data.making import VIDEO
 
 GLOBAL_BATCH = 7
 SEED = 5
+DOWNSCALE = 8
 
 
 def load(url, steps: int = 4, num_workers: int = 0, video: VideoSettings = VIDEO, **options) -> list[list[MicroBatch]]:
-    """The micro-batches of the first steps, [step][micro-batch]; `images` is the URL of an image set."""
+    """The micro-batches of the first steps, [step][micro-batch]; `images` is the URL of an image set.
+
+    Whole clips are sorted into the sizes of `video`, if it has several.
+    """
     holdout, side = options.pop("holdout", 0.0), options.get("side", "train")
     global_batch = options.pop("global_batch", GLOBAL_BATCH)
     images = options.pop("images", None)
     settings = DataSettings(
         url if isinstance(url, tuple) else str(url), num_workers, holdout=holdout, images=images and str(images)
     )
-    datasets = open_datasets(settings)
+    datasets = open_datasets(settings, sizes=sizes_of(video, DOWNSCALE))
     options["images"] = open_images(settings, datasets)
     plan = make_plan(settings, datasets, SEED, global_batch, side, options.pop("costs", None))
     options = {"seed": SEED, "micro_batch": 3, **options}

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 
 from latte_scale.data.schema import (
     NULL_TEXT,
+    ClipSize,
     FileInfo,
     Kind,
     LatentsInfo,
@@ -180,6 +181,19 @@ def write_images(folder: Path, num_images: int, extension: str = "jpg", name: st
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             output.mux(stream.encode())
     return paths
+
+
+def make_sized_videos(folder: Path, sizes: Sequence[tuple[int, int, int]], per_shard: int = 3) -> Manifest:
+    """A "video" data set whose clip number n has these frames, height and width, as its index knows."""
+    clips = {size: make_clip(*size) for size in set(sizes)}
+    samples = [
+        VideoSample(f"{number:06d}", f"caption {number}", clips[size], "mp4", size=ClipSize(*size))
+        for number, size in enumerate(sizes)
+    ]
+    shards = write_shards(open_store(folder), "video", samples, per_shard)
+    manifest = Manifest("video", shards, caption_cleaning="none", tool_version="test")
+    save_manifest(open_store(folder), manifest)
+    return manifest
 
 
 def make_videos(

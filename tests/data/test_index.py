@@ -18,6 +18,7 @@ from latte_scale.data.index import (
     is_held_out,
     load_index,
 )
+from latte_scale.data.schema import ClipSize
 from latte_scale.rng import hash64
 from latte_scale.store import open_store
 from tests.data.making import BUCKET, OTHER_BUCKET, make_latents
@@ -31,6 +32,7 @@ rows = st.builds(
     st.integers(0, 2**40),
     st.dictionaries(st.sampled_from(["latents", "json", "text"]), spans),
     st.none() | st.integers(0, 2**31 - 1),
+    st.none() | st.builds(ClipSize, *[st.integers(1, 2**31 - 1)] * 3),
 )
 
 

@@ -2,12 +2,14 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latte_scale.data.buckets import sizes_of
 from latte_scale.data.schema import ClipSize, VideoSettings
-from latte_scale.data.sizes import best_fit
+from latte_scale.data.sizes import TOO_SHORT, best_fit
 
 SQUARE, WIDE, TALL, LARGE, LONG, STILL = (
     ClipSize(16, 256, 256),
@@ -82,3 +84,26 @@ def test_the_best_is_among_those_that_fit_and_no_other_beats_it(sizes, num_frame
     assert not fit.enlarged or all(size.height > height or size.width > width for size in same)
     alone = best_fit(policies(fit.policy.size), num_frames, height, width)
     assert (alone.kept, alone.enlarged) == (fit.kept, fit.enlarged)
+
+
+clips = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 2000), st.integers(1, 2000)), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(several, clips, st.sampled_from([None, 20]))
+def test_a_whole_index_is_sorted_as_each_clip_alone_would_be(sizes, clips, window):
+    first, *more = sizes
+    video = VideoSettings(first.frames, first.height, first.width, 2, window, "linspace", more_sizes=tuple(more))
+    sorted_into = sizes_of(video, 8)
+    if not more:
+        assert sorted_into is None
+        return
+    assert list(sorted_into.policies.values()) == list(video.policies())
+    assert sorted_into.main == f"{first.frames}x{first.height // 8}x{first.width // 8}"
+    numbers = sorted_into.numbers(np.array(clips, np.int32).reshape(-1, 3))
+    for number, (frames, height, width) in zip(numbers, clips, strict=True):
+        name = sorted_into.names[number]
+        if name == TOO_SHORT:
+            assert frames < min(policy.min_frames for policy in video.policies())
+        else:
+            assert sorted_into.policies[name] == best_fit(video.policies(), frames, height, width).policy

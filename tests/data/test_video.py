@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from latte_scale.data.schema import VideoSettings
+from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.video import TooShortError, VideoError, join_frames, probe, read_clip, read_random_clip
 from tests.clips import CLIPS, needs_clips
 from tests.data.making import frame_grey, make_clip, write_images
@@ -125,6 +125,7 @@ def test_rotation_is_undone(matrix, rotation, red_side):
     info = probe(data)
     upright = (80, 40) if rotation in (90, 270) else (40, 80)
     assert (info.rotation, (info.height, info.width)) == (rotation, upright)
+    assert info.size == ClipSize(info.num_frames, *upright)
     clip = read_clip(data, VideoSettings(1, *upright, 1))
     red = clip[0, 0].astype(int) - clip[0, 2] > 100
     edges = {"left": red[:, 0], "right": red[:, -1], "top": red[0], "bottom": red[-1]}
@@ -141,6 +142,7 @@ def test_pixels_that_are_not_square_are_shown_square():
         pixels[:, :10] = (220, 30, 30)
         output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         output.mux(stream.encode())
+    assert probe(buffer.getvalue()).size == ClipSize(1, 40, 80)
     clip = read_clip(buffer.getvalue(), VideoSettings(1, 20, 20, 1))  # shown 2:1, the outer quarters are cut
     assert not (clip[0, 0].astype(int) - clip[0, 2] > 100)[:, 1:].any()
 

@@ -16,7 +16,7 @@ from latte_scale.data.mds import MDS_INDEX
 from latte_scale.data.samples import Sample, open_dataset
 from latte_scale.data.schema import MANIFEST, NULL_TEXT, load_manifest
 from latte_scale.store import open_store
-from tests.data.making import More, make_clip, make_latents, make_videos
+from tests.data.making import More, make_clip, make_latents, make_sized_videos, make_videos
 from tests.data_tools.test_index import write_tar
 from tests.data_tools.test_index_mds import KEYED, keyed, write_mds
 from tests.mosaic import in_mosaic, needs_mosaic
@@ -49,8 +49,9 @@ def samples(folder: Path, caption_at: float = 0.0) -> list[Sample]:
         lambda folder: make_latents(folder, more=EVERYTHING),
         lambda folder: make_latents(folder, more=More(with_text=False, class_names=("a", "b"))),
         lambda folder: make_videos(folder, class_names=("x", "y")),
+        lambda folder: make_sized_videos(folder, [(2, 16, 16), (3, 16, 32), (2, 16, 16), (1, 8, 8)]),
     ],
-    ids=["two sizes with std", "captions, classes, mirrored", "no text", "clips with classes"],
+    ids=["two sizes with std", "captions, classes, mirrored", "no text", "clips with classes", "clips with sizes"],
 )
 def test_there_and_back_is_the_same_to_the_byte(tmp_path, make, capsys):
     make(tmp_path / "tar")

@@ -12,7 +12,7 @@ import webdataset
 
 from data_tools import foreign, index, verify
 from latte_scale.data.samples import open_dataset
-from latte_scale.data.schema import MANIFEST, VideoSettings
+from latte_scale.data.schema import MANIFEST, ClipSize, VideoSettings
 from latte_scale.data.tar import TarError
 from latte_scale.data.video import read_clip
 from latte_scale.store import open_store
@@ -63,6 +63,20 @@ def test_tars_of_webdataset(tmp_path, capsys):
     assert "done 3, skipped 0, failed 0, members refused 0; 2 shards" in capsys.readouterr().out
     assert stored(tmp_path) == [(f"part/{number}", f"caption {number}") for number in range(3)]
     assert run(verify, tmp_path) == 0
+
+
+def test_sizes_are_noted_where_they_are_asked_for(tmp_path, capsys):
+    """By opening the clip or image; what a foreign .json says of it is not believed."""
+    about = json.dumps({"size": [9, 9, 9], "frames": 9, "height": 9, "width": 9}).encode()
+    (image,) = write_images(tmp_path / "images", 1)
+    members = [("a.json", about), ("a.mp4", CLIP), ("b.mp4", b"no clip" * 99), ("c.jpg", image.read_bytes())]
+    write_tar(tmp_path / "x.tar", members)
+    assert run(index, tmp_path) == 0
+    assert [row.size for row in open_dataset(str(tmp_path)).index(0).rows()] == [None] * 3
+    assert run(index, tmp_path, "--sizes") == 0
+    assert "sample 'b': its clip cannot be opened (corrupt: " in capsys.readouterr().err
+    rows = open_dataset(str(tmp_path)).index(0).rows()
+    assert {row.key: row.size for row in rows} == {"a": ClipSize(4, 16, 16), "c": ClipSize(1, 48, 64)}
 
 
 def test_tars_of_video2dataset(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from data_tools import cli
 from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, pack_head, pack_sizes, write_mds_index
 from latte_scale.data.samples import open_dataset
-from latte_scale.data.schema import MANIFEST
+from latte_scale.data.schema import MANIFEST, ClipSize
 from latte_scale.store import open_store
 from tests.data.making import make_clip, make_videos
 from tests.mosaic import in_mosaic, needs_mosaic
@@ -212,3 +212,12 @@ def test_our_own_shards_get_the_index_that_the_writer_gave_them(tmp_path):
         path.unlink()
     assert index(tmp_path / "mds") == 0
     assert open_dataset(str(tmp_path / "mds")).manifest.fingerprint() == fingerprint
+
+
+def test_sizes_are_noted_where_they_are_asked_for(tmp_path):
+    make_videos(tmp_path / "tar")
+    assert (
+        cli.main(["convert", "--input", str(tmp_path / "tar"), "--output", str(tmp_path / "mds"), "--to", "mds"]) == 0
+    )
+    assert index(tmp_path / "mds", "--sizes") == 0
+    assert {row.size for row in open_dataset(str(tmp_path / "mds")).index(0).rows()} == {ClipSize(12, 48, 64)}

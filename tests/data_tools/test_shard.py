@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import looks, shard, verify
+from data_tools import index, looks, shard, verify
 from data_tools.layouts import Clip
 from latte_scale.data.samples import open_dataset
-from latte_scale.data.schema import MANIFEST
+from latte_scale.data.schema import MANIFEST, ClipSize
 from latte_scale.data.shards import ShardFile
+from latte_scale.data.video import probe
 from latte_scale.store import CredentialsError, StoreError, TransientError, open_store
 from tests.clips import CLIPS, needs_clips
 from tests.data.making import make_clip
@@ -66,6 +67,21 @@ def test_clips_of_every_container_are_stored_as_they_are(clips, tmp_path, capsys
     facts = {"source": "b.mkv", "frames": 4, "fps": 10.0, "height": 48, "width": 64, "codec": "h264", "bucket": "raw"}
     assert facts.items() <= sample.about.items()
     assert run(verify, tmp_path / "out") == 0
+
+
+def test_the_index_knows_the_size_of_every_clip(clips, tmp_path):
+    """Of pieces, too; and `latte-data index` finds it again in the .json."""
+    assert run(shard, "--input", clips, "--output", tmp_path / "out", "cut.seconds=0.4", "cut.min_seconds=0.1") == 0
+    dataset = open_dataset(str(tmp_path / "out"))
+    sizes = {row.key: row.size for row in dataset.index(0).rows()}
+    assert len(sizes) > 4 and sizes["a"] == ClipSize(3, 48, 64)
+    for number, sample in enumerate(dataset.samples(0)):
+        assert dataset.index(0).row(number).size == probe(sample.fields["video"]).size
+    store, fingerprint = open_store(tmp_path / "out"), dataset.manifest.fingerprint()
+    for name in (MANIFEST, dataset.manifest.shards[0].index):
+        store.delete(name)
+    assert run(index, tmp_path / "out") == 0
+    assert open_dataset(str(tmp_path / "out")).manifest.fingerprint() == fingerprint
 
 
 def test_the_captions_file_itself_and_text_files_work_too(clips, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +15,12 @@ from latte_scale import coverage, train
 from latte_scale.config import load_config
 from latte_scale.data.loader import open_datasets
 from latte_scale.data.video import write_mp4
+from latte_scale.doctor import stored
 from latte_scale.doctor.stored import size_lines
+from latte_scale.planning import open_data
+from latte_scale.run.lease import process_start
 from tests.conftest import ROOT, Run, train_command
+from tests.integration.test_resume import kill_at
 
 CONFIG = ROOT / "configs" / "sizes_cpu.yaml"
 BATCHES = {"4x16x16": 12, "4x16x24": 8, "4x24x16": 8, "1x32x32": 12}
@@ -75,6 +81,21 @@ def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp
     assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
 
 
+def test_whole_clips_whose_sizes_nobody_noted_are_refused(latents, tmp_path, capsys):
+    """Shards that an older version wrote; `latte-data index --sizes` mends them."""
+    copy = tmp_path / "shards"
+    shutil.copytree(latents.parent / "shards", copy)
+    for path in copy.glob("*.tar"):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b'"size":[', b'"sise":['))  # as long, and unknown
+    assert cli.main(["index", str(copy)]) == 0
+    assert coverage.main(["--config", str(CONFIG), f"data.url={copy}"]) == 2
+    assert "which this shard's index does not hold; run `latte-data index URL --sizes` once" in capsys.readouterr().err
+    assert cli.main(["index", str(copy), "--sizes"]) == 0
+    assert coverage.main(["--config", str(CONFIG), f"data.url={copy}"]) == 0
+    assert "steps use 40 of 40 clips, 0 left over" in capsys.readouterr().out
+
+
 def test_doctor_says_how_many_ranks_a_size_has_samples_for(latents):
     config = load_config(CONFIG, [f"data.url={latents}"])
     datasets = open_datasets(config.data)
@@ -82,6 +103,24 @@ def test_doctor_says_how_many_ranks_a_size_has_samples_for(latents):
     assert (line.level, line.found) == ("ok", "12 of 1x32x32, 12 of 4x16x16, 8 of 4x16x24 a step")
     (line,) = size_lines(config, datasets, 9)
     assert line.level == "fault" and "bucket 4x16x24: 8 samples cost" in line.found
+
+
+def test_doctor_counts_whole_clips_where_that_is_quick(latents, monkeypatch):
+    config = load_config(CONFIG, [f"data.url={latents.parent / 'shards'}"])
+    datasets = open_datasets(config.data)
+    (line,) = size_lines(config, datasets, 8)
+    assert (line.level, line.found) == ("ok", "12 of 1x32x32, 12 of 4x16x16, 8 of 4x16x24 a step")
+    monkeypatch.setattr(stored, "COUNTED_SHARDS", 3)
+    (line,) = size_lines(config, datasets, 8)
+    assert line.level == "ok" and "8 of 4x24x16, 12 of 1x32x32 a step; `latte-scale coverage` counts" in line.found
+    (line,) = size_lines(config, datasets, 9)
+    assert line.level == "fault" and "bucket 4x16x24: 8 samples cost" in line.found
+    monkeypatch.undo()
+    only_long = load_config(
+        CONFIG, [f"data.url={latents.parent / 'shards'}", "video.more_sizes=[{frames: 4, height: 32, width: 48}]"]
+    )
+    (line,) = size_lines(only_long, datasets, 8)
+    assert (line.level, line.found) == ("warning", "10 clips are too short for every size and are left out")
 
 
 def test_stopped_and_resumed_it_is_bitwise_the_unbroken_run(unbroken, latents, tmp_path):
@@ -105,6 +144,37 @@ def test_two_ranks_draw_the_same_and_one_goes_on(unbroken, latents, tmp_path):
     assert resumed.losses == pytest.approx(unbroken.losses, rel=1e-5)
 
 
+def test_whole_clips_get_the_sizes_that_encode_gives_them(latents):
+    found = []
+    for url in (latents, latents.parent / "shards"):
+        (dataset,) = open_data(load_config(CONFIG, [f"data.url={url}"]))
+        shards = [dataset.index(number) for number in range(len(dataset.manifest.shards))]
+        found.append({row.key: row.bucket for index in shards for row in index.rows()})
+    assert found[0] == found[1] and len(found[0]) == 40
+
+
+def test_whole_clips_train_killed_on_two_ranks_and_on_one(latents, tmp_path):
+    """VAE and T5 inside the step, steps of one size each: killed on 2 ranks, gone on on 1, as 1 alone does it."""
+    shards = latents.parent / "shards"
+    alone = run(tmp_path / "alone", shards, "train.steps=30")
+    assert alone.code == 0 and len({record["bucket"] for record in alone.metrics}) == 3
+    seen = [record["samples_seen"] for record in alone.metrics]
+    sizes = [BATCHES[record["bucket"]] for record in alone.metrics]
+    assert [b - a for a, b in zip([0, *seen], seen, strict=False)] == sizes
+    told = json.loads((alone.folder / "coverage.json").read_text())
+    assert {row["bucket"]: row["steps"] for row in told["rows"]} == Counter(r["bucket"] for r in alone.metrics)
+
+    options = ("engine.kind=fsdp2", "train.micro_batch=4", "checkpoint.every_steps=5", "train.steps=1000")
+    kill_at(13, tmp_path / "run", train_command(CONFIG, tmp_path / "run", shards, options, 2, "torchrun"))
+    holder = json.loads((tmp_path / "run" / "lease.json").read_text())["pid"]
+    while process_start(holder) is not None:  # a killed rank is there for a moment, and holds the folder
+        time.sleep(0.01)
+    resumed = run(tmp_path / "run", shards, "train.steps=30")
+    assert resumed.code == 0 and resumed.digests == alone.digests
+    assert (tmp_path / "run" / "logs" / "restarts.jsonl").exists()
+    assert resumed.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
 def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path):
     """A set of images, encoded apart, beside the clips: its weight is its share of the samples, whatever it costs."""
     shards, config = latents.parent / "shards", ROOT / "configs" / "encode_sizes.yaml"
@@ -124,7 +194,6 @@ def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path):
 def test_what_does_not_fit_is_refused(latents, tmp_path, capsys):
     for overrides, words in (
         (["video.more_sizes=[]"], "video.more_sizes: expected sizes among 4 x 32 x 32, came 4 x 32 x 48"),
-        ([f"data.url={latents.parent / 'shards'}"], "video.more_sizes needs latents: whole clips all get the size"),
         (["video.more_sizes=[{frames: 8, height: 32, width: 32}]"], "8 x 32 x 32 has 8 frames; expected at most model"),
         (["train.batch_budget=token"], "expected one of samples, tokens, came 'token'"),
     ):
