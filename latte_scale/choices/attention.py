@@ -4,7 +4,6 @@ In: a Config, the ranks and RUN/choices.json. Out: the back end of each site. On
 those of the formula is not chosen, however fast it is.
 """
 
-import logging
 import typing
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latte_scale.choices.record import SECONDS, TOLERANCE, dtype_of, fastest, read_choices, write_choices
+from latte_scale.choices.record import SECONDS, TOLERANCE, Times, dtype_of, key_of, recorded_backends
 from latte_scale.config import Config, latent_sides
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.attention_backends import (
@@ -26,8 +25,6 @@ from latte_scale.model.attention_backends import (
 )
 from latte_scale.model.kernels.small_attention import MAX_HEAD_DIM, MAX_LENGTH
 from latte_scale.timing import call_time
-
-logger = logging.getLogger("latte_scale")
 
 SITES: tuple[Site, ...] = typing.get_args(Site)
 NOT_FOR_THIS = (RuntimeError, TypeError, AttributeError, ImportError, ValueError)
@@ -90,33 +87,21 @@ def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[
 def _chosen_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Site, Backend]:
     if ranks.device.type != "cuda":
         return dict.fromkeys(SITES, "sdpa")
-    return ranks.broadcast_object(recorded_choice(config, ranks.device, path) if ranks.rank == 0 else None)
+    return ranks.broadcast_object(recorded_attention(config, ranks.device, path) if ranks.rank == 0 else None)
 
 
-def recorded_choice(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:
-    """What the file says, or what is measured now and written there."""
-    key = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": config.train.precision,
+def recorded_attention(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:
+    """What the file says, or what is measured now and written there; sdpa at a site that the model does not have."""
+    key = key_of(config, device) | {
         "deterministic": config.train.deterministic,
         "probes": {site: list(probe) for site, probe in probes(config).items()},
     }
-    recorded = read_choices(path).get("attention")
-    if recorded is not None:
-        missing = [name for name in recorded["backends"].values() if name not in present(config, device)]
-        if recorded["key"] == key and not missing:
-            logger.info("attention as recorded in %s: %s", path, recorded["backends"])
-            return recorded["backends"]
-        logger.warning("attention is measured again: %s", f"no {missing} here" if missing else "other device or shapes")
-    measured = {site: measure(probe, config, device) for site, probe in probes(config).items()}
-    chosen = {site: fastest(times) for site, times in measured.items()}
-    logger.info("attention measured, ms or why not: %s; chosen: %s", measured, chosen)
-    backends = dict.fromkeys(SITES, "sdpa") | chosen
-    if path is not None:
-        write_choices(
-            path, read_choices(path) | {"attention": {"key": key, "backends": backends, "measured_ms": measured}}
-        )
-    return backends
+    there = present(config, device)
+
+    def measured() -> dict[str, Times]:
+        return {site: measure(probe, config, device) for site, probe in probes(config).items()}
+
+    return dict.fromkeys(SITES, "sdpa") | recorded_backends(path, "attention", key, there.__contains__, measured)
 
 
 def present(config: Config, device: torch.device) -> list[Backend]:
@@ -151,7 +136,7 @@ def probes(config: Config) -> dict[Site, Probe]:
     }
 
 
-def measure(probe: Probe, config: Config, device: torch.device) -> dict[str, float | str]:
+def measure(probe: Probe, config: Config, device: torch.device) -> Times:
     """Milliseconds of forward and backward by back end, or why one is out."""
     dtype, results = dtype_of(config), {}
     for backend in present(config, device):

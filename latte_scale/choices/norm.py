@@ -6,7 +6,6 @@ torch.compile may fuse what it fuses inside a block, and the kernels are not fla
 """
 
 import functools
-import logging
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latte_scale.choices.attention import probes
-from latte_scale.choices.record import SECONDS, TOLERANCE, dtype_of, fastest, read_choices, write_choices
+from latte_scale.choices.record import SECONDS, TOLERANCE, Times, dtype_of, key_of, recorded_backends
 from latte_scale.config import Config
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.blocks import residual
@@ -24,7 +23,8 @@ from latte_scale.model.kernels.availability import why_no_triton
 from latte_scale.model.norm_backends import NormBackend
 from latte_scale.timing import call_time
 
-logger = logging.getLogger("latte_scale")
+SITE = "blocks"
+"""The one site of the record: all blocks are alike."""
 
 
 def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend:
@@ -45,23 +45,12 @@ def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend
 
 def recorded_norm(config: Config, device: torch.device, path: Path | None) -> NormBackend:
     """What the file says, or what is measured now and written there."""
-    key = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": config.train.precision,
-        "compile": config.engine.compile,
-        "shape": norm_shape(config),
-    }
-    recorded = read_choices(path).get("norm")
-    present = recorded is not None and (recorded["backend"] == "torch" or why_no_triton(device) is None)
-    if present and recorded["key"] == key:
-        logger.info("norm as recorded in %s: %s", path, recorded["backend"])
-        return recorded["backend"]
-    measured = measure_norm(config, device)
-    chosen = fastest(measured)
-    logger.info("norm measured, ms or why not: %s; chosen: %s", measured, chosen)
-    if path is not None:
-        write_choices(path, read_choices(path) | {"norm": {"key": key, "backend": chosen, "measured_ms": measured}})
-    return chosen
+    key = key_of(config, device) | {"compile": config.engine.compile, "shape": norm_shape(config)}
+
+    def is_there(backend: str) -> bool:
+        return backend == "torch" or why_no_triton(device) is None
+
+    return recorded_backends(path, "norm", key, is_there, lambda: {SITE: measure_norm(config, device)})[SITE]
 
 
 def norm_shape(config: Config) -> list[int]:
@@ -71,12 +60,12 @@ def norm_shape(config: Config) -> list[int]:
     return [batch, -(-space.batch // batch), space.num_queries, config.model.width]
 
 
-def measure_norm(config: Config, device: torch.device) -> dict[str, float | str]:
+def measure_norm(config: Config, device: torch.device) -> Times:
     """Milliseconds of two layers in a row, forward and backward, by back end, compiled if the blocks are; or why not.
 
     Each layer is one product, the same for all: torch.compile fuses up to it, as it does inside a block.
     """
-    results: dict[str, float | str] = {}
+    results: Times = {}
     for backend in typing.get_args(NormBackend):
         reason = why_no_triton(device) if backend == "triton" else None
         try:

@@ -1,7 +1,13 @@
-"""RUN/choices.json, and what all choices by measurement have in common."""
+"""RUN/choices.json, and what all choices by measurement have in common.
+
+In: what was measured, under which conditions. Out: the back end of each site. A record is {"key", "backends",
+"measured_ms"}: under what it was measured, site -> back end, site -> back end -> milliseconds or why it is out.
+"""
 
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +16,61 @@ import torch
 from latte_scale.config import Config
 from latte_scale.plain_json import json_text
 
+logger = logging.getLogger("latte_scale")
+
+Times = dict[str, float | str]
+"""Back end -> milliseconds of forward and backward, or why it is out."""
 SECONDS = 0.05  # of a measurement of one back end
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Largest difference to the formula in fp32, over its largest value: bf16 rounds by 4e-3, fp32 products may be TF32."""
 
 
-def fastest(times_ms: dict[str, float | str]) -> str:
+def recorded_backends(
+    path: Path | None,
+    subject: str,
+    key: dict[str, Any],
+    is_there: Callable[[str], bool],
+    measure: Callable[[], dict[str, Times]],
+) -> dict[str, str]:
+    """Site -> back end: as recorded of `subject` in the file, else the fastest as measured now, and written there.
+
+    key: plain JSON values; another one than the recorded means that the record says nothing of this run. is_there:
+    whether a back end can run here. measure: site -> what was measured. A record that cannot be used is told.
+    """
+    recorded = read_choices(path).get(subject)
+    if recorded is not None:
+        reason = _why_unfit(recorded, key, is_there)
+        if not reason:
+            logger.info("%s as recorded in %s: %s", subject, path, recorded["backends"])
+            return recorded["backends"]
+        logger.warning("%s is measured again: %s", subject, reason)
+    measured = measure()
+    backends = {site: fastest(times) for site, times in measured.items()}
+    logger.info("%s measured, ms or why not: %s; chosen: %s", subject, measured, backends)
+    if path is not None:
+        record = {"key": key, "backends": backends, "measured_ms": measured}
+        write_choices(path, read_choices(path) | {subject: record})
+    return backends
+
+
+def _why_unfit(recorded: dict[str, Any], key: dict[str, Any], is_there: Callable[[str], bool]) -> str:
+    """Why a record does not hold here; "" if it does."""
+    if "backends" not in recorded:
+        return "another version recorded it"
+    if changed := [name for name in key if recorded["key"].get(name) != key[name]]:
+        return f"other {', '.join(changed)}"
+    if missing := sorted({name for name in recorded["backends"].values() if not is_there(name)}):
+        return f"no {', '.join(missing)} here"
+    return ""
+
+
+def key_of(config: Config, device: torch.device) -> dict[str, Any]:
+    """What every record depends on; a choice adds the shapes of its own."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "precision": config.train.precision}
+
+
+def fastest(times_ms: Times) -> str:
     """The name with the least time. Raises RuntimeError if no back end could run."""
     ran = {name: value for name, value in times_ms.items() if not isinstance(value, str)}
     if not ran:

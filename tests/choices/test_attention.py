@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latte_scale.choices import attention
-from latte_scale.choices.attention import Probe, attention_backends, difference, probes, recorded_choice
+from latte_scale.choices.attention import Probe, attention_backends, difference, probes, recorded_attention
 from latte_scale.choices.record import fastest
 from latte_scale.config import load_config
 from latte_scale.model import attention_backends as backends
@@ -41,9 +41,9 @@ def test_the_kernel_of_short_sequences_is_taken_over_time(monkeypatch) -> None:
         attention_backends(load_config(CONFIGS / "t2v_512_128f.yaml", ["attention.backend=triton_small"]), ALONE, None)
 
 
-def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None:
+def test_what_was_measured_is_recorded_and_reused(tmp_path, caplog) -> None:
     path, config = tmp_path / "choices.json", tiny(*MIXED)
-    chosen = recorded_choice(config, CPU, path)
+    chosen = recorded_attention(config, CPU, path)
     record = json.loads(path.read_text())["attention"]
     assert record["backends"] == chosen
     assert set(record["measured_ms"]["cross"]) == {"sdpa", "sdpa_flash", "math"}
@@ -54,14 +54,16 @@ def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None
         site: next(name for name in times if name != chosen[site]) for site, times in record["measured_ms"].items()
     }
     path.write_text(json.dumps({"attention": record | {"backends": other}, "else": 1}))
-    assert recorded_choice(config, CPU, path) == other, "a resumed run computes as it began"
+    assert recorded_attention(config, CPU, path) == other, "a resumed run computes as it began"
 
-    assert recorded_choice(tiny("train.micro_batch=1"), CPU, path) != {}  # other shapes: measured anew
+    assert recorded_attention(tiny("train.micro_batch=1"), CPU, path) != {}  # other shapes: measured anew
     again = json.loads(path.read_text())
     assert again["attention"]["key"] != record["key"] and again["else"] == 1
+    assert "attention is measured again: other probes" in caplog.text
 
     path.write_text(json.dumps({"attention": record | {"backends": dict.fromkeys(other, "flash4")}}))
-    assert "flash4" not in recorded_choice(config, CPU, path).values()
+    assert "flash4" not in recorded_attention(config, CPU, path).values()
+    assert "attention is measured again: no flash4 here" in caplog.text
 
 
 def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:

@@ -30,13 +30,13 @@ def test_every_block_is_told(overrides) -> None:
     assert {block.norm for block in model.repeated_blocks()} == {"triton"}
 
 
-def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None:
+def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch, caplog) -> None:
     path = tmp_path / "choices.json"
     path.write_text(json.dumps({"attention": 1}))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert recorded_norm(tiny(), CPU, path) == "torch"
     written = json.loads(path.read_text())
-    times = written["norm"]["measured_ms"]
+    times = written["norm"]["measured_ms"]["blocks"]
     assert written["attention"] == 1 and times["torch"] > 0 and "NVIDIA GPUs only" in times["triton"]
 
     def not_again(*_: object) -> None:
@@ -45,10 +45,20 @@ def test_what_was_measured_is_recorded_and_reused(tmp_path, monkeypatch) -> None
     monkeypatch.setattr(norm, "measure_norm", not_again)
     assert recorded_norm(tiny(), CPU, path) == "torch"
     monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
-    path.write_text(json.dumps({"norm": written["norm"] | {"backend": "triton"}}))
+    path.write_text(json.dumps({"norm": written["norm"] | {"backends": {"blocks": "triton"}}}))
     assert recorded_norm(tiny(), CPU, path) == "triton", "a resumed run computes as it began"
+    assert "measured again" not in caplog.text
     with pytest.raises(AssertionError, match="measured again"):
         recorded_norm(tiny("train.micro_batch=1"), CPU, path)
+    assert "norm is measured again: other shape" in caplog.text
+
+
+def test_a_record_of_another_version_is_measured_again_and_told(tmp_path, caplog) -> None:
+    path = tmp_path / "choices.json"
+    path.write_text(json.dumps({"norm": {"key": {}, "backend": "triton"}}))
+    assert recorded_norm(tiny(), CPU, path) == "torch"
+    assert "norm is measured again: another version recorded it" in caplog.text
+    assert json.loads(path.read_text())["norm"]["backends"] == {"blocks": "torch"}
 
 
 def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:

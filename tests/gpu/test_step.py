@@ -9,7 +9,7 @@ from latte_scale.bench import main as bench
 from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours
 from latte_scale.bench.timing import Turns
-from latte_scale.choices.attention import attention_backends, recorded_choice
+from latte_scale.choices.attention import attention_backends, recorded_attention
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks
 from tests.conftest import ROOT
@@ -46,13 +46,13 @@ def test_no_host_waits_for_the_device(ranks, engine, checkpointing) -> None:
 
 def test_every_back_end_that_runs_agrees_at_head_dim_72(ranks, tmp_path) -> None:
     path, config = tmp_path / "choices.json", small()
-    chosen = recorded_choice(config, ranks.device, path)
+    chosen = recorded_attention(config, ranks.device, path)
     measured = json.loads(path.read_text())["attention"]["measured_ms"]
     for site, times in measured.items():
         assert not [name for name, value in times.items() if isinstance(value, str) and "off by" in value], times
         assert {name for name, value in times.items() if isinstance(value, float)} >= {"sdpa", "sdpa_flash", "math"}
         assert times[chosen[site]] == min(value for value in times.values() if isinstance(value, float))
-    assert recorded_choice(config, ranks.device, path) == chosen
+    assert recorded_attention(config, ranks.device, path) == chosen
 
 
 def test_the_less_is_kept_the_less_memory_a_step_takes(ranks) -> None:
