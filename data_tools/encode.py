@@ -15,7 +15,8 @@ The decision worth knowing: the unit of work is a shard, there whole or not at a
 the output folder (data_tools/claims.py). So the same command goes on after an interruption, may run with any number of
 --workers (processes), and on any number of hosts at once on one shared folder or s3:// prefix (slurm/encode.sh); it
 ends when all shards are finished, whoever made them, and the bytes are the same as those of one worker.
-A folder that other settings or other clips began is refused unless --force, which starts it over.
+A folder that other settings or other clips began is refused unless --force, which starts it over. Exit codes: 0 done, 1
+no clip could be encoded, 2 a mistake, 75 all --workers were killed from outside: run it again (slurm/encode.sh does).
 """
 
 import argparse
@@ -37,7 +38,7 @@ from data_tools.claims import Claims
 from data_tools.encode_shard import EncodeSettings
 from data_tools.reports import ShardReport, finished, read_report, report_name
 from data_tools.size_table import size_table
-from data_tools.workers import MADE, POLL_S, Board, Job, encode_all
+from data_tools.workers import MADE, POLL_S, Board, Job, KilledError, encode_all
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import (
     ENCODE_HEADER,
@@ -60,6 +61,7 @@ from latte_scale.store import TEMPORARY, LocalStore, Store, open_store
 _OURS = re.compile(rf"shard-\d{{6,}}\.(tar|index\.safetensors)|({reports.FOLDER}|{claims.FOLDER})/.*")
 _YOUNGER = {("latents", "dtype"): "float16", ("text", "dtype"): "float16"}
 """Settings that encode.json leaves out while they hold their default: folders begun before them lack them."""
+REQUEUE = 75  # the exit code of what the same command goes on with, as the trainer's
 NUM_READERS = 16  # requests at a time for the small files of all shards
 
 
@@ -83,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; 0, or 1 when no clip could be encoded. Raises ValueError and OSError with what to do."""
+    """Run the command; 0, 1 when no clip could be encoded, or 75 when all workers were killed (run it again).
+
+    Raises ValueError and OSError with what to do.
+    """
     for name in ("workers", "decode_threads"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise EncodeError(f"--{name.replace('_', '-')} must be at least 1, came {number}")
@@ -106,7 +111,11 @@ def main(args: argparse.Namespace) -> int:
         _forget_failures(store, len(counts))
     begun_s = time.monotonic()
     job = Job(args.input, args.output, settings, args.workers, args.decode_threads)
-    board = encode_all(job, counts)
+    try:
+        board = encode_all(job, counts)
+    except KilledError as error:
+        print(f"latte-data encode: {error}", file=sys.stderr)
+        return REQUEUE
     return _finish(store, _manifest_of(settings, facts, source, store), board, time.monotonic() - begun_s, settings)
 
 

@@ -8,6 +8,7 @@ goes stale, and another one makes its shard.
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -30,8 +31,16 @@ OPEN, FINISHED, MADE = 0, 1, 2
 POLL_S = 1.0  # between two looks of a worker that has nothing to do but to wait for others' shards
 
 
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP}
+"""Signals that a process brings upon itself: the same command would meet them again."""
+
+
 class WorkerError(ValueError):
     """Work that could not be finished; the message says why and what to do."""
+
+
+class KilledError(RuntimeError):
+    """All workers were killed from outside: the same command goes on."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Board:
 def encode_all(job: Job, counts: list[int]) -> Board:
     """Finish every shard; what this command made is on the board. `counts`: clips of each shard.
 
-    Raises WorkerError, or what a worker raised.
+    Raises WorkerError, KilledError, or what a worker raised.
     """
     board = Board.empty(counts, job.num_workers)
     with following("encoding", "clips", sum(counts), board.progress):
@@ -182,7 +191,7 @@ def _work_in_processes(job: Job, board: Board) -> None:
 
 
 def _judge(process: Any, errors: Any, num_living: int) -> None:
-    """Raise what a worker raised; of one that was killed, say so, and raise if it was the last."""
+    """Raise what a worker raised; of one that was killed, say so, and raise if it was the last: its end decides."""
     if not errors.empty():
         is_users, text = errors.get()
         raise WorkerError(text) if is_users else RuntimeError(text)
@@ -190,7 +199,8 @@ def _judge(process: Any, errors: Any, num_living: int) -> None:
         return
     died = f"a worker died ({_reason(process.exitcode)}), most often for lack of memory"
     if not num_living:
-        raise WorkerError(
+        kind = KilledError if process.exitcode < 0 and -process.exitcode not in CRASHES else WorkerError
+        raise kind(
             f"{died}, and none is left. Finished shards are kept: run the same command again, with fewer --workers"
         )
     print(f"{died}; {num_living} go on and make its shard", file=sys.stderr)

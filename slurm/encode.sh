@@ -61,6 +61,7 @@ case $code in
 0) stop 0 "the data set is finished" ;;
 1 | 2) stop "$code" "see the lines above" ;; # nothing could be encoded; a mistake in the command: the same again
 esac
+# 75: its workers were killed; 128 and more: it was killed itself
 [[ $asked == "Slurm ends it" ]] && stop "$code" "$asked; a preempted task is requeued by Slurm"
 [[ ${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]] || stop "$code" "after ${SLURM_RESTART_COUNT} restarts"
 echo "$(date '+%F %T') task $me is requeued (exit code $code): ${asked:-it was killed}"

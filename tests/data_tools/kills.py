@@ -84,6 +84,16 @@ def holders(output: Path) -> list[int]:
     return pids
 
 
+def workers_of(command_pid: int) -> list[int]:
+    """Process ids of a command's spawned workers."""
+    found = []
+    for path in Path(f"/proc/{command_pid}/task").glob("*/children"):
+        for pid in map(int, path.read_text().split()):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
 def run_and_kill(source: Path, output: Path, chance: random.Random, most_workers: int, counts: Counts) -> int | None:
     """Start the command, kill something once shards are being made; its exit code, None if the command was killed."""
     with tempfile.TemporaryFile() as log:
@@ -124,8 +134,8 @@ def main(
             code = run_and_kill(source, output, chance, most_workers, counts)
         else:
             code = subprocess.run(command(source, output, 2), capture_output=True, check=False).returncode
-        if code is not None:  # 2: all workers of a command were killed, and it says so
-            assert code in (0, 2) and (code == 2) == (not (output / "manifest.json").exists()), code
+        if code is not None:  # 75: all workers of a command were killed, and it says so
+            assert code in (0, 75) and (code == 75) == (not (output / "manifest.json").exists()), code
         if code == 0:
             made = contents(output)
             assert made.keys() == whole.keys(), made.keys() ^ whole.keys()

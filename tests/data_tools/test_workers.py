@@ -1,6 +1,10 @@
 """Several workers and commands on one folder: each shard once, dead workers' shards made by others, errors told."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +14,7 @@ import pytest
 
 from data_tools import encode, workers
 from data_tools.claims import Claims
-from data_tools.workers import MADE, Board, Job, WorkerError, work
+from data_tools.workers import MADE, Board, Job, KilledError, WorkerError, work
 from latte_scale.data.schema import MANIFEST, load_manifest
 from latte_scale.settings import load
 from latte_scale.store import open_store
@@ -107,5 +111,32 @@ def test_the_last_worker_to_die_is_told_and_one_of_many_only_named(capsys: pytes
     process.join()
     workers._judge(process, queue, num_living=2)
     assert "a worker died (signal 9), most often for lack of memory; 2 go on" in capsys.readouterr().err
-    with pytest.raises(WorkerError, match=r"none is left\. Finished shards are kept: run the same command again"):
+    with pytest.raises(KilledError, match=r"none is left\. Finished shards are kept: run the same command again"):
         workers._judge(process, queue, num_living=0)
+
+
+def test_a_decoder_that_crashes_the_last_worker_is_no_preemption() -> None:
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    os.kill(process.pid, signal.SIGTRAP)  # one of them that pytest does not report itself
+    process.join()
+    with pytest.raises(WorkerError, match=r"a worker died \(signal 5\)"):
+        workers._judge(process, queue, num_living=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_whose_workers_are_all_killed_asks_to_be_run_again(source: Path, tmp_path: Path, number: int) -> None:
+    """Exit code 75, as a preempted trainer's, and the same command goes on."""
+    out, command = tmp_path / "out", [sys.executable, "-m", "data_tools.cli", "encode", "--workers", "2"]
+    command += ["--input", str(source), "--output", str(out), "--config", str(CONFIG)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(found := kills.workers_of(process.pid)) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    for pid in found:
+        os.kill(pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert f"a worker died (signal {int(number)})" in said and "run the same command again" in said
+    assert run(source, out) == 0
