@@ -1,12 +1,13 @@
 """How the score of moving shapes grows over the steps of a run, for one objective at a time.
 
-    python -m benchmarks.score_over_steps --objective v          (then flow, then epsilon)
+    python -m benchmarks.score_over_steps --objective v          (then flow, flow_uniform, epsilon)
     python -m benchmarks.score_over_steps --table
 
 In: configs/shapes_cpu_full.yaml with another `diffusion.objective`, on the quickstart's clips (drawn, packed and
 encoded on the first call). Out: OUT/OBJECTIVE/scores.jsonl, a line a checkpoint ({"step", "n", "colour", "shape",
 "direction", "all", "held_out", ...}), and OUT/score_over_steps.md and .svg. The same 128 prompts, half of them
-combinations that no clip shows, and the same noise at every checkpoint and for every objective.
+combinations that no clip shows, and the same noise at every checkpoint and for every objective. flow draws its time
+with shift 3, so that half of its draws are as noisy as half of v's are; flow_uniform does without.
 The decision worth knowing: a call works for at most --turn-s seconds and can be repeated until it says that nothing is
 left (exit code 0; 75: call again), so that a machine can be shared. What is trained or scored is not done again.
 """
@@ -27,7 +28,13 @@ from latte_scale.plain_json import json_text
 from latte_scale.run.folder import DONE, REQUEUE
 from latte_scale.run.metrics import read_metrics
 
-OBJECTIVES = ("v", "flow", "epsilon")
+OBJECTIVES = {
+    "v": ("diffusion.objective=v",),
+    "flow": ("diffusion.objective=flow", "diffusion.flow_shift=3"),
+    "flow_uniform": ("diffusion.objective=flow",),
+    "epsilon": ("diffusion.objective=epsilon",),
+}
+"""What each run sets."""
 CONFIG, ENCODE = "configs/shapes_cpu_full.yaml", "configs/encode_tiny.yaml"
 NUM_CLIPS, NUM_PROMPTS, GUIDANCE = 960, 128, 3.0
 ASPECTS = ("colour", "shape", "direction", "all", "held_out")
@@ -77,7 +84,7 @@ def train(out: Path, objective: str, ranks: int, every_steps: int, budget_s: flo
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     keep = [f"checkpoint.every_steps={every_steps}", f"checkpoint.keep_every={every_steps}", "log.every_steps=50"]
     where = [f"data.url={out / 'latents'}", f"run.dir={run}", f"run.time_budget_s={budget_s:.0f}"]
-    kind = [f"diffusion.objective={objective}", f"engine.kind={'fsdp2' if ranks > 1 else 'single'}"]
+    kind = [*OBJECTIVES[objective], f"engine.kind={'fsdp2' if ranks > 1 else 'single'}"]
     call(*launch, "latte_scale.train", "--config", CONFIG, *where, *kind, *keep)
     code = json.loads(exit_file.read_text())["code"]
     if code not in (DONE, REQUEUE):
