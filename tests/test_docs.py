@@ -1,0 +1,32 @@
+"""What the guides name is there: paths, and in CONTRIBUTING's walk the names inside them."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDES = ["README.md", "CONTRIBUTING.md", "data_tools/README.md", "slurm/README.md", "docker/README.md"]
+PATH = re.compile(r"\b(?:latte_scale|data_tools|tests|benchmarks|configs|slurm|docker)/[\w./-]*\w")
+NAMED = re.compile(r"`(latte_scale/[\w/]+\.py)` `([\w.]+)`")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_path_that_a_guide_names_is_there(guide: str) -> None:
+    named = set(PATH.findall((ROOT / guide).read_text()))
+    assert named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_every_name_of_the_walk_is_where_it_says() -> None:
+    named = NAMED.findall((ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 15
+    missing = []
+    for path, name in named:
+        body: list[ast.stmt] = ast.parse((ROOT / path).read_text()).body
+        for part in name.split("."):
+            found = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part]
+            body = found[0].body if found else []
+            missing += [] if found else [f"{path}: {name}"]
+    assert missing == []
