@@ -4,8 +4,9 @@
 
 In: a training config. Out: for every bucket of every data set its clips, the batch of its steps, and how many clips
 train.steps use and leave over; the trainer prints the same table and writes it to RUN/coverage.json. With --ranks also
-the micro-batches of a step on each rank, or why so many ranks cannot train it. Nothing but manifests is read, and with
-data.holdout, or for whole clips of several sizes, the indices. Exit codes: 0, or 2 with what is wrong.
+the micro-batches of a step on each rank, which sizes leave ranks idle and what to set, or why so many cannot train it.
+Nothing but manifests is read, and with data.holdout, or for whole clips of several sizes, the indices. Exit codes: 0,
+or 2 with what is wrong.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
+from latte_scale.data.idle import idle_lines
 from latte_scale.data.plan import Plan
 from latte_scale.data.shares import check_ranks, step_shape
 from latte_scale.planning import open_data, plan_of
@@ -52,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
-    """A line a bucket: the micro-batches of a step on each rank. Raises ValueError where ranks would have nothing."""
+    """A line a bucket: the micro-batches of a step on each rank; then what is idle of them.
+
+    Raises ValueError where ranks would have nothing.
+    """
     size, rest = divmod(num_ranks, config.engine.sequence_parallel)
     if rest or size < 1:
         raise ValueError(
@@ -60,8 +65,9 @@ def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
         )
     group = config.sample_group
     check_ranks(plan, size, group)
-    return [
+    lines = [
         f"{bucket}: {number} x {slots} samples a step on each of {num_ranks} ranks"
         for bucket in plan.buckets
         for number, slots in [step_shape(plan, bucket, size, config.train.micro_batch, group)]
     ]
+    return lines + idle_lines(plan, config.train.micro_batch, size, group)

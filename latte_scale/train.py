@@ -35,6 +35,7 @@ from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
+from latte_scale.data.idle import idle_lines
 from latte_scale.data.loader import (
     DataSettings,
     Loader,
@@ -130,7 +131,7 @@ def train(
     trackers = make_trackers(config, folder, progress, last_logged)
     journal = make_journal(config, progress, folder, fence, ranks, trackers)
     announce(config, plan, datasets, engine, progress)
-    tell_coverage(config, plan, datasets, folder)
+    tell_coverage(config, plan, datasets, engine.dp_size, folder)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     watchdog.arm(SLOW_FACTOR)
@@ -305,12 +306,16 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     )
 
 
-def tell_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], folder: RunFolder) -> None:
-    """What the whole run sees of its data, bucket by bucket, in print and in RUN/coverage.json (rank 0)."""
+def tell_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], dp_size: int, folder: RunFolder) -> None:
+    """What the whole run sees of its data, bucket by bucket, in print and in RUN/coverage.json (rank 0).
+
+    And which buckets leave the data-parallel ranks of this attempt idle.
+    """
     if folder.rank != 0:
         return
     rows = coverage(plan, datasets, config.train.steps)
-    console.print(coverage_table(rows, config.train.steps), markup=False)
+    idle = idle_lines(plan, config.train.micro_batch, dp_size, config.sample_group)
+    console.print("\n".join([coverage_table(rows, config.train.steps), *idle]), markup=False)
     folder.write_coverage(coverage_json(rows, config.train.steps))
 
 

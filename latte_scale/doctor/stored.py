@@ -13,6 +13,7 @@ from pathlib import Path
 
 from latte_scale.check_data import check_data
 from latte_scale.config import Config
+from latte_scale.data.idle import idle_words
 from latte_scale.data.loader import open_datasets, open_images
 from latte_scale.data.samples import DamagedError, Dataset
 from latte_scale.data.schema import ManifestError
@@ -66,13 +67,13 @@ def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
 
 
 def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[Line]:
-    """Whether a step of every size of clips has samples for every rank; nothing where there is one size."""
+    """Whether a step of every size of clips has samples for every rank, and fills them; nothing if one size does."""
     ranks, num_shards = max(1, size // config.engine.sequence_parallel), sum(len(d.manifest.shards) for d in datasets)
     are_sorted = datasets[0].manifest.kind == "video" and bool(config.video.more_sizes)
     try:
         if are_sorted and num_shards > COUNTED_SHARDS:
             found = ", ".join(f"{b.config.train.global_batch} of {b.name}" for b in buckets_of(config, ranks))
-            return [Line("ok", "sizes", f"{found} a step; `latte-scale coverage` counts the clips of each")]
+            return [Line("ok", "sizes", f"{found} a step; `latte-scale coverage --ranks` counts the clips of each")]
         if are_sorted:
             datasets = open_data(config)
             open_images(config.data, datasets, config.store)
@@ -81,11 +82,13 @@ def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[L
         check_ranks(plan, ranks, config.sample_group)
     except (ValueError, StoreError) as error:
         return [fault_of("sizes", error)]
+    idle, advice = idle_words(plan, config.train.micro_batch, ranks, config.sample_group)
+    lines = [Line("warning", "sizes", each, advice) for each in idle]
     if num_short := sum(dataset.num_too_short for dataset in datasets):
         short = f"{num_short} clips are too short for every size and are left out"
-        return [Line("warning", "sizes", short, "add a size of fewer frames to video.more_sizes, if they matter")]
+        lines.append(Line("warning", "sizes", short, "add a size of fewer frames to video.more_sizes, if they matter"))
     found = ", ".join(f"{plan.batch_size(bucket)} of {bucket}" for bucket in plan.buckets)
-    return [Line("ok", "sizes", f"{found} a step")] if len(plan.buckets) > 1 else []
+    return lines or ([Line("ok", "sizes", f"{found} a step")] if len(plan.buckets) > 1 else [])
 
 
 def local_folders(config: Config) -> list[Path]:

@@ -77,6 +77,10 @@ def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp
     printed = capsys.readouterr().out
     assert "steps use 40 of 40 clips, 0 left over" in printed
     assert "4x16x24: 1 x 3 samples a step on each of 3 ranks" in printed
+    assert (
+        "bucket 4x16x24: 8 clips a step on 3 data-parallel ranks take the time of 9: 11% of the work is idle" in printed
+    )
+    assert printed.splitlines()[-1] == "set train.global_batch=9 before the run begins"
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "9"]) == 2
     assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
 
@@ -99,27 +103,32 @@ def test_whole_clips_whose_sizes_nobody_noted_are_refused(latents, tmp_path, cap
 def test_doctor_says_how_many_ranks_a_size_has_samples_for(latents):
     config = load_config(CONFIG, [f"data.url={latents}"])
     datasets = open_datasets(config.data)
-    (line,) = size_lines(config, datasets, 8)
+    (line,) = size_lines(config, datasets, 4)
     assert (line.level, line.found) == ("ok", "12 of 1x32x32, 12 of 4x16x16, 8 of 4x16x24 a step")
     (line,) = size_lines(config, datasets, 9)
     assert line.level == "fault" and "bucket 4x16x24: 8 samples cost" in line.found
+    lines = size_lines(config, datasets, 8)
+    assert [line.level for line in lines] == ["warning"] * 2 and "12 clips a step on 8 data-paral" in lines[0].found
+    assert "take the time of 16: 25% of the work is idle" in lines[0].found and "train.global_batch=" in lines[0].remedy
 
 
 def test_doctor_counts_whole_clips_where_that_is_quick(latents, monkeypatch):
     config = load_config(CONFIG, [f"data.url={latents.parent / 'shards'}"])
     datasets = open_datasets(config.data)
-    (line,) = size_lines(config, datasets, 8)
+    (line,) = size_lines(config, datasets, 4)
     assert (line.level, line.found) == ("ok", "12 of 1x32x32, 12 of 4x16x16, 8 of 4x16x24 a step")
     monkeypatch.setattr(stored, "COUNTED_SHARDS", 3)
     (line,) = size_lines(config, datasets, 8)
-    assert line.level == "ok" and "8 of 4x24x16, 12 of 1x32x32 a step; `latte-scale coverage` counts" in line.found
+    assert (
+        line.level == "ok" and "8 of 4x24x16, 12 of 1x32x32 a step; `latte-scale coverage --ranks` counts" in line.found
+    )
     (line,) = size_lines(config, datasets, 9)
     assert line.level == "fault" and "bucket 4x16x24: 8 samples cost" in line.found
     monkeypatch.undo()
     only_long = load_config(
         CONFIG, [f"data.url={latents.parent / 'shards'}", "video.more_sizes=[{frames: 4, height: 32, width: 48}]"]
     )
-    (line,) = size_lines(only_long, datasets, 8)
+    (line,) = size_lines(only_long, datasets, 4)
     assert (line.level, line.found) == ("warning", "10 clips are too short for every size and are left out")
 
 

@@ -1,0 +1,120 @@
+"""Work that a step does for nothing: slots that no sample fills, where a batch does not divide among the ranks.
+
+In: what a sample of each bucket costs, the batches of a config, a number of ranks. Out: for each bucket the share of
+its steps' work that is idle, in words, and what to set. The decision worth knowing: this is told, not mended. Which
+samples form a step must not depend on the ranks (data/plan.py), so a batch is never rounded to them: one of 65 on 64
+ranks takes the time of 128, and whoever starts the run can choose 64 or 128.
+"""
+
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+from latte_scale.data.plan import Plan, samples_for
+from latte_scale.data.shares import micro_batch_shape
+
+IDLE_SHARE = 0.1
+"""Of a step's work, from which on it is worth a line."""
+
+
+class Launch(NamedTuple):
+    """What the shape of a step follows from, beside its bucket."""
+
+    global_batch: int
+    micro_batch: int
+    size: int  # data-parallel ranks
+    group: int = 1
+
+
+class Idle(NamedTuple):
+    """The steps of one bucket."""
+
+    bucket: str
+    batch: int  # samples of a step
+    num_slots: int  # that the ranks work through for them
+
+    @property
+    def share(self) -> float:
+        """Of the work, what no sample needs."""
+        return 1 - self.batch / self.num_slots
+
+
+def idle_of(costs: Mapping[str, Fraction], launch: Launch) -> list[Idle]:
+    """Every bucket. Raises ValueError as `micro_batch_shape`."""
+    found = []
+    for bucket, cost in costs.items():
+        batch = samples_for(launch.global_batch, cost, launch.group)
+        fitting = samples_for(launch.micro_batch, cost, launch.group)
+        number, length = micro_batch_shape(batch, launch.size, fitting, launch.group)
+        found.append(Idle(bucket, batch, number * length * launch.size))
+    return found
+
+
+def idle_words(plan: Plan, micro_batch: int, size: int, group: int = 1) -> tuple[list[str], str]:
+    """(what is idle, a sentence for each bucket that is worth one; what to set, in words). ([], "") where all is well.
+
+    `size`: data-parallel ranks. Every bucket has a sample for each of them (`check_ranks`).
+    """
+    launch = Launch(plan.global_batch, micro_batch, size, group)
+    wasteful = [each for each in idle_of(plan.costs, launch) if each.share >= IDLE_SHARE]
+    found = [
+        f"bucket {each.bucket}: {each.batch} clips a step on {size} data-parallel ranks take the time of "
+        f"{each.num_slots}: {each.share:.0%} of the work is idle"
+        for each in wasteful
+    ]
+    return found, remedy(plan.costs, launch) if found else ""
+
+
+def idle_lines(plan: Plan, micro_batch: int, size: int, group: int = 1) -> list[str]:
+    """The same as lines below the coverage report."""
+    found, advice = idle_words(plan, micro_batch, size, group)
+    return [*(f"warning: {each}" for each in found), *([advice] if found else [])]
+
+
+def remedy(costs: Mapping[str, Fraction], launch: Launch) -> str:
+    """What brings every bucket below IDLE_SHARE, in words.
+
+    A smaller micro-batch if that does it, for the samples stay the same; else the best global batch from half to twice
+    as large. And how few ranks take no longer for any bucket.
+    """
+
+    def best(launches: Iterable[Launch]) -> Launch | None:
+        """To the nearest hundredth; the first of several."""
+        found = min(launches, key=lambda each: round(_worst(costs, each), 2), default=launch)
+        return found if _worst(costs, found) < IDLE_SHARE else None
+
+    batch, group = launch.global_batch, launch.group
+    finer = best(launch._replace(micro_batch=number) for number in range(launch.micro_batch - group, 0, -group))
+    if finer is not None:
+        return f"set train.micro_batch={finer.micro_batch}: the samples of each step stay the same"
+    candidates = sorted(
+        range(-(-batch // (2 * group)) * group, 2 * batch + 1, group), key=lambda each: abs(each - batch)
+    )
+    other = best(launch._replace(global_batch=number) for number in candidates)
+    ways = [] if other is None else [f"set train.global_batch={other.global_batch} before the run begins"]
+    fewest = _fewest_ranks(costs, launch)
+    ways += [f"use {fewest} data-parallel ranks, which take no longer"] if fewest < launch.size else []
+    return ", or ".join(ways) or "no train.global_batch from half to twice as large does better for every bucket"
+
+
+def _fewest_ranks(costs: Mapping[str, Fraction], launch: Launch) -> int:
+    """On which no bucket's step has more slots a rank than now."""
+
+    def slots_each(size: int) -> list[int]:
+        return [each.num_slots // size for each in idle_of(costs, launch._replace(size=size))]
+
+    now = slots_each(launch.size)
+    return next(
+        size
+        for size in range(1, launch.size + 1)
+        if all(new <= old for new, old in zip(slots_each(size), now, strict=True))
+    )
+
+
+def _worst(costs: Mapping[str, Fraction], launch: Launch) -> float:
+    """The share of the bucket that wastes most; 1 where one has fewer samples than there are ranks."""
+    if any(
+        samples_for(launch.global_batch, cost, launch.group) < launch.size * launch.group for cost in costs.values()
+    ):
+        return 1.0
+    return max(each.share for each in idle_of(costs, launch))
