@@ -64,6 +64,17 @@ def test_an_existing_step_is_never_overwritten(tmp_path: Path) -> None:
     assert values(tmp_path / "step-00000005") == 5.0
 
 
+def test_pieces_that_do_not_make_the_whole_tensor_are_no_checkpoint(tmp_path: Path) -> None:
+    """A rank that holds less than it should: the files are sound, and together they are not the model."""
+    writer = saver(tmp_path, max_failed=0)
+    state = trees(1.0)
+    for pieces in state.values():
+        pieces[0] = pieces[0]._replace(start=1, tensor=pieces[0].tensor[1:])
+    with pytest.raises(CheckpointError, match="expected from 0"):
+        writer.save(1, state, {}, {}, "data")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_save_slower_than_the_interval_is_left_out_and_not_stacked(tmp_path: Path, slow, caplog) -> None:
     writer = saver(tmp_path, asynchronous=True, every_steps=1, keep_every=4)
     save(writer, 1, may_skip=True)

@@ -13,7 +13,7 @@ from latte_scale.data.items import Draw, ItemReader, LoaderError
 from latte_scale.data.loader import DataSettings, make_plan, open_datasets
 from latte_scale.data.schema import Manifest, VideoSettings, save_manifest
 from latte_scale.data.shards import LatentSample
-from latte_scale.store import open_store
+from latte_scale.store import LocalStore, open_store
 from tests.data.loading import SEED, load
 from tests.data.making import BUCKET, VIDEO, More, embedding, latent_sample, make_latents, make_videos, write_shards
 
@@ -148,3 +148,20 @@ def test_an_image_of_a_joint_batch_draws_numbers_of_its_own(tmp_path):
     expected = [20 + 4 * int(rng.uniform(SEED, "window", 3, 2, sub) * 12) for sub in range(6)]
     np.testing.assert_allclose(greys, expected, atol=2.5)
     assert len(set(expected)) > 2
+
+
+def test_a_sample_that_was_damaged_on_its_way_is_read_again_past_every_cache(tmp_path, monkeypatch):
+    make_latents(tmp_path)
+    expected, read, fresh_reads = load(tmp_path), LocalStore.read, []
+
+    def from_a_bad_cache(self, name, offset=0, size=None, fresh=False):
+        data = read(self, name, offset, size, fresh)
+        fresh_reads.extend([name] * fresh)
+        return data if fresh or not name.endswith(".tar") else data[:-600] + bytes(600)
+
+    monkeypatch.setattr(LocalStore, "read", from_a_bad_cache)
+    for step, golden in zip(load(tmp_path), expected, strict=True):
+        for batch, other in zip(step, golden, strict=True):
+            assert batch.sample_ids == other.sample_ids and not batch.replaced
+            assert torch.equal(batch.mean_BFCHW, other.mean_BFCHW)
+    assert fresh_reads

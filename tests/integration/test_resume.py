@@ -181,3 +181,23 @@ def test_a_resumed_run_does_not_need_what_it_was_started_from(data_sets, tmp_pat
     shutil.rmtree(first)
     assert run_in_process(second, data_sets.latents, *few, "train.steps=3") == 0
     assert [record["step"] for record in Run(0, "", second).metrics][-1] == 2
+
+
+def test_an_average_that_warms_up_goes_on_where_it_was(data_sets, tmp_path):
+    """Its weight follows from the number of updates, which only a resume sets."""
+    warm = ("ema.warmup=true", "train.warmup_steps=0", "checkpoint.every_steps=3")
+    for name, steps in (("whole", [6]), ("broken", [3, 6])):
+        for last in steps:
+            assert run_in_process(tmp_path / name, data_sets.latents, *warm, f"train.steps={last}") == 0
+    assert_bitwise_equal(Run(0, "", tmp_path / "broken"), Run(0, "", tmp_path / "whole"))
+
+
+def test_clipping_begins_at_its_update(data_sets, tmp_path):
+    few = ("train.steps=5", "train.warmup_steps=0", "checkpoint.every_steps=5", "log.every_steps=1")
+    found = {}
+    for name, *how in (("never", "clip_norm=null"), ("late", "clip_norm=1e-7", "clip_from_update=3")):
+        overrides = (f"optim.{each}" for each in how)
+        assert run_in_process(tmp_path / name, data_sets.latents, *few, *overrides) == 0
+        found[name] = Run(0, "", tmp_path / name).losses
+    assert found["late"][:4] == found["never"][:4]  # the loss of step 3 is from before its update
+    assert found["late"][4] != found["never"][4]

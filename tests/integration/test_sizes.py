@@ -70,6 +70,20 @@ def test_steps_have_one_size_each_and_as_many_tokens(unbroken, latents):
     assert sum(row["drawn"] for row in told["rows"]) == seen[-1]
 
 
+def test_the_loss_of_a_step_is_the_mean_over_its_own_batch(latents, tmp_path, monkeypatch):
+    """Of 8 wide clips as of 12 square ones: dividing by train.global_batch would make wide steps weaker."""
+    share_of, divisors = train.share_of, Counter()
+
+    def noted(config, inputs, loss_B, contrastive_B, batch_size):
+        divisors[batch_size] += inputs.num_samples
+        return share_of(config, inputs, loss_B, contrastive_B, batch_size)
+
+    monkeypatch.setattr(train, "share_of", noted)
+    found = run(tmp_path / "run", latents, "train.steps=6")
+    expected = Counter(BATCHES[record["bucket"]] for record in found.metrics)
+    assert divisors == Counter({batch: batch * steps for batch, steps in expected.items()}) and len(divisors) == 2
+
+
 def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp_path, capsys):
     out = tmp_path / "coverage.json"
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "3", "--out", str(out)]) == 0
