@@ -4,6 +4,9 @@ In: this process and what the job scheduler says about it. Out: a lease, or Leas
 taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
 same job wins over an older one; anybody else stops. The holder looks before it writes and stops once the lease names
 another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
+Signs of life come from a thread of their own: a first step that compiles, a large checkpoint that is verified or sample
+videos may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended
+by its watchdog.
 The decision worth knowing: the age of a sign of life is told by the clock of the shared folder and then by watching for
 another, never by this machine's clock, which may be hours off.
 """
@@ -11,6 +14,7 @@ another, never by this machine's clock, which may be hours off.
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -63,7 +67,7 @@ class Lease:
     def __init__(self, folder: str | Path, holder: Holder) -> None:
         """Raises LeaseError if another attempt is alive and is not an older restart of the same job."""
         self.path, self.holder = Path(folder) / "lease.json", holder
-        self._touched_at_s = time.monotonic()
+        self._given_back = threading.Event()
         temporary = self.path.with_name(f"lease.{holder.token}.tmp")
         temporary.write_text(json.dumps(asdict(holder)) + "\n")
         try:
@@ -74,6 +78,18 @@ class Lease:
                 os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
+        threading.Thread(target=self._live, name="lease", daemon=True).start()
+
+    def _live(self) -> None:
+        """Show a sign of life now and then, as long as the lease is ours."""
+        while not self._given_back.wait(TOUCH_EVERY_S):
+            try:
+                current = self._read()
+                if current is None or current.token != self.holder.token:
+                    return  # `check` says so to who is about to write
+                os.utime(self.path)
+            except OSError:  # a shared folder that does not answer for a moment; the next sign may arrive
+                continue
 
     def _put_first(self, temporary: Path) -> bool:
         """Put the lease where there is none. Of two attempts that start in the same moment, one finds the other's."""
@@ -88,17 +104,15 @@ class Lease:
         return True
 
     def check(self) -> None:
-        """Show a sign of life; call it before every write. Raises LeaseError if another attempt has taken over."""
+        """Call it before every write. Raises LeaseError if another attempt has taken over."""
         current = self._read()
         if current is None or current.token != self.holder.token:
             by = "removed" if current is None else f"taken over by process {current.pid} on {current.host}"
             raise LeaseError(f"{self.path} was {by}: this attempt stops and writes nothing more")
-        if time.monotonic() - self._touched_at_s > TOUCH_EVERY_S:
-            self._touched_at_s = time.monotonic()
-            os.utime(self.path)
 
     def release(self) -> None:
         """Give the folder back, if it is still ours."""
+        self._given_back.set()
         current = self._read()
         if current is not None and current.token == self.holder.token:
             self.path.unlink(missing_ok=True)

@@ -63,6 +63,23 @@ def test_a_clock_that_is_an_hour_ahead_takes_nothing_from_a_living_holder(tmp_pa
         Lease(tmp_path, this_process())
 
 
+def test_a_holder_that_is_busy_for_long_shows_that_it_lives_until_it_gives_the_folder_back(tmp_path, monkeypatch):
+    """A first step that compiles for minutes looks at its lease no more often than its steps end."""
+    monkeypatch.setattr(module, "TOUCH_EVERY_S", 0.05)
+    lease, path = Lease(tmp_path, this_process()), tmp_path / "lease.json"
+    for _ in range(2):  # nobody calls check meanwhile
+        os.utime(path, (1.0, 1.0))
+        until = time.monotonic() + 5
+        while path.stat().st_mtime == 1.0 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert time.time() - path.stat().st_mtime < 60
+    lease.release()
+    write(tmp_path, other_host())
+    os.utime(path, (1.0, 1.0))
+    time.sleep(0.3)
+    assert path.stat().st_mtime == 1.0, "the next holder's signs are its own"
+
+
 @pytest.mark.parametrize(("offset_s", "words"), [(-3600, "3600 s behind"), (3600, "3600 s ahead")])
 def test_a_holder_that_stamps_files_in_another_hour_is_seen_to_live(tmp_path, monkeypatch, offset_s, words):
     """Where machines stamp files with their own clocks: its touches look hours old, or come from the future."""
