@@ -85,7 +85,7 @@ Row = tuple[str, str, Line]
 
 
 def _json_rows(data: bytes, where: str) -> Iterator[Row]:
-    for number, text in enumerate(data.decode("utf-8", "replace").split("\n"), 1):
+    for number, text in enumerate(data.decode("utf-8-sig", "replace").split("\n"), 1):
         if not text.strip():
             continue
         place = f"{where}, line {number}"

@@ -136,7 +136,10 @@ class Lease:
                 return None
             seen = "which is alive"
         else:
-            silent_s = now - self.path.stat().st_mtime
+            try:
+                silent_s = now - self.path.stat().st_mtime
+            except FileNotFoundError:  # released in this moment
+                return None
             if silent_s > STALE_S and not self._moves():
                 return None
             seen = f"last seen {silent_s:.0f} s ago (given up for dead after {STALE_S:.0f} s)"

@@ -103,6 +103,8 @@ def test_hostile_lists_are_read_or_refused_by_line(tmp_path: Path) -> None:
     store.write("captions.jsonl", "\n".join(lines).encode())
     found = read_list(store, "captions.jsonl")
     assert len(found["a.mp4"].captions[0]) == MAX_CHARACTERS and found["b.mp4"].captions == ("a b",)
+    store.write("captions.jsonl", b"\xef\xbb\xbf" + lines[1].encode() + b"\r\n")  # as editors of Windows save it
+    assert read_list(store, "captions.jsonl")["b.mp4"].captions == ("a b",)
     store.write("captions.jsonl", b"[" * 100_000)
     with pytest.raises(ValueError, match="line 1: expected"):
         read_list(store, "captions.jsonl")

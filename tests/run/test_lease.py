@@ -55,6 +55,20 @@ def test_another_machine_holds_until_it_has_been_silent_for_long(tmp_path, monke
     Lease(tmp_path, this_process())
 
 
+def test_a_holder_that_gives_the_folder_back_in_this_moment_refuses_nobody(tmp_path, monkeypatch):
+    """Between the look at who holds it and the look at its age."""
+    write(tmp_path, other_host())
+
+    def read_as_it_goes(folder):
+        holder = holder_of(folder)
+        (tmp_path / "lease.json").unlink()
+        monkeypatch.setattr(module, "holder_of", holder_of)
+        return holder
+
+    monkeypatch.setattr(module, "holder_of", read_as_it_goes)
+    Lease(tmp_path, this_process()).check()
+
+
 def test_a_clock_that_is_an_hour_ahead_takes_nothing_from_a_living_holder(tmp_path, monkeypatch):
     write(tmp_path, other_host())
     real = time.time
