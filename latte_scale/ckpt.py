@@ -105,6 +105,7 @@ def open_any(path: str) -> Content:
 
 def diff(args: argparse.Namespace) -> int:
     """Print what differs."""
+    return_freed_memory()
     first, second = open_any(args.first), open_any(args.second)
     lines = differences(first, second)
     for content in (first, second):

@@ -386,3 +386,18 @@ def test_a_conversion_holds_parts_and_tensors_and_not_the_state(s3) -> None:
 def test_a_url_that_names_no_bucket_is_refused() -> None:
     with pytest.raises(ValueError, match="expected s3://BUCKET/PREFIX"):
         open_store("s3://")
+
+
+def test_a_save_gives_back_what_its_upload_freed(s3):
+    """204 MB in one file of parts, with no host copy: 44 MB stay, and 180 without the call that gives them back."""
+    size, store = 17 * 2**18, s3.store(hedge_after_s=None)
+    pieces = [Piece(f"w{number}", (size,), 0, size, torch.full((size,), float(number))) for number in range(12)]
+    writer, before = saver(store, run_id="abc"), resident_mb()
+    writer.save(1, {"model": pieces}, {}, {}, "data")
+    writer.finish()
+    assert resident_mb() - before < 80
+
+
+def resident_mb() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024
