@@ -99,11 +99,16 @@ class Conditioner:
         *,
         num_classes: int | None = None,
         known_frames: KnownFramesSettings | None = None,
+        text_length: int | None = None,
     ) -> None:
-        """`num_classes`: of a class model, 0 for an unconditional one; None for a model of captions."""
+        """`num_classes`: of a class model, 0 for an unconditional one; None for a model of captions.
+
+        `text_length`: tokens to which every caption is padded, with a mask, so that all micro-batches of a bucket have
+        one shape (engine.compile); None: to the longest of the micro-batch, without a mask where nothing is padded.
+        """
         self.seed, self.device, self.scale, self.shift = seed, device, scale, shift
         self.vae, self.text = vae, text
-        self.num_classes = num_classes
+        self.num_classes, self.text_length = num_classes, text_length
         self.known_frames = known_frames or KnownFramesSettings()
         self._null_LD = text.null() if text is not None else None
 
@@ -171,11 +176,14 @@ class Conditioner:
         images = self._image_text(micro_batch)
         if images is not None:
             text, mask = _join_captions(text, mask, *images)
+        if self.text_length is not None:
+            text, mask = _lengthen(text, -2, self.text_length), _lengthen(mask, -1, self.text_length)
         return {"text": self._to_device(text).float(), "mask": self._mask(mask)}, lengths_B.tolist()
 
     def _mask(self, mask: Tensor) -> Tensor | None:
         """None if the host can see that every token is real: attention then has no padding to step over."""
-        return None if mask.device.type == "cpu" and bool(mask.all()) else self._to_device(mask)
+        may_be_none = self.text_length is None and mask.device.type == "cpu"
+        return None if may_be_none and bool(mask.all()) else self._to_device(mask)
 
     def _text(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Text embeddings padded to the longest caption of the micro-batch, and their mask."""
@@ -254,15 +262,16 @@ def _join_captions(
 ) -> tuple[Tensor, Tensor]:
     """The clip's caption before those of its images, padded to one length: [B, 1 + n, L, D] and its mask."""
     length = max(text_BLD.shape[1], image_text_BNLD.shape[2])
-
-    def lengthen(tensor: Tensor, axis: int) -> Tensor:
-        padding = list(tensor.shape)
-        padding[axis] = length - tensor.shape[axis]
-        return torch.cat([tensor, tensor.new_zeros(padding)], dim=axis)
-
-    text_BNLD = torch.cat([lengthen(text_BLD, 1)[:, None], lengthen(image_text_BNLD, 2)], dim=1)
-    mask_BNL = torch.cat([lengthen(mask_BL, 1)[:, None], lengthen(image_mask_BNL, 2)], dim=1)
+    text_BNLD = torch.cat([_lengthen(text_BLD, 1, length)[:, None], _lengthen(image_text_BNLD, 2, length)], dim=1)
+    mask_BNL = torch.cat([_lengthen(mask_BL, 1, length)[:, None], _lengthen(image_mask_BNL, 2, length)], dim=1)
     return text_BNLD, mask_BNL
+
+
+def _lengthen(tensor: Tensor, axis: int, length: int) -> Tensor:
+    """Zeros behind what there is along an axis, up to `length`; as it is where it is that long."""
+    padding = list(tensor.shape)
+    padding[axis] = max(0, length - tensor.shape[axis])
+    return torch.cat([tensor, tensor.new_zeros(padding)], dim=axis)
 
 
 def band_of(uniform_B: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ from latte_scale.ema import Ema
 from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
 from latte_scale.engine.base import make_deterministic
+from latte_scale.engine.compiling import Compilations
 from latte_scale.estimate.advice import explain_out_of_memory
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
@@ -134,6 +135,7 @@ def train(
     tell_coverage(config, plan, datasets, engine.dp_size, folder)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
+    compilations = Compilations(config.engine.compile)
     watchdog.arm(SLOW_FACTOR)
     with trackers, profile, make_loader(config, datasets, images, plan, engine, progress.step) as loader:
         for step in range(progress.step, config.train.steps):
@@ -158,6 +160,7 @@ def train(
                 tally.add(inputs, loss_B, contrastive_B, *cost_of(config, inputs))
             result = engine.step(lr, clip=updates >= config.optim.clip_from_update)
             ema.update(result.applied)
+            tally.host["graphs"], tally.host["recompiled"] = compilations.note(plan.bucket(step), step)
             readback.push(step, tally.reduce(ranks, result))
             # ---------------------------------------------------------------------------------
 
@@ -167,6 +170,7 @@ def train(
                 folder.note_replacement(replacement)
             if validator.is_due(step + 1) and not journal.stop_requested:
                 journal.throughput.validation_s += validator.run(step + 1, engine, ema, watchdog, trackers)
+                compilations.note("validation", step, is_expected=True)
             is_last = step + 1 == config.train.steps
             if is_last or journal.stop_requested or (step + 1) % config.checkpoint.every_steps == 0:
                 journal.take(*readback.pop())
@@ -205,6 +209,7 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
         text,
         num_classes=config.model.num_classes if config.model.kind == "latte" else None,
         known_frames=config.train.known_frames,
+        text_length=config.encoders.text_max_length if config.engine.compile else None,
     )
 
 
@@ -264,6 +269,7 @@ def make_journal(
         recompute_share=recompute_share(config),
         max_skipped=config.train.max_skipped,
         contrastive=bool(config.contrastive.weight),
+        compiled=config.engine.compile,
     )
 
 

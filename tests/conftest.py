@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 
 from latte_scale.run.folder import STOP_SIGNALS
@@ -57,6 +58,14 @@ def no_process_group_is_left() -> Iterator[None]:
     yield
     if distributed.is_initialized() and not before:
         distributed.destroy_process_group()
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of torch.compile but the machine code, which takes 20 s a graph here; and no graphs of other tests."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled(call, **options | {"backend": "aot_eager"}))
+    torch._dynamo.reset()
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,18 @@ def test_empty_slots_hold_zeros_and_count_for_nothing(conditioner):
     assert inputs.digest == conditioner(micro_batch([3]), step=5).digest
 
 
+def test_captions_of_one_length_have_a_mask_and_the_same_tokens(conditioner):
+    """What compiled blocks are given: nothing but the bucket changes a shape."""
+    fixed = Conditioner(7, CPU, 2.0, 0.5, text_length=6)
+    for indices in ([3, 4], [5, 5]):  # lengths 2 and 3; 4 twice, which the other conditioner gives no mask
+        batch = micro_batch(indices)
+        inputs, free = fixed(batch, step=5), conditioner(batch, step=5)
+        assert inputs.text.shape == (2, 6, 8) and inputs.mask.shape == (2, 6)
+        assert inputs.num_tokens_B == free.num_tokens_B == inputs.mask.sum(1).tolist()
+        assert torch.equal(inputs.text[:, :4], free.text) and not inputs.text[:, 4:].any()
+    assert free.mask is None
+
+
 def test_the_digest_is_of_ids_and_noise_keys(conditioner):
     batch = micro_batch([3, 4])
     digest = conditioner(batch, step=5).digest

@@ -33,6 +33,7 @@ from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.engine.base import make_deterministic
+from latte_scale.engine.compiling import Compilations
 from latte_scale.losses import cost_of, recompute_share
 from latte_scale.plain_json import json_text
 from latte_scale.run.facts import git_commit
@@ -85,7 +86,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
     device = ranks.device
     num_shares = max(1, ranks.size // config.engine.sequence_parallel)  # of the batch: one a sequence group
     micro_batches = step_inputs(config, device, num_shares, args.captions)
-    turns, subjects = Turns(device), {}
+    turns, subjects, compilations = Turns(device), {}, Compilations(config.engine.compile)
     backends, norm = attention_backends(config, ranks, None), norm_backend(config, ranks, None)
     say(ranks, f"attention: {backends}, norm: {norm}; building and warming up on {device_name(device)}")
     subjects["latte_scale"] = turns.build(lambda: Ours(config, ranks, micro_batches, backends, norm))
@@ -99,8 +100,9 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
             turns.warm_up(subjects[args.against], args.warm_up)
         except torch.OutOfMemoryError:
             failed[args.against] = drop(subjects, args.against)
-    compiled = num_graphs()
+    graphs, _ = compilations.note("a step", 0)
     failed |= run_rounds(subjects, turns, ranks, args)
+    graphs_while_measured, _ = compilations.note("a step", 1)
     work = work_of(config, micro_batches, num_shares)
     peak = peak_flops(device_name(device))
     results: dict[str, Any] = {}
@@ -119,7 +121,11 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
         "norm": norm,
         "subjects": results | failed,
         "ratio": ratio(results, args.against),
-        "compile": {"graphs": compiled, "graphs_while_measured": num_graphs() - compiled},
+        "compile": {
+            "graphs": graphs,
+            "graphs_while_measured": graphs_while_measured,
+            "reasons": [f"{each.function}: {each.reason}" for each in compilations.again],
+        },
         "device": ceiling(config, device, peak),
     }
 
@@ -211,11 +217,6 @@ def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def num_graphs() -> int:
-    """Graphs that torch.compile has made in this process; more of them later are recompilations."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def write(path: str, result: dict[str, Any]) -> None:

@@ -77,7 +77,8 @@ def _ceiling(result: dict[str, Any]) -> str:
     return (
         f"- {environment['device']}: its matrix products at the model's shapes {device['gemm']['tflops_per_s']:.4g} "
         f"TFLOP/s{share}; copies {device['copy_bytes_per_s'] / 1e9:.4g} GB/s; torch {environment['torch']}, "
-        f"commit {environment['commit']}; recompilations while measured: {result['compile']['graphs_while_measured']}"
+        f"commit {environment['commit']}; graphs compiled: {result['compile']['graphs']}, while measured: "
+        f"{result['compile']['graphs_while_measured']}"
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from latte_scale.engine.activations import checkpoint_blocks, keep_products, offload_blocks
+from latte_scale.engine.compiling import compile_blocks, compile_forwards
 from latte_scale.engine.dist import Ranks
 from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import is_decayed
@@ -42,7 +43,7 @@ class EngineSettings:
     # computed again | the same, with the input in host memory.
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     checkpointed_share: float = 1.0  # of the blocks, from the first one on, that do so: less where memory is left
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block, for each size of clips by itself
     sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)
     timeout_s: float = 600.0  # a collective, or a step, that takes longer ends the job, with stacks in RUN/logs
 
@@ -215,12 +216,6 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
     model.forward = autocast_forward
 
 
-def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
-    """torch.compile each block in place: equal blocks share one compilation, and names stay."""
-    for block in blocks:
-        block.compile(backend=backend)
-
-
 def prepare(
     model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, precision: Precision, device_type: str
 ) -> None:
@@ -232,8 +227,7 @@ def prepare(
     elif settings.activation_checkpointing == "selective":
         keep_products(chosen)
     if settings.compile and settings.activation_checkpointing == "offload":
-        for block in blocks:
-            block.forward = torch.compile(block.forward)
+        compile_forwards(blocks)
     elif settings.compile:
         compile_blocks(blocks)
     if settings.activation_checkpointing == "offload":

@@ -113,7 +113,8 @@ class PatchEmbed(nn.Module):
         x_NDhw = self.proj(latents_BFCHW.flatten(0, 1).to(self.proj.weight.dtype))
         _, width, grid_height, grid_width = x_NDhw.shape
         table_TD = patch_positions(grid_height, grid_width, width, self.base_size, self.scale, x_NDhw.device)
-        x_NTD = x_NDhw.flatten(2).transpose(1, 2) + table_TD.to(self.proj.weight.dtype)
+        # Contiguous, as what blocks hand on: compiled, the first block is then no graph of its own.
+        x_NTD = x_NDhw.flatten(2).transpose(1, 2).contiguous() + table_TD.to(self.proj.weight.dtype)
         return x_NTD.unflatten(0, (batch, frames))
 
 

@@ -35,6 +35,7 @@ logger = logging.getLogger("latte_scale")
 HALF = 2**31  # the digest travels as two numbers that a float64 sum keeps exact
 HOST_FIELDS = (
     *("samples", "tokens", "flops", "data_wait_s"),
+    *("graphs", "recompiled"),  # compiled, with engine.compile; and those of them after the bucket's first step
     *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
     *("digest_low", "digest_high"),
     "digest_apart",  # 0 if the ranks of every sequence group had the same samples and noise
@@ -123,16 +124,18 @@ class Journal:
         recompute_share: float,
         max_skipped: int,
         contrastive: bool = False,
+        compiled: bool = False,
     ) -> None:
         """`file`: where to write, None on ranks that do not. `recompute_share`: recomputed over model FLOPs.
 
-        `contrastive`: the run has a contrastive loss, which is reported beside the diffusion loss.
+        `contrastive`: the run has a contrastive loss, which is reported beside the diffusion loss. `compiled`: its
+        blocks are compiled, and the graphs made are reported.
         """
         self.progress, self.stop_requested = progress, False
         self._file, self._console, self._device, self._num_devices = file, console, device, num_devices
         self._every, self._total, self._max_skipped = every_steps, total_steps, max_skipped
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self._recompute_share, self._contrastive = recompute_share, contrastive
+        self._recompute_share, self._contrastive, self._compiled = recompute_share, contrastive, compiled
         self._known: dict[int, dict[str, Any]] = {}
         self._sample_ids: dict[int, list[str]] = {}
         self._spikes: dict[str, SpikeDetector] = defaultdict(SpikeDetector)  # by bucket: each has its own level of loss
@@ -211,6 +214,8 @@ class Journal:
         window.model_flops += values["flops"]
         window.recomputed_flops += values["flops"] * self._recompute_share
         window.data_wait_s += values["data_wait_s"] / self._num_devices
+        window.graphs += int(values["graphs"])
+        window.recompiled += int(values["recompiled"])
 
     def _record(self, step: int, values: dict[str, float], known: dict[str, Any], ended_at_s: float) -> dict[str, Any]:
         digest = (int(values["digest_low"]) + int(values["digest_high"]) * HALF) % 2**62
@@ -229,6 +234,7 @@ class Journal:
             "sample_ids_sha": f"{digest:016x}",
             "num_skipped": len(self.progress.skipped_steps),
             "save_failed": int(values["save_failed"]),
+            **self._graphs(),
             "memory_gib": memory_bytes(self._device) / 2**30,
             "worker_memory_gib": [size / 2**30 for size in worker_memory_bytes()],  # rank 0's, flat if all is well
             **self.throughput.summary(ended_at_s, self._num_devices, self._peak),
@@ -236,6 +242,12 @@ class Journal:
         }
         self.throughput = Throughput(ended_at_s)
         return record
+
+    def _graphs(self) -> dict[str, int]:
+        """Graphs that all ranks compiled since the last record, and those made after their bucket's first step."""
+        if not self._compiled:
+            return {}
+        return {"graphs": self.throughput.graphs, "recompiled": self.throughput.recompiled}
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is None:

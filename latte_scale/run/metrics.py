@@ -189,6 +189,8 @@ class Throughput:
     data_wait_s: float = 0.0
     checkpoint_stall_s: float = 0.0
     validation_s: float = 0.0
+    graphs: int = 0  # compiled
+    recompiled: int = 0  # those of them after their bucket's first step
 
     def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float | None]:
         """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known.

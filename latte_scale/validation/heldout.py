@@ -71,6 +71,7 @@ class HeldOut:
             conditioner.vae,
             conditioner.text,
             num_classes=conditioner.num_classes,
+            text_length=conditioner.text_length,
         )
         self._parts = _parts(config, datasets, ranks)
         self._micro_batches: list[tuple[_Part, MicroBatch, bool]] | None = None

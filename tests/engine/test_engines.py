@@ -7,7 +7,7 @@ import torch
 
 from latte_scale.engine import EngineSettings, Ranks, build_engine
 from latte_scale.engine.activations import checkpoint_blocks
-from latte_scale.engine.base import compile_blocks
+from latte_scale.engine.compiling import compile_blocks
 from latte_scale.optim import OptimSettings
 from tests.engine.toy import GLOBAL_BATCH, Toy, build, full_weights, on_one, on_ranks, toy, train, train_step
 
