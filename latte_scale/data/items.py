@@ -191,20 +191,20 @@ def _condition(dataset: Dataset, caption: str, label: int | None) -> int:
 def _add_arrays(item: Item, sample: Sample, dataset: Dataset, bucket: str, mirrored: bool) -> None:
     """The arrays of a latents sample; shapes are held to the bucket and the manifest."""
     manifest = dataset.manifest
-    latents = _arrays(item, sample, "mirrored" if mirrored else "latents")
-    text = None if manifest.text is None else _arrays(item, sample, "text")
     try:
+        latents = _arrays(sample, "mirrored" if mirrored else "latents")
         shape = latent_shape(bucket, manifest.latents.channels)
         item.mean_FCHW, item.std_FCHW = unpack_latents(latents, manifest.latents, shape)
-        if text is not None:
-            item.text_LD = unpack_text(text, manifest.text)
+        if manifest.text is not None:
+            item.text_LD = unpack_text(_arrays(sample, "text"), manifest.text)
     except ValueError as error:
         raise ManifestError(f"{item.id}: {error}; encode the data set again") from error
 
 
-def _arrays(item: Item, sample: Sample, field: str) -> dict[str, np.ndarray]:
+def _arrays(sample: Sample, field: str) -> dict[str, np.ndarray]:
+    """The arrays of a field. Raises ValueError where it is missing, or sound bytes that are no safetensors file."""
     if field not in sample.fields:
-        raise ManifestError(f"{item.id}: no field {field!r}; encode the data set again")
+        raise ValueError(f"no field {field!r}")
     return read_arrays(sample.fields[field])[0]
 
 

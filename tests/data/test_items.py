@@ -125,6 +125,15 @@ def test_mirrored_latents_that_are_not_there_stop(tmp_path):
         load(tmp_path, 4, video=video)
 
 
+def test_sound_bytes_that_are_no_latents_stop_with_the_sample(tmp_path):
+    """Another tool wrote them so, and their checksum fits: no second read or replacement can help."""
+    store, manifest = open_store(tmp_path), make_latents(tmp_path, num_samples=2)
+    wrong = replace(latent_sample(0), latents=b"not safetensors at all")
+    save_manifest(store, Manifest(**{**vars(manifest), "shards": write_shards(store, "latents", [wrong])}))
+    with pytest.raises(LoaderError, match=r"rank 0 of 1, step 0.*/000000: not a safetensors file.*encode the data set"):
+        load(tmp_path, 1, global_batch=1)
+
+
 def test_embeddings_that_the_json_does_not_name_stop(tmp_path):
     """The index and the .json of a sample must agree on its captions."""
     store = open_store(tmp_path)
