@@ -2,12 +2,13 @@
 
 The same module runs alone, under torchrun and under the deepspeed launcher, with the same arguments:
 
+    latte-scale train --config configs/tiny_cpu.yaml data.url=runs/quickstart/latents run.dir=runs/tiny
     torchrun --nproc_per_node 2 -m latte_scale.train --config configs/tiny_cpu.yaml engine.kind=fsdp2
 
 Resume is the same command: the newest sound checkpoint of the run folder is loaded, and since data, noise and schedule
-are functions of the step, nothing else has to be restored. Exit codes: 0 done; 75 stopped by a signal and saved
-("requeue me"); 78 do not requeue (configuration, data that does not fit, too many non-finite updates in a row); 1
-anything else. Rank 0 also writes code and reason to `exit.json`, because launchers turn every failure into 1.
+are functions of the step, nothing else has to be restored. Exit codes: 0 done; 75 stopped by a signal (or Ctrl-C) and
+saved: "requeue me"; 78 do not requeue (configuration, data that does not fit, too many non-finite updates in a row);
+1 anything else. Rank 0 also writes code and reason to `exit.json`, because launchers turn every failure into 1.
 """
 
 import argparse
@@ -330,7 +331,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for place, following in enumerate(words[1:]):
         if words[place] == "--profile" and "=" in following:  # a setting: the number was left out
             words[place] = f"--profile={PROFILED_STEPS}"
-    parser = argparse.ArgumentParser(prog="latte-scale train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="latte-scale train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument(
@@ -387,6 +390,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (*NO_REQUEUE, ValueError) as error:
         code, reason = STOP, str(error)
         logger.exception("stopped")
+    except KeyboardInterrupt:
+        reason = "interrupted; the same command goes on from the newest checkpoint"
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise
@@ -404,6 +410,8 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
     """This process as one rank of the job: `main`, and out with its code, or with 1 after a traceback."""
     try:
         code = main(argv)
+    except KeyboardInterrupt:  # `main` has said so
+        code = FAILED
     except Exception:
         traceback.print_exc()
         code = FAILED

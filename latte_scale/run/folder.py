@@ -29,6 +29,9 @@ DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = (
+    "\nCtrl-C: the step is finished and saved, the same command goes on from there; Ctrl-C again ends at once\n"
+)
 PROBE_BYTES = 1 << 16
 """Written and removed at the start: a full disk is found before the first step, not at the first log line."""
 
@@ -200,21 +203,32 @@ class Fence:
 
 
 class StopRequest:
-    """Set by a signal, read at step boundaries: the handler itself touches nothing else."""
+    """Set by a signal, read at step boundaries: the handler itself touches nothing else.
+
+    Ctrl-C asks like any other signal and says so; a second one means it, and is the usual KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._asked_at_s = 0.0
 
     def install(self) -> None:
-        """Listen for SIGTERM, SIGUSR1 and SIGUSR2."""
+        """Listen for SIGTERM, SIGUSR1, SIGUSR2, and for SIGINT unless it is ignored (`nohup`, a script's `&`)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is None:
             self._asked_at_s = time.monotonic()
         self.signal_name = signal.Signals(number).name
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._on_signal(number, frame)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(sys.stderr.fileno(), INTERRUPTED.encode())  # not print: a handler may interrupt another one
 
     def reason(self) -> str:
         """What `exit.json` says of a stop that was saved: how long it took tells how early the signal has to come."""

@@ -72,16 +72,22 @@ def test_kill_at_a_random_step_and_rerun_is_bitwise_the_unbroken_run(train, data
     assert set(restart["replayed_steps"]) == set(rewound)
 
 
-def test_a_signal_saves_once_and_asks_for_a_requeue(train, data_sets, tmp_path, unbroken):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=["SIGUSR1", "ctrl-c"])
+def test_a_signal_saves_once_and_asks_for_a_requeue(train, data_sets, tmp_path, unbroken, number):
     folder = tmp_path / "run"
     command = train_command(
         ROOT / "configs" / "tiny_cpu.yaml", folder, data_sets.latents, ("checkpoint.every_steps=1000",), 1, "torchrun"
     )
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & would have it ignored
+    )
     while not read_metrics(folder / "metrics.jsonl"):
         time.sleep(0.002)
         assert process.poll() is None
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     assert process.wait(timeout=60) == 75
     (saved,) = (folder / "checkpoints").iterdir()
     resumed = train("run", "checkpoint.every_steps=1000")

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from latte_scale.data.batches import Replacement
-from latte_scale.run.folder import Fence, RunFolder, StopRequest, StopRunError, main
+from latte_scale.run.folder import STOP_SIGNALS, Fence, RunFolder, StopRequest, StopRunError, main
 from latte_scale.run.lease import Lease, this_process
 from latte_scale.run.metrics import read_metrics
 
@@ -140,6 +141,27 @@ def test_a_signal_only_sets_a_flag():
         assert stop.signal_name == "SIGUSR2"
         assert re.fullmatch(r"stopped by SIGUSR2, saved 0\.\d s after it", stop.reason())
         assert StopRequest().reason() == "stopped by a signal on another rank, saved"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_ctrl_c_asks_for_a_stop_and_a_second_one_means_it(monkeypatch, capfd):
+    monkeypatch.delenv("RANK", raising=False)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, *STOP_SIGNALS)}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run with it ignored
+        stop = StopRequest()
+        stop.install()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_name == "SIGINT"
+        assert "Ctrl-C again ends at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup
+        StopRequest().install()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
