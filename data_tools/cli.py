@@ -1,8 +1,10 @@
 """`latte-data VERB ...`: one door to the tools that make data sets. Each verb's module is imported only when called."""
 
 import argparse
+import difflib
 import importlib
 import sys
+from importlib.metadata import version
 
 VERBS = {
     "shapes": "short captioned clips of moving shapes, made up, to learn on a laptop",
@@ -35,9 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if argv[0] == "--version":
+        print(f"latte-data {version('latte_scale')}")
+        return 0
     verb, *rest = argv
     if verb not in VERBS:
-        print(f"latte-data: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"latte-data: no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return WRONG_INPUT
     module = importlib.import_module(f"data_tools.{verb}")
     parser = argparse.ArgumentParser(

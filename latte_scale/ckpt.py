@@ -182,20 +182,26 @@ def with_averages(content: Content, from_weights: bool) -> Content:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latte-scale ckpt", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="latte-scale ckpt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, what in (("ls", "list checkpoints"), ("verify", "read them and check every byte")):
-        verb = verbs.add_parser(name, help=what)
-        verb.add_argument("paths", nargs="+", metavar="PATH")
+        verb = verbs.add_parser(name, help=what, description=f"{what}; exit code 1 if one is not sound")
+        verb.add_argument(
+            "paths", nargs="+", metavar="PATH", help="a run, its checkpoints folder or one step; s3://, too"
+        )
         verb.set_defaults(run=look)
-    verb = verbs.add_parser("diff", help="what differs between two checkpoints")
-    verb.add_argument("first", metavar="A")
-    verb.add_argument("second", metavar="B")
+    what = "what differs between two checkpoints"
+    verb = verbs.add_parser("diff", help=what, description=f"{what}; exit code 1 if anything does")
+    verb.add_argument("first", metavar="A", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
+    verb.add_argument("second", metavar="B", help="the same")
     verb.set_defaults(run=diff)
-    verb = verbs.add_parser("convert", help="to and from DeepSpeed's and torch's folders")
-    verb.add_argument("source", metavar="SOURCE")
+    what = "to and from DeepSpeed's and torch's folders"
+    verb = verbs.add_parser("convert", help=what, description=f"{what}: runs/NAME TARGET --to dcp")
+    verb.add_argument("source", metavar="SOURCE", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
     verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
-    verb.add_argument("--to", choices=FORMATS, required=True)
+    verb.add_argument("--to", choices=FORMATS, required=True, help="format of TARGET")
     verb.add_argument("--config", type=Path, help="the run's config, for a source that does not hold it")
     verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
     verb.set_defaults(run=convert)

@@ -1,7 +1,9 @@
 """`latte-scale VERB ...`: one door to every entry point. Each verb's module is imported only when it is called."""
 
+import difflib
 import importlib
 import sys
+from importlib.metadata import version
 
 VERBS = {  # verb -> (module:function, what it does)
     "quickstart": ("latte_scale.quickstart:main", "clips to a sampled video and a report, on this machine"),
@@ -29,17 +31,26 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; a user's mistake is one line on stderr and exit code 78 (train) or 2."""
+    """Run one verb; a user's mistake is one line on stderr and exit code 78 (train) or 2, Ctrl-C is 130."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if argv[0] == "--version":
+        print(f"latte-scale {version('latte_scale')}")
+        return 0
     verb, *rest = argv
     if verb not in VERBS:
-        print(f"latte-scale: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"latte-scale: no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     module, function = VERBS[verb][0].split(":")
-    return getattr(importlib.import_module(module), function)(rest)
+    try:
+        return getattr(importlib.import_module(module), function)(rest)
+    except KeyboardInterrupt:
+        print(f"latte-scale {verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ from latte_scale.store import StoreError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latte-scale coverage", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="latte-scale coverage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")

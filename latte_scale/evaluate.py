@@ -1,4 +1,6 @@
-"""Score sampled videos: `latte-scale evaluate --metrics fvd,clip --real shards --fake samples --out scores.json`.
+"""Score sampled videos.
+
+    latte-scale evaluate --metrics fvd,clip --real shards --fake samples --out scores.json
 
 In: --fake, a folder of videos (with `prompts.jsonl`, as `latte-scale sample` writes it) or shards; --real, a folder of
 videos or shards, in s3:// too. Out: a JSON file with a number a metric, and under "metrics" its 95 % interval, counts,

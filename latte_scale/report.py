@@ -1,5 +1,8 @@
 """One self-contained HTML page about runs: `latte-scale report runs/NAME [runs/OTHER ...] --out page.html`.
 
+    latte-scale report runs/t2v_256 --samples samples --scores scores.json --out report.html
+    latte-scale report runs/ablation-a runs/ablation-b --out both.html
+
 In: run folders (metrics.jsonl, and what else of config.yaml, facts.json, exit.json, validation.jsonl, samples/,
 evaluation/ and logs/restarts.jsonl is there); if given, a folder of sampled videos with prompts.jsonl and files that
 `latte-scale evaluate` wrote. Out: a page that needs no network and no other file: charts are drawn by its own script,
@@ -16,7 +19,9 @@ from latte_scale.reporting.runs import read_evaluation, read_runs
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latte-scale report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="latte-scale report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", required=True, type=Path, help="the HTML page to write")
     parser.add_argument("--samples", type=Path, help="folder of videos with prompts.jsonl (latte-scale sample)")

@@ -1,4 +1,7 @@
-"""Sample videos: `latte-scale sample --checkpoint runs/NAME --prompt "a red circle moves left" --out DIR`.
+"""Sample videos from trained weights.
+
+    latte-scale sample --checkpoint runs/NAME --prompt "a red circle moves left" --out samples
+    latte-scale sample --checkpoint runs/ucf101 --label 3 --label 7 --guidance 4 --out samples --formats mp4,gif
 
 In: weights (a run, one of its checkpoints, a folder that `export` or `import` wrote, or a .safetensors file of one) and
 what to show: prompts, classes (--label), or with an unconditional model a --count. Out: one file a video and format,

@@ -1,4 +1,6 @@
-"""A small demo: `latte-scale serve --checkpoint runs/NAME`, then a browser at http://127.0.0.1:7860.
+"""A small demo: prompt in, video out, in a browser at http://127.0.0.1:7860.
+
+    latte-scale serve --checkpoint runs/NAME
 
 In: what `latte-scale sample` takes (a run, one of its checkpoints, an exported folder). Out: a page with a prompt (a
 class, or nothing for an unconditional model), seed, steps and guidance that gives back a video, and the same as an API

@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latte-scale table", description="Parameters and work of every model.")
+    parser = argparse.ArgumentParser(
+        prog="latte-scale table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2, help="patches of Latte (default 2)")
     return parser.parse_args(argv)
 

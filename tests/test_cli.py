@@ -4,11 +4,12 @@ import importlib
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
 from data_tools import cli as data_cli
-from latte_scale import cli
+from latte_scale import bench, cli
 
 
 def test_every_verb_of_latte_scale_leads_to_a_function():
@@ -34,4 +35,37 @@ def test_help_answers_at_once_and_names_every_verb(module):
 
 def test_a_wrong_verb(capsys):
     assert cli.main(["trian"]) == 2
-    assert "no verb 'trian'" in capsys.readouterr().err
+    assert "no verb 'trian'; did you mean train?" in capsys.readouterr().err
+    assert data_cli.main(["encod"]) == 2
+    assert "no verb 'encod'; did you mean encode?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("door", [cli, data_cli], ids=["latte-scale", "latte-data"])
+def test_the_version(door, capsys):
+    assert door.main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == [f"latte-{'scale' if door is cli else 'data'}", version("latte_scale")]
+
+
+MANUALS = {("latte-scale", verb): place.split(":")[0] for verb, (place, _) in cli.VERBS.items() if verb != "bench"}
+MANUALS |= {("latte-scale", "bench", verb): place.split(":")[0] for verb, (place, _) in bench.VERBS.items()}
+MANUALS |= {("latte-data", verb): f"data_tools.{verb}" for verb in data_cli.VERBS}
+MANUALS.pop(("latte-scale", "estimate"))  # prints its first line alone
+
+
+@pytest.mark.parametrize("words", MANUALS, ids=" ".join)
+def test_help_is_the_manual_of_the_verb_with_an_example(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        (cli if words[0] == "latte-scale" else data_cli).main([*words[1:], "--help"])
+    assert left.value.code == 0
+    shown, manual = capsys.readouterr().out, importlib.import_module(MANUALS[words]).__doc__
+    assert manual.strip() in shown
+    assert any(line.startswith(f"    {' '.join(words)} ") for line in manual.splitlines()), "no example to copy"
+
+
+def test_ctrl_c_ends_a_verb_without_a_traceback(monkeypatch, capsys):
+    def interrupted(_argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latte_scale.report.main", interrupted)
+    assert cli.main(["report", "runs/x"]) == 130
+    assert capsys.readouterr().err == "latte-scale report: interrupted\n"

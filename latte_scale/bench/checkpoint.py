@@ -219,7 +219,9 @@ def span(runs: list[Figures], key: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("latte-scale bench checkpoint", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="latte-scale bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; bench/ in it must be free")
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default 1)")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
