@@ -1,6 +1,7 @@
 """A step on a GPU: no host waits in it, choices by measurement, what checkpointing saves, bits that repeat."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -42,6 +43,27 @@ def test_no_host_waits_for_the_device(ranks, engine, checkpointing) -> None:
             step.forward_backward(), step.update(), step.average()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_waits_of_zero_are_counted(ranks, stage, capsys) -> None:
+    """DeepSpeed makes the host wait where the other engines do not: as often in every step, and said in the log."""
+    pytest.importorskip("deepspeed")
+    step, counts = subject(small("engine.kind=zero", f"engine.zero_stage={stage}"), ranks), []
+    for _ in range(3):  # stage 3 finds out in the first two in which order weights are used
+        step.forward_backward(), step.update(), step.average()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for _ in range(3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step.forward_backward(), step.update(), step.average()
+            counts.append(sum("synchronizing CUDA operation" in str(each.message) for each in caught))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with capsys.disabled():
+        print(f"zero stage {stage}: the host waits for the device {counts} times in three steps")
+    assert len(set(counts)) == 1, counts
 
 
 def test_every_back_end_that_runs_agrees_at_head_dim_72(ranks, tmp_path) -> None:
