@@ -65,5 +65,5 @@ soak-loader: $(READY)  ## 100,000 batches of a tiny data set, every process's me
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 
-clean:  ## remove runs and caches, keep the environment
-	rm -rf runs .pytest_cache .hypothesis .ruff_cache
+clean:  ## remove caches; keeps the environment, and runs/ with its checkpoints
+	rm -rf .pytest_cache .hypothesis .ruff_cache

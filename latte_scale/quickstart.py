@@ -36,6 +36,7 @@ from latte_scale.run.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_RANKS = 2
+MARK = ".quickstart"  # in a folder that a quickstart made, and may empty
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -189,15 +190,31 @@ def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[
 
 def prepare_out(out: Path, clips: Path | None) -> None:
     """An empty folder, or the folder of an earlier quickstart, which is emptied."""
-    known = {"clips", "shards", "latents", "run", "samples", "prompts.jsonl", "scores.json", "report.html", "train.log"}
+    known = {
+        "clips",
+        "shards",
+        "latents",
+        "run",
+        "samples",
+        "prompts.jsonl",
+        "scores.json",
+        "report.html",
+        "train.log",
+        MARK,
+    }
     if out.exists():
         foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
         if foreign:
             raise StageError(
                 f"{out} holds {', '.join(foreign[:5])}, which no quickstart wrote; choose an empty folder with --out"
             )
+        if any(out.iterdir()) and not (out / MARK).exists():  # a run of one's own has the same names
+            raise StageError(
+                f"{out} was not made by a quickstart, which would empty it; choose another --out, or remove it"
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True)
+    (out / MARK).touch()
     if clips is not None:
         if not (clips / "captions.jsonl").exists():
             raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
@@ -289,7 +306,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder for everything it makes; emptied first, if it is an earlier one's",
+    )
     parser.add_argument("--clips", type=Path, help="folder of real clips with captions.jsonl, instead of shapes")
     parser.add_argument("--full", action="store_true", help="train until shape and direction are right, too")
     args = parser.parse_args(argv)

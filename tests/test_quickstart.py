@@ -50,6 +50,15 @@ def test_a_folder_that_holds_something_else_is_not_emptied(tmp_path, capsys):
     assert "thesis.txt" in capsys.readouterr().out and (tmp_path / "thesis.txt").exists()
 
 
+def test_a_run_of_ones_own_is_not_emptied_because_its_folders_have_the_same_names(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert quickstart.main(["--out", str(tmp_path)]) == 1
+    assert "was not made by a quickstart" in capsys.readouterr().out and (tmp_path / "run").exists()
+    (tmp_path / quickstart.MARK).touch()
+    quickstart.prepare_out(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == [quickstart.MARK]
+
+
 def test_clips_without_captions_are_refused(tmp_path, capsys):
     (tmp_path / "clips").mkdir()
     assert quickstart.main(["--out", str(tmp_path / "out"), "--clips", str(tmp_path / "clips")]) == 1
