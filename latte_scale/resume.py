@@ -5,6 +5,7 @@ else follows, with weights, moments and averages in this rank's shards; or StopR
 that would make it another run and how to let it through.
 """
 
+import difflib
 import logging
 from collections.abc import Sequence
 
@@ -17,7 +18,10 @@ from latte_scale.engine import Engine
 from latte_scale.run.folder import RunFolder, StopRunError
 from latte_scale.run.journal import Progress
 from latte_scale.run.metrics import MetricsFile
-from latte_scale.settings import to_mapping
+from latte_scale.settings import flatten, to_mapping
+
+DATA = "data"
+"""What `--allow-change` calls the data plan, which is no key of the config."""
 
 logger = logging.getLogger("latte_scale")
 
@@ -38,11 +42,11 @@ def resume(
     manifest = found.manifest
     check_changes(manifest.config, to_mapping(config), allow_change)
     if manifest.data_fingerprint != fingerprint:
-        if "data" not in allow_change:
+        if DATA not in allow_change:
             raise StopRunError(
                 f"{found.url} was trained on other data, or in another order: expected plan "
                 f"{manifest.data_fingerprint[:16]}, came {fingerprint[:16]}. Restore the data set (latte-data "
-                f"verify), start a new run with model.init={found.url}, or pass --allow-change data to go on with it"
+                f"verify), start a new run with model.init={found.url}, or pass --allow-change {DATA} to go on with it"
             )
         logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, fingerprint)
     load_into(found, trees)
@@ -52,16 +56,25 @@ def resume(
 
 
 def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:
-    """Refuse a changed config key that would make this another run; `--allow-change KEY` lets one through, logged."""
+    """Refuse a changed config key that would make this another run; `--allow-change KEY` lets one through, logged.
+
+    Also refuses a KEY that no config has.
+    """
+    known = {DATA, *flatten(saved), *flatten(current)}
+    for key in allow_change:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
+            raise StopRunError(f"--allow-change: expected a key of the config or {DATA!r}, came {key!r}; is it {near}?")
     changed = guarded_differences(saved, current)
     refused = {key: values for key, values in changed.items() if key not in allow_change}
     for key in changed.keys() - refused.keys():
-        logger.warning("config key %s changed from %r to %r (--allow-change)", key, *changed[key])
+        logger.warning("config key %s changed from %r to %r (--allow-change): keep the new value", key, *changed[key])
     if refused:
         listing = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in refused.items())
+        allow = " ".join(f"--allow-change {key}" for key in refused)
         raise StopRunError(
             f"the config differs from that of the checkpoint:\n{listing}\nset the old values, choose another run.dir, "
-            f"or pass --allow-change {next(iter(refused))} if the change is meant"
+            f"or, if the change is meant, pass {allow}"
         )
 
 

@@ -103,7 +103,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in mapping:
         if key not in fields:
-            raise SettingsError(_unknown_key(where, prefix, str(key), list(fields)))
+            raise SettingsError(_unknown_key(where, prefix, str(key), list(fields), [] if prefix else _nested(cls)))
     values = {}
     for name, field in fields.items():
         dotted = f"{prefix}{name}"
@@ -183,9 +183,22 @@ def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
         raise SettingsError(f"{where}: {dotted}: expected {_name_of(hint)}, came {value!r}") from error
 
 
-def _unknown_key(where: str, prefix: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    hint = f"did you mean {prefix}{near[0]}? " if near else ""
+def _nested(cls: type) -> list[str]:
+    """The dotted keys of all sections of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    names = [(field.name, section) for field in dataclasses.fields(cls) for section in _sections(hints[field.name])]
+    return [
+        f"{name}.{below}"
+        for name, section in names
+        for below in [*(field.name for field in dataclasses.fields(section)), *_nested(section)]
+    ]
+
+
+def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: list[str]) -> str:
+    """`nested`: keys of the sections below; one of them may have been named without its section."""
+    without_section = sorted({each for each in nested if each.rpartition(".")[2] == key})
+    near = without_section[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    hint = f"did you mean {' or '.join(f'{prefix}{each}' for each in near)}? " if near else ""
     return f"{where}: nothing reads the key {prefix}{key}; {hint}(known here: {', '.join(sorted(known))})"
 
 

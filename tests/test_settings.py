@@ -48,6 +48,7 @@ def test_round_trip_through_yaml(tmp_path):
     [
         (["inner.lrr=1"], ["inner.lrr", "did you mean inner.lr"]),
         (["cuont=1"], ["cuont", "did you mean count"]),
+        (["lr=1"], ["key lr", "did you mean inner.lr or other.lr?"]),
         (["inner.lr=fast"], ["inner.lr", "expected float", "'fast'"]),
         (["inner.kind=c"], ["inner.kind", "one of a, b", "'c'"]),
         (["count=1.5"], ["count", "expected int", "1.5"]),

@@ -150,6 +150,8 @@ def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbro
     assert run_in_process(folder, data_sets.latents, *more) == 78
     output = capsys.readouterr().out
     assert "train.lr: was 0.001, now 0.002" in output and "--allow-change train.lr" in output
+    assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lrr") == 78
+    assert "came 'train.lrr'; is it train.lr?" in capsys.readouterr().out
     assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lr") == 0
 
 
