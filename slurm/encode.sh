@@ -49,7 +49,11 @@ echo "$(date '+%F %T') task $me restart ${SLURM_RESTART_COUNT:-0}: $workers work
 # ---- run it; a signal ends the command at once, as its finished shards are kept and the one it is at is made again ----
 
 asked=""
-"$LATTE_PYTHON" -u -m data_tools.cli encode --input "$input" --output "$output" --config "$config" \
+inside=() # a container's interpreter is not on this host
+# shellcheck disable=SC2016 # expanded in the container
+[[ ${#LATTE_SRUN_ARGS[@]} -eq 0 ]] ||
+    inside=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${LATTE_SRUN_ARGS[@]}" bash -c 'exec "$@"' inside)
+${inside[@]+"${inside[@]}"} "$LATTE_PYTHON" -u -m data_tools.cli encode --input "$input" --output "$output" --config "$config" \
     --workers "$workers" "$@" &
 command_pid=$!
 trap 'asked="the time limit"; kill -TERM $command_pid' USR1

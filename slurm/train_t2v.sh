@@ -46,7 +46,11 @@ source "${LATTE_ENV:-slurm/env.sh}" || stop 78 "${LATTE_ENV:-slurm/env.sh} canno
 config=configs/t2v_256.yaml
 if [[ $# -gt 0 && $1 != *=* && $1 != -* ]]; then config=$1 && shift; fi
 restart=${SLURM_RESTART_COUNT:-0}
-run=$("$LATTE_PYTHON" -m latte_scale.run "$config" "$@") || stop 78 "no run folder: see the line above"
+inside=() # a container's interpreter is not on this host
+# shellcheck disable=SC2016 # expanded in the container
+[[ ${#LATTE_SRUN_ARGS[@]} -eq 0 ]] ||
+    inside=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${LATTE_SRUN_ARGS[@]}" bash -c 'exec "$@"' inside)
+run=$(${inside[@]+"${inside[@]}"} "$LATTE_PYTHON" -m latte_scale.run "$config" "$@") || stop 78 "no run folder: see the line above"
 mkdir -p "$run/logs" || stop 78 "run.dir $run cannot be made: set run.dir to a folder that every node may write"
 
 tasks_per_node=${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node, the number of GPUs of a node}

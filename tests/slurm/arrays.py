@@ -69,13 +69,13 @@ class Array:
         assert latte_data(["verify", str(self.output)]) == 0
 
 
-def submit_array(cluster: Cluster, clips: Clips, folder: Path, *sbatch: str) -> Array:
-    """`sbatch --array=0-2 slurm/encode.sh ...` without GPUs, one worker a task."""
+def submit_array(cluster: Cluster, clips: Clips, folder: Path, *sbatch: str, **environ: str) -> Array:
+    """`sbatch --array=0-2 slurm/encode.sh ...` without GPUs, one worker a task; `environ` exported."""
     folder.mkdir(parents=True)
     options = [f"--array=0-{NUM_TASKS - 1}", "--gpus=0", "--cpus-per-task=1", f"--chdir={ROOT}", "--parsable"]
     options += [f"--output={folder}/slurm-%a.out", *sbatch]
     words = [str(clips.shards), str(folder / "latents"), str(CONFIG), *SLOWER, SIZES]
-    job = cluster.call("sbatch", *options, str(ROOT / "slurm" / "encode.sh"), *words, **SITE)
+    job = cluster.call("sbatch", *options, str(ROOT / "slurm" / "encode.sh"), *words, **(SITE | environ))
     numbers = range(NUM_TASKS)
     tasks = [Job(cluster, f"{job}_{n}", folder / "latents", folder / f"slurm-{n}.out") for n in numbers]
     return Array(clips, folder / "latents", tasks)

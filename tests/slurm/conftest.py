@@ -61,8 +61,8 @@ def encode(cluster, clips, tmp_path):
     """Submit an array of encode.sh: `encode("name", "--option of sbatch", ...)`; what is left of it is cancelled."""
     arrays = []
 
-    def run(name: str, *sbatch: str) -> Array:
-        arrays.append(submit_array(cluster, clips, tmp_path / name, *sbatch))
+    def run(name: str, *sbatch: str, **environ: str) -> Array:
+        arrays.append(submit_array(cluster, clips, tmp_path / name, *sbatch, **environ))
         return arrays[-1]
 
     yield run
