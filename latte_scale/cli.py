@@ -9,6 +9,7 @@ VERBS = {  # verb -> (module:function, what it does)
     "quickstart": ("latte_scale.quickstart:main", "clips to a sampled video and a report, on this machine"),
     "estimate": ("latte_scale.estimate.command:main", "memory, time and cost of a run, before it is launched"),
     "coverage": ("latte_scale.coverage:main", "what a run would see of its data: clips used and left over"),
+    "keys": ("latte_scale.keys:main", "every setting of a run: type, default, meaning"),
     "train": ("latte_scale.train:command", "train, or go on where the run stopped"),
     "doctor": ("latte_scale.doctor:command", "look at machine, network, data and disks before a launch"),
     "sample": ("latte_scale.sample:main", "videos for prompts or classes, from a run or a folder of weights"),

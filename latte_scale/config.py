@@ -51,7 +51,7 @@ class RunSettings:
     """Where the run lives and the one seed that every random number derives from."""
 
     dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
-    seed: int = 0
+    seed: int = 0  # of the order of the data, timesteps, noise, drops and first weights
     time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
 
     def __post_init__(self) -> None:
@@ -61,12 +61,12 @@ class RunSettings:
             raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
 
 
-# model.init, of both kinds. None: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw
-# ones, `PATH#ema/0.999` for one decay) or a folder that `latte-scale import` or `export` wrote.
 @dataclass(frozen=True)
 class LatteT2VSection(LatteT2VSettings):
     """The text-to-video model, and where the weights of step 0 come from."""
 
+    # None: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999`
+    # for one decay) or a folder that `latte-scale import` or `export` wrote.
     init: str | None = None
 
 
@@ -74,7 +74,7 @@ class LatteT2VSection(LatteT2VSettings):
 class LatteSection(LatteSettings):
     """The class-conditional or unconditional model, and where the weights of step 0 come from."""
 
-    init: str | None = None
+    init: str | None = None  # as that of the text-to-video model
 
 
 @dataclass(frozen=True)
@@ -251,16 +251,18 @@ def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, o
     that key guarded too. A key that is younger than the checkpoint counts as having had its default.
     """
     old, new = settings.flatten(_completed(saved)), settings.flatten(current)
-    free = tuple(
-        key for key in FREE_ON_RESUME if not (key == "train.steps" and old.get("train.lr_schedule") == "cosine")
-    )
+    is_cosine = old.get("train.lr_schedule") == "cosine"
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key != "run.dir"
-        and not any(key.startswith(f) if f.endswith(".") else key == f for f in free)
+        if old.get(key) != new.get(key) and (not is_free_on_resume(key) or (key == "train.steps" and is_cosine))
     }
+
+
+def is_free_on_resume(key: str) -> bool:
+    """Whether a key may change when a run goes on."""
+    free = ("run.dir", *FREE_ON_RESUME)
+    return any(key.startswith(each) if each.endswith(".") else key == each for each in free)
 
 
 def _completed(saved: dict) -> dict:

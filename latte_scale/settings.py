@@ -111,11 +111,11 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
             values[name] = _value(hints[name], mapping[name], where, dotted)
         elif field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING:
             continue
-        elif _sections(hints[name]):
+        elif sections_of(hints[name]):
             values[name] = _value(hints[name], {}, where, dotted)
         else:
             raise SettingsError(
-                f"{where}: {dotted} is required ({_name_of(hints[name])}); add it to the file or pass {dotted}=VALUE"
+                f"{where}: {dotted} is required ({type_name(hints[name])}); add it to the file or pass {dotted}=VALUE"
             )
     try:
         return cls(**values)
@@ -146,7 +146,7 @@ def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sections(hint: Any) -> tuple[type, ...]:
+def sections_of(hint: Any) -> tuple[type, ...]:
     """The dataclasses that a field's section may be read into: one, or those of a union; none for a plain value."""
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return members if all(dataclasses.is_dataclass(member) for member in members) else ()
@@ -168,7 +168,7 @@ def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted:
 
 
 def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
-    sections = _sections(hint)
+    sections = sections_of(hint)
     if sections:
         value = value if value is not None else {}
         return from_mapping(_section_of_kind(sections, value, where, dotted), value, where, f"{dotted}.")
@@ -177,16 +177,16 @@ def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
         return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected {_name_of(hint)}, came {value!r} ({error.errors()[0]['msg']})"
+            f"{where}: {dotted}: expected {type_name(hint)}, came {value!r} ({error.errors()[0]['msg']})"
         ) from error
     except TypeError as error:
-        raise SettingsError(f"{where}: {dotted}: expected {_name_of(hint)}, came {value!r}") from error
+        raise SettingsError(f"{where}: {dotted}: expected {type_name(hint)}, came {value!r}") from error
 
 
 def _nested(cls: type) -> list[str]:
     """The dotted keys of all sections of a dataclass."""
     hints = typing.get_type_hints(cls)
-    names = [(field.name, section) for field in dataclasses.fields(cls) for section in _sections(hints[field.name])]
+    names = [(field.name, section) for field in dataclasses.fields(cls) for section in sections_of(hints[field.name])]
     return [
         f"{name}.{below}"
         for name, section in names
@@ -202,7 +202,7 @@ def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: li
     return f"{where}: nothing reads the key {prefix}{key}; {hint}(known here: {', '.join(sorted(known))})"
 
 
-def _name_of(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")

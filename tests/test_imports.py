@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = {
     "train", "sample", "serve", "evaluate", "import_weights", "export", "report", "ckpt", "table", "bench",
-    "quickstart", "doctor", "coverage",
+    "quickstart", "doctor", "coverage", "keys",
 }  # fmt: skip
 
 # module (or package) -> what it may import of this repository. An entry point may import everything but data_tools and

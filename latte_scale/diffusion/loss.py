@@ -26,7 +26,7 @@ ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], 
 class DiffusionSettings:
     """What the model learns to predict and from which noise; the defaults are Latte's."""
 
-    objective: Literal["epsilon", "v", "flow"] = "epsilon"
+    objective: Literal["epsilon", "v", "flow"] = "epsilon"  # what is predicted: noise, velocity, or rectified flow's
     num_timesteps: int = 1000  # timesteps of training; flow's time runs over 0 .. num_timesteps as well
     beta_start: float = 1e-4  # first beta of the linear schedule (epsilon and v)
     beta_end: float = 0.02  # last beta of the linear schedule (epsilon and v)

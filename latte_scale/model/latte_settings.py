@@ -20,7 +20,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 class LatteSettings:
     """The shape of the model; the defaults are the unconditional Latte-XL/2 (673,681,568 parameters)."""
 
-    kind: Literal["latte"] = "latte"
+    kind: Literal["latte"] = "latte"  # the class-conditional or unconditional model
     in_channels: int = 4  # latent channels
     out_channels: int = 8  # in_channels, or twice that: predicted noise and its variance
     # Blocks over space and time in turn | first all over space, then all over time | attention over space, then over

@@ -43,7 +43,7 @@ from latte_scale.model.layers import (
 class LatteT2VSettings:
     """The shape of the model; the defaults are the released Latte-1 (1,057,246,880 parameters)."""
 
-    kind: Literal["latte_t2v"] = "latte_t2v"
+    kind: Literal["latte_t2v"] = "latte_t2v"  # the text-to-video model
     in_channels: int = 4  # latent channels
     out_channels: int = 8  # in_channels, or twice that: predicted noise and its variance
     num_layers: int = 28  # pairs of a spatial and a temporal block

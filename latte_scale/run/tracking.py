@@ -27,7 +27,7 @@ class LogSettings:
     every_steps: int = 10  # one line in metrics.jsonl and on the console per so many steps
     tensorboard: bool = False  # also RUN/tensorboard
     wandb: Literal["off", "online", "offline"] = "off"  # offline: RUN/wandb, sent later by `wandb sync`
-    wandb_project: str = "latte_scale"
+    wandb_project: str = "latte_scale"  # where wandb shows the run
     wandb_entity: str | None = None  # user or team; None: the account's own
 
     def __post_init__(self) -> None:
