@@ -27,6 +27,7 @@ from latte_scale.config import Config, is_free_on_resume
 from latte_scale.settings import sections_of, type_name
 
 WIDTH = 110
+STAR = "* may change when a run goes on (train.steps not under a cosine); the others need --allow-change KEY"
 
 
 class Key(NamedTuple):
@@ -91,9 +92,7 @@ def text_of(keys: Sequence[Key]) -> str:
         star = " *" if is_free_on_resume(key.name) else ""
         lines.append(f"  {key.name}  ({key.type}{default}){star}")
         lines += textwrap.wrap(key.meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(
-        [*lines[1:], "", "* may change when a run goes on (train.steps not under a cosine); else --allow-change KEY"]
-    )
+    return "\n".join([*lines[1:], "", STAR])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
