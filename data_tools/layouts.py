@@ -132,7 +132,8 @@ def _captioned(store: Store, listed: str) -> Found:
     found = Found(class_names=class_names(lines, store.join(listed)) if lines else None)
     there, wanted = set(names), sorted({*videos, *(lines or {})})
     if lines is None:
-        lines, missing = _sidecars(store, wanted, there), "no .txt with a caption beside it"
+        lines = _sidecars(store, wanted, there)
+        missing = f"no .txt with a caption beside it, and no list ({', '.join(LISTS)}) in the folder"
     else:
         missing = f"not in {listed}"
     chosen = []

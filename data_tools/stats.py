@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
         name: [row[name] for row in rows if name in row] for name in dict.fromkeys(n for row in rows for n in row)
     }
     Path(args.out).write_text(stats_page(dataset, columns, len(rows), damaged))
+    print(f"{'':<28}" + "  ".join(f"{title:>9}" for title in ("least", "5 %", "median", "95 %", "greatest")))
     for name, values in columns.items():
         print(f"{name:<28}" + "  ".join(f"{number(value):>9}" for value in percentiles(values)))
     for line in damaged:

@@ -163,7 +163,7 @@ def _opened(source: bytes | str | Path) -> Iterator[_Video]:
     except VideoError:
         raise
     except (av.FFmpegError, EOFError) as error:
-        raise VideoError(f"corrupt: {error}") from error
+        raise VideoError(f"corrupt: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _first_frame(opened: _Video) -> Any:

@@ -29,7 +29,9 @@ logger = logging.getLogger("latte_scale")
 PEAK_BF16_FLOPS = {
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
     "H100": 989.4e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362.05e12,

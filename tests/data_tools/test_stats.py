@@ -52,6 +52,7 @@ def test_damaged_samples_are_counted_and_named(data_sets, tmp_path, capsys):
     shard.write_bytes(data)
     assert main(["stats", str(damaged), "--out", str(tmp_path / "s.html")]) == 0
     said = capsys.readouterr()
+    assert said.out.split("\n")[0].split() == ["least", "5", "%", "median", "95", "%", "greatest"]
     assert "59 of 60 samples measured, 1 cannot be read" in said.out
     assert dataset.index(1).key(3) in said.err and dataset.index(1).key(3) in (tmp_path / "s.html").read_text()
     assert main(["preview", str(damaged), "--count", "60", "--out", str(tmp_path / "p.html")]) == 0

@@ -27,7 +27,15 @@ def test_no_mfu_on_a_device_whose_peak_is_unknown():
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.4e12)]
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+    ],
 )
 def test_peaks_by_device_name(name, peak):
     assert metrics.peak_flops(name) == peak
