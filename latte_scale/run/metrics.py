@@ -209,12 +209,12 @@ class Throughput:
             "validation_s": self.validation_s,
         }
         if peak is not None:
-            rates["mfu"] = _told(self.model_flops, seconds, num_devices, peak)
-            rates["hfu"] = _told(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
+            rates["mfu"] = _possible_utilization(self.model_flops, seconds, num_devices, peak)
+            rates["hfu"] = _possible_utilization(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
         return rates
 
 
-def _told(flops: float, seconds: float, num_devices: int, peak: float) -> float | None:
+def _possible_utilization(flops: float, seconds: float, num_devices: int, peak: float) -> float | None:
     """`utilization`, or None and a warning where that is impossible: no figure ends a run.
 
     The host is a step ahead of the device, so a window has the time of the steps one before its own: where these are
