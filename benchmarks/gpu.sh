@@ -84,6 +84,7 @@ kept="engine.kind=single engine.compile=true engine.activation_checkpointing=non
     for norm in torch triton; do
         bench "norm_$norm" t2v_512 $kept train.micro_batch=2 train.global_batch=4 norm.backend=$norm
     done
+    bench t2v_512_fp8 t2v_512 --against diffusers $kept train.micro_batch=2 train.global_batch=4 train.precision=fp8
     bench t2v_256 t2v_256 --against diffusers $kept train.micro_batch=8 train.global_batch=16
     bench t2v_256_mixed t2v_256 --against diffusers --captions mixed $kept train.micro_batch=8 train.global_batch=16
     bench xl2 ffs --against eager $kept train.micro_batch=16 train.global_batch=16

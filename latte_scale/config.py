@@ -19,7 +19,7 @@ from latte_scale.diffusion.contrastive import ContrastiveSettings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.ema import EmaSettings
 from latte_scale.encoders import EncoderSettings, vae_downscale
-from latte_scale.engine.base import EngineSettings
+from latte_scale.engine.base import EngineSettings, Precision
 from latte_scale.model.attention_backends import AttentionSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
@@ -90,7 +90,8 @@ class TrainSettings:
     lr: float = 1e-4  # peak learning rate (Latte: 1e-4)
     lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0 at train.steps
     warmup_steps: int = 0  # linear from 0, in applied updates
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: fp32 master weights, autocast, fp32 reduction
+    # bf16: fp32 master weights, autocast, fp32 reduction; fp8: the same, with the blocks' products in 8-bit floats.
+    precision: Precision = "fp32"
     deterministic: bool = False  # ask torch for deterministic kernels (bitwise resume on a GPU)
     caption_drop: float = 0.1  # share of captions (or labels) replaced by the empty one, for classifier-free guidance
     joint_images: int = 0  # images trained with each clip: frames of the clip itself, or of the set data.images

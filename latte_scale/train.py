@@ -58,11 +58,12 @@ from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.blocks import use_norm
 from latte_scale.model.build import build_model
+from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
-from latte_scale.planning import open_data, plan_of
+from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.resume import counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
@@ -116,6 +117,8 @@ def train(
     model = initial_model(config, is_new=found is None)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
+    if config.train.precision == "fp8":
+        use_fp8(model, ranks.device)
     engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
     ema = Ema(engine.local_shards(), config.ema)
 
@@ -230,23 +233,9 @@ def initial_model(config: Config, is_new: bool) -> Latte | LatteT2V:
 def make_loader(
     config: Config, datasets: Sequence[Dataset], images: Dataset | None, plan: Plan, engine: Engine, start_step: int
 ) -> Loader:
-    """The samples of this rank's share of each batch; ranks of a sequence group read the same ones."""
-    return Loader(
-        config.data,
-        datasets,
-        config.video,
-        plan,
-        seed=config.run.seed,
-        micro_batch=config.train.micro_batch,
-        rank=engine.dp_rank,
-        size=engine.dp_size,
-        start_step=start_step,
-        caption_drop=config.train.caption_drop,
-        pin_memory=engine.device.type == "cuda",
-        num_images=config.train.joint_images,
-        images=images,
-        group=config.sample_group,
-    )
+    """The samples of this rank's share of each batch."""
+    share = {"rank": engine.dp_rank, "size": engine.dp_size, "pin_memory": engine.device.type == "cuda"}
+    return loader_of(config, datasets, images, plan, start_step=start_step, **share)
 
 
 def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_logged: int) -> Trackers:

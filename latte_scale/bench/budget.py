@@ -22,7 +22,7 @@ from latte_scale.bench.subjects import Subject
 # modulate_* and gate_* are model/kernels/norm_triton.py.
 CATEGORIES = {
     "attention": r"flash|fmha|attention|attn|softmax|sdpa",
-    "gemm": r"gemm|nvjet|cutlass|xmma|cublas|wgmma|addmm|::mm\b|::bmm\b|::linear\b|mkldnn|conv",
+    "gemm": r"gemm|nvjet|cutlass|xmma|cublas|wgmma|addmm|scaled_mm|::mm\b|::bmm\b|::linear\b|mkldnn|conv",
     "norm_modulate": r"layer_?norm|triton.*native_layer_norm|welford|rms_norm|^modulate_|^gate_",
     "memory": r"memcpy|memset|copy|transpose|::cat\b|contiguous|CatArray",
 }

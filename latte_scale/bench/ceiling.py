@@ -8,10 +8,10 @@ the device's peak is the MFU that no kernel around them can pass.
 from collections import Counter
 
 import torch
-from torch import nn
 
 from latte_scale.config import Config, latent_sides
 from latte_scale.model.build import build_model
+from latte_scale.model.fp8 import token_linears
 from latte_scale.timing import call_time
 
 SECONDS = 0.2  # of a measurement, after one call that does not count
@@ -24,7 +24,7 @@ def gemm_rates(config: Config, device: torch.device, seconds: float = SECONDS) -
     Returns {"products": [{tokens, in, out, layers, forward, grad_input, grad_weight}], "tflops_per_s": of all of them
     as often as a step runs them}.
     """
-    tokens, dtype = num_tokens(config), torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    tokens, dtype = num_tokens(config), torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     products, flops, spent_s = [], 0.0, 0.0
     for (inner, outer), layers in sorted(linear_shapes(config).items()):
         x = torch.randn(tokens, inner, device=device, dtype=dtype)
@@ -48,13 +48,7 @@ def linear_shapes(config: Config) -> Counter[tuple[int, int]]:
     """(in, out) of the blocks' linear layers that see every token, and how many of each: no modulation, no captions."""
     with torch.device("meta"):
         blocks = build_model(config.model).repeated_blocks()
-    apart = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")  # one row a clip; one a caption's token
-    return Counter(
-        (layer.in_features, layer.out_features)
-        for block in blocks
-        for name, layer in block.named_modules()
-        if isinstance(layer, nn.Linear) and not name.startswith(apart)
-    )
+    return Counter((layer.in_features, layer.out_features) for block in blocks for layer in token_linears(block))
 
 
 def num_tokens(config: Config) -> int:

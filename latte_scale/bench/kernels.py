@@ -3,10 +3,10 @@
     latte-scale bench kernels --config configs/t2v_512.yaml --out kernels.json train.micro_batch=2 engine.compile=true
 
 In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: milliseconds of every
-attention back end at each site; of the modulated norm and of the gated residual by torch, by torch.compile (with
-engine.compile=true) and by the Triton kernels, with the bytes a second that they move at least; and of two residual
-layers in a row, which is what norm.backend=auto decides by. Who cannot run, or computes something else, is listed with
-the reason. Exit code 0, or 78 for a config that cannot be.
+attention back end at each site; of the blocks' linear layers in the config's precision and in fp8; of the modulated
+norm and of the gated residual by torch, by torch.compile (with engine.compile=true) and by the Triton kernels, with the
+bytes a second that they move at least; and of two residual layers in a row, which is what norm.backend=auto decides by.
+Who cannot run, or computes something else, is listed with the reason. Exit code 0, or 78 for a config that cannot be.
 """
 
 import argparse
@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from latte_scale.bench.ceiling import copy_bandwidth
+from latte_scale.bench.ceiling import copy_bandwidth, linear_shapes, num_tokens
 from latte_scale.bench.step import STOP, environment
 from latte_scale.choices.attention import measure, probes
 from latte_scale.choices.norm import measure_norm, norm_shape
 from latte_scale.choices.record import dtype_of
 from latte_scale.config import Config, load_config
+from latte_scale.model.fp8 import SIDES, linear_fp8, why_no_fp8
 from latte_scale.model.kernels.availability import why_no_triton
 from latte_scale.model.norm_backends import NormBackend, gated, modulated
 from latte_scale.plain_json import json_text
@@ -65,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--out", help="JSON file to write")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
 def measured(config: Config, device: torch.device) -> dict[str, Any]:
@@ -89,10 +91,33 @@ def measured(config: Config, device: torch.device) -> dict[str, Any]:
         "attention_ms": {site: measure(probe, config, device) for site, probe in sites.items()},
         "norm_ms": operation_times(norm, config, device),
         "gate_ms": operation_times(gate, config, device),
+        "linear_ms": linear_times(config, device),
         "two_layers_ms": {f"{who}, {how}": value for how, times in layers.items() for who, value in times.items()},
         "least_bytes": least_bytes(config),
         "copy_bytes_per_s": copy_bandwidth(device),
     }
+
+
+def linear_times(config: Config, device: torch.device) -> dict[str, Times]:
+    """Milliseconds of forward and backward of a linear layer over all tokens of a micro-batch: "in -> out" -> who."""
+    return {
+        f"{inner} -> {outer}": _linear_times(num_tokens(config), inner, outer, config, device)
+        for inner, outer in sorted(linear_shapes(config))
+    }
+
+
+def _linear_times(tokens: int, inner: int, outer: int, config: Config, device: torch.device) -> Times:
+    generator, dtype = torch.Generator(device).manual_seed(0), dtype_of(config)
+    sizes = (tokens, inner), (outer, inner), (outer,)
+    tensors = [torch.randn(size, generator=generator, device=device).requires_grad_() for size in sizes]
+    ways: dict[str, Callable[..., Tensor]] = {str(dtype).removeprefix("torch."): F.linear}
+    reason = why_no_fp8(device) or ("" if inner % SIDES == outer % SIDES == 0 else f"sides are no multiples of {SIDES}")
+    if not reason:
+        ways["fp8"] = linear_fp8
+    if config.engine.compile:
+        ways |= {f"{who}, compiled": torch.compile(way, dynamic=False) for who, way in ways.items()}
+    times: Times = {who: forward_backward_ms(way, tensors, device, dtype) for who, way in ways.items()}
+    return times | {"fp8": reason} if reason else times
 
 
 def operation_times(
@@ -141,6 +166,7 @@ def table(result: Mapping[str, Any]) -> str:
     """Markdown: a row for each way of each operation; the fastest of each is marked."""
     lines = ["| what | who | ms forward and backward | GB/s at least |", "| --- | --- | ---: | ---: |"]
     groups = {f"attention, {site}": times for site, times in result["attention_ms"].items()}
+    groups |= {f"linear, {sides}": times for sides, times in result["linear_ms"].items()}
     groups |= {name: result[name] for name in ("norm_ms", "gate_ms", "two_layers_ms")}
     for name, times in groups.items():
         ran = [value for value in times.values() if not isinstance(value, str)]

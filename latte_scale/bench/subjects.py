@@ -31,6 +31,7 @@ from latte_scale.model.attention import use_backends
 from latte_scale.model.attention_backends import Backend, Site
 from latte_scale.model.blocks import use_norm
 from latte_scale.model.build import build_model
+from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.norm_backends import NormBackend
 from latte_scale.model.transformer_folder import transformer_config
 from latte_scale.optim import make_adamw
@@ -71,7 +72,7 @@ class Ours:
         norm: NormBackend = "torch",
     ) -> None:
         """`backends`: who computes attention; None: the model's default. `norm`: who computes norm and gate."""
-        model = seeded_model(config, backends, norm)
+        model = seeded_model(config, ranks.device, backends, norm)
         precision, optim = config.train.precision, config.optim
         self._engine = build_engine(config.engine, optim, precision, model, model.repeated_blocks(), ranks)
         self._ema = Ema(self._engine.local_shards(), config.ema)
@@ -146,16 +147,20 @@ def rival(
 ) -> Plain:
     """The named rival; `backends` and `norm` are for `plain`. Raises ValueError for a config that it cannot run."""
     if kind == "plain":
-        return _plain(config, device, micro_batches, seeded_model(config, backends, norm))
+        return _plain(config, device, micro_batches, seeded_model(config, device, backends, norm))
     return (_diffusers if kind == "diffusers" else _eager)(config, device, micro_batches)
 
 
-def seeded_model(config: Config, backends: Backends | None = None, norm: NormBackend = "torch") -> nn.Module:
-    """The model of step 0, equal for every subject."""
+def seeded_model(
+    config: Config, device: torch.device, backends: Backends | None = None, norm: NormBackend = "torch"
+) -> nn.Module:
+    """The model of step 0, equal for every subject, told how to compute on `device`; it lies on the CPU."""
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if backends is not None:
         use_backends(model, backends)
     use_norm(model, norm)
+    if config.train.precision == "fp8":
+        use_fp8(model, device)
     return model
 
 
@@ -166,7 +171,7 @@ def _plain(config: Config, device: torch.device, micro_batches: Sequence[ModelIn
 
 
 def _eager(config: Config, device: torch.device, micro_batches: Sequence[ModelInputs]) -> Plain:
-    model = seeded_model(config).to(device)
+    model = seeded_model(config, device).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.optim.weight_decay)
     return Plain("eager", model, model, optimizer, config, micro_batches, tf32)
 
@@ -180,7 +185,7 @@ def _diffusers(config: Config, device: torch.device, micro_batches: Sequence[Mod
     from diffusers import LatteTransformer3DModel
 
     port = LatteTransformer3DModel.from_config(transformer_config(config.model))
-    port.load_state_dict(seeded_model(config).state_dict())
+    port.load_state_dict(seeded_model(config, device).state_dict())
     port.to(device)
     if config.engine.activation_checkpointing != "none":
         port.enable_gradient_checkpointing()
@@ -188,7 +193,7 @@ def _diffusers(config: Config, device: torch.device, micro_batches: Sequence[Mod
     def call(noisy_BCFHW: Tensor, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor | None, **_: Any) -> Tensor:
         # The port wants a row for each frame.
         mask_NL = None if mask_BL is None else mask_BL.repeat_interleave(noisy_BCFHW.shape[2], dim=0)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
             return port(noisy_BCFHW, timestep, text_BLD, mask_NL, return_dict=False)[0]
 
     return Plain("diffusers", port, call, _adamw(port, config), config, micro_batches)

@@ -80,7 +80,7 @@ def fastest(times_ms: Times) -> str:
 
 def dtype_of(config: Config) -> torch.dtype:
     """What the model's products are computed in."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return torch.float32 if config.train.precision == "fp32" else torch.bfloat16
 
 
 def read_choices(path: Path | None) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
         "driver": lambda: software.driver_lines(ranks.device),
         "libraries": lambda: software.requirement_lines(config),
         "attention": lambda: software.attention_lines(config, ranks.device),
+        "precision": lambda: software.precision_lines(config, ranks.device),
         "variables": lambda: variables.variable_lines(
             environ, config.engine, variables.num_cores(), local_size, variables.interface_names(), has_gpu
         ),

@@ -19,6 +19,7 @@ from latte_scale.choices.attention import present
 from latte_scale.config import Config
 from latte_scale.doctor.lines import Line
 from latte_scale.model.attention_backends import why_absent
+from latte_scale.model.fp8 import why_no_fp8
 from latte_scale.run.facts import git_commit
 
 BUSY_BYTES = 2**30
@@ -102,13 +103,21 @@ def requirement_lines(config: Config) -> list[Line]:
 def attention_lines(config: Config, device: torch.device) -> list[Line]:
     """The attention back ends that can run here."""
     there, wanted = present(config, device), config.attention.backend
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     reason = None if wanted == "auto" else why_absent(wanted, device, dtype)
     if reason is not None:
         remedy = f"set attention.backend to auto or one of {', '.join(there)}"
         return [Line("fault", "attention", f"attention.backend={wanted}: {reason}", remedy)]
     choice = "measured at the first start" if device.type == "cuda" and wanted == "auto" else "by config"
     return [Line("ok", "attention", f"{wanted} ({choice}); can run: {', '.join(there)}")]
+
+
+def precision_lines(config: Config, device: torch.device) -> list[Line]:
+    """Whether the device computes in train.precision."""
+    reason = why_no_fp8(device) if config.train.precision == "fp8" else ""
+    if reason:
+        return [Line("fault", "precision", f"train.precision=fp8: {reason}", "set train.precision=bf16")]
+    return [Line("ok", "precision", config.train.precision)]
 
 
 def versions_here() -> dict[str, str]:

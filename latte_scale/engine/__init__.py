@@ -35,7 +35,8 @@ def build_engine(
     Args:
         settings: kind, stage and the rest of the `engine` section.
         optim: AdamW and clipping.
-        precision: "fp32", or "bf16": autocast around model.forward, everything stored and reduced in fp32.
+        precision: "fp32", or "bf16" (and "fp8", as far as engines go): autocast around model.forward, everything stored
+            and reduced in fp32.
         model: a plain module with fp32 parameters, the same values on every rank; moved to the device and sharded.
         blocks: its repeated blocks, in the order in which forward runs them.
         ranks: from init_distributed.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-KEPT = re.compile(r"::(mm|addmm|bmm|baddbmm)$|attention|attn|flash")
+KEPT = re.compile(r"::(mm|addmm|bmm|baddbmm|_scaled_mm\w*)$|attention|attn|flash")
 """Operators whose results selective checkpointing keeps: matrix products and attention, of torch and of flash-attn."""
 MIN_BYTES = 4 * 2**20
 """Smaller tensors (modulation, captions) stay on the device: all blocks share them, so a copy would free nothing."""

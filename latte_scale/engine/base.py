@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from latte_scale.engine.dist import Ranks
 from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import is_decayed
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
+"""fp8 is bf16 to an engine: which layers compute in 8 bits is told to the model (model/fp8.py) before it gets here."""
 
 
 @dataclass(frozen=True)
@@ -197,15 +198,15 @@ def num_bytes(model: nn.Module) -> int:
 
 
 def set_precision(model: nn.Module, precision: Precision, device_type: str) -> None:
-    """Replace model.forward by itself under autocast when `precision` is bf16.
+    """Replace model.forward by itself under bf16 autocast unless `precision` is fp32.
 
     Wrapped here and not around the call: DeepSpeed's engine refuses a surrounding autocast. The cast cache is off: with
     it, bf16 copies of all weights live until the end of the forward pass, and recomputed blocks see other tensors.
     """
     if precision == "fp32":
         return
-    if precision != "bf16":
-        raise ValueError(f"train.precision must be fp32 or bf16, got {precision!r}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"train.precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     forward = model.forward
 
     @functools.wraps(forward)

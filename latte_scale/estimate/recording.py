@@ -32,6 +32,7 @@ from latte_scale.engine.base import prepare
 from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.losses import losses_of, share_of
 from latte_scale.model.build import build_model
+from latte_scale.model.fp8 import use_fp8
 
 What = Literal["change", "gradient", "complete", "enter", "leave", "back", "passed", "done", "on_host"]
 MODEL = -1  # in place of a block: the model itself, or a weight that is in no block
@@ -57,6 +58,8 @@ def record(config: Config, batch: int) -> list[Entry]:
     """One forward and backward of `batch` clips through the config's model, as one rank of its sequence group."""
     with FakeTensorMode():
         model = build_model(config.model, torch.Generator().manual_seed(0))
+        if config.train.precision == "fp8":
+            use_fp8(model, torch.device("cpu"))
         blocks = model.repeated_blocks()
         kind = config.engine.activation_checkpointing
         settings = replace(config.engine, activation_checkpointing="full" if kind == "offload" else kind)

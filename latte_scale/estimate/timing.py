@@ -18,9 +18,10 @@ from latte_scale.estimate.weights import padded_bytes, weights_of
 from latte_scale.losses import recompute_share
 from latte_scale.model.flops import num_flops
 
-EFFICIENCY = {"bf16": 0.40, "fp32": 0.60}
+EFFICIENCY = {"bf16": 0.40, "fp8": 0.40, "fp32": 0.60}
 """Share of the device's peak that forward and backward reach, recomputed work counted in. bf16: published video DiTs
-reach 18 to 52 % (Wan2.1-14B under FSDP2 23 %, NeMo's DiT-7B on 256 H100 52 %), so 40 % is a hope to be measured."""
+reach 18 to 52 % (Wan2.1-14B under FSDP2 23 %, NeMo's DiT-7B on 256 H100 52 %), so 40 % is a hope to be measured. fp8:
+the same, of the bf16 peak; its gain is not counted before it is measured."""
 HBM_REACHED = 0.7  # share of the memory's rate that the fused update reaches; an assumption
 UPDATE_BYTES = 32  # an element: AdamW reads 4 and writes 3 numbers, and the gradient's norm reads one
 AVERAGE_BYTES = 36  # an element and average: three passes over two or three numbers (ema.lerp_)
@@ -103,7 +104,7 @@ def clip_flops(config: Config) -> float:
 
 
 def _peak(config: Config, device: Device) -> float:
-    return device.bf16_flops if config.train.precision == "bf16" else device.fp32_flops
+    return device.fp32_flops if config.train.precision == "fp32" else device.bf16_flops
 
 
 def _update_s(config: Config, cluster: Cluster) -> float:

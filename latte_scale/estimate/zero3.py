@@ -54,7 +54,7 @@ class Gathered:
         there = 4 * sum(self._numel[place] for place in self._there)
         ledger.change({"parameters": 4 * piece, "gathered": there, "communication": 4 * self._bucket} | states)
         checkpointing = config.engine.activation_checkpointing
-        self._holds = config.train.precision == "fp32" and checkpointing == "none"  # autograd does, without a cast
+        self._holds = config.train.precision != "bf16" and checkpointing == "none"  # autograd does, without a cast
         self._set_order(weights, computed_again=checkpointing != "none")
         self._sent_with: dict[Place, _Sent] = {}
         self._used, self._next = 0, 0  # weights used in this micro-batch; and sent for, or passed over

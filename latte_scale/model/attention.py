@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte_scale.model.attention_backends import BACKENDS, Backend, Padding, Site
+from latte_scale.model.fp8 import linear_fp8
 
 Axis = Literal["space", "time"]
 
@@ -29,8 +30,13 @@ Axis = Literal["space", "time"]
 class Linear(nn.Linear):
     """nn.Linear that leaves its weights unset: the model's init_weights draws each once, from one generator."""
 
+    fp8 = False  # whether it computes in 8-bit floats; fp8.use_fp8 says so
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_fp8(x, self.weight, self.bias) if self.fp8 else super().forward(x)
 
 
 def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, padding: Padding | None, backend: Backend) -> Tensor:

@@ -19,6 +19,8 @@ def test_one_command_times_all_of_them(tmp_path, capsys, monkeypatch) -> None:
     for name in ("norm_ms", "gate_ms"):
         assert set(result[name]) == {"torch eager", "triton"} and result[name]["torch eager"] > 0
         assert "NVIDIA GPUs only" in result[name]["triton"]
+    assert set(result["linear_ms"]) == {"32 -> 32", "32 -> 128", "128 -> 32"}
+    assert all(set(times) == {"float32", "fp8"} and min(times.values()) > 0 for times in result["linear_ms"].values())
     assert set(result["two_layers_ms"]) == {"torch, eager", "triton, eager"}
     assert "| norm | torch eager (fastest) |" in capsys.readouterr().out
 
@@ -27,6 +29,7 @@ def test_the_table_marks_the_fastest_and_counts_bytes() -> None:
     text = table(
         {
             "attention_ms": {"time": {"sdpa": 3.0, "triton_small": 2.0, "flash2": "not installed"}},
+            "linear_ms": {"1152 -> 4608": {"bfloat16": 5.0, "fp8": 3.0}},
             "norm_ms": {"torch eager": 4.0, "triton": 1.0},
             "gate_ms": {},
             "two_layers_ms": {},
@@ -37,6 +40,7 @@ def test_the_table_marks_the_fastest_and_counts_bytes() -> None:
         }
     )
     assert "| attention, time | triton_small (fastest) | 2.0 |  |" in text and "| flash2 | not installed |" in text
+    assert "| linear, 1152 -> 4608 | fp8 (fastest) | 3.0 |  |" in text
     assert "| norm | triton (fastest) | 1.0 | 2 |" in text and "| norm | torch eager | 4.0 | 0.5 |" in text
     assert "x 2x16x1024x1152 on some GPU; copies 3000 GB/s" in text
 

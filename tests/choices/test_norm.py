@@ -26,7 +26,7 @@ def test_one_that_is_not_there_is_refused(monkeypatch) -> None:
 
 @pytest.mark.parametrize("overrides", [(), CLASSES])
 def test_every_block_is_told(overrides) -> None:
-    model = seeded_model(tiny(*overrides), norm="triton")
+    model = seeded_model(tiny(*overrides), CPU, norm="triton")
     assert {block.norm for block in model.repeated_blocks()} == {"triton"}
 
 

@@ -1,10 +1,12 @@
 """Every way to keep less gives the gradients of keeping everything, and runs again what it says, no more."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from latte_scale.choices.attention import SITES
@@ -13,6 +15,7 @@ from latte_scale.engine.base import EngineSettings, prepare
 from latte_scale.losses import cost_of, losses_of, recompute_share
 from latte_scale.model.attention import use_backends
 from latte_scale.model.build import build_model
+from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from tests.bench.test_subjects import CLASSES, CPU, TINY, tiny
@@ -49,10 +52,12 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("settings", [T2V, CLASS], ids=["t2v", "class"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_gradients_have_the_same_bits(settings, way, autocast) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_gradients_have_the_same_bits(settings, way, precision) -> None:
     model = randomised(settings)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+    if precision == "fp8":
+        use_fp8(model, CPU)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32", cache_enabled=False):
         expected = gradients(model)
         names = list(model.state_dict())
         WAYS[way](model.repeated_blocks())
@@ -84,6 +89,23 @@ def test_what_runs_again_is_what_hfu_counts(overrides, way, share) -> None:
     again = (flops(config.engine) - everything) / cost_of(config, inputs)[1]
     assert again == pytest.approx(recompute_share(config), abs=0.02)
     assert (again == 0) == (way in ("none", "selective"))
+
+
+@pytest.mark.parametrize(("way", "again"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_products_in_8_bits_are_kept_like_others(way, again) -> None:
+    """Of a layer one product runs in forward and one in backward; `again`: and one more where blocks run twice."""
+    model, counted = randomised(T2V), Counter()
+    num_layers = use_fp8(model, CPU)
+    prepare(model, model.repeated_blocks(), EngineSettings(activation_checkpointing=way), "fp8", "cpu")
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted[func.name().partition(".")[0]] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        gradients(model)
+    assert sum(number for name, number in counted.items() if "scaled_mm" in name) == (2 + again) * num_layers
 
 
 def test_inputs_of_blocks_go_to_host_memory_and_come_back_in_turn() -> None:

@@ -69,6 +69,18 @@ def test_bf16_stays_within_its_stated_tolerance(train, reference):
     assert largest_difference(two.metrics, one.metrics) < BF16_TOLERANCE
 
 
+@pytest.mark.parametrize("engine", [("engine.kind=fsdp2", "engine.activation_checkpointing=selective"), ZERO[3]])
+def test_fp8_does_not_depend_on_who_shares_a_micro_batch(train, engine):
+    """So a run goes on with another number of ranks: one process with all 12 samples, two with micro-batches of 3."""
+    few = ("train.precision=fp8", "train.steps=8", "checkpoint.every_steps=8")
+    one, bf16 = train("one", *few), train("bf16", *few, "train.precision=bf16")
+    two = train("two", *few, "train.micro_batch=3", *engine, ranks=2)
+    assert (one.code, two.code) == (0, 0), one.output + two.output
+    assert one.losses != bf16.losses and largest_difference(one.metrics, bf16.metrics) < 2e-2
+    assert two.digests == one.digests
+    assert largest_difference(two.metrics, one.metrics) < BF16_TOLERANCE
+
+
 def test_video_shards_train_from_the_same_config_as_latent_shards(train, data_sets):
     few = ("train.steps=4", "checkpoint.every_steps=4")
     raw, latents = train("raw", *few, data=data_sets.shards), train("latents", *few)

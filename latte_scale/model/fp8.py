@@ -1,0 +1,107 @@
+"""Linear layers in 8-bit floats (train.precision=fp8): output and input's gradient by fp8, the weight's by bf16.
+
+In: a model of which `use_fp8` tells the layers that see every token, and bf16 autocast around it as without. Out: the
+same parameters under the same names, fp32 as ever, so engines, checkpoints and export know nothing of it.
+
+The decision worth knowing is what is scaled together: a row. Each token has a scale, and so has each output (in
+backward each input) of the weight; a token's numbers therefore do not depend on which clips share its micro-batch, and
+a run goes on with another number of ranks. One scale a tensor would be faster and would tie them together, and so would
+fp8 in the gradient of the weight, whose products sum over tokens: it stays in bf16. Scales are powers of two, so they
+add no rounding of their own. Both as torchao's recipe "rowwise_with_gw_hp", which is not used because diffusers imports
+a torchao that is there, with seconds of start and warnings.
+
+Shape legend: M rows (tokens), K inputs, N outputs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType, scaled_mm
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max  # 448
+SIDES = 16  # fp8 products take sides of multiples of it
+SMALLEST_SCALE = 2.0**-100  # of a row of zeros: its inverse must be finite in fp32
+APART = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
+"""Layers of a block that do not see every token: one row a clip, and one a token of its caption. Little work."""
+
+
+def token_linears(block: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers of a block that every token goes through: nearly all of its products."""
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith(APART):
+            yield layer
+
+
+def why_no_fp8(device: torch.device) -> str:
+    """Why a device has no fp8 products with a scale a row; "" if it does. A CPU computes them, slowly, for tests."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has none with a scale a row, which need compute capability 9.0"
+    return ""
+
+
+def use_fp8(model: nn.Module, device: torch.device) -> int:
+    """Have the layers that see every token compute in fp8; how many do. Must run before the blocks are compiled.
+
+    Raises ValueError if the device cannot, or if there is no layer whose sides are multiples of 16.
+    """
+    if reason := why_no_fp8(device):
+        raise ValueError(f"train.precision=fp8 needs fp8 products, but {reason}; use train.precision=bf16")
+    layers = [layer for block in model.repeated_blocks() for layer in token_linears(block)]
+    fit = [layer for layer in layers if layer.in_features % SIDES == layer.out_features % SIDES == 0]
+    if not fit:
+        sides = sorted({(layer.in_features, layer.out_features) for layer in layers})
+        raise ValueError(
+            f"train.precision=fp8: expected linear layers with sides of multiples of {SIDES}, came {sides}; "
+            "choose the model's width so, or train.precision=bf16"
+        )
+    for layer in fit:
+        layer.fp8 = True
+    return len(fit)
+
+
+def linear_fp8(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b, [..., K] -> [..., N] in bf16, whatever x is."""
+    return _Fp8Linear.apply(x.flatten(0, -2), weight_NK, bias_N).unflatten(0, x.shape[:-1])
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        ctx.dtype, ctx.has_bias = x_MK.dtype, bias_N is not None
+        x_MK = x_MK.to(torch.bfloat16)  # what bf16 training keeps for backward, too
+        ctx.save_for_backward(x_MK, weight_NK)
+        return _product(x_MK, weight_NK, None if bias_N is None else bias_N.to(torch.bfloat16), is_fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x_MK, weight_NK = ctx.saved_tensors
+        grad_MK = _product(grad_MN, weight_NK.t(), None, is_fast=False)
+        grad_N = grad_MN.sum(0, dtype=torch.float32) if ctx.has_bias else None
+        return grad_MK.to(ctx.dtype), (grad_MN.t() @ x_MK).to(weight_NK.dtype), grad_N
+
+
+def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, is_fast: bool) -> Tensor:
+    """left right^T + bias in bf16 by fp8. `is_fast`: sums of Hopper's tensor cores in fewer bits than fp32."""
+    (left_MK, left_M1), (right_NK, right_N1) = _by_rows(left_MK), _by_rows(right_NK)
+    by_row = ScalingType.RowWise
+    with torch.autocast(left_MK.device.type, enabled=False):  # else a CPU rounds before it adds the bias
+        return scaled_mm(
+            left_MK, right_NK.t(), left_M1, by_row, right_N1.t(), by_row,
+            bias=bias_N, output_dtype=torch.bfloat16, use_fast_accum=is_fast,
+        )  # fmt: skip
+
+
+def _by_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """x in fp8, row after row in memory, and what to multiply each row by: [M, 1] fp32, powers of two.
+
+    frexp splits a number into m 2^e with 1/2 <= m < 1: 2^e is the next power of two above it. A row whose largest is
+    not finite has none: fp8 has no infinity and would cut it off at 448, and the step would not be skipped.
+    """
+    x_MK = x_MK.float()
+    largest_M1 = x_MK.abs().amax(-1, keepdim=True)
+    power_M1 = torch.ldexp(torch.ones_like(largest_M1), torch.frexp(largest_M1 / LARGEST).exponent)
+    scale_M1 = torch.where(largest_M1.isfinite(), power_M1.clamp(min=SMALLEST_SCALE), torch.nan)
+    return (x_MK / scale_M1).to(FP8).contiguous(), scale_M1
