@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the table for programs")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

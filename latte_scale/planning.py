@@ -1,13 +1,14 @@
-"""The plan of a run: a config in, its data sets and which of their samples form which step out.
+"""A run's data as its config says: data sets, the plan of which samples form which step, and a loader of one rank.
 
-The trainer and `latte-scale coverage` call the same functions, so what is printed before a run is what it does.
+The trainer, `latte-scale coverage` and `latte-scale bench loader` call the same functions, so what is printed or
+measured before a run is what it does.
 """
 
 from collections.abc import Sequence
 
 from latte_scale.config import Config
 from latte_scale.data.buckets import bucket_costs, sizes_of
-from latte_scale.data.loader import make_plan, open_datasets
+from latte_scale.data.loader import Loader, make_plan, open_datasets
 from latte_scale.data.plan import Plan
 from latte_scale.data.samples import Dataset
 from latte_scale.encoders import vae_downscale
@@ -27,5 +28,35 @@ def plan_of(config: Config, datasets: Sequence[Dataset]) -> Plan:
         config.run.seed,
         config.train.global_batch,
         costs=costs,
+        group=config.sample_group,
+    )
+
+
+def loader_of(
+    config: Config,
+    datasets: Sequence[Dataset],
+    images: Dataset | None,
+    plan: Plan,
+    *,
+    rank: int,
+    size: int,
+    start_step: int,
+    pin_memory: bool,
+) -> Loader:
+    """What rank `rank` of `size` reads from a step on; ranks of a sequence group are one such rank together."""
+    return Loader(
+        config.data,
+        datasets,
+        config.video,
+        plan,
+        seed=config.run.seed,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        size=size,
+        start_step=start_step,
+        caption_drop=config.train.caption_drop,
+        pin_memory=pin_memory,
+        num_images=config.train.joint_images,
+        images=images,
         group=config.sample_group,
     )

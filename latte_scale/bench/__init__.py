@@ -10,6 +10,7 @@ VERBS = {  # verb -> (module:function, what it does)
         "latte_scale.bench.kernels:main",
         "every way to compute attention, norm and gate at a config's shapes",
     ),
+    "loader": ("latte_scale.bench.loader:main", "the config's own data through its loader, without training"),
     "checkpoint": ("latte_scale.bench.checkpoint:main", "stall of a save and time of a resume, beside torch.save, DCP"),
 }
 

@@ -1,10 +1,12 @@
 """`latte-scale bench checkpoint`: how long a save stops training and a resume takes, beside torch.save and plain DCP.
 
-    latte-scale bench checkpoint --folder /tmp/checkpoints --gib 1 [--bucket s3://bucket/prefix] [--out figures.json]
+    latte-scale bench checkpoint --config configs/t2v_256.yaml --folder /scratch [--out figures.json]
+    latte-scale bench checkpoint --folder /tmp/checkpoints --gib 1 [--bucket s3://bucket/prefix]
 
-In: nothing; a state of four trees (weights, two moments, one average) of equal fp32 tensors on the CPU, on one rank.
-Out: a table; every figure is the median of `--repeats` runs, with the lowest and the highest. The ways take turns, so
-that a slow minute of the machine hurts all of them.
+In: a training config, or nothing. Its state (weights, two moments, its averages) as random fp32 tensors on the CPU, on
+one rank; without a config four trees of --gib in all. Out: a table; every figure is the median of `--repeats` runs,
+with the lowest and the highest. The ways take turns, so that a slow minute of the machine hurts all of them. Exit code
+0, 2 where folder or bucket will not do, or 78 for a config that cannot be.
 stall: seconds until training goes on. complete: until the checkpoint is there and flushed. load: from the files to
 filled tensors. resume: the same with every byte held to its checksum first, which the others have no way to do. Files
 are in the page cache when they are read. slower meanwhile: by how much the background slows matrix products beside it.
@@ -17,7 +19,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,23 +36,44 @@ from latte_scale.checkpoint import (
     load_into,
     open_checkpoint,
 )
+from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
+from latte_scale.model.build import build_model
 from latte_scale.plain_json import json_text
+from latte_scale.settings import SettingsError
 from latte_scale.store import open_store
 
-TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq", "ema/0.9999")
+TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq")
+AVERAGE = "ema/0.9999"
 ELEMENTS = 1152 * 4608  # of a tensor: an MLP weight of the released model
+STOP = 78  # exit code: no use in trying again
 ALONE_S = 3.0  # for which matrix products run with nothing beside them
 
 State = dict[str, dict[str, Tensor]]
 Figures = dict[str, float]
 
 
-def make_state(size_bytes: int) -> State:
-    """Random tensors of about so many bytes in all; at least one a tree."""
-    count = max(1, round(size_bytes / (4 * len(TREES) * ELEMENTS)))
+def trees_of_size(size_bytes: int) -> dict[str, dict[str, int]]:
+    """Tree -> tensor -> its elements: equal tensors of about so many bytes in all, at least one a tree."""
+    names = (*TREES, AVERAGE)
+    count = max(1, round(size_bytes / (4 * len(names) * ELEMENTS)))
+    return {tree: {f"block.{number}.weight": ELEMENTS for number in range(count)} for tree in names}
+
+
+def trees_of_config(config: Config) -> dict[str, dict[str, int]]:
+    """The same of a run: its weights, their moments and averages."""
+    with torch.device("meta"):
+        elements = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
+    return dict.fromkeys((*TREES, *(f"ema/{decay}" for decay in config.ema.decays)), elements)
+
+
+def make_state(trees: Mapping[str, Mapping[str, int]]) -> State:
+    """Random tensors of so many elements."""
     draw = torch.Generator().manual_seed(0)
-    return {tree: {f"block.{n}.weight": torch.randn(ELEMENTS, generator=draw) for n in range(count)} for tree in TREES}
+    return {
+        tree: {name: torch.randn(numel, generator=draw) for name, numel in tensors.items()}
+        for tree, tensors in trees.items()
+    }
 
 
 def like(state: State) -> State:
@@ -171,9 +194,9 @@ def plain_dcp(state: State, where: str, ranks: Ranks, work: Work, asynchronous: 
     return figures
 
 
-def measure(size_bytes: int, folder: Path, bucket: str | None, repeats: int, ranks: Ranks) -> dict[str, list[Figures]]:
+def measure(state: State, folder: Path, bucket: str | None, repeats: int, ranks: Ranks) -> dict[str, list[Figures]]:
     """Every way's figures, `repeats` times in turn."""
-    state, work, here = make_state(size_bytes), Work(), folder / "bench"
+    work, here = Work(), folder / "bench"
     ways: dict[str, Callable[[str], Figures]] = {
         "latte_scale, in the background": lambda where: ours(state, where, ranks, work, True),
         "latte_scale, in the foreground": lambda where: ours(state, where, ranks, work, False),
@@ -222,17 +245,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; bench/ in it must be free")
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default 1)")
+    parser.add_argument("--config", help="training YAML whose state it is, see configs/; its data is not read")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="on the disk to measure (default: here); bench/ in it must be free"
+    )
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the state without a config (default 1)")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="every single figure as JSON")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     args = parse_args(argv)
+    try:
+        trees = trees_of_size(int(args.gib * 2**30))
+        if args.config is not None:
+            trees = trees_of_config(load_config(args.config, args.overrides))
+    except (SettingsError, ValueError) as error:
+        print(f"error: {error}")
+        return STOP
     if (args.folder / "bench").exists():
         print(f"error: {args.folder / 'bench'} exists already; choose another --folder")
         return 2
@@ -243,10 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     ranks = init_distributed(device="cpu")
     try:
-        size_bytes = sum(tensor.nbytes for tensor in flat(make_state(int(args.gib * 2**30))).values())
-        results = measure(int(args.gib * 2**30), args.folder, args.bucket, args.repeats, ranks)
+        state = make_state(trees)
+        results = measure(state, args.folder, args.bucket, args.repeats, ranks)
     finally:
         shutdown()
+    size_bytes = sum(tensor.nbytes for tensor in flat(state).values())
     print(f"{size_bytes / 1e6:.0f} MB of state, one rank, {args.repeats} runs, torch {torch.__version__}\n")
     print(table(results, size_bytes))
     if args.out is not None:

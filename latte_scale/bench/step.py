@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that are not counted (default 3)")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
     parser.add_argument("--out", help="JSON file to write")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
 def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from latte_scale.bench.checkpoint import main
+from latte_scale.config import load_config
+from latte_scale.model.build import build_model
+from tests.conftest import ROOT
 
 
 def test_a_small_state_is_measured_in_every_way(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -33,7 +37,20 @@ def test_a_bucket_is_never_emptied_that_holds_something(tmp_path: Path, capsys) 
     assert "is not empty" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["step", "checkpoint"])
+def test_the_state_of_a_config_is_that_of_its_run(tmp_path: Path, capsys, monkeypatch) -> None:
+    """Weights, two moments and two averages of every parameter, and as many bytes."""
+    monkeypatch.setattr("latte_scale.bench.checkpoint.ALONE_S", 0.05)
+    out, config = tmp_path / "figures.json", str(ROOT / "configs" / "tiny_cpu.yaml")
+    command = ["--config", config, "ema.decays=[0.9, 0.99]", "--folder", str(tmp_path), "--repeats", "1"]
+    assert main([*command, "--out", str(out)]) == 0
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in build_model(load_config(config).model).parameters())
+    assert json.loads(out.read_text())["size_bytes"] == 5 * 4 * parameters
+    assert main(["--config", config, "ema.decay=0.9", "--folder", str(tmp_path)]) == 78
+    assert "decay" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["step", "kernels", "loader", "checkpoint"])
 def test_the_verbs_have_their_help(verb: str, capsys) -> None:
     from latte_scale.bench import main as bench
 

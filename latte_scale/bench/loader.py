@@ -1,0 +1,153 @@
+"""How fast a config's own data comes out of its loader, without training: is a run going to wait for it?
+
+    latte-scale bench loader --config configs/tiny_cpu.yaml data.url=runs/quickstart/latents
+    latte-scale bench loader --config configs/t2v_256.yaml --ranks 64 --step-s 0.4 --out loader.json data.url=s3://B/P
+
+In: a training config whose data is there. It is read as rank 0 of --ranks reads it in a run: the same plan, checks,
+workers, prefetch, store and cache. Out: a table on the console and, with --out, JSON: seconds to the first step, then
+samples/s, MB/s of what is handed over, how long a step was waited for (median and slowest), memory of the workers, and
+samples that were replaced because they could not be read. With --step-s SECONDS each step computes for so long, as the
+model would, and the share of the time that was waited is what `data_wait_share` of a run would be; without, it reads as
+fast as it can. Read from a folder twice, the second time is that of the page cache. Exit code 0, 2 where the data
+cannot be read or does not fit, or 78 for a config that cannot be.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from latte_scale.bench.step import STOP
+from latte_scale.check_data import check_data
+from latte_scale.config import Config, load_config
+from latte_scale.data.batches import MicroBatch
+from latte_scale.data.items import LoaderError
+from latte_scale.data.loader import Loader, open_images
+from latte_scale.data.schema import ManifestError
+from latte_scale.estimate.memory import data_ranks
+from latte_scale.plain_json import json_text
+from latte_scale.planning import loader_of, open_data, plan_of
+from latte_scale.run.metrics import worker_memory_bytes
+from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.store import StoreError
+
+UNREADABLE = 2
+console = Console(soft_wrap=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report; 0, or what went wrong."""
+    args = parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        result = measure(config, args)
+    except (ManifestError, LoaderError, StoreError, OSError) as error:
+        console.print(f"error: {error}", markup=False)
+        return UNREADABLE
+    except (SettingsError, ValueError) as error:
+        console.print(f"error: {error}", markup=False)
+        return STOP
+    console.print(table(result), markup=False)
+    if args.out is not None:
+        args.out.write_text(json_text(result, indent=2) + "\n")
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="latte-scale bench loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="training YAML, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, of which one is read (default 1)")
+    parser.add_argument("--start-step", type=int, default=0, help="first step that is read (default 0)")
+    parser.add_argument("--steps", type=int, default=200, help="steps after the first one (default 200)")
+    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds after which no new step begins")
+    parser.add_argument(
+        "--step-s", type=float, default=0.0, help="seconds of computing that a step is given (default 0)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_intermixed_args(argv)  # overrides may stand between options
+
+
+def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the JSON holds."""
+    if args.steps < 1 or args.start_step < 0 or args.step_s < 0:
+        raise ValueError("expected --steps of 1 or more, and --start-step and --step-s of 0 or more")
+    share = {"rank": 0, "size": data_ranks(config, args.ranks), "start_step": args.start_step, "pin_memory": False}
+    began_s = time.perf_counter()
+    datasets = open_data(config)
+    check_data(config, datasets)
+    images, plan = open_images(config.data, datasets, config.store), plan_of(config, datasets)
+    with loader_of(config, datasets, images, plan, **share) as loader:
+        first = counted(next(loader)[1])
+        first_step_s = time.perf_counter() - began_s
+        waits_s, rest = paced(loader, args.steps, args.step_s, args.budget_s)
+        wall_s = time.perf_counter() - began_s - first_step_s
+        memory = worker_memory_bytes()
+    return {
+        "config": to_mapping(config),
+        "settings": {key: value for key, value in vars(args).items() if key not in ("config", "overrides", "out")},
+        "data": [dataset.store.url for dataset in datasets],
+        "first_step_s": first_step_s,
+        "steps": len(waits_s),
+        "samples": rest["samples"],
+        "samples_per_s": rest["samples"] / wall_s,
+        "mb_per_s": rest["bytes"] / wall_s / 1e6,
+        "wait_s": {"median": statistics.median(waits_s), "slowest": max(waits_s)},
+        "data_wait_share": sum(waits_s) / wall_s,
+        "worker_memory_bytes": memory,
+        "replaced": first["replaced"] + rest["replaced"],
+    }
+
+
+def paced(loader: Loader, steps: int, step_s: float, budget_s: float) -> tuple[list[float], Counter[str]]:
+    """Read so many steps, each after `step_s` seconds of nothing: waits, and what came in all."""
+    waits_s, came, until_s = [], Counter(), time.perf_counter() + budget_s
+    for _ in track(range(steps), "reading", console=console, transient=True):
+        time.sleep(step_s)
+        asked_s = time.perf_counter()
+        _, micro_batches = next(loader)
+        waits_s.append(time.perf_counter() - asked_s)
+        came.update(counted(micro_batches))
+        if time.perf_counter() > until_s:
+            break
+    return waits_s, came
+
+
+def counted(micro_batches: Sequence[MicroBatch]) -> Counter[str]:
+    """Samples, bytes of tensors, and samples in another's place."""
+    return Counter(
+        samples=sum(bool(name) for each in micro_batches for name in each.sample_ids),
+        bytes=sum(value.nbytes for each in micro_batches for value in vars(each).values() if isinstance(value, Tensor)),
+        replaced=sum(len(each.replaced) for each in micro_batches),
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a row a figure."""
+    settings, wait, memory = result["settings"], result["wait_s"], result["worker_memory_bytes"]
+    rows = {
+        "first step, from opening the data on": f"{result['first_step_s']:.2f} s",
+        "samples": f"{result['samples_per_s']:.1f} a second and rank",
+        "handed over": f"{result['mb_per_s']:.1f} MB/s",
+        "a step was waited for": f"{wait['median'] * 1e3:.1f} ms (slowest {wait['slowest'] * 1e3:.1f} ms)",
+        f"waited, of steps that compute {settings['step_s']:g} s": f"{result['data_wait_share']:.1%}",
+        "memory of each worker": ", ".join(f"{size / 2**20:.0f} MiB" for size in memory) or "no workers",
+        "samples replaced, could not be read": str(result["replaced"]),
+    }
+    about = f"{result['steps']} steps from {settings['start_step']} on, rank 0 of {settings['ranks']}"
+    lines = [f"| {about}: {result['samples']} samples | |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The config's own data through its loader: what a rank gets, how it is waited for, and what goes wrong in words."""
+
+import json
+
+from latte_scale.bench import main
+from latte_scale.data.loader import Loader
+from tests.conftest import ROOT
+
+CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
+
+
+def measured(data, out, *options: str) -> dict:
+    assert main(["loader", "--config", CONFIG, f"data.url={data}", "--steps", "6", "--out", str(out), *options]) == 0
+    return json.loads(out.read_text())
+
+
+def test_samples_and_bytes_of_a_rank_are_counted(data_sets, tmp_path, capsys) -> None:
+    """12 samples a step: all of them on one rank, 5, 4 and 3 of them where three share them, slots of 4 latents."""
+    one = measured(data_sets.latents, tmp_path / "one.json", "data.num_workers=0")
+    assert (one["steps"], one["samples"], one["replaced"]) == (6, 72, 0) and one["worker_memory_bytes"] == []
+    assert "| 6 steps from 0 on, rank 0 of 1: 72 samples |" in capsys.readouterr().out
+    three = measured(data_sets.latents, tmp_path / "three.json", "--ranks", "3", "data.num_workers=1")
+    assert three["samples"] == 6 * 4 and len(three["worker_memory_bytes"]) == 1
+    for each in (one, three):
+        assert each["first_step_s"] > 0 and each["samples_per_s"] > 0 and each["mb_per_s"] > 0
+        assert 0 < each["wait_s"]["median"] <= each["wait_s"]["slowest"]
+
+
+def test_what_a_step_would_wait_while_it_computes(data_sets, tmp_path) -> None:
+    """Three steps of 0.1 s with a loader that takes 0.2 s beside nothing: two thirds of the time are waited."""
+    import time
+
+    slow = Loader.__next__
+
+    def waiting(self):
+        time.sleep(0.2)
+        return slow(self)
+
+    Loader.__next__ = waiting
+    try:
+        options = ("--steps", "3", "--step-s", "0.1", "data.num_workers=0")
+        found = measured(data_sets.latents, tmp_path / "slow.json", *options)
+    finally:
+        Loader.__next__ = slow
+    assert found["steps"] == 3 and 0.6 < found["data_wait_share"] < 0.8
+    assert found["wait_s"]["median"] >= 0.2
+
+
+def test_it_ends_when_the_time_is_up(data_sets, tmp_path) -> None:
+    options = ("--budget-s", "0", "--step-s", "0.01", "data.num_workers=0")
+    assert measured(data_sets.latents, tmp_path / "short.json", *options)["steps"] == 1
+
+
+def test_what_cannot_be_is_told(data_sets, tmp_path, capsys) -> None:
+    command = ["loader", "--config", CONFIG]
+    assert main([*command, f"data.url={tmp_path / 'nowhere'}"]) == 2
+    assert "no manifest.json" in capsys.readouterr().out
+    assert main([*command, f"data.url={data_sets.latents}", "model.patch_size=3"]) in (2, 78)
+    assert main([*command, f"data.url={data_sets.latents}", "--steps", "0"]) == 78
+    assert "expected --steps of 1 or more" in capsys.readouterr().out
+    assert main([*command, f"data.url={data_sets.latents}", "--ranks", "3", "engine.kind=fsdp2",
+                 "engine.sequence_parallel=2"]) == 78  # fmt: skip
+    assert "no multiple of engine.sequence_parallel=2" in capsys.readouterr().out
