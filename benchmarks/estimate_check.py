@@ -21,7 +21,7 @@ from latte_scale.data.buckets import bucket_name, relative_cost
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.shares import step_shape
 from latte_scale.encoders import vae_downscale
-from latte_scale.estimate.advice import examine
+from latte_scale.estimate.choice import examine
 from latte_scale.estimate.hardware import DEVICES, Cluster
 
 MOST = 0.05  # largest error that is allowed, of the total and of each part
@@ -79,6 +79,9 @@ CASES = [
          ("model.num_layers=6", "engine.activation_checkpointing=offload", "train.global_batch=8")),
     Case("T2V 512, 6 pairs, half of them full, fsdp2, units of 2", T2V, 8,
          ("model.num_layers=6", FULL, "engine.checkpointed_share=0.5", "engine.blocks_per_unit=2",
+          "train.global_batch=8")),
+    Case("T2V 512, 6 pairs, a third full and the others selective, fsdp2", T2V, 8,
+         ("model.num_layers=6", FULL, "engine.checkpointed_share=0.3333", "engine.other_blocks=selective",
           "train.global_batch=8")),
     Case("T2V 512, 4 pairs, fsdp2, 4 ranks a clip", "configs/t2v_512_64f.yaml", 8,
          (LAYERS_4, FULL, "engine.sequence_parallel=4", "train.global_batch=2", "train.micro_batch=1")),

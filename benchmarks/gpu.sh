@@ -92,6 +92,8 @@ kept="engine.kind=single engine.compile=true engine.activation_checkpointing=non
         engine.activation_checkpointing=selective
     bench t2v_512_full t2v_512 $kept train.micro_batch=4 train.global_batch=4 engine.activation_checkpointing=full
     bench t2v_512_offload t2v_512 $kept train.micro_batch=4 train.global_batch=4 engine.activation_checkpointing=offload
+    bench t2v_512_auto t2v_512 $kept train.micro_batch=4 train.global_batch=4 \
+        engine.activation_checkpointing=auto engine.memory_budget_gib=60
     for engine in single fsdp2 zero; do
         bench "overhead_$engine" t2v_256 --against plain $kept train.micro_batch=8 train.global_batch=16 \
             engine.kind=$engine

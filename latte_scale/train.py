@@ -54,6 +54,8 @@ from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, le
 from latte_scale.engine.base import make_deterministic
 from latte_scale.engine.compiling import Compilations
 from latte_scale.estimate.advice import explain_out_of_memory
+from latte_scale.estimate.budget import within_memory_of
+from latte_scale.estimate.choice import checkpointing_words
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.blocks import use_norm
@@ -291,7 +293,8 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     together += f", {engine.num_replicas} copies of the weights" if engine.num_replicas > 1 else ""
     console.print(
         f"[bold]{name}[/] {parameters:,} parameters, {kind} on {engine.ranks.size} x {engine.device.type}{together}, "
-        f"{config.train.precision}, {config.diffusion.objective}; global batch {config.train.global_batch}"
+        f"{config.train.precision}, {config.diffusion.objective}, {checkpointing_words(config.engine)}; global batch "
+        f"{config.train.global_batch}"
     )
     for dataset in datasets:
         buckets = ", ".join(f"{name}: {count}" for name, count in dataset.buckets.items())
@@ -369,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.open()
         fence = folder.take(ranks.broadcast_object)
         with Watchdog(folder.logs, ranks.rank, config.engine.timeout_s) as watchdog:
+            config = within_memory_of(ranks.device, config, ranks.size)
             code = train(config, ranks, folder, fence, stop, watchdog, profile, args.allow_change)
         reason = "finished" if code == DONE else stop.reason()
         if code == REQUEUE:

@@ -34,6 +34,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.engine.compiling import Compilations
+from latte_scale.estimate.budget import within_memory_of
 from latte_scale.losses import cost_of, recompute_share
 from latte_scale.plain_json import json_text
 from latte_scale.run.facts import git_commit
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = init_distributed(timeout_s=config.engine.timeout_s)
         if args.against and ranks.size > 1:
             raise ValueError(f"--against {args.against} compares on one rank, {ranks.size} were started; leave it out")
+        config = within_memory_of(ranks.device, config, ranks.size)
         result = {"command": ["latte-scale", "bench", "step", *argv]} | measure(config, ranks, args)
     except (SettingsError, ValueError) as error:
         console.print(f"error: {error}", markup=False)

@@ -107,6 +107,9 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
     }
     if first_here:  # one write a machine: every rank of a large job at once would measure itself
         checks["writing"] = lambda: saving.saving_lines(config, environ)
+    if first_here and has_gpu:
+        total_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
+        checks["memory"] = lambda: software.memory_lines(config, ranks.size, total_bytes)
     return checks
 
 

@@ -18,6 +18,9 @@ from packaging.requirements import Requirement
 from latte_scale.choices.attention import present
 from latte_scale.config import Config
 from latte_scale.doctor.lines import Line
+from latte_scale.estimate.budget import DoesNotFitError, within_budget
+from latte_scale.estimate.choice import examine
+from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
 from latte_scale.model.attention_backends import why_absent
 from latte_scale.model.fp8 import why_no_fp8
 from latte_scale.run.facts import git_commit
@@ -118,6 +121,20 @@ def precision_lines(config: Config, device: torch.device) -> list[Line]:
     if reason:
         return [Line("fault", "precision", f"train.precision=fp8: {reason}", "set train.precision=bf16")]
     return [Line("ok", "precision", config.train.precision)]
+
+
+def memory_lines(config: Config, num_ranks: int, device_bytes: float) -> list[Line]:
+    """Whether a step fits into the device, by the estimate: a warning if not, as compiled blocks keep less."""
+    try:
+        config = within_budget(config, num_ranks, device_bytes)
+    except DoesNotFitError as error:
+        return [Line("fault", "memory", str(error), "as it says; `latte-scale estimate` shows the parts")]
+    choice = examine(config, Cluster(DEVICES["h100"], num_ranks))  # memory is the same on any device
+    found = f"a rank needs about {choice.memory.needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB{choice.where}"
+    if choice.memory.needed <= device_bytes:
+        return [Line("ok", "memory", f"{found}: {choice.words}")]
+    remedy = "engine.activation_checkpointing=auto fits what blocks keep; `latte-scale estimate` shows the parts"
+    return [Line("warning", "memory", f"{found}: {choice.words}", remedy)]
 
 
 def versions_here() -> dict[str, str]:

@@ -41,9 +41,12 @@ class EngineSettings:
     prefetch_units: int = 1  # fsdp2: units whose gathering is begun ahead; more hides more and holds more, 0: none
     replicate: int | Literal["node"] = 1  # fsdp2: copies of the weights, each sharded (HSDP); node: one a machine
     # What blocks keep for backward: everything | results of matrix products and attention | their input, the rest is
-    # computed again | the same, with the input in host memory.
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    # computed again | the same, with the input in host memory | as much as fits into memory_budget_gib.
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
     checkpointed_share: float = 1.0  # of the blocks, from the first one on, that do so: less where memory is left
+    other_blocks: Literal["none", "selective"] = "none"  # what the blocks behind that share keep
+    # auto: what a rank may need of its device as `latte-scale estimate` counts it; none: all that its GPU has.
+    memory_budget_gib: float | None = None
     compile: bool = False  # torch.compile each block, for each size of clips by itself
     sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)
     timeout_s: float = 600.0  # a collective, or a step, that takes longer ends the job, with stacks in RUN/logs
@@ -51,6 +54,13 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if not 0.0 <= self.checkpointed_share <= 1.0:
             raise ValueError(f"engine.checkpointed_share must lie in [0, 1], got {self.checkpointed_share}")
+        if self.memory_budget_gib is not None and self.activation_checkpointing != "auto":
+            raise ValueError(
+                f"engine.memory_budget_gib={self.memory_budget_gib} is for engine.activation_checkpointing=auto, got "
+                f"{self.activation_checkpointing}; set that or drop the key"
+            )
+        if self.memory_budget_gib is not None and not self.memory_budget_gib > 0.0:
+            raise ValueError(f"engine.memory_budget_gib must be positive, got {self.memory_budget_gib}")
         if self.cpu_offload and self.kind != "zero":
             raise ValueError(f"engine.cpu_offload needs engine.kind=zero, got {self.kind}; set kind or drop the key")
         if self.compile and self.kind == "zero" and self.zero_stage == 3:
@@ -222,11 +232,17 @@ def prepare(
 ) -> None:
     """What all engines do to the model before sharding it, in the order in which the wrappers must nest."""
     check_model(model)
-    chosen = blocks[: round(settings.checkpointed_share * len(blocks))]
+    assert settings.activation_checkpointing != "auto", (
+        "estimate/budget.py says what that is, before an engine is built"
+    )
+    count = round(settings.checkpointed_share * len(blocks))
+    chosen, others = blocks[:count], blocks[count:]
     if settings.activation_checkpointing == "full":
         checkpoint_blocks(chosen)
     elif settings.activation_checkpointing == "selective":
         keep_products(chosen)
+    if settings.other_blocks == "selective":
+        keep_products(others)
     if settings.compile and settings.activation_checkpointing == "offload":
         compile_forwards(blocks)
     elif settings.compile:

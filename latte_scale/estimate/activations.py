@@ -41,6 +41,7 @@ def _stripped(config: Config) -> Config:
         kind="fsdp2",
         activation_checkpointing=engine.activation_checkpointing,
         checkpointed_share=engine.checkpointed_share,
+        other_blocks=engine.other_blocks,
         sequence_parallel=engine.sequence_parallel,
     )
     train = replace(config.train, micro_batch=1, global_batch=1, steps=1, warmup_steps=0)
@@ -72,25 +73,33 @@ def _extrapolated(at_2: list[Entry], at_3: list[Entry], batch: int) -> list[Entr
     return found
 
 
+def num_units(config: Config) -> int:
+    """Pairs of a spatial and a temporal block where there are as many of each, else blocks."""
+    model = config.model
+    return model.num_layers if model.kind == "latte_t2v" else model.depth // _blocks_of_a_unit(config)
+
+
+def _blocks_of_a_unit(config: Config) -> int:
+    return 2 if config.model.kind == "latte_t2v" or config.model.variant in ("interleaved", "late_fusion") else 1
+
+
 def recorded_model(config: Config) -> tuple[Config, list[Unit]]:
     """The config with a model of few blocks, and which of its blocks stand for how many.
 
     A unit is a pair of a spatial and a temporal block where they alternate, else a block. Blocks that are checkpointed
-    and blocks that are not (engine.checkpointed_share) are units of two kinds. late_fusion has its temporal blocks
-    after the spatial ones: two kinds as well, whose checkpointed share is taken to be the same.
+    and those behind them (engine.checkpointed_share, other_blocks) are units of two kinds. late_fusion has its
+    temporal blocks after the spatial ones: two kinds as well, whose checkpointed share is taken to be the same.
     """
-    is_t2v = config.model.kind == "latte_t2v"
-    variant = "interleaved" if is_t2v else config.model.variant
-    paired = 2 if variant in ("interleaved", "late_fusion") else 1
-    count = config.model.num_layers if is_t2v else config.model.depth // paired
-    share = config.engine.checkpointed_share if config.engine.activation_checkpointing != "none" else 1.0
-    checkpointed = round(share * count)
+    paired, count = _blocks_of_a_unit(config), num_units(config)
+    are_alike = config.engine.activation_checkpointing == config.engine.other_blocks == "none"
+    checkpointed = round((1.0 if are_alike else config.engine.checkpointed_share) * count)
     stretches = [length for length in (checkpointed, count - checkpointed) if length]
     kept = [min(length, RECORDED_UNITS) for length in stretches]
+    is_t2v = config.model.kind == "latte_t2v"
     size = {"num_layers": sum(kept)} if is_t2v else {"depth": paired * sum(kept)}
     engine = replace(config.engine, checkpointed_share=kept[0] / sum(kept) if checkpointed else 0.0)
     times = [number for length in stretches for number in _times(length)]
-    if variant == "late_fusion":
+    if not is_t2v and config.model.variant == "late_fusion":
         return replace(config, model=replace(config.model, **size), engine=engine), _units(times * 2, 1)
     return replace(config, model=replace(config.model, **size), engine=engine), _units(times, paired)
 

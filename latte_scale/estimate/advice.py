@@ -7,16 +7,17 @@ every piece of advice may be followed by a run that is resumed.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from latte_scale.config import Config
-from latte_scale.estimate.activations import activations
-from latte_scale.estimate.buckets import Bucket, buckets_of
+from latte_scale.estimate.buckets import buckets_of
+from latte_scale.estimate.budget import DoesNotFitError, within_budget
+from latte_scale.estimate.choice import Choice, examine
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, device_like
-from latte_scale.estimate.memory import Memory, data_ranks, memory, micro_batches
-from latte_scale.estimate.timing import Timing, mean_timing, timing
+from latte_scale.estimate.memory import Memory, data_ranks
+from latte_scale.estimate.timing import mean_timing, timing
 
 logger = logging.getLogger("latte_scale")
 
@@ -24,118 +25,54 @@ EQUALLY_FAST = 1.02  # times that differ by less are not told apart by an estima
 CHECKPOINTING = ("none", "selective", "full", "offload")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step of one bucket: what it needs and how long it takes."""
-
-    bucket: Bucket
-    memory: Memory
-    timing: Timing
-    micro_batches: int  # on every rank
-    batch: int  # clips of each
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A config and what it needs on a cluster."""
-
-    config: Config
-    steps: tuple[Step, ...]  # of every size, the main one first
-
-    @property
-    def peak(self) -> Step:
-        """The step that needs most memory."""
-        return max(self.steps, key=lambda step: step.memory.total)
-
-    @property
-    def where(self) -> str:
-        """In which steps that is, in words; "" where all are of one size."""
-        return f" in steps of {self.peak.bucket.name}" if len(self.steps) > 1 else ""
-
-    @property
-    def memory(self) -> Memory:
-        """Of the step that needs most."""
-        return self.peak.memory
-
-    @property
-    def timing(self) -> Timing:
-        """The mean over the buckets, by their share of the steps."""
-        return mean_timing([(step.bucket.share, step.timing) for step in self.steps])
-
-    @property
-    def batch(self) -> int:
-        """Clips of a micro-batch of the main size."""
-        return self.steps[0].batch
-
-    @property
-    def words(self) -> str:
-        """Engine, micro-batch and checkpointing in a few words."""
-        engine = self.config.engine
-        kind = f"zero stage {engine.zero_stage}" if engine.kind == "zero" else engine.kind
-        kept = "no checkpointing"
-        if engine.activation_checkpointing != "none":
-            kept = f"{engine.activation_checkpointing} activation checkpointing"
-        return f"{kind}, micro-batches of {self.batch}, {kept}"
-
-
-def examine(
-    config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
-) -> Choice:
-    """Memory and time of a config as it is. ValueError where ranks and settings do not go together.
-
-    steps: how many of a run's steps each bucket has, as for `buckets_of`.
-    """
-    if config.engine.kind == "single" and cluster.num_gpus > 1:
-        raise ValueError(f"engine.kind=single runs on one GPU, came --gpus {cluster.num_gpus}; use fsdp2 or zero")
-    micro_batches(config, cluster.num_gpus)  # the main size's: says what does not go together in the config's own words
-    buckets = buckets_of(config, data_ranks(config, cluster.num_gpus), steps)
-    return Choice(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))
-
-
-def _step(bucket: Bucket, cluster: Cluster, efficiency: float | None) -> Step:
-    number, batch = micro_batches(bucket.config, cluster.num_gpus)
-    found = memory(bucket.config, cluster.num_gpus, activations(bucket.config, batch))
-    return Step(bucket, found, timing(bucket.config, cluster, efficiency), number, batch)
-
-
 def recommend(
     config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
 ) -> Choice | None:
-    """The fastest choice that fits; of about equally fast ones torch's own engines first, then that with most room.
+    """The fastest choice that fits; of about equally fast ones torch's own engines first, then those that keep most.
 
-    None if nothing fits.
+    Every candidate has as little checkpointed as its memory allows (budget.py). None if nothing fits.
     """
 
-    def step_s(each: Config) -> float:
+    def least_s(each: Config) -> float:
         buckets = buckets_of(each, data_ranks(each, cluster.num_gpus), steps)
         return mean_timing([(share, timing(own, cluster, efficiency)) for _, own, share in buckets]).step_s
 
-    timed = [(step_s(each), each) for each in candidates(config, cluster)]
-    fast: list[Choice] = []
+    timed = [(least_s(each), each) for each in candidates(config, cluster)]
+    found: list[Choice] = []
     for seconds, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to find out than time
-        if fast and seconds > EQUALLY_FAST * fast[0].timing.step_s:
+        if seconds > EQUALLY_FAST * min((choice.timing.step_s for choice in found), default=float("inf")):
             break
-        choice = examine(each, cluster, efficiency, steps)
-        if choice.memory.needed <= cluster.device.memory_bytes:
-            fast.append(choice)
-    return min(fast, key=lambda choice: (choice.config.engine.kind == "zero", choice.memory.total), default=None)
+        try:
+            fitted = within_budget(each, cluster.num_gpus, cluster.device.memory_bytes)
+        except DoesNotFitError:
+            continue
+        found.append(examine(fitted, cluster, efficiency, steps))
+    least = min((choice.timing.step_s for choice in found), default=0.0)
+    fast = [choice for choice in found if choice.timing.step_s <= EQUALLY_FAST * least]
+    return min(fast, key=_preference, default=None)
+
+
+def _preference(choice: Choice) -> tuple[bool, int, float]:
+    """Of equally fast choices the least is taken: what a selective block computes again is not in its time."""
+    engine = choice.config.engine
+    return engine.kind == "zero", CHECKPOINTING.index(engine.activation_checkpointing), choice.memory.total
 
 
 def candidates(config: Config, cluster: Cluster) -> list[Config]:
-    """Engines x kinds of checkpointing x micro-batches that this release and these ranks allow."""
+    """Engines x micro-batches that this release and these ranks allow, with checkpointing as memory needs it."""
     kinds: list[dict] = [{"kind": "single", "replicate": 1, "sequence_parallel": 1, "cpu_offload": False}]
     if cluster.num_gpus > 1:
         zero = [{"kind": "zero", "zero_stage": stage, "replicate": 1} for stage in (1, 2, 3)]
         kinds = [{"kind": "fsdp2", "cpu_offload": False}, *zero]
     clips = -(-config.train.global_batch // data_ranks(config, cluster.num_gpus))
     batches = [size for size in (1, 2, 4, 8, 16, 32) if size <= clips and size % config.sample_group == 0]
+    as_needed = {"activation_checkpointing": "auto", "checkpointed_share": 1.0, "other_blocks": "none"}
     found = []
     for kind in kinds:
-        for kept in CHECKPOINTING:
-            engine = changed(config, activation_checkpointing=kept, **kind)
-            for batch in batches or [config.train.micro_batch]:
-                if engine is not None:
-                    found.append(replace(engine, train=replace(engine.train, micro_batch=batch)))
+        engine = changed(config, **as_needed, **kind)
+        for batch in batches or [config.train.micro_batch]:
+            if engine is not None:
+                found.append(replace(engine, train=replace(engine.train, micro_batch=batch)))
     return found
 
 
@@ -151,6 +88,8 @@ def yaml_of(choice: Choice) -> str:
     """The lines to put into a config."""
     engine = choice.config.engine
     settings = {"kind": engine.kind, "activation_checkpointing": engine.activation_checkpointing}
+    if engine.activation_checkpointing != "none" and engine.checkpointed_share < 1:
+        settings |= {"checkpointed_share": round(engine.checkpointed_share, 4), "other_blocks": engine.other_blocks}
     if engine.kind == "zero":
         settings["zero_stage"] = engine.zero_stage
     if engine.kind == "fsdp2" and engine.replicate != 1:
@@ -185,6 +124,8 @@ def _single_changes(config: Config, cluster: Cluster, batch: int) -> list[tuple[
     for kept in CHECKPOINTING:
         if kept != config.engine.activation_checkpointing:
             changes[f"engine.activation_checkpointing={kept}"] = changed(config, activation_checkpointing=kept)
+    if config.engine.activation_checkpointing != "none" and config.engine.checkpointed_share < 1:
+        changes["engine.checkpointed_share=1"] = changed(config, checkpointed_share=1.0)
     if config.engine.kind == "fsdp2":
         changes["engine.reshard_after_forward=always"] = changed(config, reshard_after_forward="always")
     if config.engine.kind == "zero":

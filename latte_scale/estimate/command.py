@@ -20,7 +20,9 @@ from typing import Any
 
 from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
-from latte_scale.estimate.advice import Choice, Step, examine, recommend, yaml_of
+from latte_scale.estimate.advice import recommend, yaml_of
+from latte_scale.estimate.budget import within_budget
+from latte_scale.estimate.choice import Choice, Step, examine
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, find_device
 from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES
 from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gpus must be 1 or more, came {args.gpus}")
         config = load_config(args.config, args.overrides)
         cluster = Cluster(find_device(args.device, args.per_node), args.gpus)
+        config = within_budget(config, args.gpus, cluster.device.memory_bytes)
         steps = None if args.coverage is None else counted_steps(args.coverage)
         choice = examine(config, cluster, args.efficiency, steps)
         best = recommend(config, cluster, args.efficiency, steps)

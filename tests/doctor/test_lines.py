@@ -4,11 +4,14 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
+from latte_scale.config import load_config
 from latte_scale.doctor import network, saving, together, variables
 from latte_scale.doctor.lines import Line, joined
-from latte_scale.doctor.software import version_lines
+from latte_scale.doctor.software import memory_lines, precision_lines, version_lines
 from latte_scale.engine.base import EngineSettings
+from tests.conftest import ROOT
 
 PLACES = [f"rank {rank}" for rank in range(4)]
 
@@ -95,3 +98,29 @@ def test_notice_against_a_measured_save(tmp_path, seconds: int, level: str) -> N
     environ = {"SLURM_JOB_ID": "1", "SBATCH_SIGNAL": f"USR1@{seconds}"}
     (line,) = saving.grace_lines(config, environ, 1.0)
     assert line.level == level and "41.3 s took at the last stop" in line.found
+
+
+@pytest.mark.parametrize(
+    ("gib", "overrides", "level", "words"),
+    [
+        (80, (), "ok", "a rank needs about"),
+        (6, (), "warning", "of 6.0 GiB: single, micro-batches of 2, no checkpointing"),
+        (6, ("engine.activation_checkpointing=auto",), "ok", "activation checkpointing"),
+        (2, ("engine.activation_checkpointing=auto",), "fault", "lower train.micro_batch"),
+    ],
+)
+def test_whether_a_step_fits_into_the_device(gib: float, overrides: tuple[str, ...], level: str, words: str) -> None:
+    small = ("model.num_layers=4", "train.micro_batch=2", "engine.kind=single", "engine.activation_checkpointing=none")
+    config = load_config(ROOT / "configs" / "t2v_256.yaml", [*small, *overrides])
+    (line,) = memory_lines(config, 1, gib * 2**30)
+    assert (line.level, line.check) == (level, "memory") and words in line.found
+    assert bool(line.remedy) == (level != "ok")
+
+
+def test_a_precision_that_the_device_has_not(monkeypatch) -> None:
+    monkeypatch.setattr("latte_scale.doctor.software.why_no_fp8", lambda device: "it is too old")
+    config = load_config(ROOT / "configs" / "t2v_256.yaml", ["train.precision=fp8"])
+    (line,) = precision_lines(config, torch.device("cpu"))
+    assert (line.level, line.remedy) == ("fault", "set train.precision=bf16") and "it is too old" in line.found
+    (line,) = precision_lines(load_config(ROOT / "configs" / "t2v_256.yaml"), torch.device("cpu"))
+    assert (line.level, line.found) == ("ok", "bf16")

@@ -9,8 +9,8 @@ from latte_scale.config import Config, load_config
 from latte_scale.data.buckets import relative_cost
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.shares import step_shape
-from latte_scale.estimate.advice import examine
 from latte_scale.estimate.buckets import buckets_of
+from latte_scale.estimate.choice import examine
 from latte_scale.estimate.hardware import DEVICES, Cluster
 from latte_scale.estimate.memory import micro_batches
 

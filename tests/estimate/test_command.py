@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from latte_scale.config import load_config
-from latte_scale.estimate.advice import examine, explain_out_of_memory, out_of_memory, remedies
+from latte_scale.estimate.advice import explain_out_of_memory, out_of_memory, remedies
+from latte_scale.estimate.choice import examine
 from latte_scale.estimate.command import FITS, STOP, TOO_BIG, main
 from latte_scale.estimate.hardware import DEVICES, Cluster
 

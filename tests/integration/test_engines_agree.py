@@ -2,6 +2,9 @@
 
 import pytest
 
+from latte_scale.config import load_config
+from tests.conftest import ROOT
+
 ZERO = {stage: ("engine.kind=zero", f"engine.zero_stage={stage}") for stage in (1, 2, 3)}
 CASES = [
     pytest.param(("engine.kind=fsdp2",), "torchrun", id="fsdp2-torchrun"),
@@ -90,3 +93,26 @@ def test_video_shards_train_from_the_same_config_as_latent_shards(train, data_se
     assert largest_difference(again.metrics, raw.metrics) < 1e-5
     # Other windows of the clips and no float16 in between: close to the latents' losses, not equal.
     assert abs(sum(raw.losses) - sum(latents.losses)) / sum(latents.losses) < 0.3
+
+
+def test_a_memory_budget_chooses_what_blocks_keep_and_changes_no_number(train, reference):
+    """The config that is written down has the choice in it, and a resumed run may make another."""
+    auto = ("engine.activation_checkpointing=auto", "train.micro_batch=12", "checkpoint.every_steps=10")
+    needs = needed_gib("engine.activation_checkpointing=none", "train.micro_batch=12")
+    run = train("run", *auto, f"engine.memory_budget_gib={needs - 1e-6}", "train.steps=10")
+    assert run.code == 0 and "selective activation checkpointing" in run.output, run.output
+    kept = load_config(run.folder / "config.yaml").engine
+    assert (kept.activation_checkpointing, kept.memory_budget_gib) == ("selective", None)
+    again = train("run", *auto, f"engine.memory_budget_gib={needs + 1}")
+    assert again.code == 0 and "no checkpointing" in again.output, again.output
+    assert again.losses == [record["loss"] for record in reference]
+    refused = train("small", *auto, "engine.memory_budget_gib=1")
+    assert refused.code == 78 and "lower train.micro_batch" in refused.output
+
+
+def needed_gib(*overrides: str) -> float:
+    from latte_scale.estimate.choice import examine
+    from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
+
+    config = load_config(ROOT / "configs" / "tiny_cpu.yaml", ["data.url=x", "run.dir=x", *overrides])
+    return examine(config, Cluster(DEVICES["h100"], 1)).memory.needed / GIB

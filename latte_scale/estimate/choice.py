@@ -1,0 +1,96 @@
+"""A config on a cluster: what it needs and how long a step takes, for every size of its clips.
+
+In: a config as it is and a cluster. Out: a `Choice`, which budget.py fits into a memory and advice.py compares.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from latte_scale.config import Config
+from latte_scale.engine.base import EngineSettings
+from latte_scale.estimate.activations import activations
+from latte_scale.estimate.buckets import Bucket, buckets_of
+from latte_scale.estimate.hardware import Cluster
+from latte_scale.estimate.memory import Memory, data_ranks, memory, micro_batches
+from latte_scale.estimate.timing import Timing, mean_timing, timing
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one bucket: what it needs and how long it takes."""
+
+    bucket: Bucket
+    memory: Memory
+    timing: Timing
+    micro_batches: int  # on every rank
+    batch: int  # clips of each
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config and what it needs on a cluster."""
+
+    config: Config
+    steps: tuple[Step, ...]  # of every size, the main one first
+
+    @property
+    def peak(self) -> Step:
+        """The step that needs most memory."""
+        return max(self.steps, key=lambda step: step.memory.total)
+
+    @property
+    def where(self) -> str:
+        """In which steps that is, in words; "" where all are of one size."""
+        return f" in steps of {self.peak.bucket.name}" if len(self.steps) > 1 else ""
+
+    @property
+    def memory(self) -> Memory:
+        """Of the step that needs most."""
+        return self.peak.memory
+
+    @property
+    def timing(self) -> Timing:
+        """The mean over the buckets, by their share of the steps."""
+        return mean_timing([(step.bucket.share, step.timing) for step in self.steps])
+
+    @property
+    def batch(self) -> int:
+        """Clips of a micro-batch of the main size."""
+        return self.steps[0].batch
+
+    @property
+    def words(self) -> str:
+        """Engine, micro-batch and checkpointing in a few words."""
+        engine = self.config.engine
+        kind = f"zero stage {engine.zero_stage}" if engine.kind == "zero" else engine.kind
+        return f"{kind}, micro-batches of {self.batch}, {checkpointing_words(engine)}"
+
+
+def checkpointing_words(engine: EngineSettings) -> str:
+    """What blocks keep, in a few words."""
+    kind, share = engine.activation_checkpointing, engine.checkpointed_share
+    if kind == "none":
+        return "no checkpointing"
+    some = f" of {share:.0%} of the blocks" if share < 1 else ""
+    others = f", {engine.other_blocks} of the others" if some and engine.other_blocks != "none" else ""
+    return f"{kind} activation checkpointing{some}{others}"
+
+
+def examine(
+    config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
+) -> Choice:
+    """Memory and time of a config as it is. ValueError where ranks and settings do not go together.
+
+    steps: how many of a run's steps each bucket has, as for `buckets_of`.
+    """
+    if config.engine.kind == "single" and cluster.num_gpus > 1:
+        raise ValueError(f"engine.kind=single runs on one GPU, came --gpus {cluster.num_gpus}; use fsdp2 or zero")
+    micro_batches(config, cluster.num_gpus)  # the main size's: says what does not go together in the config's own words
+    buckets = buckets_of(config, data_ranks(config, cluster.num_gpus), steps)
+    return Choice(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))
+
+
+def _step(bucket: Bucket, cluster: Cluster, efficiency: float | None) -> Step:
+    number, batch = micro_batches(bucket.config, cluster.num_gpus)
+    found = memory(bucket.config, cluster.num_gpus, activations(bucket.config, batch))
+    return Step(bucket, found, timing(bucket.config, cluster, efficiency), number, batch)
