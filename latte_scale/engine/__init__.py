@@ -1,4 +1,10 @@
-"""Engines: backward, clipping and the sharded optimizer step, behind one seam (base.Engine)."""
+"""Engines: backward, clipping and the sharded optimizer step, behind one seam (base.Engine).
+
+`single`, `fsdp2` and `zero` are handed a module and the names of its repeated blocks. Before they shard it, `base`
+prepares it: what blocks keep for backward (`activations`), torch.compile (`compiling`), precision. `launch` and `dist`
+say who is there; `parallel` spreads clips over ranks and holds copies of the weights; `build_locks` clears what killed
+DeepSpeed processes left.
+"""
 
 from collections.abc import Sequence
 
