@@ -39,9 +39,18 @@ console = Console(soft_wrap=True, highlight=False)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every check and print what they found; the exit code."""
-    began_s = time.monotonic()
-    logging.getLogger("latte_scale").setLevel(logging.ERROR)  # the lines say it
     args = parse_args(argv)
+    package = logging.getLogger("latte_scale")
+    level = package.level
+    package.setLevel(logging.ERROR)  # the lines say it
+    try:
+        return run(args, time.monotonic())
+    finally:
+        package.setLevel(level)
+
+
+def run(args: argparse.Namespace, began_s: float) -> int:
+    """Every check of a config that loads, alone or as all ranks of a job; `began_s` by time.monotonic."""
     try:
         config = load_config(args.config, args.overrides)
     except SettingsError as error:

@@ -1,5 +1,6 @@
 """Lines of many ranks become one screen; what is judged from numbers, names and variables."""
 
+import logging
 import socket
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from latte_scale.config import load_config
-from latte_scale.doctor import network, saving, together, variables
+from latte_scale.doctor import main, network, saving, together, variables
 from latte_scale.doctor.lines import Line, joined
 from latte_scale.doctor.software import memory_lines, precision_lines, version_lines
 from latte_scale.engine.base import EngineSettings
@@ -124,3 +125,10 @@ def test_a_precision_that_the_device_has_not(monkeypatch) -> None:
     assert (line.level, line.remedy) == ("fault", "set train.precision=bf16") and "it is too old" in line.found
     (line,) = precision_lines(load_config(ROOT / "configs" / "t2v_256.yaml"), torch.device("cpu"))
     assert (line.level, line.found) == ("ok", "bf16")
+
+
+def test_a_look_leaves_logging_as_it_was(tmp_path: Path, capsys) -> None:
+    package = logging.getLogger("latte_scale")
+    before = package.level
+    assert main(["--config", str(tmp_path / "missing.yaml")]) == 1
+    assert package.level == before and "missing.yaml" in capsys.readouterr().out
