@@ -152,6 +152,7 @@ def train(
             waiting_since_s = time.perf_counter()
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
+            tally.count_reads(micro_batch.fetched for micro_batch in micro_batches)
             tally.host["stop"] = float(stop.asked())
             tally.host["lost"] = float(fence.is_lost())
             tally.host["save_failed"] = float(checkpointer.poll())

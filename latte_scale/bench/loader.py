@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from latte_scale.plain_json import json_text
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.run.metrics import worker_memory_bytes
 from latte_scale.settings import SettingsError, to_mapping
-from latte_scale.store import StoreError
+from latte_scale.store import Counters, StoreError
 
 UNREADABLE = 2
 console = Console(soft_wrap=True, highlight=False)
@@ -106,6 +107,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         "data_wait_share": sum(waits_s) / wall_s,
         "worker_memory_bytes": memory,
         "replaced": first["replaced"] + rest["replaced"],
+        "fetched": {each.name: rest[each.name] for each in fields(Counters)},
     }
 
 
@@ -124,8 +126,11 @@ def paced(loader: Loader, steps: int, step_s: float, budget_s: float) -> tuple[l
 
 
 def counted(micro_batches: Sequence[MicroBatch]) -> Counter[str]:
-    """Samples, bytes of tensors, and samples in another's place."""
-    return Counter(
+    """Samples, bytes of tensors, samples in another's place, and what object stores were asked for."""
+    fetched = Counter()
+    for each in micro_batches:
+        fetched.update(asdict(each.fetched))
+    return fetched + Counter(
         samples=sum(bool(name) for each in micro_batches for name in each.sample_ids),
         bytes=sum(value.nbytes for each in micro_batches for value in vars(each).values() if isinstance(value, Tensor)),
         replaced=sum(len(each.replaced) for each in micro_batches),
@@ -144,6 +149,14 @@ def table(result: dict[str, Any]) -> str:
         "memory of each worker": ", ".join(f"{size / 2**20:.0f} MiB" for size in memory) or "no workers",
         "samples replaced, could not be read": str(result["replaced"]),
     }
+    fetched = result["fetched"]
+    if any(fetched.values()):
+        asked = fetched["num_cache_hits"] + fetched["num_cache_misses"]
+        rows["asked of the object store"] = (
+            f"{fetched['num_requests']} requests, {fetched['num_retries']} of them again and {fetched['num_hedges']} "
+            f"beside a slow one; {fetched['bytes_received'] / 1e6:.1f} MB"
+        )
+        rows["found in the cache"] = f"{fetched['num_cache_hits'] / asked:.1%}" if asked else "there is none"
     about = f"{result['steps']} steps from {settings['start_step']} on, rank 0 of {settings['ranks']}"
     lines = [f"| {about}: {result['samples']} samples | |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])

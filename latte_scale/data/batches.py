@@ -11,7 +11,7 @@ Shapes: B slots of a micro-batch, F frames, n or N images a clip, C channels, H 
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -27,6 +27,7 @@ from latte_scale.data.ring import Packed, Ring, Room, pack
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.shares import Slot, micro_batch_slots, step_shape
+from latte_scale.store import Counters
 
 SMALL_BYTES = 1024
 """More than the numbers of a slot (weight, index, class, ...) and its images take, each rounded up to a cache line."""
@@ -47,6 +48,7 @@ class MicroBatch:
     sample_ids: list[str]  # "dataset/shard/key" as read from the shard
     captions: list[str]  # as stored, also where dropped; of several the one that was drawn
     replaced: list[Replacement] = field(default_factory=list)
+    fetched: Counters = field(default_factory=Counters)  # what its process asked of object stores for it
     mean_BFCHW: Tensor | None = None  # float16 raw latents ("latents" data)
     std_BFCHW: Tensor | None = None  # float16, latent kinds "mean_std" and "mean_logstd" only
     text_BLD: Tensor | None = None  # float16, zeros after each caption's end; None: the data has no stored text
@@ -104,7 +106,10 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.images is not None:
             self._image_source = image_set(self.images, self.plan, self.num_images, self.video, *common)
         self._null_texts: dict[str, np.ndarray] = {}
-        self._is_far = any(dataset.store.is_far for dataset in self.datasets)
+        # Data sets of a run are reached with the same settings, so one store's counters are those of all.
+        stores = [dataset.store for dataset in (*self.datasets, self.images) if dataset is not None]
+        self._far_store = next((store for store in stores if store.is_far), None)
+        self._counted = Counters()
         self._announced = -1, 0
         self.ring: Ring | None = None  # through which workers hand over what they make; None: in torch's way
 
@@ -119,13 +124,15 @@ class MicroBatches(torch.utils.data.Dataset):
     def __getitem__(self, place: tuple[int, int]) -> "MicroBatch | Packed":
         """Micro-batch `part` of a step; in a worker with a ring, packed."""
         worker = torch.utils.data.get_worker_info()
-        if self._is_far:
+        if self._far_store is not None:
             for each in (place, self._after(*place, worker.num_workers if worker else 1)):  # this worker's next, too
                 self._announce(*each)
-        if worker is None or self.ring is None:
-            return self._make(*place, Room())
-        room = self.ring.room(worker.id)
-        return pack(self.ring, room, self._make(*place, room))
+        room = Room() if worker is None or self.ring is None else self.ring.room(worker.id)
+        batch = self._make(*place, room)
+        if self._far_store is not None:
+            before, self._counted = self._counted, replace(self._far_store.counters)
+            batch.fetched = self._counted.since(before)
+        return pack(self.ring, room, batch)
 
     def _make(self, step: int, part: int, room: Room) -> MicroBatch:
         bucket, slots = self._slots(step, part)

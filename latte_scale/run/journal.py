@@ -8,7 +8,8 @@ and turns them into metrics, a console line and the decisions that all ranks mus
 import logging
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,15 @@ from latte_scale.run.metrics import (
     peak_flops,
     worker_memory_bytes,
 )
+from latte_scale.store import Counters
 
 logger = logging.getLogger("latte_scale")
 
 HALF = 2**31  # the digest travels as two numbers that a float64 sum keeps exact
+STORE_FIELDS = tuple(each.name for each in fields(Counters))
 HOST_FIELDS = (
     *("samples", "tokens", "flops", "data_wait_s"),
+    *STORE_FIELDS,  # asked of object stores for the samples of the step
     *("graphs", "recompiled"),  # compiled, with engine.compile; and those of them after the bucket's first step
     *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
     *("digest_low", "digest_high"),
@@ -76,6 +80,12 @@ class Tally:
         for name, value in (added | {"digest_high": high}).items():
             self.host[name] += value * counts
         self.host["digest_apart"] += low * (self.sequence_size - 1) if counts else -low
+
+    def count_reads(self, fetched: Iterable[Counters]) -> None:
+        """Add what the micro-batches of the step took to fetch; ranks of a sequence group fetch theirs each."""
+        for each in fetched:
+            for name, value in asdict(each).items():
+                self.host[name] += value
 
     def reduce(self, ranks: Ranks, result: StepResult) -> Tensor:
         """The step's numbers summed over the ranks, then norm and flag: [len(FIELDS)] fp64 on the device."""
@@ -140,6 +150,7 @@ class Journal:
         self._sample_ids: dict[int, list[str]] = {}
         self._spikes: dict[str, SpikeDetector] = defaultdict(SpikeDetector)  # by bucket: each has its own level of loss
         self._save_failed = False
+        self._from_stores = False  # samples come out of object stores: known from the first request on
         self._began_at_s: dict[int, float] = {}
         self._first_step, self._started_at_s = progress.step, time.perf_counter()
         self.throughput = Throughput(self._started_at_s)
@@ -216,6 +227,9 @@ class Journal:
         window.data_wait_s += values["data_wait_s"] / self._num_devices
         window.graphs += int(values["graphs"])
         window.recompiled += int(values["recompiled"])
+        for name in STORE_FIELDS:
+            window.fetched[name] += int(values[name])
+        self._from_stores |= any(window.fetched.values())
 
     def _record(self, step: int, values: dict[str, float], known: dict[str, Any], ended_at_s: float) -> dict[str, Any]:
         digest = (int(values["digest_low"]) + int(values["digest_high"]) * HALF) % 2**62
@@ -238,6 +252,7 @@ class Journal:
             "memory_gib": memory_bytes(self._device) / 2**30,
             "worker_memory_gib": [size / 2**30 for size in worker_memory_bytes()],  # rank 0's, flat if all is well
             **self.throughput.summary(ended_at_s, self._num_devices, self._peak),
+            **(self.throughput.of_stores(ended_at_s) if self._from_stores else {}),
             "time": time.time(),
         }
         self.throughput = Throughput(ended_at_s)

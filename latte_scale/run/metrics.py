@@ -11,9 +11,9 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ class Throughput:
     validation_s: float = 0.0
     graphs: int = 0  # compiled
     recompiled: int = 0  # those of them after their bucket's first step
+    fetched: Counter[str] = field(default_factory=Counter)  # store.Counters, summed over the ranks
 
     def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float | None]:
         """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known.
@@ -211,6 +212,14 @@ class Throughput:
         if peak is not None:
             rates["mfu"] = _possible_utilization(self.model_flops, seconds, num_devices, peak)
             rates["hfu"] = _possible_utilization(self.model_flops + self.recomputed_flops, seconds, num_devices, peak)
+        return rates
+
+    def of_stores(self, until_s: float) -> dict[str, float]:
+        """What object stores were asked for, all ranks together; the share of hits where there is a cache."""
+        rates = {f"store_{what}": self.fetched[f"num_{what}"] for what in ("requests", "retries", "hedges")}
+        rates["store_mb_per_s"] = self.fetched["bytes_received"] / max(until_s - self.started_at_s, 1e-9) / 1e6
+        if asked := self.fetched["num_cache_hits"] + self.fetched["num_cache_misses"]:
+            rates["cache_hit_share"] = self.fetched["num_cache_hits"] / asked
         return rates
 
 

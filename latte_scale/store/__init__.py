@@ -13,6 +13,7 @@ threads and what it has learned belong to the process that uses it.
 from pathlib import Path
 
 from latte_scale.store.base import (
+    Counters,
     CredentialsError,
     ExistsError,
     MissingError,
@@ -29,6 +30,7 @@ from latte_scale.store.settings import StoreSettings
 
 __all__ = [
     "TEMPORARY",
+    "Counters",
     "CredentialsError",
     "ExistsError",
     "LocalStore",

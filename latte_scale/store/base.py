@@ -5,6 +5,7 @@ and writers know this interface only, so whatever works on a folder works on an 
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 
@@ -44,6 +45,23 @@ class NeverAllowedError(CredentialsError):
     """Nothing was allowed since this process began: wrong credentials rather than expired ones."""
 
 
+@dataclass
+class Counters:
+    """What a process has asked of object stores so far. Threads add to it without a lock: a lost count is no fault."""
+
+    num_requests: int = 0
+    num_retries: int = 0  # after a fault
+    num_hedges: int = 0  # beside a request that was slow
+    bytes_received: int = 0
+    num_cache_hits: int = 0  # ranges that the local cache had
+    num_cache_misses: int = 0
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """What has come since the copy `earlier` was made."""
+        pairs = zip(astuple(self), astuple(earlier), strict=True)
+        return Counters(*(now - before for now, before in pairs))
+
+
 class Store(ABC):
     """A flat set of named byte strings below one URL. Names use "/" and never leave the root.
 
@@ -52,6 +70,11 @@ class Store(ABC):
 
     url: str
     is_far: bool = False  # a read takes a round trip, so that announcing it pays
+
+    @property
+    def counters(self) -> Counters:
+        """What this process has asked of stores like this one, this one included; nothing is counted of folders."""
+        return Counters()
 
     @abstractmethod
     def read(self, name: str, offset: int = 0, size: int | None = None, fresh: bool = False) -> bytes:

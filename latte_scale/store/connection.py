@@ -10,10 +10,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from latte_scale.store.base import CredentialsError, NeverAllowedError, NeverReachedError
+from latte_scale.store.base import Counters, CredentialsError, NeverAllowedError, NeverReachedError
 from latte_scale.store.faults import Fault, fault_of, store_error
 from latte_scale.store.get import Getter
 from latte_scale.store.retry import Budget, HedgeAllowance, wait_s
@@ -24,18 +23,6 @@ T = TypeVar("T")
 LOUD_WAIT_S = 1.0  # waits from here on are told as warnings, shorter ones as information
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """What a process has done so far. Threads add to it without a lock: a lost count is no fault."""
-
-    num_requests: int = 0
-    num_retries: int = 0
-    num_hedges: int = 0
-    bytes_received: int = 0
-    num_cache_hits: int = 0
-    num_cache_misses: int = 0
 
 
 class Connection:

@@ -18,7 +18,7 @@ from typing import Any
 
 import google_crc32c
 
-from latte_scale.store.base import MissingError, Store, StoreError, check_name, check_range, short_read
+from latte_scale.store.base import Counters, MissingError, Store, StoreError, check_name, check_range, short_read
 from latte_scale.store.blocks import Blocks, Version
 from latte_scale.store.cache import Cache, CacheKey
 from latte_scale.store.connection import Connection, Passed, connection_for
@@ -57,6 +57,10 @@ class S3Store(Store):
     def connection(self) -> Connection:
         """What this process shares over its stores, counters included."""
         return connection_for(self.settings)
+
+    @property
+    def counters(self) -> Counters:
+        return self.connection.counters
 
     @property
     def cache(self) -> Cache | None:

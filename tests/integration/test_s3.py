@@ -12,6 +12,7 @@ import torch
 
 from data_tools.cli import main as latte_data
 from latte_scale import ckpt, doctor
+from latte_scale.bench import main as bench
 from latte_scale.checkpoint.content import Content
 from latte_scale.checkpoint.dcp import write_dcp
 from latte_scale.data.schema import MANIFEST
@@ -104,7 +105,21 @@ def test_training_from_the_store_is_training_from_a_folder(s3, data_sets, latent
     run = train("s3", "data.num_workers=2", data=latents)
     assert run.code == 0, run.output
     assert run.digests == expected.digests and run.losses == expected.losses
+    assert sum(record["store_retries"] for record in run.metrics) >= 4  # of 12 faults; indices are read before
+    assert run.metrics[0]["store_requests"] > 0 and not any("cache_hit_share" in record for record in run.metrics)
+    assert not any("store_requests" in record for record in expected.metrics)
     assert not any(fault.times for fault in s3.proxy.faults), "not every fault was met"
+
+
+def test_the_loader_of_a_store_is_measured_with_what_it_asked_for(s3, latents, tmp_path, capsys):
+    """60 samples an epoch, 12 a step: the second epoch comes out of the cache."""
+    config, out = str(ROOT / "configs" / "tiny_cpu.yaml"), tmp_path / "loader.json"
+    options = [f"data.url={latents}", f"store.cache_dir={tmp_path / 'cache'}", "data.num_workers=1"]
+    assert bench(["loader", "--config", config, "--steps", "9", "--out", str(out), *options]) == 0
+    found = json.loads(out.read_text())["fetched"]
+    assert found["num_requests"] > 0 and found["bytes_received"] > 0
+    assert 0 < found["num_cache_hits"] / (found["num_cache_hits"] + found["num_cache_misses"]) < 1
+    assert "| asked of the object store | " in capsys.readouterr().out
 
 
 def expire(s3: Corner) -> None:

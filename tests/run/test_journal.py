@@ -12,6 +12,7 @@ from latte_scale.engine.base import StepResult
 from latte_scale.run.folder import StopRunError
 from latte_scale.run.journal import FIELDS, Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, read_metrics
+from latte_scale.store import Counters
 
 CPU = torch.device("cpu")
 
@@ -79,6 +80,22 @@ def test_a_record_holds_the_keys_that_readers_rely_on(tmp_path):
     assert record["loss_by_band"] == [1.0, 2.0, 3.0, 4.0]
     assert record["sample_ids_sha"] == f"{2**61 + 12345:016x}"
     assert "mfu" not in record  # a CPU has no known peak
+    assert not [key for key in record if key.startswith(("store_", "cache_"))]  # these data lie in a folder
+
+
+def test_what_object_stores_were_asked_for_is_summed_and_told(tmp_path):
+    """Of two micro-batches a step, over the two steps of a line."""
+    journal = journal_of(tmp_path, every_steps=2)
+    for step in range(4):
+        tally = Tally(CPU)
+        tally.add(inputs_of([0.1], [1.0]), torch.tensor([1.0]), None, tokens=10, flops=6e9)
+        if step < 2:
+            tally.count_reads([Counters(3, 1, 0, 500, 2, 0), Counters(4, 0, 1, 700, 0, 2)])
+        take(journal, step, tally.reduce(OneRank(), result_of()).tolist())
+    first, second = read_metrics(tmp_path / "m.jsonl")
+    assert [first[f"store_{what}"] for what in ("requests", "retries", "hedges")] == [14, 2, 2]
+    assert first["store_mb_per_s"] > 0 and first["cache_hit_share"] == 0.5
+    assert (second["store_requests"], second["store_mb_per_s"]) == (0, 0) and "cache_hit_share" not in second
 
 
 def test_digests_of_ranks_add_modulo_2_62():
