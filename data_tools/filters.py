@@ -9,7 +9,7 @@ the first in the order of the names is kept.
 """
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 
 import numpy as np
@@ -125,8 +125,3 @@ class Duplicates:
 def as_fraction(fps: float) -> Fraction:
     """A frame rate that containers take; 25 where nobody knows it."""
     return Fraction(fps).limit_denominator(1001) if fps > 0 else Fraction(25)
-
-
-def in_use(filters: FilterSettings) -> list[str]:
-    """Names of the filters that are on."""
-    return [name for name, value in asdict(filters).items() if value is not None]

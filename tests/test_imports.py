@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"model"},
     "diffusion": {"diffusion"},
     "data": {"data", "store", "rng"},
-    "encoders": {"store"},
+    "encoders": {"encoders", "store"},
     "optim": set(),
     "engine": {"engine", "optim"},
     "ema": {"engine.base"},

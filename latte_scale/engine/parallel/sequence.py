@@ -35,11 +35,6 @@ class SequenceGroup:
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size, self.group = rank, size, group
 
-    @property
-    def leads(self) -> bool:
-        """Whether this rank counts the group's samples: one of the group has to, and only one may."""
-        return self.rank == 0
-
     def clip(self, num_frames: int, frames_per_token: int = 1) -> "ClipShare":
         """This rank's share in one forward pass of clips of `num_frames`, `frames_per_token` of which make a token.
 

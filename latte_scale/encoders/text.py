@@ -1,0 +1,95 @@
+"""The frozen text encoder: captions to embeddings.
+
+In: captions as people wrote them. Out: one T5 embedding a caption. The rule for text is diffusers' LattePipeline's:
+captions are lowered and stripped, padded to `text_max_length` and run with an attention mask, then trimmed to their
+real tokens. The decision worth knowing: an embedding leaves without its padding, so it depends on no neighbour, and on
+`text_max_length` only where that cuts it; whoever batches pads anew. `null` and negative prompts come whole, to be cut.
+
+Shapes: B captions, L tokens, D width. transformers is imported when an encoder is loaded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latte_scale.encoders.files import find_text, find_tokenizer, loading, text_sha256
+
+CAPTION_CLEANING = "lower-strip"
+"""What `clean_caption` does, as manifests record it."""
+
+TEXT_BATCH = 16  # captions of one forward pass
+MAX_CHARACTERS = 8192  # of a caption, as data_tools/captions.py keeps it; no text encoder reads that far
+
+
+def clean_caption(caption: str) -> str:
+    """The caption as the text encoder is given it: LattePipeline's rule without its optional web cleaning.
+
+    A foreign caption may have megabytes, of which the tokenizer would take seconds to keep a few hundred tokens.
+    """
+    return caption[:MAX_CHARACTERS].lower().strip()
+
+
+class TextEncoder:
+    """A frozen T5 encoder and its tokenizer."""
+
+    def __init__(
+        self,
+        name: str,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        self.name, self.max_length = name, max_length
+        self.device, self.dtype = torch.device(device), dtype
+        self.folder = find_text(name)
+        self.tokenizer_folder = find_tokenizer(name, self.folder)
+        with loading(name, self.folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+            self.model = T5EncoderModel.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.dim = int(self.model.config.d_model)
+        self.sha256 = text_sha256(self.folder, self.tokenizer_folder)
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One fp32 embedding [L_i, D] a caption, real tokens and the end mark only; longer captions are cut.
+
+        Captions are cleaned here. Padded positions are masked, so an embedding does not depend on its neighbours.
+        """
+        embeddings: list[Tensor] = []
+        for first in range(0, len(captions), TEXT_BATCH):
+            whole_BLD, lengths = self._forward(captions[first : first + TEXT_BATCH])
+            embeddings += [whole_LD[:length].clone() for whole_LD, length in zip(whole_BLD, lengths, strict=True)]
+        return embeddings
+
+    def null(self) -> Tensor:
+        """The embedding of the empty caption, whole: fp32 [max_length, D].
+
+        Guidance and caption drop cut it to the length of the caption that it stands for, as LattePipeline does.
+        """
+        return self.encode_whole("")
+
+    def encode_whole(self, caption: str) -> Tensor:
+        """One caption's embedding with its padded positions, fp32 [max_length, D]: a negative prompt, to be cut."""
+        return self._forward([caption])[0][0]
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each cleaned caption before cutting, the end mark included; above `max_length` it will be cut."""
+        return [len(ids) for ids in self.tokenizer([clean_caption(c) for c in captions]).input_ids] if captions else []
+
+    @torch.no_grad()
+    def _forward(self, captions: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Embeddings padded to max_length, fp32 [B, max_length, D], and the number of real tokens of each."""
+        inputs = self.tokenizer(
+            [clean_caption(caption) for caption in captions],
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask_BL = inputs.attention_mask.to(self.device)
+        embeddings_BLD = self.model(inputs.input_ids.to(self.device), attention_mask=mask_BL)[0]
+        return embeddings_BLD.float(), mask_BL.sum(1).tolist()
