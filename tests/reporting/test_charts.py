@@ -38,3 +38,11 @@ def test_what_was_never_logged_has_no_chart(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "loss": 0.0}, {"step": 1, "loss": -1.0, "num_skipped": 2}])
     titles = [chart["title"] for chart in all_charts([read_run(tmp_path)])]
     assert titles == ["Skipped updates"]  # a loss without a logarithm is no line
+
+
+def test_a_run_from_an_object_store_shows_what_it_asked_for(tmp_path: Path) -> None:
+    asked = {"store_mb_per_s": 91.5, "store_retries": 3, "cache_hit_share": 0.25}
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "data_wait_share": 0.1, **asked}])
+    charts = {chart["title"]: chart["lines"][0]["points"] for chart in all_charts([read_run(tmp_path)])}
+    assert charts["Read from the object store"] == [[0, 91.5]] and charts["Found in the local cache"] == [[0, 25.0]]
+    assert charts["Requests to the store sent again"] == [[0, 3]]
