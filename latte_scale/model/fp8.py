@@ -23,7 +23,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 SIDES = 16  # fp8 products take sides of multiples of it
-SMALLEST_SCALE = 2.0**-100  # of a row of zeros: its inverse must be finite in fp32
+EXPONENTS = -100, 127  # of a scale, as fp32 can hold it; the lower one is that of a row of zeros
 APART = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
 """Layers of a block that do not see every token: one row a clip, and one a token of its caption. Little work."""
 
@@ -102,6 +102,7 @@ def _by_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_MK = x_MK.float()
     largest_M1 = x_MK.abs().amax(-1, keepdim=True)
-    power_M1 = torch.ldexp(torch.ones_like(largest_M1), torch.frexp(largest_M1 / LARGEST).exponent)
-    scale_M1 = torch.where(largest_M1.isfinite(), power_M1.clamp(min=SMALLEST_SCALE), torch.nan)
+    exponent_M1 = torch.frexp(largest_M1 / LARGEST).exponent.clamp(*EXPONENTS)
+    power_M1 = (exponent_M1 + 127 << 23).view(torch.float32)  # put together from its bits: a power would be rounded
+    scale_M1 = torch.where(largest_M1.isfinite(), power_M1, torch.nan)
     return (x_MK / scale_M1).to(FP8).contiguous(), scale_M1

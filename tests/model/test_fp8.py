@@ -26,7 +26,7 @@ def layer(inputs: int = 64, outputs: int = 96) -> Linear:
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.float() - exact).norm() / exact.norm())
+    return float((found.detach().float() - exact.detach()).norm() / exact.detach().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
