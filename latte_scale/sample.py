@@ -96,8 +96,9 @@ def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dic
     """Everything that was asked for, in order, each with its seed."""
     records = read_prompts(args.prompt, args.prompts) + [{"label": label} for label in args.label]
     records += [{} for _ in range(args.count)]
+    records = [{"seed": args.seed + number, **record} for number, record in enumerate(records)]
     check_records(records, architecture)
-    return [{"seed": args.seed + number, **record} for number, record in enumerate(records)]
+    return records
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
@@ -141,6 +142,7 @@ def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Load, sample this rank's share in batches, decode, write."""
     formats = formats_of(args.formats)
+    check_numbers(args)
     loaded = load(args, ranks)
     records = records_of(args, loaded.architecture)
     setup = prepare(args, loaded, ranks)
@@ -204,6 +206,13 @@ def write(
         for suffix in formats_of(args.formats):
             path = (args.out / record["file"]).with_suffix(f".{suffix}")
             write_video(path, frames_FHWC, args.fps, shown | about | own)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ValueError for a number that no sampling has, before anything is loaded."""
+    for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
+        if (came := getattr(args, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, came {came}")
 
 
 def formats_of(text: str) -> list[str]:

@@ -5,6 +5,7 @@ to what the model can be asked, and requests: the seed of the noise with the con
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 
 Architecture = LatteSettings | LatteT2VSettings
+
+SEEDS = range(-(2**63), 2**64)  # what a torch generator takes
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def check_records(records: Sequence[dict[str, Any]], architecture: Architecture)
         for key, of_type in (("seed", int), ("negative", str)):
             if key in record and type(record[key]) is not of_type:
                 raise ValueError(f"expected {key} of type {of_type.__name__}, came {record}")
+        if record.get("seed", 0) not in SEEDS:
+            raise ValueError(f"expected a seed of {SEEDS.start} to {SEEDS.stop - 1}, came {record}")
 
 
 def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
@@ -99,6 +104,8 @@ def default_guidance(architecture: Architecture) -> float:
 
 def check_guidance(guidance: float, architecture: Architecture, negative: str | None = None) -> None:
     """ValueError for guidance of a model that nothing can guide, and for a negative prompt that nothing would read."""
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, 1 for none, came {guidance}")
     if guidance > 1 and isinstance(architecture, LatteSettings) and not architecture.num_classes:
         raise ValueError(
             f"guidance {guidance}: the model is unconditional and has nothing to be guided by; leave it out"

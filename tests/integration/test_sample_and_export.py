@@ -218,6 +218,25 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
     assert "expects one of ddim" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected 1 or more, came 0"),
+        (["--batch-size", "-1"], "--batch-size: expected 1 or more, came -1"),
+        (["--fps", "0"], "--fps: expected 1 or more, came 0"),
+        (["--steps", "0"], "--steps: expected 1 or more, came 0"),
+        (["--count", "-1"], "--count: expected 0 or more, came -1"),
+        (["--seed", str(2**64)], "expected a seed of"),
+        (["--guidance", "nan"], "expected a finite number"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_numbers_that_no_sampling_has_are_refused(run, tmp_path, capsys, options, message):
+    command = ["--checkpoint", str(run), "--prompt", "x", *options, "--out", str(tmp_path / "out")]
+    assert sample.main(command) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_video_can_start_from_another_one(run, data_sets, tmp_path):
     """A small strength stays near the clip, known frames are the clip's own, and text alone is neither."""
     clip = str(data_sets.clips / "000000.mp4")
