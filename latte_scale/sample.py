@@ -49,6 +49,10 @@ from latte_scale.sampling.requests import (
 from latte_scale.sampling.temporal_decoder import TemporalDecoder
 from latte_scale.sampling.videos import FORMATS, write_video
 
+MADE_BY = (
+    "sampler", "steps", "guidance", "weights", "temporal_decoder", "init_video", "strength", "known_frames", "video"
+)  # fmt: skip
+"""What prompts.jsonl says of how its videos were made: passed as --prompts, it says nothing of the next ones."""
 DEFAULT_STRENGTH = 0.6  # of --init-video: enough to change what is seen, little enough to keep where it moves
 
 
@@ -96,6 +100,7 @@ def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dic
     """Everything that was asked for, in order, each with its seed."""
     records = read_prompts(args.prompt, args.prompts) + [{"label": label} for label in args.label]
     records += [{} for _ in range(args.count)]
+    records = [{key: value for key, value in record.items() if key not in MADE_BY} for record in records]
     records = [{"seed": args.seed + number, **record} for number, record in enumerate(records)]
     check_records(records, architecture)
     return records
@@ -163,7 +168,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             done += len(asked)
     ranks.barrier()  # all files are there
     if ranks.rank == 0:
-        lines = [json.dumps({**record, **about, "video": setup.video.stored()}) for record in records]
+        lines = [json.dumps({**record, **about, **record, "video": setup.video.stored()}) for record in records]
         (args.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
         print(f"sampled {len(records)} videos with {setup.loaded.source} into {args.out}")
     return 0
@@ -201,11 +206,10 @@ def write(
     pixels_BFCHW = setup.decoder.decode(latents_BCFHW.transpose(1, 2)).cpu()
     for record, pixels_FCHW in zip(records, pixels_BFCHW, strict=True):
         frames_FHWC = pixels_FCHW.permute(0, 2, 3, 1).numpy()
-        shown = {key: record[key] for key in ("text", "label", "seed") if key in record}
-        own = {key: record[key] for key in ("negative",) if key in record}
+        shown = {key: record[key] for key in ("text", "label", "seed", "negative") if key in record}
         for suffix in formats_of(args.formats):
             path = (args.out / record["file"]).with_suffix(f".{suffix}")
-            write_video(path, frames_FHWC, args.fps, shown | about | own)
+            write_video(path, frames_FHWC, args.fps, shown | about | shown)  # its own negative prompt is the one used
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -144,6 +144,24 @@ def test_every_source_of_weights_and_the_files_of_a_sampling_give_the_same_video
             assert abs(ours.astype(int) - theirs).max() <= 1, name
 
 
+def test_the_record_of_a_video_is_of_how_it_was_made_and_not_of_an_earlier_one(run, data_sets, tmp_path):
+    """A prompt's own negative stands in the file and in prompts.jsonl; an init video of before is not told again."""
+    lines = [{"text": PROMPTS[0], "negative": "own"}, {"text": PROMPTS[1]}]
+    (tmp_path / "prompts.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clip = ["--init-video", str(data_sets.clips / "000000.mp4"), "--strength", "0.5", "--known-frames", "1"]
+    for name, given, options in (
+        ("first", "prompts.txt", [*clip, "--negative", "of all"]),
+        ("again", "first/prompts.jsonl", []),
+    ):
+        command = ["--checkpoint", str(run), "--steps", "2", "--prompts", str(tmp_path / given), *options]
+        assert sample.main([*command, "--out", str(tmp_path / name)]) == 0
+        records = [json.loads(line) for line in (tmp_path / name / "prompts.jsonl").read_text().splitlines()]
+        assert [record["negative"] for record in records] == ["own", "of all"]
+        for record in records:
+            assert read_about(tmp_path / name / record["file"]).items() <= record.items()
+            assert ("init_video" in record) == ("strength" in record) == ("known_frames" in record) == (name == "first")
+
+
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["whole", "sharded"])
 def test_many_ranks_write_the_videos_of_one(run, tmp_path, options):
     """Three prompts on two ranks as torchrun starts them: the last batch of rank 1 is empty."""
