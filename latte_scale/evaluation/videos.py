@@ -23,7 +23,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"no {path}; --fake takes a folder that `latte-scale sample` wrote (videos and prompts.jsonl)")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         record = _parse_or_none(line)

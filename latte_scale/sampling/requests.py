@@ -41,12 +41,16 @@ class Request:
 def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any]]:
     """Records with "text" or "label": from a list of prompts, then a file with one prompt a line, or JSON lines.
 
-    A record may name its own "seed" and "negative"; its other keys are kept. Raises ValueError with the line.
+    A record may name its own "seed" and "negative"; its other keys are kept. A byte order mark is no part of the first
+    line. Raises ValueError with the line, or naming a file that is no UTF-8.
     """
     records: list[dict[str, Any]] = [{"text": text} for text in prompt]
     if file is None:
         return records
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected a text file in UTF-8 ({error}); write it again as such") from error
     for number, line in enumerate(map(str.strip, lines), 1):
         try:
             if line:

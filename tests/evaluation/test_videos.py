@@ -69,6 +69,13 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
         read_prompts(tmp_path)
 
 
+def test_lines_of_other_programs(tmp_path: Path) -> None:
+    """A byte order mark, and a line separator that stands as it is inside a JSON string."""
+    record = {"file": "0.mp4", "text": "a\u2028b"}
+    (tmp_path / "prompts.jsonl").write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n", newline="")
+    assert read_prompts(tmp_path) == [record]
+
+
 def test_records_of_classes_have_no_text(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"file": "0.mp4", "label": 3}\n')
     assert read_prompts(tmp_path, with_text=False) == [{"file": "0.mp4", "label": 3}]

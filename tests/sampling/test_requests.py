@@ -21,6 +21,18 @@ def test_prompts_of_both_kinds_of_lines(tmp_path):
     assert records[2] == {"text": "a cat", "seed": 4, "negative": "dog", "mine": 1}
 
 
+def test_files_as_other_programs_write_them(tmp_path):
+    """A byte order mark, carriage returns, and a line separator inside a prompt; bytes that are no UTF-8 are named."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red\u2028circle\r\nnaïve 青い 🎬\r\n".encode())
+    assert read_prompts([], file) == [{"text": "a red\u2028circle"}, {"text": "naïve 青い 🎬"}]
+    file.write_bytes("\ufeff".encode() + b'{"text": "a"}\n')
+    assert read_prompts([], file) == [{"text": "a"}]
+    file.write_bytes("été".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt: expected a text file in UTF-8"):
+        read_prompts([], file)
+
+
 @pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("\n \n", "is empty"), ("a\n{b\n", "line 2")])
 def test_files_that_hold_no_prompts(tmp_path, content, message):
     (tmp_path / "prompts.txt").write_text(content)
