@@ -44,6 +44,9 @@ def test_stylegan_vs_frames_unless_the_samples_say_otherwise(folder: Path) -> No
     (folder / "clips" / "prompts.jsonl").write_text(json.dumps({"file": "0.mp4", "text": "a", "video": policy}) + "\n")
     video = _video(open_clips(folder / "clips"), Protocol(frame_interval=2, size=16))
     assert (video.frames, video.frame_interval, video.height, video.width, video.hflip) == (8, 2, 16, 16, False)
+    (folder / "clips" / "0.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"0\.mp4: corrupt"):
+        _video(open_clips(folder / "clips"), Protocol())
 
 
 def test_features_are_made_once_for_several_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
