@@ -127,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
         for name, record in scores.get("metrics", {}).items():
             if record["low"] is not None:
                 print(f"  {name}: {record['level']:.0%} between {record['low']:.4g} and {record['high']:.4g}")
+            elif record["num_resamples"] > 1:
+                print(f"  {name}: no interval, too few clips: a resample has no score")
         print(f"scores: {args.out}")
     return 0
 

@@ -169,6 +169,17 @@ def test_clips_that_cannot_be_scored_are_named(clips: Path, tmp_path: Path, caps
     assert not out.exists()
 
 
+def test_too_few_clips_for_an_interval_are_told(clips: Path, tmp_path: Path, capsys) -> None:
+    """Two clips: a resample that draws one of them twice has no pairs, and so no KID."""
+    assert evaluate.main([*command(clips, tmp_path / "a.json", "kid"), "--num-clips", "2"]) == 0
+    assert "kid: no interval, too few clips" in capsys.readouterr().out
+    record = json.loads((tmp_path / "a.json").read_text())["metrics"]["kid"]
+    assert record["value"] is not None and record["low"] is record["std_error"] is None
+    assert "num_clips: expected 1 or more, came -1" in said(
+        capsys, *command(clips, tmp_path / "b.json", "kid"), "--num-clips", "-1"
+    )
+
+
 def test_latents_are_not_clips(data_sets, clips: Path, tmp_path: Path, capsys) -> None:
     error = said(capsys, *command(clips, tmp_path / "x", "fvd", real=str(data_sets.latents)))
     assert "expected clips with pixels, came a data set of latents" in error

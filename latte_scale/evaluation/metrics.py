@@ -50,6 +50,12 @@ class Protocol:
     seed: int = 0
     batch_size: int = 8  # clips embedded at a time: memory only
 
+    def __post_init__(self) -> None:
+        for name, least in {"size": 1, "num_clips": 1, "num_resamples": 0, "batch_size": 1}.items():
+            came = getattr(self, name)
+            if came is not None and came < least:
+                raise ValueError(f"{name}: expected {least} or more, came {came}")
+
 
 class Scorer:
     """Computes metrics one after another; networks and features are made when first needed and used again."""
