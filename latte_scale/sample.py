@@ -30,7 +30,7 @@ from torch import Tensor
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, read_clip
-from latte_scale.diffusion.sampler import SAMPLERS, make_scheduler
+from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
 from latte_scale.engine.dist import Ranks, init_distributed, leave, shutdown
@@ -80,7 +80,8 @@ def how_to_sample(args: argparse.Namespace, loaded: Loaded) -> Sampling:
     if strength is None:
         strength = 1.0 if args.init_video is None or args.known_frames else DEFAULT_STRENGTH
     sampler = args.sampler or SAMPLERS[loaded.diffusion.objective][0]
-    make_scheduler(loaded.diffusion, sampler)  # refuses a sampler of another objective before encoders are loaded
+    make_scheduler(loaded.diffusion, sampler)  # refused before encoders are loaded, and so are steps
+    check_steps(loaded.diffusion, sampler, args.steps)
     return Sampling(sampler, args.steps, guidance, strength, args.known_frames)
 
 

@@ -243,6 +243,7 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
         (["--batch-size", "-1"], "--batch-size: expected 1 or more, came -1"),
         (["--fps", "0"], "--fps: expected 1 or more, came 0"),
         (["--steps", "0"], "--steps: expected 1 or more, came 0"),
+        (["--steps", "1001"], "expected 1 to 1000"),
         (["--count", "-1"], "--count: expected 0 or more, came -1"),
         (["--seed", str(2**64)], "expected a seed of"),
         (["--guidance", "nan"], "expected a finite number"),
