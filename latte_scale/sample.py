@@ -29,7 +29,7 @@ from torch import Tensor
 
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import VideoError, read_clip
+from latte_scale.data.video import TooShortError, VideoError, read_clip
 from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
@@ -89,10 +89,14 @@ def read_init_video(path: Path | None, video: VideoSettings, vae: VideoAutoencod
     """Latents [C, F, h, w] in model units of the first clip of a file, in the frame policy of the run."""
     if path is None:
         return None
+    if not path.is_file():
+        raise ValueError(f"--init-video {path}: expected a video; there is no such file")
     try:
         pixels_FCHW = torch.from_numpy(read_clip(path, video))
-    except VideoError as error:
+    except TooShortError as error:
         raise ValueError(f"--init-video {path}: {error}; give a longer one, or another --config") from error
+    except VideoError as error:
+        raise ValueError(f"--init-video {path}: {error}") from error
     mean_BFChw, _ = vae.encode(pixels_FCHW[None])
     return vae.to_model_units(mean_BFChw)[0].transpose(0, 1)
 

@@ -213,7 +213,16 @@ def test_a_clip_shorter_than_the_window_is_refused(run, tmp_path, capsys):
     clip = ["--init-video", str(tmp_path / "short.mp4"), "--out", str(tmp_path / "out")]
     assert sample.main(["--checkpoint", str(run), "--prompt", "x", *clip]) == 2
     said = capsys.readouterr().err
-    assert "short.mp4: too short: expected 13 frames" in said and "came 5" in said
+    assert "short.mp4: too short: expected 13 frames" in said and "came 5; give a longer one" in said
+
+
+@pytest.mark.parametrize(("name", "message"), [("gone.mp4", "there is no such file"), ("text.mp4", "corrupt: Invalid")])
+def test_a_file_that_is_no_video_is_not_told_to_be_longer(run, tmp_path, capsys, name, message):
+    (tmp_path / "text.mp4").write_text("no video")
+    clip = ["--init-video", str(tmp_path / name), "--out", str(tmp_path / "out")]
+    assert sample.main(["--checkpoint", str(run), "--prompt", "x", *clip]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: " in said and message in said and "longer" not in said
 
 
 def test_formats(run, tmp_path, capsys):
