@@ -70,10 +70,10 @@ class Setup:
     device: torch.device
 
 
-def how_to_sample(args: argparse.Namespace, loaded: Loaded) -> Sampling:
+def how_to_sample(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]]) -> Sampling:
     """The settings of the command line with their defaults filled in. Raises ValueError where they contradict."""
     guidance = default_guidance(loaded.architecture) if args.guidance is None else args.guidance
-    check_guidance(guidance, loaded.architecture, args.negative)
+    check_guidance(guidance, loaded.architecture, args.negative, *(record.get("negative") for record in records))
     if args.init_video is None and (args.strength is not None or args.known_frames):
         raise ValueError("--strength and --known-frames say what to do with a clip: name it with --init-video")
     strength = args.strength
@@ -118,10 +118,10 @@ def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
     return load_model(args.checkpoint, args.weights, ranks.device)
 
 
-def prepare(args: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Setup:
+def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]], ranks: Ranks) -> Setup:
     """Load what goes with the model and hold it to each other. Raises ValueError with what to do."""
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
-    how = how_to_sample(args, loaded)
+    how = how_to_sample(args, loaded, records)
     set_precision(loaded.model, args.precision, ranks.device.type)
     if isinstance(loaded.architecture, LatteSettings):
         encoder_settings = replace(encoder_settings, text=None)
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     check_numbers(args)
     loaded = load(args, ranks)
     records = records_of(args, loaded.architecture)
-    setup = prepare(args, loaded, ranks)
+    setup = prepare(args, loaded, records, ranks)
     about = about_of(args, setup)
     for number, record in enumerate(records):
         record["file"] = f"{number:05d}.{formats[0]}"

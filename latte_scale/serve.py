@@ -51,7 +51,7 @@ class Demo:
         """The video of one record ("seed", and "text" with "negative" or "label"). Raises ValueError."""
         architecture = self.loaded.architecture
         check_records([record], architecture)
-        check_guidance(guidance, architecture)
+        check_guidance(guidance, architecture, record.get("negative"))
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"steps: expected 1 to {MAX_STEPS}, came {steps}")
         how = Sampling(SAMPLERS[self.loaded.diffusion.objective][0], steps, guidance)

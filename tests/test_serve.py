@@ -103,3 +103,5 @@ def test_a_record_is_held_to_the_model(run: Path, tmp_path: Path) -> None:
         demo.sample({"seed": 0, "label": 1}, 2, 1.0)
     with pytest.raises(ValueError, match="steps: expected 1 to 250, came 0"):
         demo.sample({"seed": 0, "text": "a"}, 0, 1.0)
+    with pytest.raises(ValueError, match="negative prompt 'b': nothing reads it at guidance 1"):
+        demo.sample({"seed": 0, "text": "a", "negative": "b"}, 2, 1.0)

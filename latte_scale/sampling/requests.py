@@ -106,7 +106,7 @@ def default_guidance(architecture: Architecture) -> float:
     return 7.0 if architecture.num_classes else 1.0
 
 
-def check_guidance(guidance: float, architecture: Architecture, negative: str | None = None) -> None:
+def check_guidance(guidance: float, architecture: Architecture, *negatives: str | None) -> None:
     """ValueError for guidance of a model that nothing can guide, and for a negative prompt that nothing would read."""
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, 1 for none, came {guidance}")
@@ -114,6 +114,7 @@ def check_guidance(guidance: float, architecture: Architecture, negative: str | 
         raise ValueError(
             f"guidance {guidance}: the model is unconditional and has nothing to be guided by; leave it out"
         )
+    negative = next(filter(None, negatives), None)
     if negative and isinstance(architecture, LatteSettings):
         raise ValueError(f"negative prompt {negative!r}: the model reads no text; leave it out")
     if negative and guidance <= 1:

@@ -48,7 +48,7 @@ class PromptVideos:
         records += [{"label": label} for label in settings.labels] + [{} for _ in range(settings.count)]
         check_records(records, config.model)
         guidance = default_guidance(config.model) if settings.guidance is None else settings.guidance
-        check_guidance(guidance, config.model, settings.negative)
+        check_guidance(guidance, config.model, settings.negative, *(record.get("negative") for record in records))
         sampler = settings.sampler or SAMPLERS[config.diffusion.objective][0]
         make_scheduler(config.diffusion, sampler)  # these raise now, not at the first step that samples
         check_steps(config.diffusion, sampler, settings.sampling_steps)

@@ -256,10 +256,13 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
         (["--count", "-1"], "--count: expected 0 or more, came -1"),
         (["--seed", str(2**64)], "expected a seed of"),
         (["--guidance", "nan"], "expected a finite number"),
+        (["--guidance", "1", "--prompts", "own.jsonl"], "negative prompt 'blue': nothing reads it at guidance 1.0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_numbers_that_no_sampling_has_are_refused(run, tmp_path, capsys, options, message):
+def test_options_that_no_sampling_has_are_refused(run, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "y", "negative": "blue"}) + "\n")
     command = ["--checkpoint", str(run), "--prompt", "x", *options, "--out", str(tmp_path / "out")]
     assert sample.main(command) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -76,5 +76,7 @@ def test_guidance():
     check_guidance(2.0, TEXT, "blurred")
     with pytest.raises(ValueError, match="nothing reads it at guidance 1"):
         check_guidance(1.0, TEXT, "blurred")
+    with pytest.raises(ValueError, match="negative prompt 'blurred': nothing reads it at guidance 1"):
+        check_guidance(1.0, TEXT, None, "", "blurred")  # of one prompt among several
     with pytest.raises(ValueError, match="the model reads no text"):
         check_guidance(2.0, CLASSES, "blurred")
