@@ -84,6 +84,8 @@ def test_a_prompt_gives_the_video_of_the_sample_command(address: str, run: Path,
 
 def test_what_cannot_be_sampled_is_an_answer_and_the_app_goes_on(address: str) -> None:
     assert ask(address, "  ", "", 0, 0, 2, 1.0)[0] == "error"
+    event, said = ask(address, "a red circle", "", 0, None, 2, 1.0)
+    assert event == "error" and "the seed is empty" in json.dumps(said)
     assert ask(address, "a red circle", "", 0, 0, 2, 1.0)[0] == "complete"
 
 
