@@ -17,6 +17,7 @@ own: neither the batch size nor the number of ranks changes it.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -160,6 +161,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     for number, record in enumerate(records):
         record["file"] = f"{number:05d}.{formats[0]}"
     args.out.mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        forget_listing(args.out / "prompts.jsonl", args.prompts)
     with progress_bar(ranks) as bar:
         task, done = bar.add_task(f"sampling {len(records)} videos", total=len(records)), 0
         for batch in batches_of(len(records), args.batch_size, ranks.rank, ranks.size):
@@ -174,9 +177,20 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     ranks.barrier()  # all files are there
     if ranks.rank == 0:
         lines = [json.dumps({**record, **about, **record, "video": setup.video.stored()}) for record in records]
-        (args.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        temporary = args.out / f"prompts.jsonl.tmp-{os.getpid()}"
+        temporary.write_text("\n".join(lines) + "\n")
+        os.replace(temporary, args.out / "prompts.jsonl")
         print(f"sampled {len(records)} videos with {setup.loaded.source} into {args.out}")
     return 0
+
+
+def forget_listing(listing: Path, prompts: Path | None) -> None:
+    """Remove the prompts.jsonl of an earlier sampling: it must not stand beside videos of this one, if that is stopped.
+
+    Not where it is read for this one: its lines are then what the new videos show.
+    """
+    if listing.exists() and not (prompts is not None and listing.samefile(prompts)):
+        listing.unlink()
 
 
 def draw(

@@ -225,6 +225,23 @@ def test_a_file_that_is_no_video_is_not_told_to_be_longer(run, tmp_path, capsys,
     assert f"{name}: " in said and message in said and "longer" not in said
 
 
+def test_a_sampling_that_is_stopped_leaves_no_prompts_of_an_earlier_one(run, tmp_path, monkeypatch):
+    command = ["--checkpoint", str(run), "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "out")]
+    assert sample.main([*command, "--prompt", "a", "--prompt", "b"]) == 0
+    listing, write_one = tmp_path / "out" / "prompts.jsonl", sample.write_video
+    before = listing.read_text()
+
+    def stopped(path, *rest):
+        if path.name == "00001.mp4":
+            raise OSError(28, "No space left on device")
+        write_one(path, *rest)
+
+    monkeypatch.setattr(sample, "write_video", stopped)
+    assert sample.main([*command, "--prompts", str(listing)]) == 2 and listing.read_text() == before
+    assert sample.main([*command, "--prompt", "c", "--prompt", "d"]) == 2 and not listing.exists()
+    assert sorted(path.name for path in listing.parent.iterdir()) == ["00000.mp4", "00001.mp4"]
+
+
 def test_formats(run, tmp_path, capsys):
     command = ["--checkpoint", str(run), "--prompt", "x", "--steps", "1", "--out", str(tmp_path / "out")]
     assert sample.main([*command, "--formats", "mp4,gif,png"]) == 0
