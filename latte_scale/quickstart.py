@@ -199,7 +199,12 @@ def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[
 
 
 def prepare_out(out: Path, clips: Path | None) -> None:
-    """An empty folder, or the folder of an earlier quickstart, which is emptied."""
+    """An empty folder, or the folder of an earlier quickstart, which is emptied once all is well with the clips."""
+    if clips is not None:
+        if not (clips / "captions.jsonl").exists():
+            raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
+        if clips.resolve().is_relative_to(out.resolve()):
+            raise StageError(f"{clips} lies in {out}, which a quickstart empties; choose another --out")
     known = {
         "clips",
         "shards",
@@ -226,8 +231,6 @@ def prepare_out(out: Path, clips: Path | None) -> None:
     out.mkdir(parents=True)
     (out / MARK).touch()
     if clips is not None:
-        if not (clips / "captions.jsonl").exists():
-            raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
         (out / "clips").symlink_to(clips.resolve(), target_is_directory=True)
 
 

@@ -94,6 +94,16 @@ def test_clips_without_captions_are_refused(tmp_path, capsys):
     assert "expected captions.jsonl" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("clips", "message"), [("typo", "expected captions.jsonl"), ("out/clips", "lies in")])
+def test_an_earlier_quickstart_is_not_emptied_for_clips_that_are_refused(tmp_path, capsys, clips, message):
+    own = tmp_path / "out" / "clips" / "captions.jsonl"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    (tmp_path / "out" / quickstart.MARK).touch()
+    assert quickstart.main(["--out", str(tmp_path / "out"), "--clips", str(tmp_path / clips)]) == 1
+    assert message in capsys.readouterr().out and own.exists()
+
+
 @pytest.mark.parametrize("name", ["shapes_cpu.yaml", "shapes_cpu_full.yaml", "overfit_cpu.yaml"])
 def test_the_recipes_leave_room_for_a_kill_between_two_checkpoints(name):
     from latte_scale.config import load_config
