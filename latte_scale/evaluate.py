@@ -115,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if ranks.rank == 0:
             for name in in_folders:
-                scores |= FOLDER_METRICS[name](Path(args.real), Path(args.fake))
+                found = FOLDER_METRICS[name](Path(args.real), Path(args.fake))
+                clips = zip(scores.get("clips", found["clips"]), found["clips"], strict=True)  # lines of prompts.jsonl
+                scores |= found | {"clips": [before | now for before, now in clips]}
         if with_networks:
             with progress_bars(ranks.rank == 0) as show:
                 scores |= score_with_networks(args, with_networks, ranks, show)

@@ -1,6 +1,7 @@
 """The command: one result over folders or shards and on one rank or two, kept features, and mistakes named."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_the_record_says_how_it_was_made(clips: Path, tmp_path: Path) -> None:
 def test_shapes_without_networks(clips: Path, tmp_path: Path) -> None:
     found = scores(clips, tmp_path / "scores" / "a.json", "shapes")
     assert found["n"] == NUM and {"colour", "shape", "direction", "all", "clips"} <= found.keys()
+
+
+def test_each_clip_has_the_verdicts_of_shapes_and_of_psnr(clips: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "fake"
+    shutil.copytree(clips / "fake", fake)
+    lines = [json.loads(line) for line in (fake / "prompts.jsonl").read_text().splitlines()]
+    write_lines(fake / "prompts.jsonl", [line | {"clip": "000000.mp4"} for line in lines])
+    found = scores(clips, tmp_path / "a.json", "shapes,psnr", fake=str(fake))
+    assert found["n"] == len(found["clips"]) == NUM and {"colour", "psnr_db"} <= found.keys()
+    assert all({"colour", "seen", "psnr_db", "identical"} <= clip.keys() for clip in found["clips"])
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
