@@ -64,6 +64,14 @@ def test_mistakes_are_named(tmp_path: Path, samples: Path, capsys: pytest.Captur
     run = str(make_run(tmp_path / "run"))
     assert "expected a file that `latte-scale evaluate` wrote" in said(run, "--scores", str(tmp_path / "no.json"))
     assert "expected a folder with prompts.jsonl" in said(run, "--samples", str(tmp_path))
+    for content, message in (("[1]", "expected a JSON object"), ("{", "expected JSON")):
+        (tmp_path / "odd.json").write_text(content)
+        assert f"odd.json: {message}" in said(run, "--scores", str(tmp_path / "odd.json"))
+    listing, lines = samples / "prompts.jsonl", (samples / "prompts.jsonl").read_text()
+    for content, message in (("", "it names no video"), ("garbage", "line 1"), ('{"text": "a"}', "line 1")):
+        listing.write_text(content)
+        assert message in said(run, "--samples", str(samples))
+    listing.write_text(lines)
     (samples / "0.mp4").write_text("no video")
     assert "0.mp4 cannot be read" in said(run, "--samples", str(samples))
     (samples / "0.mp4").unlink()

@@ -32,7 +32,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: expected {wanted}, came {line[:80]!r}")
         records.append(record)
     if not records:
-        raise ValueError(f"{path} is empty: there is nothing to score")
+        raise ValueError(f"{path} is empty: it names no video")
     return records
 
 

@@ -113,9 +113,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error}); remove the file, or write it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, came {str(content)[:80]}; remove it, or write it again")
+    return content
 
 
 def replay_verdict(run: Run) -> str:

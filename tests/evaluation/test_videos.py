@@ -98,5 +98,5 @@ def test_records_of_classes_have_no_text(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"file": "0.mp4", "label": 3}\n')
     assert read_prompts(tmp_path, with_text=False) == [{"file": "0.mp4", "label": 3}]
     (tmp_path / "prompts.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="nothing to score"):
+    with pytest.raises(ValueError, match="it names no video"):
         read_prompts(tmp_path)

@@ -46,6 +46,10 @@ def test_an_identical_clip_and_a_score_that_is_not_finite_are_said_in_words(tmp_
     assert page.split('<section id="videos">')[1].count("identical") == 1
     near = Evaluation("near", {"clips": [{"file": name, "psnr_db": 18.52, "identical": False}]})
     assert "18.5 dB" in render([read_run(run)], title="t", samples=sampled, evaluations=[near])
+    shapes = Evaluation("shapes", {"clips": [{"file": name, "colour": True}]})
+    for both in ([near, shapes], [shapes, near]):  # the verdicts of one file do not hide those of another
+        page = render([read_run(run)], title="t", samples=sampled, evaluations=both)
+        assert "18.5 dB" in page and '<span class="ok">colour</span>' in page
 
 
 def test_settings_and_facts_are_compared(tmp_path: Path) -> None:
