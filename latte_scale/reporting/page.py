@@ -44,6 +44,7 @@ def render(
         scores=score_table(runs, evaluations),
         clips=[] if samples is None else given_clips(samples, evaluations),
         sampled=sampled_videos(runs),
+        max_steps=MAX_STEPS,
         replays=[replay_verdict(run) for run in runs],
         differences=config_differences(runs),
         surroundings=surroundings(runs),

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from latte_scale.reporting import page
 from latte_scale.reporting.page import chosen_steps, config_differences, overview, render, score_table, surroundings
 from latte_scale.reporting.runs import Evaluation, SampledStep, read_run, read_runs
 from tests.reporting.making import make_run, write_lines
@@ -64,6 +67,13 @@ def test_few_of_many_steps_are_shown_with_the_first_and_the_last() -> None:
     shown = [sampled.step for sampled in chosen_steps(steps)]
     assert len(shown) == 6 and shown[0] == 0 and shown[-1] == 4900 and shown == sorted(set(shown))
     assert chosen_steps(steps[:3]) == steps[:3]
+
+
+def test_steps_that_are_not_shown_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    assert "sampled at" not in render([run], title="t")
+    monkeypatch.setattr(page, "MAX_STEPS", 2)
+    assert f"run sampled at {len(run.samples)} steps; 2 of them are shown" in render([run], title="t")
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:
