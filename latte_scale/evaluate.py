@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     with_networks = [name for name in names if name not in FOLDER_METRICS]
     if in_folders and args.real is None:
         raise ValueError(f"{in_folders[0]} compares with the clips: pass --real FOLDER")
+    if args.out.is_dir():  # before the hours of work, not after
+        raise ValueError(f"--out {args.out}: expected a file for the scores, came a folder")
     scores: dict[str, Any] = {}
     ranks = init_distributed()
     try:
