@@ -87,6 +87,12 @@ def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -
             f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
             f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
         )
+    is_rounded = settings.objective != "flow" and not settings.zero_terminal_snr
+    if sampler == "dpm++" and is_rounded and num_steps == settings.num_timesteps:
+        raise ValueError(
+            f"sampling steps: dpm++ expects at most {settings.num_timesteps - 1}, came {num_steps}: two of diffusers' "
+            "timesteps would be one, and its step between them is not a number"
+        )
 
 
 @torch.no_grad()
