@@ -158,8 +158,9 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     records = records_of(args, loaded.architecture)
     setup = prepare(args, loaded, records, ranks)
     about = about_of(args, setup)
+    listed = min(formats, key=FORMATS.index)  # a sheet of frames is no video to score
     for number, record in enumerate(records):
-        record["file"] = f"{number:05d}.{formats[0]}"
+        record["file"] = f"{number:05d}.{listed}"
     args.out.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
         forget_listing(args.out / "prompts.jsonl", args.prompts)

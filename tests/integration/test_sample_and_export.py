@@ -248,6 +248,9 @@ def test_formats(run, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "00000.gif", "00000.mp4", "00000.png", "prompts.jsonl",
     ]  # fmt: skip
+    for formats, listed in (("png,gif", "00000.gif"), ("gif,png,mp4", "00000.mp4"), ("png", "00000.png")):
+        assert sample.main([*command, "--formats", formats]) == 0
+        assert json.loads((tmp_path / "out" / "prompts.jsonl").read_text())["file"] == listed
     assert sample.main([*command, "--formats", "avi"]) == 2
     assert "expected some of mp4, gif, png, came 'avi'" in capsys.readouterr().err
 
