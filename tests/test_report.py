@@ -128,6 +128,20 @@ def test_a_real_browser_draws_the_charts_and_plays_the_videos(
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no browser (chromium) on this machine")
+def test_restarts_before_and_after_all_logged_steps_lie_inside_the_chart(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": 1.0 / step} for step in range(100, 200, 10)])
+    restart = {"checkpoint": "", "replayed_steps": [], "problems": []}
+    write_lines(run / "logs" / "restarts.jsonl", [{"step": step, **restart} for step in (20, 150, 260)])
+    with Page(write_page(tmp_path, str(run)).as_uri(), tmp_path / "profile") as page:
+        page.wait_for("document.querySelectorAll('.mark').length === 3")
+        places = page.evaluate("[...document.querySelectorAll('.mark')].map((mark) => mark.x1.baseVal.value)")
+        width = page.evaluate("document.querySelector('.chart svg').clientWidth")
+    assert places == sorted(places) and places[0] >= 52 and places[-1] <= width - 12
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no browser (chromium) on this machine")
 def test_the_browser_test_would_see_a_fault(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text('<video src="data:video/mp4;base64,AAAA"></video><img src="x.png"><script>nothing.here()</script>')
