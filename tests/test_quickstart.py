@@ -73,6 +73,19 @@ def test_half_of_the_prompts_are_combinations_that_no_clip_shows(data_sets):
     assert not any(prompt["text"] in captions for prompt in held_out)
 
 
+def test_the_loss_beside_the_psnr_is_the_mean_of_the_last_finite_ones(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "scores.json").write_text('{"n": 8, "psnr_db": 20.0}')
+    losses = [99.0] * 5 + [1.0, None, 3.0] + [2.0] * 17
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    quickstart.add_loss(tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"n": 8, "psnr_db": 20.0, "loss": 2.0}
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": null}\n')
+    quickstart.add_loss(tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text())["loss"] is None
+
+
 def test_a_folder_that_holds_something_else_is_not_emptied(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert quickstart.main(["--out", str(tmp_path)]) == 1

@@ -242,6 +242,15 @@ def test_a_sampling_that_is_stopped_leaves_no_prompts_of_an_earlier_one(run, tmp
     assert sorted(path.name for path in listing.parent.iterdir()) == ["00000.mp4", "00001.mp4"]
 
 
+def test_bf16_is_near_fp32_and_is_not_fp32(run, tmp_path):
+    command = ["--checkpoint", str(run), "--prompt", PROMPTS[0], "--steps", "2"]
+    for precision in ("fp32", "bf16"):
+        assert sample.main([*command, "--precision", precision, "--out", str(tmp_path / precision)]) == 0
+    (fp32,), (bf16,) = (frames_of(tmp_path / precision) for precision in ("fp32", "bf16"))
+    difference = abs(fp32.astype(int) - bf16)
+    assert difference.max() > 0 and difference.mean() < 4
+
+
 def test_formats(run, tmp_path, capsys):
     command = ["--checkpoint", str(run), "--prompt", "x", "--steps", "1", "--out", str(tmp_path / "out")]
     assert sample.main([*command, "--formats", "mp4,gif,png"]) == 0
@@ -297,8 +306,11 @@ def test_a_video_can_start_from_another_one(run, data_sets, tmp_path):
         "near": ["--strength", "0.25"],
         "far": ["--strength", "1.0"],
         "continued": ["--known-frames", "2"],
+        "default": [],
     }.items():
         assert sample.main([*command, "--out", str(tmp_path / name), *options]) == 0
+        told = {"near": 0.25, "default": sample.DEFAULT_STRENGTH}.get(name)  # a continued one walks all steps
+        assert read_about(tmp_path / name / "00000.mp4").get("strength") == told
         frames[name] = read_clip(tmp_path / name / "00000.mp4", VideoSettings(4, 32, 32, 1)).astype(float)
     original = read_clip(clip, VideoSettings(4, 32, 32, 4)).astype(float)
     difference = {name: abs(video - original).mean(axis=(1, 2, 3)) for name, video in frames.items()}

@@ -26,6 +26,22 @@ def test_rows_that_no_run_has_are_left_out(tmp_path: Path) -> None:
     assert "MFU" not in rows and "validation loss, last" not in rows
 
 
+@pytest.mark.parametrize(
+    ("code", "reason", "said"),
+    [
+        (0, "finished", "finished"),
+        (75, "SIGTERM", "stopped and saved: SIGTERM"),
+        (78, "no such key", "stopped for good: no such key"),
+        (1, "OSError", "failed: OSError"),
+        (137, "killed", "exit code 137: killed"),
+    ],
+)
+def test_how_a_run_ended_is_said_in_words(tmp_path: Path, code: int, reason: str, said: str) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 4, "loss": 1.0}])
+    write_lines(tmp_path / "exit.json", [{"code": code, "reason": reason}])
+    assert dict(overview([read_run(tmp_path)]))["state"] == [said]
+
+
 def test_scores_of_several_files_share_a_table(tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
     table = score_table(runs, [Evaluation("shapes", {"n": 8, "colour": 0.5, "clips": []})])
