@@ -110,12 +110,16 @@ def run(args: argparse.Namespace) -> int:
     with_networks = [name for name in names if name not in FOLDER_METRICS]
     if in_folders and args.real is None:
         raise ValueError(f"{in_folders[0]} compares with the clips: pass --real FOLDER")
+    if args.out.is_dir():  # before the hours of work, not after
+        raise ValueError(f"--out {args.out}: expected a file for the scores, came a folder")
     scores: dict[str, Any] = {}
     ranks = init_distributed()
     try:
         if ranks.rank == 0:
             for name in in_folders:
-                scores |= FOLDER_METRICS[name](Path(args.real), Path(args.fake))
+                found = FOLDER_METRICS[name](Path(args.real), Path(args.fake))
+                clips = zip(scores.get("clips", found["clips"]), found["clips"], strict=True)  # lines of prompts.jsonl
+                scores |= found | {"clips": [before | now for before, now in clips]}
         if with_networks:
             with progress_bars(ranks.rank == 0) as show:
                 scores |= score_with_networks(args, with_networks, ranks, show)
@@ -127,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         for name, record in scores.get("metrics", {}).items():
             if record["low"] is not None:
                 print(f"  {name}: {record['level']:.0%} between {record['low']:.4g} and {record['high']:.4g}")
+            elif record["num_resamples"] > 1:
+                print(f"  {name}: no interval, too few clips: a resample has no score")
         print(f"scores: {args.out}")
     return 0
 

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from latte_scale import settings
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import read_random_clip, write_mp4
+from latte_scale.data.video import VideoError, read_random_clip, write_mp4
 from latte_scale.plain_json import json_text
 from latte_scale.run.metrics import read_metrics
 
@@ -176,20 +177,34 @@ def choose_prompts(clips: Path, count: int) -> list[dict[str, Any]]:
 
 
 def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[dict[str, Any]]:
-    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show beside the sample."""
+    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show beside the sample.
+
+    A clip that encode left out, too, is named and left out; of several captions the first is taken.
+    """
     originals.mkdir(parents=True)
+    lines = (clips / "captions.jsonl").read_text(encoding="utf-8-sig").split("\n")
     prompts = []
-    for number, record in enumerate(read_metrics(clips / "captions.jsonl")):
-        pixels_FCHW, _ = read_random_clip(clips / record["file"], video, u=0.5)  # the frames that encode took
+    for number, record in enumerate(json.loads(line) for line in lines if line.strip()):
+        try:
+            pixels_FCHW, _ = read_random_clip(clips / record["file"], video, u=0.5)  # the frames that encode took
+        except VideoError as error:
+            console.print(f"[yellow]left out[/] {escape(record['file'])}: {error}")
+            continue
         path = originals / f"{number:05d}.mp4"
         write_mp4(path, pixels_FCHW.transpose(0, 2, 3, 1), fps=8)
         original = os.path.relpath(path, originals.parent)
-        prompts.append({"text": record["text"], "clip": record["file"], "original": original})
+        text = record["text"] if isinstance(record["text"], str) else record["text"][0]
+        prompts.append({"text": text, "clip": record["file"], "original": original})
     return prompts
 
 
 def prepare_out(out: Path, clips: Path | None) -> None:
-    """An empty folder, or the folder of an earlier quickstart, which is emptied."""
+    """An empty folder, or the folder of an earlier quickstart, which is emptied once all is well with the clips."""
+    if clips is not None:
+        if not (clips / "captions.jsonl").exists():
+            raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
+        if clips.resolve().is_relative_to(out.resolve()):
+            raise StageError(f"{clips} lies in {out}, which a quickstart empties; choose another --out")
     known = {
         "clips",
         "shards",
@@ -216,8 +231,6 @@ def prepare_out(out: Path, clips: Path | None) -> None:
     out.mkdir(parents=True)
     (out / MARK).touch()
     if clips is not None:
-        if not (clips / "captions.jsonl").exists():
-            raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
         (out / "clips").symlink_to(clips.resolve(), target_is_directory=True)
 
 
@@ -241,6 +254,12 @@ def run(args: argparse.Namespace) -> int:
         "latents.kind=mean",
     )
     config = settings.read_mapping(train_config)
+    if args.clips:
+        video = settings.from_mapping(VideoSettings, config["video"], recipe.train_config, "video.")
+        prompts = caption_prompts(out / "clips", out / "samples" / "originals", video)
+    else:
+        prompts = choose_prompts(out / "clips", recipe.num_prompts)
+    (out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     stages.train_with_a_kill(
         # localhost: the name that a machine or a container has for itself need not lead anywhere
         f"torchrun --nproc_per_node {NUM_RANKS} --standalone --local_addr localhost -m latte_scale.train "
@@ -250,12 +269,6 @@ def run(args: argparse.Namespace) -> int:
         config["checkpoint"]["every_steps"],
         config["train"]["steps"],
     )
-    if args.clips:
-        video = settings.from_mapping(VideoSettings, config["video"], recipe.train_config, "video.")
-        prompts = caption_prompts(out / "clips", out / "samples" / "originals", video)
-    else:
-        prompts = choose_prompts(out / "clips", recipe.num_prompts)
-    (out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     stages.run(
         "sample",
         f"latte-scale sample --checkpoint {here}/run --prompts {here}/prompts.jsonl --out {here}/samples "

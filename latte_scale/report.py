@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--samples {args.samples}: expected a folder with prompts.jsonl, as `latte-scale sample` writes"
         )
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out}: expected the page to write, came a folder")
     evaluations = [read_evaluation(path) for path in args.scores]
     page = render(read_runs(args.runs), args.title, args.samples, evaluations)
     args.out.parent.mkdir(parents=True, exist_ok=True)

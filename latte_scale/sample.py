@@ -17,6 +17,7 @@ own: neither the batch size nor the number of ranks changes it.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import VideoError, read_clip
-from latte_scale.diffusion.sampler import SAMPLERS, make_scheduler
+from latte_scale.data.video import TooShortError, VideoError, read_clip
+from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
 from latte_scale.engine.dist import Ranks, init_distributed, leave, shutdown
@@ -49,6 +50,10 @@ from latte_scale.sampling.requests import (
 from latte_scale.sampling.temporal_decoder import TemporalDecoder
 from latte_scale.sampling.videos import FORMATS, write_video
 
+MADE_BY = (
+    "sampler", "steps", "guidance", "weights", "temporal_decoder", "init_video", "strength", "known_frames", "video"
+)  # fmt: skip
+"""What prompts.jsonl says of how its videos were made: passed as --prompts, it says nothing of the next ones."""
 DEFAULT_STRENGTH = 0.6  # of --init-video: enough to change what is seen, little enough to keep where it moves
 
 
@@ -66,17 +71,18 @@ class Setup:
     device: torch.device
 
 
-def how_to_sample(args: argparse.Namespace, loaded: Loaded) -> Sampling:
+def how_to_sample(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]]) -> Sampling:
     """The settings of the command line with their defaults filled in. Raises ValueError where they contradict."""
     guidance = default_guidance(loaded.architecture) if args.guidance is None else args.guidance
-    check_guidance(guidance, loaded.architecture, args.negative)
+    check_guidance(guidance, loaded.architecture, args.negative, *(record.get("negative") for record in records))
     if args.init_video is None and (args.strength is not None or args.known_frames):
         raise ValueError("--strength and --known-frames say what to do with a clip: name it with --init-video")
     strength = args.strength
     if strength is None:
         strength = 1.0 if args.init_video is None or args.known_frames else DEFAULT_STRENGTH
     sampler = args.sampler or SAMPLERS[loaded.diffusion.objective][0]
-    make_scheduler(loaded.diffusion, sampler)  # refuses a sampler of another objective before encoders are loaded
+    make_scheduler(loaded.diffusion, sampler)  # refused before encoders are loaded, and so are steps
+    check_steps(loaded.diffusion, sampler, args.steps)
     return Sampling(sampler, args.steps, guidance, strength, args.known_frames)
 
 
@@ -84,10 +90,14 @@ def read_init_video(path: Path | None, video: VideoSettings, vae: VideoAutoencod
     """Latents [C, F, h, w] in model units of the first clip of a file, in the frame policy of the run."""
     if path is None:
         return None
+    if not path.is_file():
+        raise ValueError(f"--init-video {path}: expected a video; there is no such file")
     try:
         pixels_FCHW = torch.from_numpy(read_clip(path, video))
-    except VideoError as error:
+    except TooShortError as error:
         raise ValueError(f"--init-video {path}: {error}; give a longer one, or another --config") from error
+    except VideoError as error:
+        raise ValueError(f"--init-video {path}: {error}") from error
     mean_BFChw, _ = vae.encode(pixels_FCHW[None])
     return vae.to_model_units(mean_BFChw)[0].transpose(0, 1)
 
@@ -96,8 +106,10 @@ def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dic
     """Everything that was asked for, in order, each with its seed."""
     records = read_prompts(args.prompt, args.prompts) + [{"label": label} for label in args.label]
     records += [{} for _ in range(args.count)]
+    records = [{key: value for key, value in record.items() if key not in MADE_BY} for record in records]
+    records = [{"seed": args.seed + number, **record} for number, record in enumerate(records)]
     check_records(records, architecture)
-    return [{"seed": args.seed + number, **record} for number, record in enumerate(records)]
+    return records
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
@@ -107,10 +119,10 @@ def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
     return load_model(args.checkpoint, args.weights, ranks.device)
 
 
-def prepare(args: argparse.Namespace, loaded: Loaded, ranks: Ranks) -> Setup:
+def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]], ranks: Ranks) -> Setup:
     """Load what goes with the model and hold it to each other. Raises ValueError with what to do."""
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
-    how = how_to_sample(args, loaded)
+    how = how_to_sample(args, loaded, records)
     set_precision(loaded.model, args.precision, ranks.device.type)
     if isinstance(loaded.architecture, LatteSettings):
         encoder_settings = replace(encoder_settings, text=None)
@@ -141,13 +153,17 @@ def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Load, sample this rank's share in batches, decode, write."""
     formats = formats_of(args.formats)
+    check_numbers(args)
     loaded = load(args, ranks)
     records = records_of(args, loaded.architecture)
-    setup = prepare(args, loaded, ranks)
+    setup = prepare(args, loaded, records, ranks)
     about = about_of(args, setup)
+    listed = min(formats, key=FORMATS.index)  # a sheet of frames is no video to score
     for number, record in enumerate(records):
-        record["file"] = f"{number:05d}.{formats[0]}"
+        record["file"] = f"{number:05d}.{listed}"
     args.out.mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        forget_listing(args.out / "prompts.jsonl", args.prompts)
     with progress_bar(ranks) as bar:
         task, done = bar.add_task(f"sampling {len(records)} videos", total=len(records)), 0
         for batch in batches_of(len(records), args.batch_size, ranks.rank, ranks.size):
@@ -161,10 +177,21 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             done += len(asked)
     ranks.barrier()  # all files are there
     if ranks.rank == 0:
-        lines = [json.dumps({**record, **about, "video": setup.video.stored()}) for record in records]
-        (args.out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        lines = [json.dumps({**record, **about, **record, "video": setup.video.stored()}) for record in records]
+        temporary = args.out / f"prompts.jsonl.tmp-{os.getpid()}"
+        temporary.write_text("\n".join(lines) + "\n")
+        os.replace(temporary, args.out / "prompts.jsonl")
         print(f"sampled {len(records)} videos with {setup.loaded.source} into {args.out}")
     return 0
+
+
+def forget_listing(listing: Path, prompts: Path | None) -> None:
+    """Remove the prompts.jsonl of an earlier sampling: it must not stand beside videos of this one, if that is stopped.
+
+    Not where it is read for this one: its lines are then what the new videos show.
+    """
+    if listing.exists() and not (prompts is not None and listing.samefile(prompts)):
+        listing.unlink()
 
 
 def draw(
@@ -199,11 +226,17 @@ def write(
     pixels_BFCHW = setup.decoder.decode(latents_BCFHW.transpose(1, 2)).cpu()
     for record, pixels_FCHW in zip(records, pixels_BFCHW, strict=True):
         frames_FHWC = pixels_FCHW.permute(0, 2, 3, 1).numpy()
-        shown = {key: record[key] for key in ("text", "label", "seed") if key in record}
-        own = {key: record[key] for key in ("negative",) if key in record}
+        shown = {key: record[key] for key in ("text", "label", "seed", "negative") if key in record}
         for suffix in formats_of(args.formats):
             path = (args.out / record["file"]).with_suffix(f".{suffix}")
-            write_video(path, frames_FHWC, args.fps, shown | about | own)
+            write_video(path, frames_FHWC, args.fps, shown | about | shown)  # its own negative prompt is the one used
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ValueError for a number that no sampling has, before anything is loaded."""
+    for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
+        if (came := getattr(args, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, came {came}")
 
 
 def formats_of(text: str) -> list[str]:

@@ -51,7 +51,7 @@ class Demo:
         """The video of one record ("seed", and "text" with "negative" or "label"). Raises ValueError."""
         architecture = self.loaded.architecture
         check_records([record], architecture)
-        check_guidance(guidance, architecture)
+        check_guidance(guidance, architecture, record.get("negative"))
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"steps: expected 1 to {MAX_STEPS}, came {steps}")
         how = Sampling(SAMPLERS[self.loaded.diffusion.objective][0], steps, guidance)
@@ -93,9 +93,12 @@ def build_page(demo: Demo) -> Any:
     of_text, of_classes = demo.text is not None, num_classes > 0
 
     def answer(
-        prompt: str, negative: str, label: float, seed: float, steps: float, guidance: float,
+        prompt: str, negative: str, label: float | None, seed: float | None, steps: float, guidance: float,
         progress: Any = gradio.Progress(),  # noqa: B008 (how gradio hands it over)
     ) -> str:  # fmt: skip
+        if seed is None or (of_classes and label is None):
+            what = "seed" if seed is None else "class"
+            raise gradio.Error(f"the {what} is empty: it is a whole number", print_exception=False)
         record: dict[str, Any] = {"seed": int(seed)}
         if of_text:
             if not prompt.strip():

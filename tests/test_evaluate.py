@@ -1,6 +1,7 @@
 """The command: one result over folders or shards and on one rank or two, kept features, and mistakes named."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,16 @@ def test_shapes_without_networks(clips: Path, tmp_path: Path) -> None:
     assert found["n"] == NUM and {"colour", "shape", "direction", "all", "clips"} <= found.keys()
 
 
+def test_each_clip_has_the_verdicts_of_shapes_and_of_psnr(clips: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "fake"
+    shutil.copytree(clips / "fake", fake)
+    lines = [json.loads(line) for line in (fake / "prompts.jsonl").read_text().splitlines()]
+    write_lines(fake / "prompts.jsonl", [line | {"clip": "000000.mp4"} for line in lines])
+    found = scores(clips, tmp_path / "a.json", "shapes,psnr", fake=str(fake))
+    assert found["n"] == len(found["clips"]) == NUM and {"colour", "psnr_db"} <= found.keys()
+    assert all({"colour", "seen", "psnr_db", "identical"} <= clip.keys() for clip in found["clips"])
+
+
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert evaluate.main(list(arguments)) == 2
     return capsys.readouterr().err
@@ -147,6 +158,7 @@ def test_missing_networks_say_what_to_fetch(clips: Path, cache: Path, tmp_path: 
 def test_clips_that_cannot_be_scored_are_named(clips: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out.json"
     assert "no metric 'fvdd'; expected one of" in said(capsys, *command(clips, out, "fvdd"))
+    assert "expected a file for the scores, came a folder" in said(capsys, *command(clips, tmp_path, "is"))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds none" in said(capsys, *command(clips, out, "fvd", real=str(empty)))
@@ -167,6 +179,17 @@ def test_clips_that_cannot_be_scored_are_named(clips: Path, tmp_path: Path, caps
     (tmp_path / "silent" / "3.mp4").write_text("no video")
     assert "3.mp4: corrupt" in said(capsys, *command(clips, out, "is", fake=str(tmp_path / "silent")), "--frames", "4")
     assert not out.exists()
+
+
+def test_too_few_clips_for_an_interval_are_told(clips: Path, tmp_path: Path, capsys) -> None:
+    """Two clips: a resample that draws one of them twice has no pairs, and so no KID."""
+    assert evaluate.main([*command(clips, tmp_path / "a.json", "kid"), "--num-clips", "2"]) == 0
+    assert "kid: no interval, too few clips" in capsys.readouterr().out
+    record = json.loads((tmp_path / "a.json").read_text())["metrics"]["kid"]
+    assert record["value"] is not None and record["low"] is record["std_error"] is None
+    assert "num_clips: expected 1 or more, came -1" in said(
+        capsys, *command(clips, tmp_path / "b.json", "kid"), "--num-clips", "-1"
+    )
 
 
 def test_latents_are_not_clips(data_sets, clips: Path, tmp_path: Path, capsys) -> None:

@@ -64,6 +64,16 @@ def test_mistakes_are_named(tmp_path: Path, samples: Path, capsys: pytest.Captur
     run = str(make_run(tmp_path / "run"))
     assert "expected a file that `latte-scale evaluate` wrote" in said(run, "--scores", str(tmp_path / "no.json"))
     assert "expected a folder with prompts.jsonl" in said(run, "--samples", str(tmp_path))
+    for content, message in (("[1]", "expected a JSON object"), ("{", "expected JSON")):
+        (tmp_path / "odd.json").write_text(content)
+        assert f"odd.json: {message}" in said(run, "--scores", str(tmp_path / "odd.json"))
+    listing, lines = samples / "prompts.jsonl", (samples / "prompts.jsonl").read_text()
+    for content, message in (("", "it names no video"), ("garbage", "line 1"), ('{"text": "a"}', "line 1")):
+        listing.write_text(content)
+        assert message in said(run, "--samples", str(samples))
+    listing.write_text(lines)
+    assert report.main([run, "--out", str(tmp_path)]) == 2
+    assert "expected the page to write, came a folder" in capsys.readouterr().err
     (samples / "0.mp4").write_text("no video")
     assert "0.mp4 cannot be read" in said(run, "--samples", str(samples))
     (samples / "0.mp4").unlink()
@@ -115,6 +125,20 @@ def test_a_real_browser_draws_the_charts_and_plays_the_videos(
         page.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
         page.wait_for("document.querySelector('.chart .legend').textContent.includes('at step')")
         assert page.problems == []
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no browser (chromium) on this machine")
+def test_restarts_before_and_after_all_logged_steps_lie_inside_the_chart(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": 1.0 / step} for step in range(100, 200, 10)])
+    restart = {"checkpoint": "", "replayed_steps": [], "problems": []}
+    write_lines(run / "logs" / "restarts.jsonl", [{"step": step, **restart} for step in (20, 150, 260)])
+    with Page(write_page(tmp_path, str(run)).as_uri(), tmp_path / "profile") as page:
+        page.wait_for("document.querySelectorAll('.mark').length === 3")
+        places = page.evaluate("[...document.querySelectorAll('.mark')].map((mark) => mark.x1.baseVal.value)")
+        width = page.evaluate("document.querySelector('.chart svg').clientWidth")
+    assert places == sorted(places) and places[0] >= 52 and places[-1] <= width - 12
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no browser (chromium) on this machine")

@@ -84,6 +84,8 @@ def test_a_prompt_gives_the_video_of_the_sample_command(address: str, run: Path,
 
 def test_what_cannot_be_sampled_is_an_answer_and_the_app_goes_on(address: str) -> None:
     assert ask(address, "  ", "", 0, 0, 2, 1.0)[0] == "error"
+    event, said = ask(address, "a red circle", "", 0, None, 2, 1.0)
+    assert event == "error" and "the seed is empty" in json.dumps(said)
     assert ask(address, "a red circle", "", 0, 0, 2, 1.0)[0] == "complete"
 
 
@@ -103,3 +105,5 @@ def test_a_record_is_held_to_the_model(run: Path, tmp_path: Path) -> None:
         demo.sample({"seed": 0, "label": 1}, 2, 1.0)
     with pytest.raises(ValueError, match="steps: expected 1 to 250, came 0"):
         demo.sample({"seed": 0, "text": "a"}, 0, 1.0)
+    with pytest.raises(ValueError, match="negative prompt 'b': nothing reads it at guidance 1"):
+        demo.sample({"seed": 0, "text": "a", "negative": "b"}, 2, 1.0)

@@ -76,6 +76,25 @@ def _flow_scheduler(settings: DiffusionSettings, sampler: Sampler) -> Any:
     )
 
 
+def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -> None:
+    """Raise ValueError for a number of steps that this sampler cannot lay over the schedule."""
+    if not 1 <= num_steps <= settings.num_timesteps:
+        raise ValueError(
+            f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), came {num_steps}"
+        )
+    if sampler == "ddim" and settings.zero_terminal_snr and settings.num_timesteps % num_steps:
+        raise ValueError(
+            f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
+            f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
+        )
+    is_rounded = settings.objective != "flow" and not settings.zero_terminal_snr
+    if sampler == "dpm++" and is_rounded and num_steps == settings.num_timesteps:
+        raise ValueError(
+            f"sampling steps: dpm++ expects at most {settings.num_timesteps - 1}, came {num_steps}: two of diffusers' "
+            "timesteps would be one, and its step between them is not a number"
+        )
+
+
 @torch.no_grad()
 def sample(
     model_fn: ModelFn,
@@ -108,7 +127,9 @@ def sample(
     timestep for each frame (timestep_NF, 0 there), and they stand in the result.
     progress: called as progress(model calls done, all). Raises ValueError for arguments that do not fit.
     """
-    _check_arguments(noise_BCFHW, settings, num_steps, generators)
+    check_steps(settings, sampler, num_steps)
+    if generators is not None and len(generators) != len(noise_BCFHW):
+        raise ValueError(f"generators: expected one for each of {len(noise_BCFHW)} clips, came {len(generators)}")
     _check_clips(noise_BCFHW, init_BCFHW, strength, known_BCFHW, num_known)
     scheduler = make_scheduler(settings, sampler, learned_variance)
     begin = _lay_steps(scheduler, settings, sampler, num_steps, strength)
@@ -147,11 +168,6 @@ def _lay_steps(scheduler: Any, settings: DiffusionSettings, sampler: Sampler, nu
         # diffusers' own arithmetic adds a timestep of -1 at some step counts (61, 103, ...)
         scheduler.set_timesteps(timesteps=trailing_timesteps(settings.num_timesteps, num_steps))
     else:
-        if sampler == "ddim" and settings.zero_terminal_snr and settings.num_timesteps % num_steps:
-            raise ValueError(
-                f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
-                f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
-            )
         scheduler.set_timesteps(num_steps)
     begin = (num_steps - max(1, round(num_steps * strength))) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):  # else it looks for the timestep, which dpm++ may have rounded to another
@@ -192,17 +208,6 @@ def _guide(out: Tensor, guidance: float, channels: int) -> Tensor:
         return negative + guidance * (positive - negative)
     guided = negative[:, :channels] + guidance * (positive[:, :channels] - negative[:, :channels])
     return torch.cat([guided, positive[:, channels:]], dim=1)
-
-
-def _check_arguments(
-    noise: Tensor, settings: DiffusionSettings, num_steps: int, generators: Sequence[torch.Generator] | None
-) -> None:
-    if not 1 <= num_steps <= settings.num_timesteps:
-        raise ValueError(
-            f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), came {num_steps}"
-        )
-    if generators is not None and len(generators) != len(noise):
-        raise ValueError(f"generators: expected one for each of {len(noise)} clips, came {len(generators)}")
 
 
 def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Tensor | None, num_known: int) -> None:

@@ -47,7 +47,8 @@ def bootstrap(
 ) -> Interval:
     """The score and its interval of level LEVEL. A collective: the resamples are shared out over the ranks.
 
-    num_real is 0 for a score of fakes alone. With fewer than 2 resamples there is no interval.
+    num_real is 0 for a score of fakes alone. With fewer than 2 resamples there is no interval, nor where a resample has
+    no score: one that drew the same clip every time, as happens with a handful of clips, has no pairs for KID.
     """
 
     def at(real_weight_U: Tensor, fake_weight_U: Tensor) -> float:
@@ -63,6 +64,8 @@ def bootstrap(
         values[number] = at(real, resample(seed, number, num_fake, 1))
         progress(done, len(mine))
     ranks.sum_(values)  # each is one rank's number plus zeros: exact
+    if not values.isfinite().all():
+        return Interval(value, None, None, None)
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = (value + torch.quantile(values, tails) - values.mean()).tolist()
     return Interval(value, low, high, float(values.std()))

@@ -12,14 +12,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import MANIFEST, VideoSettings
 from latte_scale.data.video import VideoError, read_clip, read_random_clip
-from latte_scale.evaluation.videos import read_prompts
+from latte_scale.evaluation.videos import frame_policy, read_prompts
 from latte_scale.rng import hash64
 from latte_scale.store import open_store
 
@@ -41,7 +40,7 @@ class ClipSet:
     where: str
     clips: tuple[Clip, ...]
     fingerprint: Callable[[], str]  # reads every file of a folder
-    policy: dict[str, Any] | None = None  # the frame policy that the videos were sampled for, where prompts.jsonl says
+    policy: VideoSettings | None = None  # the frame policy that the videos were sampled for, where prompts.jsonl says
 
 
 def open_clips(url: str | Path) -> ClipSet:
@@ -54,7 +53,7 @@ def open_clips(url: str | Path) -> ClipSet:
     if (folder / "prompts.jsonl").is_file():
         records = read_prompts(folder, with_text=False)
         paths = {folder / record["file"]: record.get("text", "") for record in records}
-        policy = records[0].get("video")
+        policy = frame_policy(records[0], folder / "prompts.jsonl") if records[0].get("video") else None
     else:
         found = (path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
         paths, policy = dict.fromkeys(found, ""), None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import probe
+from latte_scale.data.video import VideoError, probe
 from latte_scale.engine.dist import Ranks
 from latte_scale.evaluation import scores
 from latte_scale.evaluation.bootstrap import LEVEL, bootstrap
@@ -49,6 +49,12 @@ class Protocol:
     num_resamples: int = 200
     seed: int = 0
     batch_size: int = 8  # clips embedded at a time: memory only
+
+    def __post_init__(self) -> None:
+        for name, least in {"size": 1, "num_clips": 1, "num_resamples": 0, "batch_size": 1}.items():
+            came = getattr(self, name)
+            if came is not None and came < least:
+                raise ValueError(f"{name}: expected {least} or more, came {came}")
 
 
 class Scorer:
@@ -161,9 +167,13 @@ class Scorer:
 
 
 def _video(fake: ClipSet, protocol: Protocol) -> VideoSettings:
-    """The frame policy of real clips. Raises ValueError for a policy that is none or a first clip that is no video."""
-    video = VideoSettings(**fake.policy) if fake.policy else STYLEGAN_V
-    info = probe(fake.clips[0].load()[0])
+    """The frame policy of real clips. Raises VideoError naming a first clip that is no video."""
+    video = fake.policy or STYLEGAN_V
+    first = fake.clips[0]
+    try:
+        info = probe(first.load()[0])
+    except VideoError as error:
+        raise VideoError(f"{first.name}: {error}") from error
     size = {"height": protocol.size or info.height, "width": protocol.size or info.width}
     given = {key: getattr(protocol, key) for key in ("frames", "frame_interval")}
     return replace(video, **size, hflip=False, **{key: value for key, value in given.items() if value is not None})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import read_random_clip
+from latte_scale.data.video import VideoError, read_random_clip
 
 
 def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"no {path}; --fake takes a folder that `latte-scale sample` wrote (videos and prompts.jsonl)")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         record = _parse_or_none(line)
@@ -32,7 +32,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: expected {wanted}, came {line[:80]!r}")
         records.append(record)
     if not records:
-        raise ValueError(f"{path} is empty: there is nothing to score")
+        raise ValueError(f"{path} is empty: it names no video")
     return records
 
 
@@ -42,6 +42,17 @@ def _parse_or_none(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def frame_policy(record: dict[str, Any], where: Path) -> VideoSettings:
+    """The frame policy "video" of a line of prompts.jsonl. Raises ValueError for one that is none."""
+    try:
+        return VideoSettings(**record["video"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'{where}: expected "video" to be a frame policy as `latte-scale sample` writes it, came {record["video"]} '
+            f"({error})"
+        ) from error
 
 
 def read_frames(path: Path) -> np.ndarray:
@@ -71,7 +82,11 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
     for record in read_prompts(fake):
         if "clip" not in record or "video" not in record:
             raise ValueError(f'{fake}: psnr needs "clip" and "video" in every line of prompts.jsonl, came {record}')
-        pixels_FCHW, _ = read_random_clip(real / record["clip"], VideoSettings(**record["video"]), u=0.5)
+        video = frame_policy(record, fake / "prompts.jsonl")
+        try:
+            pixels_FCHW, _ = read_random_clip(real / record["clip"], video, u=0.5)
+        except VideoError as error:
+            raise ValueError(f"{real / record['clip']}, the clip of {record['file']}: {error}") from error
         frames, wanted = read_frames(fake / record["file"]), pixels_FCHW.transpose(0, 2, 3, 1)
         if frames.shape != wanted.shape:
             raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, came {frames.shape}")

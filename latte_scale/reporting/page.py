@@ -11,10 +11,10 @@ from typing import Any
 
 import jinja2
 
+from latte_scale.evaluation.videos import read_prompts
 from latte_scale.reporting.charts import all_charts
 from latte_scale.reporting.media import Medium, embed
 from latte_scale.reporting.runs import Evaluation, Run, SampledStep, replay_verdict
-from latte_scale.run.metrics import read_metrics
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "report"
 MAX_STEPS = 6  # of the steps that a run sampled at: evenly chosen, the first and the last among them
@@ -44,6 +44,7 @@ def render(
         scores=score_table(runs, evaluations),
         clips=[] if samples is None else given_clips(samples, evaluations),
         sampled=sampled_videos(runs),
+        max_steps=MAX_STEPS,
         replays=[replay_verdict(run) for run in runs],
         differences=config_differences(runs),
         surroundings=surroundings(runs),
@@ -141,9 +142,12 @@ def _is_score(value: object) -> bool:
 
 def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
     """Videos beside their prompts (and beside the original where one is named), with what the scorer said."""
-    verdicts = {clip["file"]: clip for evaluation in evaluations for clip in evaluation.scores.get("clips", [])}
+    verdicts: dict[str, dict[str, Any]] = {}
+    for evaluation in evaluations:
+        for clip in evaluation.scores.get("clips", []):
+            verdicts.setdefault(clip["file"], {}).update(clip)  # one file says shapes, another how near
     clips = []
-    for record in read_metrics(samples / "prompts.jsonl"):
+    for record in read_prompts(samples, with_text=False):
         verdict = verdicts.get(record["file"], {})
         clips.append(
             {

@@ -6,7 +6,7 @@ validation.jsonl, logs/restarts.jsonl, samples/step-*/samples.json, evaluation/*
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,24 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Several runs, told apart by name: runs of one name get that of the folder above, too."""
-    runs = [read_run(path) for path in paths]
-    names = [run.name for run in runs]
-    return [
-        run
-        if names.count(run.name) == 1
-        else Run(**{**vars(run), "name": f"{Path(path).resolve().parent.name}/{run.name}"})
-        for run, path in zip(runs, paths, strict=True)
-    ]
+    """Several runs, told apart by name: runs of one name get those of as many folders above as it takes.
+
+    Raises ValueError for a run that is given twice.
+    """
+    places = [Path(path).resolve() for path in paths]
+    for place in places:
+        if places.count(place) > 1:
+            raise ValueError(f"{place}: this run is given twice; name it once")
+    return [replace(read_run(path), name=_told_apart(place, places)) for path, place in zip(paths, places, strict=True)]
+
+
+def _told_apart(place: Path, places: Sequence[Path]) -> str:
+    """The last parts of a path, as few as no other of the paths ends with."""
+    for count in range(1, len(place.parts)):
+        last = place.parts[-count:]
+        if sum(other.parts[-count:] == last for other in places) == 1:
+            break
+    return "/".join(last)
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -113,9 +122,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error}); remove the file, or write it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, came {str(content)[:80]}; remove it, or write it again")
+    return content
 
 
 def replay_verdict(run: Run) -> str:

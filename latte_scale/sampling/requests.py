@@ -5,6 +5,7 @@ to what the model can be asked, and requests: the seed of the noise with the con
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 
 Architecture = LatteSettings | LatteT2VSettings
+
+SEEDS = range(-(2**63), 2**64)  # what a torch generator takes
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,16 @@ class Request:
 def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any]]:
     """Records with "text" or "label": from a list of prompts, then a file with one prompt a line, or JSON lines.
 
-    A record may name its own "seed" and "negative"; its other keys are kept. Raises ValueError with the line.
+    A record may name its own "seed" and "negative"; its other keys are kept. A byte order mark is no part of the first
+    line. Raises ValueError with the line, or naming a file that is no UTF-8.
     """
     records: list[dict[str, Any]] = [{"text": text} for text in prompt]
     if file is None:
         return records
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected a text file in UTF-8 ({error}); write it again as such") from error
     for number, line in enumerate(map(str.strip, lines), 1):
         try:
             if line:
@@ -75,6 +82,8 @@ def check_records(records: Sequence[dict[str, Any]], architecture: Architecture)
         for key, of_type in (("seed", int), ("negative", str)):
             if key in record and type(record[key]) is not of_type:
                 raise ValueError(f"expected {key} of type {of_type.__name__}, came {record}")
+        if record.get("seed", 0) not in SEEDS:
+            raise ValueError(f"expected a seed of {SEEDS.start} to {SEEDS.stop - 1}, came {record}")
 
 
 def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
@@ -97,12 +106,15 @@ def default_guidance(architecture: Architecture) -> float:
     return 7.0 if architecture.num_classes else 1.0
 
 
-def check_guidance(guidance: float, architecture: Architecture, negative: str | None = None) -> None:
+def check_guidance(guidance: float, architecture: Architecture, *negatives: str | None) -> None:
     """ValueError for guidance of a model that nothing can guide, and for a negative prompt that nothing would read."""
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, 1 for none, came {guidance}")
     if guidance > 1 and isinstance(architecture, LatteSettings) and not architecture.num_classes:
         raise ValueError(
             f"guidance {guidance}: the model is unconditional and has nothing to be guided by; leave it out"
         )
+    negative = next(filter(None, negatives), None)
     if negative and isinstance(architecture, LatteSettings):
         raise ValueError(f"negative prompt {negative!r}: the model reads no text; leave it out")
     if negative and guidance <= 1:

@@ -16,7 +16,7 @@ import numpy as np
 
 from latte_scale.data.video import write_mp4
 
-FORMATS = ("mp4", "gif", "png")
+FORMATS = ("mp4", "gif", "png")  # of several that are written, prompts.jsonl names the first
 GAP = 2  # pixels between the frames of a sheet
 
 

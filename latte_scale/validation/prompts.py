@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config
-from latte_scale.diffusion.sampler import SAMPLERS, make_scheduler
+from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder
 from latte_scale.engine.dist import Ranks
 from latte_scale.sampling.latents import Sampling, batches_of, sample_latents
@@ -48,9 +48,10 @@ class PromptVideos:
         records += [{"label": label} for label in settings.labels] + [{} for _ in range(settings.count)]
         check_records(records, config.model)
         guidance = default_guidance(config.model) if settings.guidance is None else settings.guidance
-        check_guidance(guidance, config.model, settings.negative)
+        check_guidance(guidance, config.model, settings.negative, *(record.get("negative") for record in records))
         sampler = settings.sampler or SAMPLERS[config.diffusion.objective][0]
-        make_scheduler(config.diffusion, sampler)  # raises now, not at the first step that samples
+        make_scheduler(config.diffusion, sampler)  # these raise now, not at the first step that samples
+        check_steps(config.diffusion, sampler, settings.sampling_steps)
         self.how = Sampling(sampler, settings.sampling_steps, guidance)
         self.records = [{"seed": settings.seed + number, **record} for number, record in enumerate(records)]
         self._requests = self._embed(conditioner)

@@ -145,10 +145,10 @@ class Validator:
             if self._ranks.rank == 0 and folder.is_dir():
                 videos.write_index(folder, about | {"seconds": round(time.perf_counter() - began_s, 3)})
 
-        self._on_all("writing sample videos", write)
-        self._on_all("writing samples.json", write_index)
-        seconds = time.perf_counter() - began_s
-        self._say(f"{len(videos.records)} sample videos of step {step} in {folder}, {seconds:.1f} s")
+        is_whole = self._on_all("writing sample videos", write)
+        if self._on_all("writing samples.json", write_index) and is_whole:
+            seconds = time.perf_counter() - began_s
+            self._say(f"{len(videos.records)} sample videos of step {step} in {folder}, {seconds:.1f} s")
 
     def _say(self, line: str) -> None:
         if self._ranks.rank == 0:

@@ -264,6 +264,16 @@ def test_zero_terminal_snr_is_in_the_pipelines_scheduler_only_when_asked() -> No
     assert (zero.rescale_betas_zero_snr, zero.timestep_spacing) == (True, "trailing")
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_steps"),
+    [(DiffusionSettings(), 999), (ZERO_SNR, 1000), (DiffusionSettings(objective="flow"), 1000)],
+    ids=["epsilon", "zero-snr", "flow"],
+)
+def test_dpm_takes_as_many_steps_as_are_apart(settings, num_steps) -> None:
+    out = plain(lambda x, t: 0.1 * x, settings=settings, sampler="dpm++", num_steps=num_steps)
+    assert out.isfinite().all()
+
+
 def test_a_sampler_of_another_objective() -> None:
     with pytest.raises(ValueError, match="objective flow expects one of euler, heun, dpm\\+\\+, came 'ddim'"):
         make_scheduler(DiffusionSettings(objective="flow"), "ddim")
@@ -275,6 +285,7 @@ def test_a_sampler_of_another_objective() -> None:
         ({"num_steps": 0}, "expected 1 to 1000.*came 0"),
         ({"num_steps": 1001}, "expected 1 to 1000.*came 1001"),
         ({"num_steps": 7, "settings": ZERO_SNR}, "divisor of 1000.*came 7"),
+        ({"num_steps": 1000, "sampler": "dpm++"}, "dpm\\+\\+ expects at most 999, came 1000"),
         ({"generators": generators(0)}, "one for each of 2 clips, came 1"),
         ({"strength": 0.5}, "1 without an input video, came 0.5"),
         ({"init_BCFHW": CLEAN, "strength": 0.0}, "strength: expected above 0.*came 0.0"),

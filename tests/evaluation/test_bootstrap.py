@@ -1,5 +1,7 @@
 """Intervals: they hold the truth as often as they say, and do not depend on the ranks."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -43,6 +45,14 @@ def test_the_interval_of_a_frechet_distance_holds_its_mean_at_this_count() -> No
         interval = bootstrap(scores.frechet_score(*draw(trial)), score, score, 60, trial, ALONE)
         held += interval.low <= truth <= interval.high
     assert held >= 51
+
+
+def test_where_a_resample_has_no_score_there_is_no_interval() -> None:
+    """KID of two clips: one in two resamples draws one of them twice, and then there are no pairs."""
+    draw = torch.Generator().manual_seed(0)
+    real_UKD, fake_UKD = (torch.randn(2, 1, 4, generator=draw) for _ in range(2))
+    found = bootstrap(scores.kernel_score(real_UKD, fake_UKD), 2, 2, 20, 0, ALONE)
+    assert math.isfinite(found.value) and (found.low, found.high, found.std_error) == (None, None, None)
 
 
 def test_without_resamples_there_is_no_interval() -> None:

@@ -58,4 +58,4 @@ def test_prompts_say_which_files_belong_and_what_they_show(folder: Path) -> None
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     clips = open_clips(folder)
     assert [(clip.name, clip.load()[1]) for clip in clips.clips] == [("1.mp4", ""), ("4.mp4", "a")]
-    assert clips.policy == {"frames": 2}
+    assert clips.policy == VideoSettings(frames=2)

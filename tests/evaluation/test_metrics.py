@@ -44,6 +44,9 @@ def test_stylegan_vs_frames_unless_the_samples_say_otherwise(folder: Path) -> No
     (folder / "clips" / "prompts.jsonl").write_text(json.dumps({"file": "0.mp4", "text": "a", "video": policy}) + "\n")
     video = _video(open_clips(folder / "clips"), Protocol(frame_interval=2, size=16))
     assert (video.frames, video.frame_interval, video.height, video.width, video.hflip) == (8, 2, 16, 16, False)
+    (folder / "clips" / "0.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"0\.mp4: corrupt"):
+        _video(open_clips(folder / "clips"), Protocol())
 
 
 def test_features_are_made_once_for_several_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +58,13 @@ def test_features_are_made_once_for_several_metrics(folder: Path, monkeypatch: p
     assert len(extracted) == 3  # real, fake, and the classes of the fake
     assert all(record["num_fake"] == 6 for record in found.values())
     assert found["is"]["real_fingerprint"] is None and found["is"]["num_real"] == 0
+
+
+@pytest.mark.parametrize("name", ["size", "num_clips", "num_resamples", "batch_size"])
+def test_numbers_that_no_scoring_has_are_refused(name: str) -> None:
+    Protocol(**{name: 1})
+    with pytest.raises(ValueError, match=f"{name}: expected . or more, came -1"):
+        Protocol(**{name: -1})
 
 
 def test_what_cannot_be_computed_is_refused_before_the_work(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from latte_scale import evaluate
 from latte_scale.data.video import write_mp4
+from latte_scale.evaluation.clips import open_clips
 from latte_scale.evaluation.videos import psnr_db, read_prompts, score_psnr
 
 
@@ -31,6 +32,23 @@ def test_psnr_is_that_of_the_frames_encode_took(tmp_path: Path) -> None:
     (fake / "prompts.jsonl").write_text(json.dumps({"file": "0.mp4", "text": "noise"}) + "\n")
     with pytest.raises(ValueError, match='needs "clip" and "video"'):
         score_psnr(real, fake)
+
+
+def test_a_line_without_its_clip_or_with_a_policy_that_is_none_is_named(tmp_path: Path) -> None:
+    policy = {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
+    for clip, video, message in (
+        ("gone.mp4", policy, r"gone\.mp4, the clip of 0\.mp4: corrupt: No such file"),
+        ("gone.mp4", policy | {"extra": 1}, 'expected "video" to be a frame policy'),
+        ("gone.mp4", [4, 32, 32], 'expected "video" to be a frame policy'),
+        ("gone.mp4", policy | {"frames": 0}, 'expected "video" to be a frame policy'),
+    ):
+        line = {"file": "0.mp4", "text": "", "clip": clip, "video": video}
+        (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(ValueError, match=message):
+            score_psnr(tmp_path, tmp_path)
+        if "policy" in message:
+            with pytest.raises(ValueError, match=message):
+                open_clips(tmp_path)
 
 
 def test_a_video_that_equals_its_clip_is_counted_and_has_no_psnr(tmp_path: Path) -> None:
@@ -69,9 +87,16 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
         read_prompts(tmp_path)
 
 
+def test_lines_of_other_programs(tmp_path: Path) -> None:
+    """A byte order mark, and a line separator that stands as it is inside a JSON string."""
+    record = {"file": "0.mp4", "text": "a\u2028b"}
+    (tmp_path / "prompts.jsonl").write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n", newline="")
+    assert read_prompts(tmp_path) == [record]
+
+
 def test_records_of_classes_have_no_text(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"file": "0.mp4", "label": 3}\n')
     assert read_prompts(tmp_path, with_text=False) == [{"file": "0.mp4", "label": 3}]
     (tmp_path / "prompts.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="nothing to score"):
+    with pytest.raises(ValueError, match="it names no video"):
         read_prompts(tmp_path)

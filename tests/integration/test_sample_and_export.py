@@ -144,6 +144,24 @@ def test_every_source_of_weights_and_the_files_of_a_sampling_give_the_same_video
             assert abs(ours.astype(int) - theirs).max() <= 1, name
 
 
+def test_the_record_of_a_video_is_of_how_it_was_made_and_not_of_an_earlier_one(run, data_sets, tmp_path):
+    """A prompt's own negative stands in the file and in prompts.jsonl; an init video of before is not told again."""
+    lines = [{"text": PROMPTS[0], "negative": "own"}, {"text": PROMPTS[1]}]
+    (tmp_path / "prompts.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clip = ["--init-video", str(data_sets.clips / "000000.mp4"), "--strength", "0.5", "--known-frames", "1"]
+    for name, given, options in (
+        ("first", "prompts.txt", [*clip, "--negative", "of all"]),
+        ("again", "first/prompts.jsonl", []),
+    ):
+        command = ["--checkpoint", str(run), "--steps", "2", "--prompts", str(tmp_path / given), *options]
+        assert sample.main([*command, "--out", str(tmp_path / name)]) == 0
+        records = [json.loads(line) for line in (tmp_path / name / "prompts.jsonl").read_text().splitlines()]
+        assert [record["negative"] for record in records] == ["own", "of all"]
+        for record in records:
+            assert read_about(tmp_path / name / record["file"]).items() <= record.items()
+            assert ("init_video" in record) == ("strength" in record) == ("known_frames" in record) == (name == "first")
+
+
 @pytest.mark.parametrize("options", [[], ["--shard"]], ids=["whole", "sharded"])
 def test_many_ranks_write_the_videos_of_one(run, tmp_path, options):
     """Three prompts on two ranks as torchrun starts them: the last batch of rank 1 is empty."""
@@ -195,7 +213,42 @@ def test_a_clip_shorter_than_the_window_is_refused(run, tmp_path, capsys):
     clip = ["--init-video", str(tmp_path / "short.mp4"), "--out", str(tmp_path / "out")]
     assert sample.main(["--checkpoint", str(run), "--prompt", "x", *clip]) == 2
     said = capsys.readouterr().err
-    assert "short.mp4: too short: expected 13 frames" in said and "came 5" in said
+    assert "short.mp4: too short: expected 13 frames" in said and "came 5; give a longer one" in said
+
+
+@pytest.mark.parametrize(("name", "message"), [("gone.mp4", "there is no such file"), ("text.mp4", "corrupt: Invalid")])
+def test_a_file_that_is_no_video_is_not_told_to_be_longer(run, tmp_path, capsys, name, message):
+    (tmp_path / "text.mp4").write_text("no video")
+    clip = ["--init-video", str(tmp_path / name), "--out", str(tmp_path / "out")]
+    assert sample.main(["--checkpoint", str(run), "--prompt", "x", *clip]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: " in said and message in said and "longer" not in said
+
+
+def test_a_sampling_that_is_stopped_leaves_no_prompts_of_an_earlier_one(run, tmp_path, monkeypatch):
+    command = ["--checkpoint", str(run), "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "out")]
+    assert sample.main([*command, "--prompt", "a", "--prompt", "b"]) == 0
+    listing, write_one = tmp_path / "out" / "prompts.jsonl", sample.write_video
+    before = listing.read_text()
+
+    def stopped(path, *rest):
+        if path.name == "00001.mp4":
+            raise OSError(28, "No space left on device")
+        write_one(path, *rest)
+
+    monkeypatch.setattr(sample, "write_video", stopped)
+    assert sample.main([*command, "--prompts", str(listing)]) == 2 and listing.read_text() == before
+    assert sample.main([*command, "--prompt", "c", "--prompt", "d"]) == 2 and not listing.exists()
+    assert sorted(path.name for path in listing.parent.iterdir()) == ["00000.mp4", "00001.mp4"]
+
+
+def test_bf16_is_near_fp32_and_is_not_fp32(run, tmp_path):
+    command = ["--checkpoint", str(run), "--prompt", PROMPTS[0], "--steps", "2"]
+    for precision in ("fp32", "bf16"):
+        assert sample.main([*command, "--precision", precision, "--out", str(tmp_path / precision)]) == 0
+    (fp32,), (bf16,) = (frames_of(tmp_path / precision) for precision in ("fp32", "bf16"))
+    difference = abs(fp32.astype(int) - bf16)
+    assert difference.max() > 0 and difference.mean() < 4
 
 
 def test_formats(run, tmp_path, capsys):
@@ -204,6 +257,9 @@ def test_formats(run, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "00000.gif", "00000.mp4", "00000.png", "prompts.jsonl",
     ]  # fmt: skip
+    for formats, listed in (("png,gif", "00000.gif"), ("gif,png,mp4", "00000.mp4"), ("png", "00000.png")):
+        assert sample.main([*command, "--formats", formats]) == 0
+        assert json.loads((tmp_path / "out" / "prompts.jsonl").read_text())["file"] == listed
     assert sample.main([*command, "--formats", "avi"]) == 2
     assert "expected some of mp4, gif, png, came 'avi'" in capsys.readouterr().err
 
@@ -218,6 +274,29 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
     assert "expects one of ddim" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: expected 1 or more, came 0"),
+        (["--batch-size", "-1"], "--batch-size: expected 1 or more, came -1"),
+        (["--fps", "0"], "--fps: expected 1 or more, came 0"),
+        (["--steps", "0"], "--steps: expected 1 or more, came 0"),
+        (["--steps", "1001"], "expected 1 to 1000"),
+        (["--count", "-1"], "--count: expected 0 or more, came -1"),
+        (["--seed", str(2**64)], "expected a seed of"),
+        (["--guidance", "nan"], "expected a finite number"),
+        (["--guidance", "1", "--prompts", "own.jsonl"], "negative prompt 'blue': nothing reads it at guidance 1.0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_that_no_sampling_has_are_refused(run, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "y", "negative": "blue"}) + "\n")
+    command = ["--checkpoint", str(run), "--prompt", "x", *options, "--out", str(tmp_path / "out")]
+    assert sample.main(command) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_video_can_start_from_another_one(run, data_sets, tmp_path):
     """A small strength stays near the clip, known frames are the clip's own, and text alone is neither."""
     clip = str(data_sets.clips / "000000.mp4")
@@ -227,8 +306,11 @@ def test_a_video_can_start_from_another_one(run, data_sets, tmp_path):
         "near": ["--strength", "0.25"],
         "far": ["--strength", "1.0"],
         "continued": ["--known-frames", "2"],
+        "default": [],
     }.items():
         assert sample.main([*command, "--out", str(tmp_path / name), *options]) == 0
+        told = {"near": 0.25, "default": sample.DEFAULT_STRENGTH}.get(name)  # a continued one walks all steps
+        assert read_about(tmp_path / name / "00000.mp4").get("strength") == told
         frames[name] = read_clip(tmp_path / name / "00000.mp4", VideoSettings(4, 32, 32, 1)).astype(float)
     original = read_clip(clip, VideoSettings(4, 32, 32, 4)).astype(float)
     difference = {name: abs(video - original).mean(axis=(1, 2, 3)) for name, video in frames.items()}

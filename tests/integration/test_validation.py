@@ -109,11 +109,15 @@ def test_a_run_that_keeps_no_average_and_looks_at_nothing(data_sets, tmp_path):
         (("validation.videos_every_steps=1", "validation.prompts=nowhere.txt"), "no file nowhere.txt"),
         (("validation.videos_every_steps=1", "validation.labels=[1]"), "expected text in every record"),
         ((*SHOW, "validation.sampler=euler"), "expects one of ddim"),
+        ((*SHOW, "validation.guidance=1", "validation.negative=blue"), "nothing reads it at guidance 1"),
+        ((*SHOW, "validation.sampling_steps=1001"), "expected 1 to 1000 (diffusion.num_timesteps), came 1001"),
+        ((*SHOW, "diffusion.zero_terminal_snr=true", "validation.sampling_steps=60"), "a divisor of 1000"),
     ],
 )
 def test_settings_that_do_not_fit(data_sets, tmp_path, capsys, overrides, message):
     assert run_in_process(tmp_path / "run", data_sets.latents, *SHORT, *overrides) == 78
     assert message in capsys.readouterr().out.replace("\n", " ")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # not only at the first look
 
 
 def shown(folder):

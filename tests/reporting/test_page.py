@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from latte_scale.reporting import page
 from latte_scale.reporting.page import chosen_steps, config_differences, overview, render, score_table, surroundings
 from latte_scale.reporting.runs import Evaluation, SampledStep, read_run, read_runs
 from tests.reporting.making import make_run, write_lines
@@ -21,6 +24,22 @@ def test_rows_that_no_run_has_are_left_out(tmp_path: Path) -> None:
     rows = dict(overview([read_run(tmp_path)]))
     assert rows["state"] == ["running, or killed"] and rows["steps"] == ["5"]
     assert "MFU" not in rows and "validation loss, last" not in rows
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "said"),
+    [
+        (0, "finished", "finished"),
+        (75, "SIGTERM", "stopped and saved: SIGTERM"),
+        (78, "no such key", "stopped for good: no such key"),
+        (1, "OSError", "failed: OSError"),
+        (137, "killed", "exit code 137: killed"),
+    ],
+)
+def test_how_a_run_ended_is_said_in_words(tmp_path: Path, code: int, reason: str, said: str) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 4, "loss": 1.0}])
+    write_lines(tmp_path / "exit.json", [{"code": code, "reason": reason}])
+    assert dict(overview([read_run(tmp_path)]))["state"] == [said]
 
 
 def test_scores_of_several_files_share_a_table(tmp_path: Path) -> None:
@@ -46,6 +65,10 @@ def test_an_identical_clip_and_a_score_that_is_not_finite_are_said_in_words(tmp_
     assert page.split('<section id="videos">')[1].count("identical") == 1
     near = Evaluation("near", {"clips": [{"file": name, "psnr_db": 18.52, "identical": False}]})
     assert "18.5 dB" in render([read_run(run)], title="t", samples=sampled, evaluations=[near])
+    shapes = Evaluation("shapes", {"clips": [{"file": name, "colour": True}]})
+    for both in ([near, shapes], [shapes, near]):  # the verdicts of one file do not hide those of another
+        page = render([read_run(run)], title="t", samples=sampled, evaluations=both)
+        assert "18.5 dB" in page and '<span class="ok">colour</span>' in page
 
 
 def test_settings_and_facts_are_compared(tmp_path: Path) -> None:
@@ -60,6 +83,13 @@ def test_few_of_many_steps_are_shown_with_the_first_and_the_last() -> None:
     shown = [sampled.step for sampled in chosen_steps(steps)]
     assert len(shown) == 6 and shown[0] == 0 and shown[-1] == 4900 and shown == sorted(set(shown))
     assert chosen_steps(steps[:3]) == steps[:3]
+
+
+def test_steps_that_are_not_shown_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    assert "sampled at" not in render([run], title="t")
+    monkeypatch.setattr(page, "MAX_STEPS", 2)
+    assert f"run sampled at {len(run.samples)} steps; 2 of them are shown" in render([run], title="t")
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ def test_a_whole_run_folder(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     names = [run.name for run in read_runs([make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")])]
     assert names == ["a/run", "b/run"]
+    folders = [make_run(tmp_path / name / "x" / "run") for name in ("a", "b")]
+    other = make_run(tmp_path / "other")
+    assert [run.name for run in read_runs([*folders, other])] == ["a/x/run", "b/x/run", "other"]
+    with pytest.raises(ValueError, match="is given twice"):
+        read_runs([other, other])
 
 
 def test_a_replay_that_differs_is_said_so(tmp_path: Path) -> None:

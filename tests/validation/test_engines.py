@@ -1,5 +1,6 @@
 """The same validation on every engine and world size, and training that does not notice it."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def broken(ranks: Ranks, data: str, folder: str) -> dict[str, Any]:
     parts = Parts(config_of(data, folder, "engine.kind=fsdp2"), ranks)
     validator = parts.validator
     read, write = validator._held_out.read, validator._videos.write
+    said = validator._console.file = io.StringIO()
+    validator._console.quiet = False
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -125,7 +128,8 @@ def broken(ranks: Ranks, data: str, folder: str) -> dict[str, Any]:
     validator._held_out.read = read
     parts.validate(6)
     parts.validator.rewind(4)
-    return {"losses": parts.train(range(1)), "log": (parts.folder.logs / f"rank-{ranks.rank:05d}.log").read_text()}
+    log = (parts.folder.logs / f"rank-{ranks.rank:05d}.log").read_text()
+    return {"losses": parts.train(range(1)), "log": log, "said": said.getvalue().replace("\n", " ")}
 
 
 def test_a_failure_on_one_rank_is_told_on_all_and_ends_nothing(data_sets, tmp_path):
@@ -134,6 +138,9 @@ def test_a_failure_on_one_rank_is_told_on_all_and_ends_nothing(data_sets, tmp_pa
         assert torch.tensor(result["losses"]).isfinite().all()
         assert "writing sample videos failed" in result["log"] and "rank 1: OSError" in result["log"]
         assert "reading held-out samples failed" in result["log"] and "rank 0: OSError" in result["log"]
+    said = results[0]["said"]
+    assert "writing sample videos failed" in said and "sample videos of step 2" not in said  # three were not written
+    assert "3 sample videos of step 4" in said
     videos = {step: tmp_path / "samples" / f"step-0000000{step}" for step in (2, 4)}
     assert len(json.loads((videos[2] / "samples.json").read_text())["videos"]) == 2  # rank 0's
     assert len(json.loads((videos[4] / "samples.json").read_text())["videos"]) == 3  # without a loss

@@ -67,7 +67,7 @@ function drawChart(chart, svg, weight) {
   }).filter((line) => line.points.length);
   if (!lines.length) return null;
   const every = lines.flatMap((line) => line.points);
-  const steps = every.map((point) => point[0]);
+  const steps = [...every, ...chart.marks].map((point) => point[0]);  // a restart may lie before or after all points
   const values = every.flatMap((point) => point.slice(1)).filter(usable);
   const reduce = (list, pick) => list.reduce((a, b) => pick(a, b));
   const x0 = reduce(steps, Math.min), x1 = Math.max(reduce(steps, Math.max), x0 + 1);
