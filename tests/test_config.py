@@ -7,6 +7,7 @@ from latte_scale.settings import SettingsError, apply_overrides, read_mapping, t
 from tests.conftest import ROOT
 
 TRAINING = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("encode_"))
+STUDIES = sorted(path for path in (ROOT / "configs/ablations").glob("*.yaml") if not path.name.endswith("_base.yaml"))
 ENCODING = sorted((ROOT / "configs").glob("encode_*.yaml"))
 
 
@@ -16,6 +17,14 @@ def test_every_training_config_loads_and_says_how_to_run_it(path):
     assert config.train.micro_batch <= config.train.global_batch
     text = path.read_text()
     assert text.startswith("#") and "latte" in text.split("\nrun:\n")[0]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_row_of_a_study_loads(path):
+    study = read_mapping(path)
+    assert str(path.relative_to(ROOT)) in path.read_text().split("\nbase:")[0]
+    for overrides in study["rows"].values():
+        load_config(ROOT / study["base"], overrides)
 
 
 @pytest.mark.parametrize("path", ENCODING, ids=lambda path: path.name)
