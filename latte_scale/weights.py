@@ -6,7 +6,6 @@ the host. For sampling, export and the start of a new run (`model.init`); a resu
 never comes here.
 """
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
-from latte_scale.model.transformer_folder import check_state, read_transformer
+from latte_scale.model.transformer_folder import check_state, read_json, read_transformer
 from latte_scale.store import Store, StoreSettings, open_store
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
@@ -63,11 +62,17 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a folder of weights.
 
     A .safetensors file stands for its folder, whose config.json says what the weights are. tree: "raw", "ema" (the
-    first decay) or a tree's own name; overrides the one after "#". Raises ValueError naming what was found instead.
+    first decay) or a tree's own name; overrides the one after "#"; a folder of weights has no trees. Raises ValueError
+    naming what was found instead.
     """
     stored = find_stored(source, tree)
     if stored is None:
-        root = Path(source.partition("#")[0])
+        path, _, named = source.partition("#")
+        root, wanted = Path(path), tree or named or "ema"
+        if wanted != "ema":
+            raise ValueError(
+                f"{root}: a folder of weights holds one set of them, came a wish for {wanted!r}; leave it out"
+            )
         architecture, state_dict = read_transformer(root)
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
     state_dict = checkpoint.load_full(stored.checkpoint.store, stored.tree)
@@ -136,7 +141,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
     for folder in (root, root.parent):
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():
-            return settings_of_scheduler(json.loads(path.read_text()), str(path))
+            return settings_of_scheduler(read_json(path), str(path))
     return DiffusionSettings()
 
 

@@ -76,6 +76,22 @@ def test_the_scheduler_beside_the_weights_tells_the_objective(tmp_path):
     assert load_weights(str(tmp_path)).diffusion == wanted
 
 
+@pytest.mark.parametrize(("source", "tree"), [("{}#raw", None), ("{}#ema/0.99", None), ("{}", "raw")])
+def test_a_folder_has_no_trees_to_choose_from(tmp_path, source, tree):
+    write_transformer(tmp_path, TEXT, build_model(TEXT).state_dict())
+    assert load_weights(f"{tmp_path}#ema", "ema").architecture == TEXT
+    with pytest.raises(ValueError, match="holds one set of them, came a wish for"):
+        load_weights(source.format(tmp_path), tree)
+
+
+def test_a_damaged_scheduler_is_named(tmp_path):
+    write_transformer(tmp_path, TEXT, build_model(TEXT).state_dict())
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scheduler_config.json is not JSON"):
+        load_weights(str(tmp_path))
+
+
 def test_what_is_no_weights_is_told_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_weights(str(tmp_path / "nowhere"))
