@@ -34,7 +34,7 @@ class LatteSettings:
     patch_size: int = 2  # latent pixels on a side of a patch
     tubelet_size: int = 1  # frames of a patch; above 1: compression patches
     num_frames: int = 16  # most frames of a clip, images of joint training not counted
-    sample_size: int = 32  # latent side of the table that official weights hold; positions themselves fit any side
+    sample_size: int = 32  # a note beside the weights, nothing computes with it: positions count rows and columns
     num_classes: int = 0  # 0: unconditional; label num_classes is "no class"
     injection: Literal["s_adaln", "all_tokens"] = "s_adaln"  # how timestep and class come in: modulation, or tokens
     temporal_position: Literal["sincos", "learnable", "rotary"] = "sincos"  # added table, fixed or trained, or RoPE
