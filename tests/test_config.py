@@ -138,6 +138,13 @@ def test_learning_strategies_are_held_to_the_rest(overrides, words):
         load_config(ROOT / "configs" / "tiny_cpu.yaml", overrides)
 
 
+def test_every_size_is_in_whole_compression_patches():
+    base = ["model.tubelet_size=2", "video.more_sizes=[{frames: 8, height: 256, width: 128}]"]
+    load_config(ROOT / "configs" / "ffs.yaml", base)
+    with pytest.raises(SettingsError, match="in whole patches of 2"):
+        load_config(ROOT / "configs" / "ffs.yaml", [base[0], base[1].replace("8", "7", 1)])
+
+
 def test_compression_patches_are_refused_for_single_frames():
     for override in ("train.joint_images=2", "train.known_frames.share=0.5"):
         with pytest.raises(SettingsError, match="mixes the frames of a patch"):

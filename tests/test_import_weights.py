@@ -144,6 +144,16 @@ def test_a_latte_folder_keeps_its_scheduler_and_loses_its_padding(tmp_path, caps
     assert "dropped proj_out.weight (second half of the output): zeros" in capsys.readouterr().out
 
 
+def test_the_first_published_latte_is_not_taken_for_pixart(tmp_path):
+    """Both once named their class Transformer2DModel; a temporal half tells them apart."""
+    state = randomise(LatteT2V(T2V)).state_dict()
+    write_transformer(tmp_path / "latte", T2V, state)
+    config = read_config(tmp_path / "latte") | {"_class_name": "Transformer2DModel"}
+    (tmp_path / "latte" / "config.json").write_text(json.dumps(config))
+    weights = load_weights(str(run(tmp_path / "latte")))
+    assert weights.architecture == T2V and same(weights.state_dict, state)
+
+
 def test_our_own_folder_comes_back_as_it_is(tmp_path):
     torch.save(class_state(), tmp_path / "ffs.pt")
     first = run(tmp_path / "ffs.pt").rename(tmp_path / "first")

@@ -202,9 +202,10 @@ def test_positions_of_a_folder_are_pixarts(side, scale, sample_size):
         ({"sample_size": "64"}, "expected a number under sample_size, came '64'"),
         ({"interpolation_scale": 0}, "sample_size 8 with interpolation_scale 0"),
         ({"interpolation_scale": "2"}, "sample_size 8 with interpolation_scale 2"),
+        ({"sample_size": 128, "interpolation_scale": 1}, "sample_size 128 with interpolation_scale 1"),
     ],
 )
-def test_positions_that_are_no_numbers(pixart, values, message):
+def test_positions_that_latte_does_not_have(pixart, values, message):
     config = dict(pixart[0].config) | {"_class_name": "PixArtTransformer2DModel"} | values
     with pytest.raises(ValueError, match=message):
         t2v_from_pixart_folder(config, pixart[0].state_dict(), "here")
