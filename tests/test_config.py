@@ -51,10 +51,10 @@ def test_the_released_model_is_the_default():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("video.frames=8", "model.num_frames is 4 but video.frames is 8"),
-        ("model.out_channels=8", "set model.out_channels=4"),
         ("diffusion.flow_shift=3", "diffusion.flow_shift is 3.0, but nothing reads it with diffusion.objective=v"),
         ("diffusion={objective: flow, beta_end: 0.03}", "nothing reads it with diffusion.objective=flow"),
+        ("video.frames=8", "model.num_frames is 4 but video.frames is 8"),
+        ("model.out_channels=8", "set model.out_channels=4"),
         ("run.seed=-1", "seed must be >= 0"),
         ("train.caption_drop=1.5", r"caption_drop must lie in \[0, 1\]"),
         ("engine.checkpointed_share=2", r"checkpointed_share must lie in \[0, 1\]"),
