@@ -26,13 +26,13 @@ import torch
 
 from benchmarks.svg import COLOURS, line_chart
 from latte_scale import settings
-from latte_scale.config import Config, load_config
+from latte_scale.config import Config, guarded_differences, latent_sides, load_config
 from latte_scale.model.build import build_model
 from latte_scale.model.flops import num_flops
 from latte_scale.run.metrics import read_metrics
 
-TAIL = 0.2  # share of the steps, the last ones, over which losses are averaged
-SMOOTH = 25  # steps averaged for one point of a curve
+TAIL = 0.2  # share of the logged steps, the last ones, over which losses are averaged
+SMOOTH = 25  # logged steps averaged for one point of a curve, fewer where that would leave less than four points
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Study:
     runs: str  # folder for the rows' runs, the table and the plot
     rows: dict[str, tuple[str, ...]]  # name -> overrides; the first row is what the others are compared with
 
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("rows: expected at least one, came none; the first is what the others are compared with")
+
 
 def command_of(study: Study, row: str, launch: str) -> list[str]:
     """The training command of a row."""
@@ -51,8 +55,27 @@ def command_of(study: Study, row: str, launch: str) -> list[str]:
 
 
 def is_done(study: Study, row: str) -> bool:
-    path = Path(study.runs) / row / "exit.json"
-    return path.exists() and json.loads(path.read_text())["code"] == 0
+    """Whether the row was trained to its end. Raises ValueError when that was with other settings than it has now."""
+    folder = Path(study.runs) / row
+    path = folder / "exit.json"
+    if not path.exists() or json.loads(path.read_text())["code"] != 0:
+        return False
+    saved, now = (
+        settings.to_mapping(config)
+        for config in (load_config(folder / "config.yaml"), load_config(study.base, study.rows[row]))
+    )
+    changed = guarded_differences(saved, now) | _changed_steps(saved, now)
+    changed = {key: values for key, values in changed.items() if values[1] is not None}  # null: settled by the run
+    if changed:
+        listing = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items())
+        raise ValueError(f"{folder}: trained with other settings than row {row} has now: {listing}; move it away")
+    return True
+
+
+def _changed_steps(saved: dict, now: dict) -> dict[str, tuple[int, int]]:
+    """train.steps where it changed: a run may go on with more of them, but a row is compared at its end."""
+    old, new = saved["train"]["steps"], now["train"]["steps"]
+    return {} if old == new else {"train.steps": (old, new)}
 
 
 def run_row(study: Study, row: str, launch: str) -> None:
@@ -90,12 +113,12 @@ class Outcome:
     row: str
     num_parameters: int
     flops: int  # forward, one clip
-    losses: dict[int, float]  # by step
-    seconds_a_step: float
+    losses: dict[int, float]  # by step, of those that were logged and finite
+    seconds_a_step: float  # median; NaN where one step was logged
 
     @property
     def tail(self) -> float:
-        """The mean loss of the last steps."""
+        """The mean loss of the last logged steps."""
         return sum(list(self.losses.values())[-self.num_tail :]) / self.num_tail
 
     @property
@@ -109,20 +132,22 @@ def outcome_of(study: Study, row: str) -> Outcome:
     records = read_metrics(Path(study.runs) / row / "metrics.jsonl")
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
-    times = sorted(later["time"] - record["time"] for record, later in itertools.pairwise(records))
-    losses = {record["step"]: record["loss"] for record in records}
-    return Outcome(row, num_parameters, _flops(config), losses, times[len(times) // 2])
+    times = sorted(
+        (later["time"] - record["time"]) / (later["step"] - record["step"])
+        for record, later in itertools.pairwise(records)
+    )
+    losses = {record["step"]: record["loss"] for record in records if record["loss"] is not None}
+    return Outcome(row, num_parameters, _flops(config), losses, times[len(times) // 2] if times else math.nan)
 
 
 def _flops(config: Config) -> int:
-    side = config.video.height // 8, config.video.width // 8
-    if config.encoders.vae == "tiny":
-        side = config.video.height // 2, config.video.width // 2
-    return num_flops(config.model, config.video.frames, *side, 0, config.train.joint_images)
+    text_length = config.encoders.text_max_length if config.model.kind == "latte_t2v" else 0
+    size = config.video.frames, *latent_sides(config)
+    return num_flops(config.model, *size, text_length, config.train.joint_images)
 
 
 def paired_difference(first: Outcome, other: Outcome) -> tuple[float, float]:
-    """Mean of the last steps' differences other - first, and its standard error."""
+    """Mean of the last logged steps' differences other - first, and its standard error."""
     steps = sorted(first.losses.keys() & other.losses.keys())[-first.num_tail :]
     differences = [other.losses[step] - first.losses[step] for step in steps]
     mean = sum(differences) / len(differences)
@@ -134,8 +159,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown, one line a row; differences are to the first."""
     first = outcomes[0]
     lines = [
-        f"| Row | Parameters | Forward FLOPs a clip | Loss, last {first.num_tail} steps | Difference to {first.row} "
-        "| Seconds a step (median) |",
+        f"| Row | Parameters | Forward FLOPs a clip | Loss, last {first.num_tail} logged steps "
+        f"| Difference to {first.row} | Seconds a step (median) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for outcome in outcomes:
@@ -149,11 +174,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def plot(outcomes: Sequence[Outcome]) -> str:
-    """An SVG of the smoothed loss curves with a legend, for any background."""
+    """An SVG of the smoothed loss curves with a legend, for any background: of the first rows, a colour each."""
     series = {}
     for outcome in outcomes[: len(COLOURS)]:
         points = sorted(outcome.losses.items())
-        chunks = [points[start : start + SMOOTH] for start in range(0, len(points) - SMOOTH + 1, SMOOTH)]
+        smooth = max(1, min(SMOOTH, len(points) // 4))
+        chunks = [points[start : start + smooth] for start in range(0, len(points) - smooth + 1, smooth)]
         series[outcome.row] = [(chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)) for chunk in chunks]
     return line_chart("Loss over steps", series, log_y=True)
 
@@ -171,6 +197,8 @@ def write_outcomes(study: Study) -> None:
     (folder / "study.md").write_text(table(outcomes))
     (folder / "study.svg").write_text(plot(outcomes))
     print(table(outcomes))
+    if not_drawn := [outcome.row for outcome in outcomes[len(COLOURS) :]]:
+        print(f"study.svg has the first {len(COLOURS)} rows; not drawn: {', '.join(not_drawn)}")
     print(f"done {len(done)}, missing {len(missing)}{': ' + ', '.join(missing) if missing else ''}; in {folder}")
 
 
@@ -180,8 +208,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the command of every row and do nothing")
     parser.add_argument("--prepare", action="store_true", help="make the moving-shapes data set of the study")
     parser.add_argument("--count", type=int, default=720, help="clips that --prepare draws (default 720)")
-    parser.add_argument("--row", action="append", help="run this row only; may stand several times")
-    parser.add_argument("--table", action="store_true", help="only write the table and plot of what is finished")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--row", action="append", help="run this row only; may stand several times")
+    which.add_argument("--table", action="store_true", help="only write the table and plot of what is finished")
     parser.add_argument(
         "--launch", default=sys.executable, help='what starts training, as "torchrun --nproc_per_node 8"'
     )
@@ -208,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run_row(study, row, args.launch)
         if not args.row:
             write_outcomes(study)
-    except (ValueError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -132,10 +132,17 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
         )
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}"
-        content = {"file": row[file_column], "text": row[text_column], "label": row.get("label") or None}
+        content = {
+            "file": row[file_column],
+            "text": row[text_column],
+            "label": None if row.get("label") == "" else row.get("label"),
+        }
         file, line = _parse(content)
         if file is None or line is None:
-            raise ValueError(f"{place}: expected a file and a caption, came {str(content)[:80]}")
+            raise ValueError(
+                f"{place}: expected a file, a caption and, if there is one, a label, each of them text; came "
+                f"{str(content)[:80]}"
+            )
         yield place, file, line
 
 

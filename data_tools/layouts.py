@@ -236,6 +236,8 @@ def _frame_folders(root: Path, layout: str, min_frames: int) -> Found:
             ordered = tuple(sorted(images, key=_frame_number))
             clip = _clip(f"{name}.{_extension(images[0])}", folder, ordered, keys, ("",))
             found.clips.append(replace(clip, source=name))
+    media = (path for path in sorted(root.iterdir()) if _extension(path.name) in IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)
+    found.skipped += [f"{path.name}: not in a folder of frames" for path in media if path.is_file()]
     if not folders:
         raise ValueError(
             f"{root} holds no folders of frames (looked for {_names(IMAGE_EXTENSIONS)}); --layout {layout} takes the "
@@ -245,12 +247,21 @@ def _frame_folders(root: Path, layout: str, min_frames: int) -> Found:
 
 
 def _image_folders(root: Path) -> list[tuple[Path, list[str]]]:
-    """The folders below `root` that hold images directly, by name, and the sorted names of their images."""
-    folders = []
-    for folder, _, files in os.walk(root):
-        images = sorted(file for file in files if _extension(file) in IMAGE_EXTENSIONS)
-        if images and Path(folder) != root:
-            folders.append((Path(folder), images))
+    """The folders below `root` that hold images directly, by name, and the sorted names of their images.
+
+    Links to folders are followed, but not back into a folder that the way here leads through.
+    """
+    folders, ways = [], [(root, frozenset())]
+    while ways:
+        folder, above = ways.pop()
+        if (place := os.path.realpath(folder)) in above:
+            continue
+        with os.scandir(folder) as listing:  # tells files from folders without asking for each frame
+            entries = list(listing)
+        ways += [(folder / entry.name, above | {place}) for entry in entries if entry.is_dir()]
+        images = sorted(e.name for e in entries if _extension(e.name) in IMAGE_EXTENSIONS and e.is_file())
+        if images and folder != root:
+            folders.append((folder, images))
     return sorted(folders)
 
 

@@ -148,6 +148,7 @@ class Config:
                 f"diffusion.objective={self.diffusion.objective} predicts {self.model.in_channels} channels, but "
                 f"model.out_channels is {self.model.out_channels}; set model.out_channels={self.model.in_channels}"
             )
+        self._check_unread_schedule()
         self._check_sizes()
         if self.model.kind == "latte_t2v" and self.encoders.text is None:
             raise ValueError("model.kind=latte_t2v needs captions, but encoders.text is null; name a text encoder")
@@ -163,6 +164,17 @@ class Config:
             raise ValueError("validation.every_steps needs held-out samples: set data.holdout, as 0.02")
         self._check_contrastive()
         self._check_sequence_parallel()
+
+    def _check_unread_schedule(self) -> None:
+        """What the objective does not look at must be as it is by default: here, so that old checkpoints still open."""
+        unread = ("beta_start", "beta_end") if self.diffusion.objective == "flow" else ("flow_shift",)
+        for name in unread:
+            value, default = getattr(self.diffusion, name), getattr(DiffusionSettings, name)
+            if value != default:
+                raise ValueError(
+                    f"diffusion.{name} is {value}, but nothing reads it with diffusion.objective="
+                    f"{self.diffusion.objective}; leave it out ({default}) or change the objective"
+                )
 
     def _check_sizes(self) -> None:
         """Every size beside the main one must suit the model and the ranks that share a clip."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from latte_scale import settings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
-from latte_scale.encoders import EncoderSettings, encoder_folders
+from latte_scale.encoders import EncoderSettings, encoder_folders, vae_downscale
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.official import latte_to_official
@@ -164,7 +164,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pipeline (default): text-to-video for diffusers; official: a class model for the code of its authors",
     )
     parser.add_argument(
-        "--latent-side", type=int, help="official: image size / 8 of its spatial table (default: that of the weights)"
+        "--latent-side",
+        type=int,
+        help="official: side of the latents of its spatial table (default: that of the weights)",
     )
     return parser.parse_args(argv)
 
@@ -209,7 +211,7 @@ def _export_official(args: argparse.Namespace, weights: Weights) -> None:
             f"leave --format out"
         )
     part = "model" if weights.source.endswith("#model") else "ema"
-    side = args.latent_side or _latent_side(weights)
+    side = _latent_side(weights) if args.latent_side is None else args.latent_side
     write_official(args.out, part, weights.state_dict, weights.architecture, side)
     size_bytes = args.out.stat().st_size
     print(f"wrote {weights.source} as {args.out} ({size_bytes / 1e6:,.1f} MB), part {part}, for latents of side {side}")
@@ -218,10 +220,20 @@ def _export_official(args: argparse.Namespace, weights: Weights) -> None:
 
 
 def _latent_side(weights: Weights) -> int:
-    """What the weights were trained at: as their import noted it, or the run's clips behind a VAE of 8 to 1."""
-    if weights.config is not None:
-        return weights.config["video"]["height"] // 8
-    return read_config(model_folder(Path(weights.source))).get(SIDE, 32)
+    """What the weights were trained at: as their import noted it, or the run's clips behind its VAE.
+
+    Raises ValueError for clips that are not square, because the official table is.
+    """
+    if weights.config is None:
+        return read_config(model_folder(Path(weights.source))).get(SIDE, 32)
+    height, width = (weights.config["video"][side] for side in ("height", "width"))
+    if height != width:
+        raise ValueError(
+            f"{weights.source}: expected square clips, which the official code makes, came {height} x {width}; pass "
+            f"--latent-side with that of the clips to make"
+        )
+    encoders = settings.from_mapping(EncoderSettings, weights.config["encoders"], weights.source, "encoders.")
+    return height // vae_downscale(encoders)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,10 +67,11 @@ def share_of(
 
 
 def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
-    """Latent tokens, and FLOPs of forward and backward (3 x forward), of a micro-batch's real samples."""
+    """Tokens of the patches, and FLOPs of forward and backward (3 x forward), of a micro-batch's real samples."""
     frames, height, width = inputs.latents_BCFHW.shape[2:]
     size = (frames - inputs.num_images, height, width)
-    tokens = inputs.num_samples * frames * height * width // config.model.patch_size**2
+    latents_per_token = config.model.patch_size**2 * config.model.frames_per_token
+    tokens = inputs.num_samples * frames * height * width // latents_per_token
     lengths = [length for length in inputs.num_tokens_B if length] or [0] * inputs.num_samples
     images = {"num_images": inputs.num_images, "own_conditions": inputs.images_have_conditions}
     return tokens, 3.0 * sum(num_flops(config.model, *size, length, **images) for length in lengths)

@@ -63,7 +63,6 @@ from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
-from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.resume import counters_of, resume, rewind_log
@@ -78,7 +77,7 @@ from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
-from latte_scale.weights import load_weights
+from latte_scale.weights import check_start, load_weights
 
 NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError)
 """What another attempt would meet again: exit code 78."""
@@ -116,7 +115,7 @@ def train(
     validator = Validator(config, datasets, conditioner, ranks, folder, fence, console)
 
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
-    model = initial_model(config, is_new=found is None)
+    model = initial_model(config, ranks.rank, is_new=found is None)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
     if config.train.precision == "fp8":
@@ -220,15 +219,18 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
     )
 
 
-def initial_model(config: Config, is_new: bool) -> Latte | LatteT2V:
+def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
     """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank.
 
-    `is_new`: False for a run that goes on from a checkpoint. What model.init names is not read then: it may be gone.
+    Rank 0 says what the run changes of the weights' own settings. `is_new`: False for a run that goes on from a
+    checkpoint. What model.init names is not read then: it may be gone.
     """
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if is_new and config.model.init is not None:
         weights = load_weights(config.model.init)
-        check_state(config.model, weights.state_dict, weights.source)
+        changes = check_start(weights, config.model, config.diffusion)
+        if changes and rank == 0:
+            console.print(f"model.init {weights.source}: {'; '.join(changes)}", markup=False)
         model.load_state_dict(weights.state_dict, strict=True)
     return model
 

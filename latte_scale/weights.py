@@ -6,7 +6,6 @@ the host. For sampling, export and the start of a new run (`model.init`); a resu
 never comes here.
 """
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -20,10 +19,13 @@ from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
-from latte_scale.model.transformer_folder import read_transformer
+from latte_scale.model.transformer_folder import check_state, read_json, read_transformer
 from latte_scale.store import Store, StoreSettings, open_store
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
+# What a stage may change and no tensor's shape shows: positions and blocks of the model, what is predicted from what.
+_MODEL_CHANGES = {"latte": ("variant", "temporal_position"), "latte_t2v": ("sample_size",)}
+_DIFFUSION_CHANGES = ("objective", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,43 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a folder of weights.
 
     A .safetensors file stands for its folder, whose config.json says what the weights are. tree: "raw", "ema" (the
-    first decay) or a tree's own name; overrides the one after "#". Raises ValueError naming what was found instead.
+    first decay) or a tree's own name; overrides the one after "#"; a folder of weights has no trees. Raises ValueError
+    naming what was found instead.
     """
     stored = find_stored(source, tree)
     if stored is None:
-        root = Path(source.partition("#")[0])
+        path, _, named = source.partition("#")
+        root, wanted = Path(path), tree or named or "ema"
+        if wanted != "ema":
+            raise ValueError(
+                f"{root}: a folder of weights holds one set of them, came a wish for {wanted!r}; leave it out"
+            )
         architecture, state_dict = read_transformer(root)
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
     state_dict = checkpoint.load_full(stored.checkpoint.store, stored.tree)
     return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
+
+
+def check_start(
+    weights: Weights, architecture: LatteSettings | LatteT2VSettings, diffusion: DiffusionSettings
+) -> list[str]:
+    """Hold weights to a run that is to start from them; returns what it trains otherwise than they were trained.
+
+    Raises ValueError when tensors do not fit, or when the heads are others, which no shape shows: the same numbers cut
+    into other heads are another function, and no stage means that.
+    """
+    check_state(architecture, weights.state_dict, weights.source)
+    before = weights.architecture
+    if before.num_heads != architecture.num_heads:
+        head_dim = f" model.head_dim={before.head_dim}" if before.kind == "latte_t2v" else ""
+        raise ValueError(
+            f"{weights.source}: expected weights of {architecture.num_heads} heads, came {before.num_heads} in the "
+            f"same width; set model.num_heads={before.num_heads}{head_dim}"
+        )
+    pairs = [(f"model.{name}", before, architecture, name) for name in _MODEL_CHANGES[before.kind]]
+    pairs += [(f"diffusion.{name}", weights.diffusion, diffusion, name) for name in _DIFFUSION_CHANGES]
+    values = [(key, getattr(old, name), getattr(new, name)) for key, old, new, name in pairs]
+    return [f"{key} was {old!r}, is {new!r}" for key, old, new in values if old != new]
 
 
 def find_stored(source: str, tree: str | None = None) -> Stored | None:
@@ -111,7 +141,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
     for folder in (root, root.parent):
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():
-            return settings_of_scheduler(json.loads(path.read_text()), str(path))
+            return settings_of_scheduler(read_json(path), str(path))
     return DiffusionSettings()
 
 

@@ -7,6 +7,7 @@ from latte_scale.settings import SettingsError, apply_overrides, read_mapping, t
 from tests.conftest import ROOT
 
 TRAINING = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("encode_"))
+STUDIES = sorted(path for path in (ROOT / "configs/ablations").glob("*.yaml") if not path.name.endswith("_base.yaml"))
 ENCODING = sorted((ROOT / "configs").glob("encode_*.yaml"))
 
 
@@ -16,6 +17,14 @@ def test_every_training_config_loads_and_says_how_to_run_it(path):
     assert config.train.micro_batch <= config.train.global_batch
     text = path.read_text()
     assert text.startswith("#") and "latte" in text.split("\nrun:\n")[0]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_row_of_a_study_loads(path):
+    study = read_mapping(path)
+    assert str(path.relative_to(ROOT)) in path.read_text().split("\nbase:")[0]
+    for overrides in study["rows"].values():
+        load_config(ROOT / study["base"], overrides)
 
 
 @pytest.mark.parametrize("path", ENCODING, ids=lambda path: path.name)
@@ -42,6 +51,8 @@ def test_the_released_model_is_the_default():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("diffusion.flow_shift=3", "diffusion.flow_shift is 3.0, but nothing reads it with diffusion.objective=v"),
+        ("diffusion={objective: flow, beta_end: 0.03}", "nothing reads it with diffusion.objective=flow"),
         ("video.frames=8", "model.num_frames is 4 but video.frames is 8"),
         ("model.out_channels=8", "set model.out_channels=4"),
         ("run.seed=-1", "seed must be >= 0"),
@@ -125,6 +136,13 @@ def test_a_key_younger_than_the_checkpoint_counts_as_its_default():
 def test_learning_strategies_are_held_to_the_rest(overrides, words):
     with pytest.raises(SettingsError, match=words):
         load_config(ROOT / "configs" / "tiny_cpu.yaml", overrides)
+
+
+def test_every_size_is_in_whole_compression_patches():
+    base = ["model.tubelet_size=2", "video.more_sizes=[{frames: 8, height: 256, width: 128}]"]
+    load_config(ROOT / "configs" / "ffs.yaml", base)
+    with pytest.raises(SettingsError, match="in whole patches of 2"):
+        load_config(ROOT / "configs" / "ffs.yaml", [base[0], base[1].replace("8", "7", 1)])
 
 
 def test_compression_patches_are_refused_for_single_frames():

@@ -179,11 +179,12 @@ def test_an_autoencoder_with_a_shift_is_refused(tmp_path, encoders) -> None:
 
 CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, contrastive_width=8)
 VIDEO = {"frames": 4, "height": 64, "width": 64}
+SD = {"vae": "stabilityai/sd-vae-ft-ema", "text": None}
 
 
 def test_a_class_run_goes_out_in_the_official_layout(tmp_path, capsys):
     state = randomise(build_model(CLASSES)).state_dict()
-    config = {"model": to_mapping(CLASSES), "diffusion": {"objective": "v"}, "video": VIDEO}
+    config = {"model": to_mapping(CLASSES), "diffusion": {"objective": "v"}, "video": VIDEO, "encoders": SD}
     save_run(tmp_path / "run", config, state)
     for weights, part, factor in (("ema", "ema", 2), ("raw", "model", 1)):
         out = tmp_path / f"{part}.pt"
@@ -201,7 +202,22 @@ def test_a_class_run_goes_out_in_the_official_layout(tmp_path, capsys):
         assert "expected a new file, it exists" in capsys.readouterr().err
 
 
-def test_an_official_file_goes_through_us_unchanged(tmp_path):
+def test_the_official_table_fits_the_clips_and_the_vae_of_the_run(tmp_path, capsys):
+    """The tiny VAE halves a side, so 32 pixels are 16 latents; clips that are not square need to be told one."""
+    state = randomise(build_model(CLASSES)).state_dict()
+    config = {"model": to_mapping(CLASSES), "diffusion": {}, "encoders": {"vae": "tiny", "text": None}}
+    save_run(tmp_path / "square", config | {"video": VIDEO | {"height": 32, "width": 32}}, state)
+    save_run(tmp_path / "wide", config | {"video": VIDEO | {"height": 32}}, state)
+    out, official = tmp_path / "out.pt", ["--format", "official"]
+    assert export.main(["--checkpoint", str(tmp_path / "wide"), "--out", str(out), *official]) == 2
+    assert "expected square clips, which the official code makes, came 32 x 64" in capsys.readouterr().err
+    for name, options in (("square", []), ("wide", ["--latent-side", "16"])):
+        out = tmp_path / f"{name}.pt"
+        assert export.main(["--checkpoint", str(tmp_path / name), "--out", str(out), *official, *options]) == 0
+        assert torch.load(out, weights_only=True)["ema"]["pos_embed"].shape == (1, 64, 16)
+
+
+def test_an_official_file_goes_through_us_unchanged(tmp_path, capsys):
     official = class_state(classes=3)
     torch.save({"ema": official}, tmp_path / "in.pt")
     source, folder, out = tmp_path / "in.pt", tmp_path / "folder", tmp_path / "out.pt"
@@ -212,6 +228,7 @@ def test_an_official_file_goes_through_us_unchanged(tmp_path):
     for name, tensor in official.items():
         assert torch.equal(written[name], tensor) or (name.endswith("_embed") and torch.allclose(written[name], tensor))
     assert abs(out.stat().st_size / source.stat().st_size - 1) < 0.1
+    assert "note:" not in capsys.readouterr().out  # the official code samples with what it was trained with
     larger = ["--latent-side", "16", "--out", str(tmp_path / "512.pt"), "--format", "official"]
     assert export.main(["--checkpoint", str(folder), *larger]) == 0
     assert torch.load(tmp_path / "512.pt", weights_only=True)["ema"]["pos_embed"].shape == (1, 64, 16)
@@ -225,6 +242,7 @@ def test_a_model_goes_out_in_its_own_format_only(tmp_path, capsys):
         ("classes", [], "came a class model, which LattePipeline cannot drive; write it with --format official"),
         ("classes", ["--latent-side", "8"], "--latent-side is read with --format official only"),
         ("classes", ["--format", "official", "--latent-side", "7"], "expected a multiple of patch_size 2, came 7"),
+        ("classes", ["--format", "official", "--latent-side", "0"], "expected a multiple of patch_size 2, came 0"),
         ("text", ["--format", "official"], "expected a class model, came a text-to-video model"),
         ("text", [], "expected a run or its checkpoint, came a folder of weights"),
         ("late", ["--format", "official"], "the official layout has variant 'interleaved', came 'late_fusion'"),

@@ -2,18 +2,21 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from latte_scale import import_weights
+from latte_scale.config import load_config
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import SIDE, pad_variance, read_config, read_transformer, write_transformer
 from latte_scale.weights import load_weights
 from tests import weight_files
+from tests.conftest import ROOT
 from tests.weight_files import CLASSES, DEPTH, TEXT, class_state, randomise
 from tests.weight_files import SIDE as LATENT_SIDE
 
@@ -89,6 +92,18 @@ def test_a_dit_names_its_new_blocks(tmp_path, capsys):
     assert len(re.findall(r"^  new ", printed, re.MULTILINE)) == 10
 
 
+def test_the_studys_imagenet_start_fits_its_row(tmp_path):
+    """The command above the row is run as it stands there, on a small DiT, whose labels the recipe does not have."""
+    study = (ROOT / "configs/ablations/paper.yaml").read_text()
+    options = shlex.split(re.search(r"latte-scale import --source DiT\S+ --out weights/dit-xl-2(.*)", study)[1])
+    torch.save(weight_files.dit()[1], tmp_path / "dit.pt")
+    imported = load_weights(str(run(tmp_path / "dit.pt", *options))).architecture
+    recipe = load_config(ROOT / "configs/ffs.yaml").model
+    shape = ("depth", "width", "num_heads", "init")  # the small model's own
+    wanted = {name: value for name, value in vars(recipe).items() if name not in shape}
+    assert {name: getattr(imported, name) for name in wanted} == wanted
+
+
 @pytest.mark.parametrize("form", ["file", "folder", "pipeline", "first class name"])
 def test_pixart_names_its_new_blocks(tmp_path, capsys, form):
     oracle, state = weight_files.pixart()
@@ -127,6 +142,16 @@ def test_a_latte_folder_keeps_its_scheduler_and_loses_its_padding(tmp_path, caps
     assert weights.architecture == narrow and same(weights.state_dict, state)
     assert weights.diffusion.objective == "v"
     assert "dropped proj_out.weight (second half of the output): zeros" in capsys.readouterr().out
+
+
+def test_the_first_published_latte_is_not_taken_for_pixart(tmp_path):
+    """Both once named their class Transformer2DModel; a temporal half tells them apart."""
+    state = randomise(LatteT2V(T2V)).state_dict()
+    write_transformer(tmp_path / "latte", T2V, state)
+    config = read_config(tmp_path / "latte") | {"_class_name": "Transformer2DModel"}
+    (tmp_path / "latte" / "config.json").write_text(json.dumps(config))
+    weights = load_weights(str(run(tmp_path / "latte")))
+    assert weights.architecture == T2V and same(weights.state_dict, state)
 
 
 def test_our_own_folder_comes_back_as_it_is(tmp_path):

@@ -14,7 +14,7 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import write_transformer
 from latte_scale.settings import to_mapping
-from latte_scale.weights import load_weights
+from latte_scale.weights import check_start, load_weights
 from tests.weight_files import randomise, save_run
 
 CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, temporal_position="learnable")
@@ -76,6 +76,22 @@ def test_the_scheduler_beside_the_weights_tells_the_objective(tmp_path):
     assert load_weights(str(tmp_path)).diffusion == wanted
 
 
+@pytest.mark.parametrize(("source", "tree"), [("{}#raw", None), ("{}#ema/0.99", None), ("{}", "raw")])
+def test_a_folder_has_no_trees_to_choose_from(tmp_path, source, tree):
+    write_transformer(tmp_path, TEXT, build_model(TEXT).state_dict())
+    assert load_weights(f"{tmp_path}#ema", "ema").architecture == TEXT
+    with pytest.raises(ValueError, match="holds one set of them, came a wish for"):
+        load_weights(source.format(tmp_path), tree)
+
+
+def test_a_damaged_scheduler_is_named(tmp_path):
+    write_transformer(tmp_path, TEXT, build_model(TEXT).state_dict())
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scheduler_config.json is not JSON"):
+        load_weights(str(tmp_path))
+
+
 def test_what_is_no_weights_is_told_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_weights(str(tmp_path / "nowhere"))
@@ -85,3 +101,29 @@ def test_what_is_no_weights_is_told_what_to_do(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="expected _class_name LatteTransformer3DModel or Latte, came 'UNet2DModel'"):
         load_weights(str(tmp_path))
+
+
+@KINDS
+def test_a_stage_says_what_it_changes_and_does_not_take_other_heads(tmp_path, architecture):
+    """None of it shows in the shape of a tensor."""
+    section = to_mapping(architecture)
+    save_run(tmp_path, {"model": section, "diffusion": {}}, randomise(build_model(architecture)).state_dict())
+    weights, same = load_weights(str(tmp_path)), DiffusionSettings()
+    assert check_start(weights, architecture, same) == []
+    assert (
+        check_start(
+            weights, dataclasses.replace(architecture, num_frames=4), dataclasses.replace(same, min_snr_gamma=5.0)
+        )
+        == []
+    )
+    other = {"variant": "late_fusion"} if architecture is CLASSES else {"sample_size": 16}
+    (name, value), velocity = next(iter(other.items())), DiffusionSettings(objective="v")
+    assert check_start(weights, dataclasses.replace(architecture, **other), velocity) == [
+        f"model.{name} was {getattr(architecture, name)!r}, is {value!r}",
+        "diffusion.objective was 'epsilon', is 'v'",
+    ]
+    heads = {"num_heads": 4} if architecture is CLASSES else {"num_heads": 4, "head_dim": 4}
+    with pytest.raises(ValueError, match=r"expected weights of 4 heads, came 2 .* set model.num_heads=2"):
+        check_start(weights, dataclasses.replace(architecture, **heads), same)
+    with pytest.raises(ValueError, match="do not fit"):
+        check_start(weights, dataclasses.replace(architecture, in_channels=8, out_channels=8), same)

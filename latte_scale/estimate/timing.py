@@ -178,7 +178,8 @@ def _of_sequence(config: Config, cluster: Cluster, number: int, batch: int) -> C
     """Tokens change hands between a spatial and a temporal block and back, in forward and in backward, in fp32."""
     span = cluster.ranks(config.engine.sequence_parallel)
     height, width = latent_sides(config)
-    tokens = batch * config.video.frames * height * width // config.model.patch_size**2
+    rows = config.video.frames // config.model.frames_per_token
+    tokens = batch * rows * height * width // config.model.patch_size**2
     blocks = len(weights_of(config.model).blocks)
     return Collective(
         "move tokens of clips", "all_to_all", span, 4 * tokens * config.model.width, 2 * blocks * number, "nothing"

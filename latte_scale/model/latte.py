@@ -34,8 +34,6 @@ from latte_scale.model.layers import (
 class Latte(nn.Module):
     """The class model; weights are drawn by `init_weights` unless it is built on the meta device."""
 
-    BLOCKS = ("blocks",)  # the module lists of repeated blocks
-
     def __init__(self, settings: LatteSettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.settings = settings

@@ -4,6 +4,7 @@ In: names of sizes and single changes. Out: `LatteSettings`, frozen, refused in 
 other or do not divide. latte.py builds the model of them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,7 @@ class LatteSettings:
     patch_size: int = 2  # latent pixels on a side of a patch
     tubelet_size: int = 1  # frames of a patch; above 1: compression patches
     num_frames: int = 16  # most frames of a clip, images of joint training not counted
-    sample_size: int = 32  # latent side of the table that official weights hold; positions themselves fit any side
+    sample_size: int = 32  # a note beside the weights, nothing computes with it: positions count rows and columns
     num_classes: int = 0  # 0: unconditional; label num_classes is "no class"
     injection: Literal["s_adaln", "all_tokens"] = "s_adaln"  # how timestep and class come in: modulation, or tokens
     temporal_position: Literal["sincos", "learnable", "rotary"] = "sincos"  # added table, fixed or trained, or RoPE
@@ -60,17 +61,20 @@ class LatteSettings:
 
     def _check_heads(self) -> None:
         """The width must split into heads, positions and an MLP."""
+        step = math.lcm(4, self.num_heads)
+        wider = -(-self.width // step) * step  # the next width that both checks take
         if self.width % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of width {self.width}, came {self.num_heads}; "
-                f"set model.width={-(-self.width // self.num_heads) * self.num_heads} or another model.num_heads"
+                f"set model.width={wider} or another model.num_heads"
             )
         if self.width % 4:
             raise ValueError(
                 f"width: expected a multiple of 4 (2-D positions use sine and cosine of two axes), came {self.width}; "
-                f"set model.width={-(-self.width // 4) * 4}"
+                f"set model.width={wider}"
             )
-        if self.mlp_ratio <= 0 or self.width * self.mlp_ratio % 1:
+        hidden = self.width * self.mlp_ratio
+        if hidden < 0.5 or abs(hidden - round(hidden)) > 1e-6:  # 100 x 2.3 is 229.99999999999997
             raise ValueError(
                 f"mlp_ratio: expected a whole number of MLP channels, came {self.mlp_ratio} x {self.width}; "
                 f"set model.mlp_ratio to 4.0 or 3.5"
@@ -117,7 +121,7 @@ class LatteSettings:
     @property
     def mlp_hidden(self) -> int:
         """Channels inside the MLP."""
-        return int(self.width * self.mlp_ratio)
+        return round(self.width * self.mlp_ratio)
 
     @property
     def num_condition_tokens(self) -> int:

@@ -86,8 +86,6 @@ class LatteT2VSettings:
 class LatteT2V(nn.Module):
     """The text-to-video Transformer; weights are drawn by `init_weights` unless it is built on the meta device."""
 
-    BLOCKS = ("transformer_blocks", "temporal_transformer_blocks")  # the module lists of repeated blocks
-
     def __init__(self, settings: LatteT2VSettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.settings = settings

@@ -87,6 +87,8 @@ def latte_from_dit(
     out exactly as from DiT. num_classes: None keeps DiT's labels; any other number starts every label, and 0 the whole
     model, as DiT's null label. Raises ValueError naming what does not fit.
     """
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"--num-classes: expected 0 (no labels) or more, came {num_classes}")
     side, why = check_spatial_table(state, where)
     dropped, new = {"pos_embed": why}, {}
     kept = {name: tensor.float() for name, tensor in state.items() if name != "pos_embed"}
@@ -207,9 +209,10 @@ def _sample_size_of(config: dict[str, Any], where: str) -> int:
     A grid of any size spans 0 .. sample_size / (patch_size interpolation_scale); below side 128 LatteT2V's scale is 1.
     """
     side, scale = config["sample_size"], config.get("interpolation_scale")
-    if scale is None or scale == max(side // 64, 1):
-        return side
-    if not float(side / scale).is_integer() or side / scale >= 128:
+    if not isinstance(side, int) or scale is None or scale == max(side // 64, 1):
+        return side  # what is no number, settings_from_config refuses
+    is_number = isinstance(scale, int | float) and scale > 0
+    if not is_number or not float(side / scale).is_integer() or side / scale >= 128:
         raise ValueError(
             f"{where}: sample_size {side} with interpolation_scale {scale}: LatteT2V has no such positions; "
             f"pass the 256 or the 512 px weights"

@@ -247,36 +247,57 @@ def model_folder(source: Path) -> Path:
             f"{source}: expected a diffusers folder with transformer/{CONFIG}, or {CONFIG} and {WEIGHTS}; "
             f"found {sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else 'no folder'}"
         )
+    if source.suffix == ".safetensors" and source not in [folder / name for name in _weight_files(folder)]:
+        raise ValueError(
+            f"{source}: expected {WEIGHTS} or a shard that {INDEX} names, which is what is read beside {CONFIG}; "
+            f"put this file under that name into a folder of its own, with its {CONFIG}"
+        )
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model's folder as it is."""
-    return _read_json(folder / CONFIG)
+    return read_json(folder / CONFIG)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a model's folder under the name and in the dtype that it has there, mapped from the files."""
-    if (folder / INDEX).is_file():
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
-    elif (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    else:
-        found = sorted(path.name for path in folder.iterdir())
-        raise ValueError(f"{folder}: expected {WEIGHTS} or {INDEX}, found {found}; download the safetensors weights")
+    files = _weight_files(folder)
     state: dict[str, Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: {INDEX} names {name}, which is not there; download all {len(files)} shards")
         try:
-            state |= load_file(folder / name)
+            shard = load_file(folder / name)
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is not a whole safetensors file ({error}); download it again") from error
+        if twice := sorted(state.keys() & shard.keys()):
+            raise ValueError(f"{folder / name}: {twice[0]} is in an earlier shard, too; download all shards again")
+        state |= shard
     return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors files of a model's folder, those of its index if it has one."""
+    if (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(
+                f"{folder / INDEX}: expected weight_map, tensor -> file, came {shards!r}; download it again"
+            )
+        return sorted(set(shards.values()))
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    found = sorted(path.name for path in folder.iterdir())
+    raise ValueError(f"{folder}: expected {WEIGHTS} or {INDEX}, found {found}; download the safetensors weights")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; ValueError naming the file when it holds none."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, came {type(content).__name__}; download it again")
+    return content

@@ -30,3 +30,13 @@ def test_images_and_classes() -> None:
 def test_the_same_numbers_every_time() -> None:
     first, second = (step_inputs(tiny(), CPU, 1)[0] for _ in range(2))
     assert torch.equal(first.latents_BCFHW, second.latents_BCFHW)
+
+
+def test_a_compression_patch_is_one_token_however_many_frames_it_holds() -> None:
+    """What tokens/s counts is what the blocks compute on."""
+    plain, tubelets = (
+        tiny(*CLASSES, "train.joint_images=0"),
+        tiny(*CLASSES, "train.joint_images=0", "model.tubelet_size=2"),
+    )
+    tokens = [cost_of(config, step_inputs(config, CPU, 1)[0])[0] for config in (plain, tubelets)]
+    assert tokens == [2 * 4 * 4 * 4, 2 * 2 * 4 * 4]

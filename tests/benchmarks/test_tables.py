@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import bucket_balance, int8_latents, score_over_steps, study
 from benchmarks.svg import line_chart
+from latte_scale.config import load_config
+from latte_scale.settings import to_mapping
 from tests.conftest import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -29,6 +31,67 @@ def test_a_study_is_drawn_and_tabled():
     outcomes = [study.Outcome(row, 10, 20, losses, 0.1) for row in ("first", "other")]
     assert "| other | 10 |" in study.table(outcomes) and "+0.0000 ± 0.0000" in study.table(outcomes)
     assert study.plot(outcomes).count("<polyline") == 2
+
+
+def finished_rows(folder, *rows, overrides=(), steps=40, every=10):
+    """A study file of rows as training leaves them, one logged step in `every`, half a second a step."""
+    base = ROOT / "configs" / "ablations" / "shapes_base.yaml"
+    overrides = [f"train.steps={steps}", "train.warmup_steps=0", *overrides]
+    for row in rows:
+        (folder / row).mkdir(parents=True)
+        config = to_mapping(load_config(base, [*overrides, "data.shuffle_window=7"]))  # the run settled it
+        (folder / row / "config.yaml").write_text(json.dumps(config))
+        (folder / row / "exit.json").write_text('{"code": 0}')
+        records = [{"step": step, "loss": 1.0, "time": step / 2} for step in range(every - 1, steps, every)]
+        (folder / row / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    study_file = folder / "study.yaml"
+    content = {"base": str(base), "runs": str(folder), "rows": dict.fromkeys(rows, overrides)}
+    study_file.write_text(json.dumps(content))
+    return str(study_file)
+
+
+def test_a_row_that_logs_one_step_in_ten_has_its_own_seconds_a_step(tmp_path, capsys):
+    """And its curve: four logged steps are fewer than what one point of a long curve is the mean of."""
+    assert study.main([finished_rows(tmp_path, "a", "b"), "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "last 1 logged steps" in printed
+    assert [line.split("|")[6].strip() for line in printed.splitlines()[2:4]] == ["0.500", "0.500"]
+    assert (tmp_path / "study.svg").read_text().count("<polyline") == 2
+
+
+def test_a_row_of_one_logged_step_and_a_loss_that_is_not_finite(tmp_path, capsys):
+    path = finished_rows(tmp_path, "a", steps=10)
+    assert study.main([path, "--table"]) == 0 and "| nan |" in capsys.readouterr().out
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 19, "loss": null, "time": 9.5}\n')
+    assert study.main([path, "--table"]) == 0 and "| 1.0000 |" in capsys.readouterr().out
+
+
+def test_rows_that_have_no_colour_left_are_named(tmp_path, capsys):
+    assert study.main([finished_rows(tmp_path, *"abcdefgh"), "--table"]) == 0
+    assert "study.svg has the first 6 rows; not drawn: g, h" in capsys.readouterr().out
+
+
+def test_a_row_that_was_trained_with_other_settings_is_not_taken_for_it(tmp_path, capsys):
+    path = finished_rows(tmp_path, "a")
+    content = json.loads((tmp_path / "study.yaml").read_text())
+    for change, words in (("model.depth=4", "model.depth was 8 and is 4"), ("train.steps=60", "train.steps was 40")):
+        changed = content | {"rows": {"a": [*content["rows"]["a"], change]}}
+        (tmp_path / "study.yaml").write_text(json.dumps(changed))
+        assert study.main([path, "--table"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_study_that_cannot_run_says_why(tmp_path, capsys):
+    path = finished_rows(tmp_path, "a")
+    (tmp_path / "a" / "exit.json").unlink()
+    assert study.main([path, "--launch", "no-such-launcher"]) == 2
+    assert "no-such-launcher" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main([path, "--table", "--row", "a"])
+    (tmp_path / "study.yaml").write_text(json.dumps({"base": "x.yaml", "runs": "x", "rows": {}}))
+    assert study.main([path, "--table"]) == 2
+    assert "rows: expected at least one" in capsys.readouterr().err
 
 
 def test_scores_are_tabled_by_step(tmp_path, capsys):

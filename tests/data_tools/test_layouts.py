@@ -82,6 +82,20 @@ def test_skytimelapse(sky, tmp_path, capsys):
     assert run(verify, tmp_path / "out") == 0
 
 
+def test_linked_folders_of_frames_are_clips_and_what_lies_beside_them_is_named(sky, tmp_path, capsys):
+    """People put data sets together by links; one that leads back up is no end without an end."""
+    sky.joinpath("notes.txt").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (sky / "09ZtXm0Pjrs" / "09ZtXm0Pjrs_1").rename(tmp_path / "elsewhere" / "long")
+    (sky / "linked").symlink_to(tmp_path / "elsewhere")
+    (sky / "a.b" / "up").symlink_to(sky)
+    write_images(sky, 1, name="cover")
+    assert run(shard, "--input", sky, "--output", tmp_path / "out", "--layout", "sky") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 2, skipped 2, failed 0") and "skipped cover.jpg: not in a folder of frames" in err
+    assert [sample.about["source"] for sample in stored(tmp_path / "out").values()] == ["a.b/a.b_1", "linked/long"]
+
+
 def test_another_limit_of_frames(sky, tmp_path, capsys):
     assert run(shard, "--input", sky, "--output", tmp_path / "out", "--layout", "sky", "--min-frames", 48) == 0
     assert capsys.readouterr().out.startswith("done 3, skipped 0, failed 0")

@@ -51,6 +51,16 @@ def test_tables_are_lists_of_captions(clips: Path, tmp_path: Path, name: str, wr
         assert stored(tmp_path / f"out{number}") == EXPECTED
 
 
+@pytest.mark.parametrize("labels", [[0, 0], [0, 1], [1, 2]])
+def test_classes_that_are_numbers_are_refused_by_name(clips: Path, labels: list[int]) -> None:
+    """0 was taken for no class at all."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"file": list(TEXTS)[:2], "text": list(TEXTS.values())[:2], "label": labels}
+    parquet.write_table(pyarrow.table(columns), clips / "captions.parquet")
+    with pytest.raises(ValueError, match=r"row 1: expected a file, a caption and, if there is one, a label, each"):
+        read_list(open_store(clips), "captions.parquet")
+
+
 def test_a_table_without_its_columns_is_refused(clips: Path, tmp_path: Path, capsys) -> None:
     (clips / "captions.csv").write_text("url,words\nx,y\n")
     assert shard(clips, tmp_path / "out") == 2

@@ -93,6 +93,8 @@ def test_the_first_timestep_is_a_likelihood() -> None:
         variational_bound(torch.zeros_like(xt), variance, centres[..., i : i + 1], xt, t, SCHEDULE) for i in range(256)
     ]
     assert torch.cat(bits).mul(-math.log(2)).exp().sum().item() == pytest.approx(1.0, abs=1e-4)
+    far = variational_bound(torch.full_like(xt, 1e4), variance, xt, xt, t, SCHEDULE)  # float32 has no mass left there
+    assert far.item() == pytest.approx(-math.log2(1e-12))
 
 
 @pytest.mark.parametrize("settings", [V, FLOW], ids=["v", "flow"])

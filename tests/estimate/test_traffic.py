@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from latte_scale.config import load_config
 from latte_scale.estimate.hardware import DEVICES, Cluster, device_like, find_device
+from latte_scale.estimate.timing import transfers
 from latte_scale.estimate.traffic import REACHED, Collective, transfer_s
+from tests.conftest import ROOT
 
 H100 = DEVICES["h100"]
 
@@ -47,3 +50,13 @@ def test_devices_are_found_by_name_and_by_what_torch_calls_them():
     assert find_device("h100", 4) == dataclasses.replace(H100, per_node=4)
     with pytest.raises(ValueError, match="a100"):
         find_device("h1000")
+
+
+def test_ranks_of_a_clip_move_half_as_much_when_a_token_holds_two_frames():
+    base = ["engine.kind=fsdp2", "engine.sequence_parallel=2"]
+    moved = []
+    for size in (1, 2):
+        config = load_config(ROOT / "configs/ffs.yaml", [*base, f"model.tubelet_size={size}"])
+        kinds = transfers(config, Cluster(DEVICES["h100"], 2), 1, 2)
+        moved.append(next(kind.size_bytes for kind in kinds if kind.name == "move tokens of clips"))
+    assert moved == [4 * 2 * 16 * 16 * 16 * 1152, 4 * 2 * 8 * 16 * 16 * 1152]

@@ -389,6 +389,10 @@ def test_bf16_stays_near_fp32(settings) -> None:
             lambda m, x, t, y: m(x, t[:, None].expand(2, 4), y, reshard=lambda x, axis: x),
             "reshard: expected one timestep",
         ),
+        (
+            lambda m, x, t, y: m(x, t, y, num_images=1, image_label_BN=y[:, None], reshard=lambda x, axis: x),
+            "reshard: expected one timestep and one caption or label a clip",
+        ),
     ],
 )
 def test_forward_says_which_argument_does_not_fit(call, message) -> None:

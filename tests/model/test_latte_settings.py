@@ -1,5 +1,7 @@
 """The paper's sizes, the order of blocks, and the refusals."""
 
+import re
+
 import pytest
 import torch
 
@@ -94,8 +96,8 @@ def test_unknown_sizes_are_refused(name) -> None:
         ({"depth": 3}, "depth: variant interleaved.*came 3; use 4"),
         ({"depth": 5, "variant": "late_fusion"}, "depth: variant late_fusion.*use 6"),
         ({"depth": 0}, "depth: expected at least 1"),
-        ({"num_heads": 5}, "num_heads: expected a divisor of width 24, came 5; set model.width=25"),
-        ({"width": 18, "num_heads": 3}, "width: expected a multiple of 4.*came 18; set model.width=20"),
+        ({"num_heads": 5}, "num_heads: expected a divisor of width 24, came 5; set model.width=40"),
+        ({"width": 18, "num_heads": 3}, "width: expected a multiple of 4.*came 18; set model.width=24"),
         ({"num_heads": 3, "variant": "parallel"}, "num_heads: variant parallel.*came 3; use an even number"),
         ({"num_heads": 8, "temporal_position": "rotary"}, "rotary turns channels of a head in pairs, came 3"),
         ({"mlp_ratio": 3.3}, "mlp_ratio: expected a whole number of MLP channels, came 3.3 x 24"),
@@ -110,3 +112,19 @@ def test_unknown_sizes_are_refused(name) -> None:
 def test_refusals_say_what_to_do(change, message) -> None:
     with pytest.raises(ValueError, match=message):
         LatteSettings(**({"depth": 2, "width": 24, "num_heads": 4, "num_frames": 4} | change))
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(24, 5), (18, 3), (64, 12), (1152, 7), (1, 1)])
+def test_the_width_that_a_refusal_names_is_one(width, num_heads) -> None:
+    with pytest.raises(ValueError, match=r"set model.width=(\d+)") as refused:
+        LatteSettings(width=width, num_heads=num_heads)
+    wider = int(re.search(r"model.width=(\d+)", str(refused.value))[1])
+    assert width < LatteSettings(width=wider, num_heads=num_heads).width < width + 4 * num_heads
+
+
+def test_a_ratio_whose_product_rounds_is_a_whole_number_of_channels() -> None:
+    """100 x 2.3 is 229.99999999999997 and means 230; so is any hidden / width that an import finds."""
+    assert LatteSettings(width=100, num_heads=4, mlp_ratio=2.3).mlp_hidden == 230
+    assert all(
+        LatteSettings(width=w, num_heads=4, mlp_ratio=h / w).mlp_hidden == h for w in (196, 412) for h in range(1, 99)
+    )

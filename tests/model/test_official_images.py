@@ -136,6 +136,8 @@ def test_a_dit_that_does_not_fit(dit):
     assert latte_from_dit(without, "here", HEADS, num_classes=0).settings.num_classes == 0
     with pytest.raises(ValueError, match=r"here: missing y_embedder.embedding_table.weight"):
         latte_from_dit(without, "here", HEADS, num_classes=3)
+    with pytest.raises(ValueError, match=r"--num-classes: expected 0 \(no labels\) or more, came -5"):
+        latte_from_dit(state, "here", HEADS, num_classes=-5)
 
 
 def picture(oracle, latents_BCHW: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
@@ -192,6 +194,21 @@ def test_positions_of_a_folder_are_pixarts(side, scale, sample_size):
     with torch.no_grad():
         ours = built(imported)(latents, TIMES, text)[:, :, 0]
     torch.testing.assert_close(ours, picture(oracle, latents[:, :, 0], text, torch.ones(2, 6)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sample_size": "64"}, "expected a number under sample_size, came '64'"),
+        ({"interpolation_scale": 0}, "sample_size 8 with interpolation_scale 0"),
+        ({"interpolation_scale": "2"}, "sample_size 8 with interpolation_scale 2"),
+        ({"sample_size": 128, "interpolation_scale": 1}, "sample_size 128 with interpolation_scale 1"),
+    ],
+)
+def test_positions_that_latte_does_not_have(pixart, values, message):
+    config = dict(pixart[0].config) | {"_class_name": "PixArtTransformer2DModel"} | values
+    with pytest.raises(ValueError, match=message):
+        t2v_from_pixart_folder(config, pixart[0].state_dict(), "here")
 
 
 def test_a_pixart_that_does_not_fit(pixart):

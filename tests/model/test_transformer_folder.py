@@ -181,9 +181,35 @@ def test_a_missing_shard(folder: Path) -> None:
         read_transformer(folder)
 
 
+def test_a_tensor_in_two_shards(folder: Path) -> None:
+    """Which of the two is meant, nothing tells."""
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+    save_file({"proj_out.bias": random_state(TINY)["proj_out.bias"]}, folder / "b.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    with pytest.raises(ValueError, match=r"b.safetensors: proj_out.bias is in an earlier shard, too"):
+        read_transformer(folder)
+
+
+def test_a_file_that_is_not_the_one_that_is_read(folder: Path) -> None:
+    """A file of weights stands for its folder, so it must be the folder's."""
+    read_transformer(folder / WEIGHTS)
+    other = folder / "diffusion_pytorch_model.fp16.safetensors"
+    save_file(random_state(TINY), other)
+    with pytest.raises(ValueError, match=r"fp16.safetensors: expected diffusion_pytorch_model.safetensors or a shard"):
+        read_transformer(other)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": other.name}}))
+    read_transformer(other)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [(WEIGHTS, b"short", "not a whole safetensors file"), (CONFIG, b"{", "is not JSON")],
+    [
+        (WEIGHTS, b"short", "not a whole safetensors file"),
+        (CONFIG, b"{", "is not JSON"),
+        (CONFIG, b"[1]", "config.json: expected a JSON object, came list"),
+        (INDEX, b"{}", "expected weight_map, tensor -> file, came None"),
+        (INDEX, b'{"weight_map": {"a": 3}}', "expected weight_map, tensor -> file, came {'a': 3}"),
+    ],
 )
 def test_a_broken_file(folder: Path, name: str, content: bytes, message: str) -> None:
     (folder / name).write_bytes(content)
