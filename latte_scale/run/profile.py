@@ -107,7 +107,7 @@ class Profile:
     def _snapshot_time_ns(self) -> int:
         try:
             return (self._folder / SNAPSHOT_FILE).stat().st_mtime_ns
-        except FileNotFoundError:
+        except OSError:  # no such file, or the run folder is none: RunFolder.open says so
             return 0
 
     def _look_for_snapshot(self) -> None:
