@@ -338,7 +338,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile",
         nargs="?",
-        type=int,
+        type=_number_of_steps,
         const=PROFILED_STEPS,
         default=0,
         metavar="N",
@@ -346,6 +346,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(words)
+
+
+def _number_of_steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of steps, 0 for none, came {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
