@@ -299,9 +299,10 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     for dataset in datasets:
         buckets = ", ".join(f"{name}: {count}" for name, count in dataset.buckets.items())
         console.print(f"data {dataset.store.url}: {dataset.manifest.count} samples ({buckets})")
+    last = max(progress.step, config.train.steps)  # train.steps may have been lowered below what is done
     console.print(
         f"{plan.num_samples} samples in training, shuffled in windows of {plan.shuffle_window}; steps {progress.step} "
-        f"to {config.train.steps} are {plan.epoch(config.train.steps) - plan.epoch(progress.step):.2f} epochs"
+        f"to {last} are {plan.epoch(last) - plan.epoch(progress.step):.2f} epochs"
     )
 
 
@@ -381,8 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = within_memory_of(ranks.device, config, ranks.size)
             code = train(config, ranks, folder, fence, stop, watchdog, profile, args.allow_change)
         reason = "finished" if code == DONE else stop.reason()
-        if code == REQUEUE:
-            stop.clear()
+        stop.clear()  # also of a run that finished: it has stopped, and one that is made longer goes on
     except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
@@ -393,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = "interrupted; the same command goes on from the newest checkpoint"
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        code, reason = FAILED, f"{type(error).__name__}: {error}"  # also what comes after the last save
         raise
     finally:
         if folder.rank == 0:

@@ -171,13 +171,31 @@ def test_a_finished_run_is_done_at_once(data_sets, tmp_path, unbroken):
     assert Run(0, "", folder).losses == unbroken.losses
 
 
-def test_a_run_that_has_more_steps_than_are_asked_for_is_done(data_sets, tmp_path, unbroken):
+def test_a_run_that_has_more_steps_than_are_asked_for_is_done(data_sets, tmp_path, unbroken, capsys):
     """train.steps may be lowered; "requeue me" would send the job round for ever."""
     folder = tmp_path / "run"
     shutil.copytree(unbroken.folder, folder)
     assert run_in_process(folder, data_sets.latents, "train.steps=12") == 0
     run = Run(0, "", folder)
     assert run.exit["code"] == 0 and run.losses == unbroken.losses
+    assert "steps 20 to 20 are 0.00 epochs" in capsys.readouterr().out
+
+
+def test_a_stop_that_came_as_the_run_finished_does_not_stop_the_longer_one(data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    (folder / "stop").touch()
+    assert run_in_process(folder, data_sets.latents) == 0
+    assert run_in_process(folder, data_sets.latents, "train.steps=25") == 0
+
+
+def test_what_fails_behind_the_last_save_is_the_code_in_exit_json_too(data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    (folder / "stop").mkdir()  # cannot be removed as a file
+    with pytest.raises(OSError, match="stop"):
+        run_in_process(folder, data_sets.latents, "train.steps=25")
+    assert Run(0, "", folder).exit["code"] == 1
 
 
 def test_a_resumed_run_does_not_need_what_it_was_started_from(data_sets, tmp_path, unbroken):
