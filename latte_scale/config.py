@@ -55,8 +55,8 @@ class RunSettings:
     time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, came {self.seed}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2**64), came {self.seed}")
         if self.time_budget_s is not None and self.time_budget_s <= 0:
             raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
 

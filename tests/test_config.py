@@ -44,7 +44,8 @@ def test_the_released_model_is_the_default():
     [
         ("video.frames=8", "model.num_frames is 4 but video.frames is 8"),
         ("model.out_channels=8", "set model.out_channels=4"),
-        ("run.seed=-1", "seed must be >= 0"),
+        ("run.seed=-1", r"seed must lie in \[0, 2\*\*64\)"),
+        ("run.seed=18446744073709551616", r"seed must lie in \[0, 2\*\*64\), came 18446744073709551616"),
         ("train.caption_drop=1.5", r"caption_drop must lie in \[0, 1\]"),
         ("engine.checkpointed_share=2", r"checkpointed_share must lie in \[0, 1\]"),
     ],
