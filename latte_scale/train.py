@@ -66,7 +66,7 @@ from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.model.transformer_folder import check_state
 from latte_scale.optim import lr_at
 from latte_scale.planning import loader_of, open_data, plan_of
-from latte_scale.resume import counters_of, resume, rewind_log
+from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.run.journal import Journal, Progress, Tally
@@ -104,6 +104,8 @@ def train(
         make_deterministic()
     checkpoints = config.checkpoint_store
     found, broken = find_newest_sound(checkpoints, ranks)
+    if found is None:
+        check_start(config, checkpoints, ranks)
 
     # Data: what is stored, whether it fits the model, and which samples form step k.
     datasets = open_data(config)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from latte_scale import checkpoint
+from latte_scale import checkpoint, ckpt
 from latte_scale.quickstart import kill_all
 from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT, Run, run_in_process, train_command
@@ -141,6 +141,24 @@ def test_never_a_silent_start_from_zero(data_sets, tmp_path, unbroken, capsys):
         (path / "manifest.json").unlink()
     assert run_in_process(folder, data_sets.latents) == 78
     assert "none is sound" in capsys.readouterr().out
+
+
+def test_a_new_place_for_checkpoints_does_not_start_from_zero(data_sets, tmp_path, unbroken, capsys):
+    """checkpoint.dir is free to change, in both directions; a run whose new place is empty says where its steps are."""
+    folder, place = tmp_path / "run", tmp_path / "place"
+    shutil.copytree(unbroken.folder, folder)
+    longer = ("train.steps=22", f"checkpoint.dir={place}")
+    assert run_in_process(folder, data_sets.latents, *longer) == 78
+    step = folder / "checkpoints" / "step-00000020"
+    output = capsys.readouterr().out
+    assert f"{place} holds no checkpoint, but this run has {step}" in output and "latte-scale ckpt convert" in output
+    assert Run(0, "", folder).losses == unbroken.losses  # nothing was rewound
+    assert ckpt.main(["convert", str(step), str(place), "--to", "latte"]) == 0
+    assert run_in_process(folder, data_sets.latents, *longer) == 0
+    shutil.rmtree(folder / "checkpoints")
+    capsys.readouterr()
+    assert run_in_process(folder, data_sets.latents, "train.steps=24") == 78
+    assert f"but this run has {place / 'step-00000022'}" in capsys.readouterr().out
 
 
 def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbroken, capsys):
