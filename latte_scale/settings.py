@@ -63,7 +63,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"no configuration file at {path}; see configs/ for ready ones")
-    mapping = parse_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not text in UTF-8 ({error}); save it so") from error
+    mapping = parse_yaml(text, str(path))
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):

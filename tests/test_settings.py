@@ -76,6 +76,13 @@ def test_a_date_in_the_file_is_refused_in_words(tmp_path):
         read(tmp_path, "inner: {lr: 1.0, kind: 2026-11-30}")  # as run.dir: 2026-11-30, which YAML takes for a date
 
 
+def test_a_file_that_is_not_utf_8_is_refused_in_words(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("run: {dir: läufe}".encode("latin-1"))
+    with pytest.raises(settings.SettingsError, match=r"c\.yaml is not text in UTF-8"):
+        settings.load(Outer, path)
+
+
 def test_missing_required_key_and_missing_file(tmp_path):
     with pytest.raises(settings.SettingsError, match=r"inner\.lr is required"):
         read(tmp_path, "count: 1")
