@@ -23,7 +23,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 SIDES = 16  # fp8 products take sides of multiples of it
-SMALLEST_SCALE = 2.0**-100  # of a row of zeros: its inverse must be finite in fp32
+SMALLEST_SCALE = 2.0**-100  # of a row of next to nothing (of zeros it is 1): its inverse must be finite in fp32
 APART = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
 """Layers of a block that do not see every token: one row a clip, and one a token of its caption. Little work."""
 
