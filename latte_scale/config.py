@@ -1,7 +1,7 @@
 """The configuration of a training run: every section's settings class, composed, with the checks that span sections.
 
 A section's dataclass lives beside the code that reads it; this file only puts them together, so owners never import
-it. `load_config` reads a YAML file and overrides; `check_data` in train.py holds the config against data.
+it. `load_config` reads a YAML file and overrides; check_data.py holds the config against data.
 """
 
 from collections.abc import Sequence

@@ -157,7 +157,7 @@ def train(
             tally.host["stop"] = float(stop.asked())
             tally.host["lost"] = float(fence.is_lost())
             tally.host["save_failed"] = float(checkpointer.poll())
-            journal.note_samples(step, [name for batch in micro_batches for name in batch.sample_ids if name])
+            journal.note_samples(step, [name for batch in micro_batches for name in batch.sample_ids])
 
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):

@@ -46,7 +46,7 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR
 class SourceSettings:
     """One data set of a mixture."""
 
-    url: str  # folder path or file:// URL with a manifest.json
+    url: str  # folder path, file:// or s3:// URL, with a manifest.json
     weight: float | None = None  # share of samples relative to the others; none: its number of samples
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by the settings reader, not a field)
