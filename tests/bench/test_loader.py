@@ -1,6 +1,7 @@
 """The config's own data through its loader: what a rank gets, how it is waited for, and what goes wrong in words."""
 
 import json
+import shutil
 
 from latte_scale.bench import main
 from latte_scale.data.loader import Loader
@@ -44,6 +45,18 @@ def test_what_a_step_would_wait_while_it_computes(data_sets, tmp_path) -> None:
         Loader.__next__ = slow
     assert found["steps"] == 3 and 0.6 < found["data_wait_share"] < 0.8
     assert found["wait_s"]["median"] >= 0.2
+
+
+def test_a_damaged_sample_counts_in_the_first_step_too(data_sets, tmp_path) -> None:
+    """Batches of the whole data set: each of the two steps meets the sample whose bit was flipped."""
+    damaged = tmp_path / "data"
+    shutil.copytree(data_sets.latents, damaged)
+    tar = damaged / "shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"latents.safetensors") + 512 + 5000] ^= 1
+    tar.write_bytes(data)
+    options = ("--steps", "1", "data.num_workers=0", "train.global_batch=60", "train.micro_batch=60")
+    assert measured(damaged, tmp_path / "out.json", *options)["replaced"] == 2
 
 
 def test_it_ends_when_the_time_is_up(data_sets, tmp_path) -> None:
