@@ -1,11 +1,13 @@
 """Activation checkpointing by a memory budget: the first rung that fits, the ladder, and what cannot be."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from latte_scale.config import Config, load_config
+from latte_scale.estimate import budget
 from latte_scale.estimate.budget import DoesNotFitError, first_that_fits, ladder, within_budget, within_memory_of
 from latte_scale.estimate.choice import checkpointing_words, examine
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
@@ -66,6 +68,22 @@ def test_bisecting_finds_every_place(count) -> None:
         assert found == first
         assert len(asked) <= 8
     assert first_that_fits(count, lambda _: False) is None
+
+
+def test_inputs_in_host_memory_that_cost_more_than_they_save_are_no_rung(monkeypatch) -> None:
+    """Of small inputs two on their way back weigh more than all that stay: the rung above is the last one then."""
+
+    class Needs:
+        def __init__(self, config: Config, *_: object) -> None:
+            kind, share = config.engine.activation_checkpointing, config.engine.checkpointed_share
+            gib = {"none": 9.0, "selective": 8.0 - share, "full": 6.0 - share, "offload": 5.5}[kind]
+            self.memory = SimpleNamespace(needed=gib * GIB)
+
+    monkeypatch.setattr(budget, "examine", Needs)
+    found = within_budget(automatic(5.2), 1, None).engine
+    assert (found.activation_checkpointing, found.checkpointed_share) == ("full", 1.0)
+    with pytest.raises(DoesNotFitError, match=r"needs 5\.00"):
+        within_budget(automatic(4.9), 1, None)
 
 
 def test_other_settings_and_configs_without_auto_stay() -> None:
