@@ -22,7 +22,7 @@ from pathlib import Path
 
 from latte_scale import checkpoint
 from latte_scale.checkpoint.content import Content, differences, open_native, write_native
-from latte_scale.store import Store, StoreError, open_store
+from latte_scale.store import Store, open_store
 from latte_scale.weights import places
 
 FORMATS = ("latte", "dcp", "deepspeed")
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, checkpoint.CheckpointError, StoreError) as error:
+    except (ValueError, checkpoint.CheckpointError, OSError) as error:  # a StoreError is an OSError
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -1,7 +1,7 @@
 """The configuration of a training run: every section's settings class, composed, with the checks that span sections.
 
 A section's dataclass lives beside the code that reads it; this file only puts them together, so owners never import
-it. `load_config` reads a YAML file and overrides; `check_data` in train.py holds the config against data.
+it. `load_config` reads a YAML file and overrides; check_data.py holds the config against data.
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ class RunSettings:
     time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, came {self.seed}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2**64), came {self.seed}")
         if self.time_budget_s is not None and self.time_budget_s <= 0:
             raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
 

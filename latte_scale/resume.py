@@ -11,19 +11,45 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from latte_scale.checkpoint import Checkpoint, Trees, load_into
+from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, list_steps, load_into
+from latte_scale.checkpoint.load import on_rank_0
 from latte_scale.config import Config, guarded_differences
 from latte_scale.ema import Ema
-from latte_scale.engine import Engine
+from latte_scale.engine import Engine, Ranks
 from latte_scale.run.folder import RunFolder, StopRunError
 from latte_scale.run.journal import Progress
 from latte_scale.run.metrics import MetricsFile
 from latte_scale.settings import flatten, to_mapping
+from latte_scale.store import Store
+from latte_scale.weights import places
 
 DATA = "data"
 """What `--allow-change` calls the data plan, which is no key of the config."""
 
 logger = logging.getLogger("latte_scale")
+
+
+def check_start(config: Config, where: Store, ranks: Ranks) -> None:
+    """Refuse to begin at step 0, with no checkpoint in `where`, a run that has some elsewhere. A collective.
+
+    checkpoint.dir may change when a run goes on, and a new place is empty: without this a run of a month would begin
+    again. Looked at are RUN/checkpoints and where RUN/config.yaml says that the attempt before kept its own. Raises
+    CheckpointError on all ranks.
+    """
+
+    def look() -> None:
+        try:
+            elsewhere = [step for place in places(config.run.dir) for step in list_steps(place)]
+        except ValueError as error:  # RUN/config.yaml, edited by hand
+            raise CheckpointError(f"where this run kept its checkpoints cannot be told: {error}; mend it") from error
+        if elsewhere:
+            raise CheckpointError(
+                f"{where.url} holds no checkpoint, but this run has {elsewhere[-1].url}: set checkpoint.dir to where "
+                f"that lies, copy it (latte-scale ckpt convert {elsewhere[-1].url} {where.url} --to latte), or choose "
+                "another run.dir to start anew"
+            )
+
+    on_rank_0(ranks, look)
 
 
 def resume(

@@ -7,6 +7,7 @@ Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text)
 is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -62,7 +63,11 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"no configuration file at {path}; see configs/ for ready ones")
-    mapping = parse_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not text in UTF-8 ({error}); save it so") from error
+    mapping = parse_yaml(text, str(path))
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):
@@ -77,7 +82,7 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of the nested mapping with `key.sub=value` assignments applied in order."""
-    result = json.loads(json.dumps(mapping))
+    result = copy.deepcopy(mapping)
     for override in overrides:
         dotted, equals, value = override.partition("=")
         if not equals or not dotted:
@@ -174,13 +179,29 @@ def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
         return from_mapping(_section_of_kind(sections, value, where, dotted), value, where, f"{dotted}.")
     try:
         # JSON mode lets a YAML list fill a tuple while every scalar stays strictly typed.
-        return pydantic.TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        return pydantic.TypeAdapter(hint).validate_json(_json(value), strict=True)
     except pydantic.ValidationError as error:
         raise SettingsError(
             f"{where}: {dotted}: expected {type_name(hint)}, came {value!r} ({error.errors()[0]['msg']})"
         ) from error
     except TypeError as error:
-        raise SettingsError(f"{where}: {dotted}: expected {type_name(hint)}, came {value!r}") from error
+        raise SettingsError(
+            f"{where}: {dotted}: expected {type_name(hint)}, came {value!r}; put text that looks like something else "
+            "in quotes"
+        ) from error
+    except OverflowError as error:
+        raise SettingsError(
+            f"{where}: {dotted}: expected finite numbers, came {value!r}: no checkpoint could keep it; null stands for "
+            "no limit where a key takes it"
+        ) from error
+
+
+def _json(value: Any) -> str:
+    """JSON text of a value. Raises OverflowError for what is not finite, TypeError for what is no JSON type."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise OverflowError(str(error)) from error
 
 
 def _nested(cls: type) -> list[str]:

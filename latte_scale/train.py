@@ -65,7 +65,7 @@ from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.optim import lr_at
 from latte_scale.planning import loader_of, open_data, plan_of
-from latte_scale.resume import counters_of, resume, rewind_log
+from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
 from latte_scale.run.journal import Journal, Progress, Tally
@@ -103,6 +103,8 @@ def train(
         make_deterministic()
     checkpoints = config.checkpoint_store
     found, broken = find_newest_sound(checkpoints, ranks)
+    if found is None:
+        check_start(config, checkpoints, ranks)
 
     # Data: what is stored, whether it fits the model, and which samples form step k.
     datasets = open_data(config)
@@ -155,7 +157,7 @@ def train(
             tally.host["stop"] = float(stop.asked())
             tally.host["lost"] = float(fence.is_lost())
             tally.host["save_failed"] = float(checkpointer.poll())
-            journal.note_samples(step, [name for batch in micro_batches for name in batch.sample_ids if name])
+            journal.note_samples(step, [name for batch in micro_batches for name in batch.sample_ids])
 
             # ---- one optimizer step: nothing in here makes the host wait for the device ----
             for number, micro_batch in enumerate(micro_batches, 1):
@@ -302,9 +304,10 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     for dataset in datasets:
         buckets = ", ".join(f"{name}: {count}" for name, count in dataset.buckets.items())
         console.print(f"data {dataset.store.url}: {dataset.manifest.count} samples ({buckets})")
+    last = max(progress.step, config.train.steps)  # train.steps may have been lowered below what is done
     console.print(
         f"{plan.num_samples} samples in training, shuffled in windows of {plan.shuffle_window}; steps {progress.step} "
-        f"to {config.train.steps} are {plan.epoch(config.train.steps) - plan.epoch(progress.step):.2f} epochs"
+        f"to {last} are {plan.epoch(last) - plan.epoch(progress.step):.2f} epochs"
     )
 
 
@@ -341,7 +344,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile",
         nargs="?",
-        type=int,
+        type=_number_of_steps,
         const=PROFILED_STEPS,
         default=0,
         metavar="N",
@@ -349,6 +352,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(words)
+
+
+def _number_of_steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of steps, 0 for none, came {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -378,8 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = within_memory_of(ranks.device, config, ranks.size)
             code = train(config, ranks, folder, fence, stop, watchdog, profile, args.allow_change)
         reason = "finished" if code == DONE else stop.reason()
-        if code == REQUEUE:
-            stop.clear()
+        stop.clear()  # also of a run that finished: it has stopped, and one that is made longer goes on
     except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
@@ -390,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = "interrupted; the same command goes on from the newest checkpoint"
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        code, reason = FAILED, f"{type(error).__name__}: {error}"  # also what comes after the last save
         raise
     finally:
         if folder.rank == 0:

@@ -169,7 +169,10 @@ def places(where: str) -> list[Store]:
     root = open_store(where)
     found, config = [root, root.below("checkpoints")], Path(where) / "config.yaml"
     section = settings.read_mapping(config) if "://" not in where and config.is_file() else {}
-    if folder := (section.get("checkpoint") or {}).get("dir"):
+    saving = section.get("checkpoint") or {}
+    if not isinstance(saving, dict):
+        raise ValueError(f"{config}: checkpoint: expected a section with keys, came {saving!r}; mend it or remove it")
+    if folder := saving.get("dir"):
         reached = settings.from_mapping(StoreSettings, section.get("store") or {}, str(config), "store.")
         found.append(open_store(folder, replace(reached, cache_dir=None)))
     return found

@@ -102,6 +102,28 @@ def test_other_formats_are_not_written_into_a_bucket(tmp_path, capsys, to):
     assert f"a folder of --to {to} is written to a disk, came a URL" in capsys.readouterr().err
 
 
+def test_a_config_of_the_run_that_was_edited_by_hand_is_told_in_words(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for text, words in (
+        (b"checkpoint: 3", "checkpoint: expected a section with keys, came 3"),
+        (b"[1", "is not YAML"),
+        (b"\xff", "not text in UTF-8"),
+    ):
+        (folder / "config.yaml").write_bytes(text)
+        assert ckpt.main(["ls", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder / 'config.yaml'}" in error and words in error
+
+
+@pytest.mark.parametrize("to", ["dcp", "deepspeed", "latte"])
+def test_a_target_below_a_file_is_told_in_words(run, tmp_path, capsys, to):
+    (tmp_path / "notes.txt").touch()
+    assert ckpt.main(["convert", str(run), str(tmp_path / "notes.txt" / "there"), "--to", to]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Not a directory" in error and "(20," not in error
+
+
 def test_foreign_folders_are_told_apart(tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert ckpt.main(["diff", str(tmp_path), str(tmp_path)]) == 2

@@ -118,7 +118,8 @@ MAY_IMPORT = {
     },
     "check_data": {"config", "data", "encoders"},
     # From a checkpoint back into a run. Only the trainer imports it.
-    "resume": {"checkpoint", "config", "ema", "engine", "run", "settings"},
+    # weights: where the checkpoints of a run folder may lie, which a new checkpoint.dir must not hide.
+    "resume": {"checkpoint", "config", "ema", "engine", "run", "settings", "store", "weights"},
     # From a config to the plan: what the trainer does and `latte-scale coverage` prints. The VAE's downscale names the
     # sizes of whole clips as those of their latents.
     "planning": {"config", "data", "encoders"},

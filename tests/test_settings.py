@@ -54,6 +54,10 @@ def test_round_trip_through_yaml(tmp_path):
         (["count=1.5"], ["count", "expected int", "1.5"]),
         (["count=true"], ["count", "expected int", "True"]),
         (["count='3'"], ["count", "expected int", "'3'"]),
+        (["inner.lr=.nan"], ["inner.lr", "expected finite numbers", "nan"]),  # which no comparison refuses
+        (["limit=.inf"], ["limit", "expected finite numbers", "inf", "null"]),
+        (["inner.decays=[0.5, 1e999]"], ["inner.decays", "expected finite numbers", "inf"]),
+        (["inner.kind=2026-11-30"], ["inner.kind", "one of a, b", "2026, 11, 30", "quotes"]),
         (["inner.lr=-1"], ["inner", "must be positive", "-1"]),
         (["inner=3"], ["inner", "expected a section", "3"]),
         (["count"], ["'count'", "key.sub=value"]),
@@ -65,6 +69,18 @@ def test_refusals_name_key_expectation_and_value(tmp_path, overrides, words):
         read(tmp_path, "inner: {lr: 1.0}\ncount: 2", *overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_date_in_the_file_is_refused_in_words(tmp_path):
+    with pytest.raises(settings.SettingsError, match=r"inner\.kind.*quotes"):
+        read(tmp_path, "inner: {lr: 1.0, kind: 2026-11-30}")  # as run.dir: 2026-11-30, which YAML takes for a date
+
+
+def test_a_file_that_is_not_utf_8_is_refused_in_words(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("run: {dir: läufe}".encode("latin-1"))
+    with pytest.raises(settings.SettingsError, match=r"c\.yaml is not text in UTF-8"):
+        settings.load(Outer, path)
 
 
 def test_missing_required_key_and_missing_file(tmp_path):

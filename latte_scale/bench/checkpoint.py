@@ -14,6 +14,7 @@ are in the page cache when they are read. slower meanwhile: by how much the back
 
 import argparse
 import gc
+import math
 import os
 import shutil
 import statistics
@@ -261,12 +262,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     args = parse_args(argv)
     try:
+        if args.repeats < 1 or not 0 < args.gib < math.inf:
+            raise ValueError(f"expected --repeats of 1 or more and --gib above 0, came {args.repeats} and {args.gib:g}")
         trees = trees_of_size(int(args.gib * 2**30))
         if args.config is not None:
             trees = trees_of_config(load_config(args.config, args.overrides))
     except (SettingsError, ValueError) as error:
         print(f"error: {error}")
         return STOP
+    try:
+        for folder in [args.folder, *([] if args.out is None else [args.out.parent])]:
+            folder.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+    except OSError as error:
+        print(f"error: {error}")
+        return 2
     if (args.folder / "bench").exists():
         print(f"error: {args.folder / 'bench'} exists already; choose another --folder")
         return 2

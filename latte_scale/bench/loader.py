@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
         result = measure(config, args)
     except (ManifestError, LoaderError, StoreError, OSError) as error:
         console.print(f"error: {error}", markup=False)
@@ -81,8 +83,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the JSON holds."""
-    if args.steps < 1 or args.start_step < 0 or args.step_s < 0:
-        raise ValueError("expected --steps of 1 or more, and --start-step and --step-s of 0 or more")
+    if min(args.steps, args.ranks) < 1 or args.start_step < 0 or not args.step_s >= 0:
+        raise ValueError("expected --steps and --ranks of 1 or more, and --start-step and --step-s of 0 or more")
     share = {"rank": 0, "size": data_ranks(config, args.ranks), "start_step": args.start_step, "pin_memory": False}
     began_s = time.perf_counter()
     datasets = open_data(config)

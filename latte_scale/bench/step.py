@@ -226,6 +226,7 @@ def device_name(device: torch.device) -> str:
 def write(path: str, result: dict[str, Any]) -> None:
     """The JSON file, complete or not there."""
     temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json_text(result, indent=2) + "\n")
     temporary.replace(path)
 

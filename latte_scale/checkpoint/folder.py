@@ -142,6 +142,11 @@ class Folder:
                 f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB free; make room, lower "
                 "checkpoint.keep_last or choose another checkpoint.dir"
             )
+        if code in (errno.EEXIST, errno.ENOTDIR):
+            return (
+                f"{error.strerror}: a file stands in the way of the folder {self.path}; move it away, or choose "
+                "another checkpoint.dir"
+            )
         if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             return (
                 f"{error.strerror}; make {self.path} writable for this user on every machine, or choose another "

@@ -194,7 +194,10 @@ def load_into(checkpoint: Checkpoint, trees: Trees) -> None:
     manifest = checkpoint.manifest
     missing = sorted(set(trees) - set(manifest.trees))
     if missing:
-        raise CheckpointError(f"{checkpoint.url} has no {', '.join(missing)}; it has {', '.join(manifest.trees)}")
+        raise CheckpointError(
+            f"{checkpoint.url} has no {', '.join(missing)}; it has {', '.join(manifest.trees)}. Set ema.decays to what "
+            "is there, or begin averages at the weights: latte-scale ckpt convert --ema-from-weights"
+        )
     reader = Reader(checkpoint)
     for tree, pieces in trees.items():
         _check_shapes(checkpoint, {piece.name: piece.shape for piece in pieces})

@@ -46,7 +46,7 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR
 class SourceSettings:
     """One data set of a mixture."""
 
-    url: str  # folder path or file:// URL with a manifest.json
+    url: str  # folder path, file:// or s3:// URL, with a manifest.json
     weight: float | None = None  # share of samples relative to the others; none: its number of samples
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by the settings reader, not a field)
@@ -74,13 +74,13 @@ class DataSettings:
             raise ValueError(f"holdout must be a share in [0, 1), came {self.holdout}")
         if self.shuffle_window is not None and self.shuffle_window < 1:
             raise ValueError(f"shuffle_window must be at least 1 sample, came {self.shuffle_window}")
-        if not self.sources():
-            raise ValueError("url is empty: give the folder of a data set, or a list of them")
+        if not self.sources() or not all(source.url for source in self.sources()):
+            raise ValueError(f"url names an empty place, came {self.url!r}: give the folder of each data set")
 
     def sources(self) -> tuple[SourceSettings, ...]:
         """The data sets of `url`, one form for all ways of writing it."""
         given = (self.url,) if isinstance(self.url, str) else self.url
-        return tuple(SourceSettings(each) if isinstance(each, str) else each for each in given if each)
+        return tuple(SourceSettings(each) if isinstance(each, str) else each for each in given)
 
 
 def open_datasets(

@@ -59,6 +59,11 @@ class EngineSettings:
                 f"engine.memory_budget_gib={self.memory_budget_gib} is for engine.activation_checkpointing=auto, got "
                 f"{self.activation_checkpointing}; set that or drop the key"
             )
+        if self.activation_checkpointing == "auto" and (self.checkpointed_share, self.other_blocks) != (1.0, "none"):
+            raise ValueError(
+                f"engine.activation_checkpointing=auto chooses checkpointed_share and other_blocks itself, got "
+                f"{self.checkpointed_share} and {self.other_blocks}; drop these two keys, or choose another kind"
+            )
         if self.memory_budget_gib is not None and not self.memory_budget_gib > 0.0:
             raise ValueError(f"engine.memory_budget_gib must be positive, got {self.memory_budget_gib}")
         if self.cpu_offload and self.kind != "zero":

@@ -66,7 +66,7 @@ def shard_ranks(config: Config, num_gpus: int, per_node: int = 8) -> int:
     replicate = config.engine.replicate
     copies = max(1, num_gpus // per_node) if replicate == "node" else replicate
     if num_gpus % copies:
-        raise ValueError(f"--gpus {num_gpus} is no multiple of engine.replicate={copies}; change one of them")
+        raise ValueError(f"{num_gpus} ranks are no multiple of engine.replicate={copies}; change one of them")
     return num_gpus // copies
 
 
@@ -74,7 +74,7 @@ def data_ranks(config: Config, num_gpus: int) -> int:
     """Ranks that have samples of their own; a sequence group shares its own. ValueError if it does not divide."""
     size = config.engine.sequence_parallel
     if num_gpus % size:
-        raise ValueError(f"--gpus {num_gpus} is no multiple of engine.sequence_parallel={size}; change one of them")
+        raise ValueError(f"{num_gpus} ranks are no multiple of engine.sequence_parallel={size}; change one of them")
     return num_gpus // size
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 SIDES = 16  # fp8 products take sides of multiples of it
-EXPONENTS = -100, 127  # of a scale, as fp32 can hold it; the lower one is that of a row of zeros
+EXPONENTS = -100, 127  # of a scale, whose inverse is finite in fp32, too; a row of zeros has 0
 APART = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
 """Layers of a block that do not see every token: one row a clip, and one a token of its caption. Little work."""
 

@@ -141,20 +141,24 @@ class MetricsFile:
         """
         if not self.path.exists():
             return []
-        kept, moved = [], []
-        for line in self.path.read_text().splitlines():
-            try:
-                target = moved if json.loads(line)["step"] >= step else kept
-            except (json.JSONDecodeError, KeyError):  # a line cut by a kill: its step is logged again
-                target = moved
-            target.append(line)
+        text = self.path.read_text(errors="replace")
+        kept, moved, steps = [], [], []
+        for line in text.splitlines():
+            record = _parse_or_none(line)
+            if record is not None and isinstance(record.get("step"), int):
+                if record["step"] < step:
+                    kept.append(line)
+                    continue
+                steps.append(record["step"])
+            moved.append(line)  # also one that was cut by a kill: its step is logged again, or is lost already
         if moved:
             with open(keep_in, "a") as file:
                 file.writelines(line + "\n" for line in moved)
+        if moved or (text and not text.endswith("\n")):  # else the next line would be appended to the last one
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.path)
-        return [record["step"] for record in map(_parse_or_none, moved) if record is not None]
+        return steps
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line; it has left the process when this returns, so a kill cannot take it back."""
@@ -166,16 +170,18 @@ class MetricsFile:
 
 
 def _parse_or_none(line: str) -> dict[str, Any] | None:
+    """The record of a line; None if it is none: cut by a kill or a full disk, or somebody else's."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return record if isinstance(record, dict) else None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut by a kill is left out."""
+    """The records of a metrics.jsonl; what is no record, as a last line cut by a kill, is left out."""
     path = Path(path)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [record for record in map(_parse_or_none, lines) if record is not None]
 
 

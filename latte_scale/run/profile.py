@@ -59,7 +59,12 @@ class Profile:
             self._end_span()
             self._profiler.stop()
             self._profiler = None
-            logger.warning("the run ended before --profile had its %d steps: no trace was written", self._num_steps)
+        least = FIRST_STEPS + self._num_steps
+        if self._num_steps and self._done < least:
+            message = f"no trace: --profile {self._num_steps} needs {least} steps of an attempt, not {self._done}"
+            logger.warning("%s", message)
+            if self._ranks.rank == 0:
+                self._console.print(message, markup=False)
 
     def step(self) -> None:
         """A step has ended. A collective once, after the last step of the trace."""
@@ -107,7 +112,7 @@ class Profile:
     def _snapshot_time_ns(self) -> int:
         try:
             return (self._folder / SNAPSHOT_FILE).stat().st_mtime_ns
-        except FileNotFoundError:
+        except OSError:  # no such file, or the run folder is none: RunFolder.open says so
             return 0
 
     def _look_for_snapshot(self) -> None:

@@ -30,6 +30,19 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path, capsys) -> None:
     assert "choose another --folder" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [["--repeats", "0"], ["--gib", "-1"], ["--gib", "0"], ["--gib", "nan"]])
+def test_sizes_and_numbers_that_are_none_are_refused(tmp_path: Path, capsys, options) -> None:
+    assert main(["--folder", str(tmp_path), *options]) == 78
+    assert "expected --repeats of 1 or more and --gib above 0" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_is_told_before_anything_is_measured(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    for options in (["--folder", str(tmp_path / "file" / "x")], ["--out", str(tmp_path / "file" / "x.json")]):
+        assert main([*options, "--gib", "0.0001", "--repeats", "1000000"]) == 2
+        assert "error: " in capsys.readouterr().out
+
+
 def test_a_bucket_is_never_emptied_that_holds_something(tmp_path: Path, capsys) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").touch()

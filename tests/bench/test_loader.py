@@ -1,6 +1,7 @@
 """The config's own data through its loader: what a rank gets, how it is waited for, and what goes wrong in words."""
 
 import json
+import shutil
 
 from latte_scale.bench import main
 from latte_scale.data.loader import Loader
@@ -46,9 +47,21 @@ def test_what_a_step_would_wait_while_it_computes(data_sets, tmp_path) -> None:
     assert found["wait_s"]["median"] >= 0.2
 
 
+def test_a_damaged_sample_counts_in_the_first_step_too(data_sets, tmp_path) -> None:
+    """Batches of the whole data set: each of the two steps meets the sample whose bit was flipped."""
+    damaged = tmp_path / "data"
+    shutil.copytree(data_sets.latents, damaged)
+    tar = damaged / "shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"latents.safetensors") + 512 + 5000] ^= 1
+    tar.write_bytes(data)
+    options = ("--steps", "1", "data.num_workers=0", "train.global_batch=60", "train.micro_batch=60")
+    assert measured(damaged, tmp_path / "out.json", *options)["replaced"] == 2
+
+
 def test_it_ends_when_the_time_is_up(data_sets, tmp_path) -> None:
     options = ("--budget-s", "0", "--step-s", "0.01", "data.num_workers=0")
-    assert measured(data_sets.latents, tmp_path / "short.json", *options)["steps"] == 1
+    assert measured(data_sets.latents, tmp_path / "new" / "short.json", *options)["steps"] == 1
 
 
 def test_what_cannot_be_is_told(data_sets, tmp_path, capsys) -> None:
@@ -57,7 +70,13 @@ def test_what_cannot_be_is_told(data_sets, tmp_path, capsys) -> None:
     assert "no manifest.json" in capsys.readouterr().out
     assert main([*command, f"data.url={data_sets.latents}", "model.patch_size=3"]) in (2, 78)
     assert main([*command, f"data.url={data_sets.latents}", "--steps", "0"]) == 78
-    assert "expected --steps of 1 or more" in capsys.readouterr().out
+    assert "expected --steps and --ranks of 1 or more" in capsys.readouterr().out
+    assert main([*command, f"data.url={data_sets.latents}", "--ranks", "0"]) == 78
+    assert "expected --steps and --ranks of 1 or more" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "x.json")  # told before anything is measured
+    assert main([*command, f"data.url={data_sets.latents}", "--steps", "1000000", "--out", out]) == 2
+    assert "file" in capsys.readouterr().out
     assert main([*command, f"data.url={data_sets.latents}", "--ranks", "3", "engine.kind=fsdp2",
                  "engine.sequence_parallel=2"]) == 78  # fmt: skip
-    assert "no multiple of engine.sequence_parallel=2" in capsys.readouterr().out
+    assert "3 ranks are no multiple of engine.sequence_parallel=2" in capsys.readouterr().out

@@ -2,13 +2,14 @@
 
 import itertools
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from latte_scale import rng
-from latte_scale.data.images import image_bucket
+from latte_scale.data.images import image_bucket, image_set
 from latte_scale.data.loader import DataSettings, open_datasets, open_images
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.schema import Manifest, ManifestError, VideoSettings, save_manifest
@@ -19,6 +20,7 @@ from tests.data.making import (
     CHANNELS,
     NULL,
     SIDE,
+    VIDEO,
     WIDTH,
     More,
     frame_grey,
@@ -106,6 +108,16 @@ def sets(tmp_path):
     make_latents(tmp_path / "clips", with_std=True, more=More(class_names=NAMES))
     make_latents(tmp_path / "images", 17, 5, 4, with_std=True, bucket=IMAGES, more=More(class_names=NAMES))
     return tmp_path / "clips", tmp_path / "images"
+
+
+def test_a_step_of_another_size_has_images_for_its_own_number_of_clips(sets):
+    """With train.batch_budget=tokens a step of small clips has more of them, and images run on without a gap."""
+    counts = {"2x8x8": np.array([30]), "2x4x4": np.array([30])}
+    plan = Plan([PlanData(counts, "x")], SEED, 4, costs={"2x8x8": Fraction(1), "2x4x4": Fraction(1, 4)})
+    images = open_datasets(DataSettings(str(sets[1])))[0]
+    images.counts = lambda *_: {"1x8x8": np.array([50]), "1x4x4": np.array([50])}
+    made = image_set(images, plan, 3, VIDEO, 0.0, "train", SEED, "rank 0 of 1")
+    assert {name: reader.plan.global_batch for name, reader in made.readers.items()} == {"2x8x8": 12, "2x4x4": 48}
 
 
 def test_an_image_set_follows_a_plan_of_its_own(sets):

@@ -15,7 +15,17 @@ import torch
 from latte_scale import settings as settings_reader
 from latte_scale.data.batches import MicroBatch
 from latte_scale.data.items import LoaderError
-from latte_scale.data.loader import DataSettings, Loader, SourceSettings, make_plan, open_datasets, resolve_settings
+from latte_scale.data.loader import (
+    DataSettings,
+    Loader,
+    SourceSettings,
+    data_fingerprint,
+    make_plan,
+    open_datasets,
+    plan_data,
+    resolve_settings,
+)
+from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import Manifest, ManifestError, save_manifest
 from latte_scale.data.shards import LatentSample
 from latte_scale.store import open_store
@@ -141,9 +151,34 @@ def test_settings_read_every_form_and_judge_themselves(tmp_path):
     path.write_text("url:\n- {url: a, wait: 0.5}\n")
     with pytest.raises(ValueError, match=r"data\.yaml: url"):
         settings_reader.load(DataSettings, path)
-    for wrong in ({"num_workers": -1}, {"prefetch": 0}, {"holdout": 1.0}, {"shuffle_window": 0}, {"url": ""}):
+    for wrong in ({"num_workers": -1}, {"prefetch": 0}, {"holdout": 1.0}, {"shuffle_window": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             DataSettings(**{"url": "a", **wrong})
+    for empty in ("", (), ("a", ""), ("a", SourceSettings(""))):  # a variable of a script that was not set, say
+        with pytest.raises(ValueError, match="url names an empty place"):
+            DataSettings(empty)
+
+
+def test_held_out_samples_come_once_each_whatever_weight_their_data_set_has(tmp_path):
+    for name in ("a", "b"):
+        make_latents(tmp_path / name)
+    sources = tuple(SourceSettings(str(tmp_path / name), weight) for name, weight in (("a", 0.9), ("b", 0.1)))
+    settings = DataSettings(sources, holdout=0.5)
+    datasets = open_datasets(settings)
+    assert [data.weight for data in plan_data(settings, datasets)] == [0.9, 0.1]
+    held_out = plan_data(settings, datasets, "held_out")
+    assert [data.weight for data in held_out] == [None, None] and all(data.num_samples for data in held_out)
+
+
+def test_another_image_set_is_other_data(tmp_path):
+    make_latents(tmp_path / "clips")
+    for name, size in (("images", 6), ("others", 7)):
+        make_latents(tmp_path / name, num_samples=size, bucket=f"1x{BUCKET.partition('x')[2]}")
+    settings = DataSettings(str(tmp_path / "clips"))
+    datasets = open_datasets(settings)
+    plan, images = make_plan(settings, datasets, 0, 4), [open_dataset(str(tmp_path / n)) for n in ("images", "others")]
+    prints = {data_fingerprint(plan, each) for each in (None, *images)}
+    assert len(prints) == 3 and data_fingerprint(plan, None) == plan.fingerprint
 
 
 def test_the_shuffle_window_is_resolved_once(tmp_path):

@@ -1,11 +1,13 @@
 """Activation checkpointing by a memory budget: the first rung that fits, the ladder, and what cannot be."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from latte_scale.config import Config, load_config
+from latte_scale.estimate import budget
 from latte_scale.estimate.budget import DoesNotFitError, first_that_fits, ladder, within_budget, within_memory_of
 from latte_scale.estimate.choice import checkpointing_words, examine
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
@@ -68,6 +70,22 @@ def test_bisecting_finds_every_place(count) -> None:
     assert first_that_fits(count, lambda _: False) is None
 
 
+def test_inputs_in_host_memory_that_cost_more_than_they_save_are_no_rung(monkeypatch) -> None:
+    """Of small inputs two on their way back weigh more than all that stay: the rung above is the last one then."""
+
+    class Needs:
+        def __init__(self, config: Config, *_: object) -> None:
+            kind, share = config.engine.activation_checkpointing, config.engine.checkpointed_share
+            gib = {"none": 9.0, "selective": 8.0 - share, "full": 6.0 - share, "offload": 5.5}[kind]
+            self.memory = SimpleNamespace(needed=gib * GIB)
+
+    monkeypatch.setattr(budget, "examine", Needs)
+    found = within_budget(automatic(5.2), 1, None).engine
+    assert (found.activation_checkpointing, found.checkpointed_share) == ("full", 1.0)
+    with pytest.raises(DoesNotFitError, match=r"needs 5\.00"):
+        within_budget(automatic(4.9), 1, None)
+
+
 def test_other_settings_and_configs_without_auto_stay() -> None:
     found = within_budget(automatic(60, "engine.compile=true", "train.lr=3e-4"), 1, None)
     assert found.engine.compile and found.train.lr == 3e-4 and found.engine.memory_budget_gib is None
@@ -94,6 +112,8 @@ def test_what_cannot_fit_says_what_it_needs_and_what_to_do() -> None:
     [
         (("engine.memory_budget_gib=20",), "is for engine.activation_checkpointing=auto, got full"),
         (("engine.activation_checkpointing=auto", "engine.memory_budget_gib=0"), "must be positive, got 0"),
+        (("engine.activation_checkpointing=auto", "engine.checkpointed_share=0.5"), "got 0.5 and none; drop"),
+        (("engine.activation_checkpointing=auto", "engine.other_blocks=selective"), "got 1.0 and selective; drop"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, words) -> None:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from latte_scale import checkpoint
+from latte_scale import checkpoint, ckpt
 from latte_scale.quickstart import kill_all
 from latte_scale.run.metrics import read_metrics
 from tests.conftest import ROOT, Run, run_in_process, train_command
@@ -143,6 +143,24 @@ def test_never_a_silent_start_from_zero(data_sets, tmp_path, unbroken, capsys):
     assert "none is sound" in capsys.readouterr().out
 
 
+def test_a_new_place_for_checkpoints_does_not_start_from_zero(data_sets, tmp_path, unbroken, capsys):
+    """checkpoint.dir is free to change, in both directions; a run whose new place is empty says where its steps are."""
+    folder, place = tmp_path / "run", tmp_path / "place"
+    shutil.copytree(unbroken.folder, folder)
+    longer = ("train.steps=22", f"checkpoint.dir={place}")
+    assert run_in_process(folder, data_sets.latents, *longer) == 78
+    step = folder / "checkpoints" / "step-00000020"
+    output = capsys.readouterr().out
+    assert f"{place} holds no checkpoint, but this run has {step}" in output and "latte-scale ckpt convert" in output
+    assert Run(0, "", folder).losses == unbroken.losses  # nothing was rewound
+    assert ckpt.main(["convert", str(step), str(place), "--to", "latte"]) == 0
+    assert run_in_process(folder, data_sets.latents, *longer) == 0
+    shutil.rmtree(folder / "checkpoints")
+    capsys.readouterr()
+    assert run_in_process(folder, data_sets.latents, "train.steps=24") == 78
+    assert f"but this run has {place / 'step-00000022'}" in capsys.readouterr().out
+
+
 def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbroken, capsys):
     folder = tmp_path / "run"
     shutil.copytree(unbroken.folder, folder)
@@ -153,6 +171,8 @@ def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbro
     assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lrr") == 78
     assert "came 'train.lrr'; is it train.lr?" in capsys.readouterr().out
     assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lr") == 0
+    log = (folder / "logs" / "rank-00000.log").read_text()
+    assert "WARNING config key train.lr changed from 0.001 to 0.002 (--allow-change)" in log
 
 
 def test_other_data_is_refused(data_sets, tmp_path, unbroken, capsys):
@@ -171,13 +191,31 @@ def test_a_finished_run_is_done_at_once(data_sets, tmp_path, unbroken):
     assert Run(0, "", folder).losses == unbroken.losses
 
 
-def test_a_run_that_has_more_steps_than_are_asked_for_is_done(data_sets, tmp_path, unbroken):
+def test_a_run_that_has_more_steps_than_are_asked_for_is_done(data_sets, tmp_path, unbroken, capsys):
     """train.steps may be lowered; "requeue me" would send the job round for ever."""
     folder = tmp_path / "run"
     shutil.copytree(unbroken.folder, folder)
     assert run_in_process(folder, data_sets.latents, "train.steps=12") == 0
     run = Run(0, "", folder)
     assert run.exit["code"] == 0 and run.losses == unbroken.losses
+    assert "steps 20 to 20 are 0.00 epochs" in capsys.readouterr().out
+
+
+def test_a_stop_that_came_as_the_run_finished_does_not_stop_the_longer_one(data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    (folder / "stop").touch()
+    assert run_in_process(folder, data_sets.latents) == 0
+    assert run_in_process(folder, data_sets.latents, "train.steps=25") == 0
+
+
+def test_what_fails_behind_the_last_save_is_the_code_in_exit_json_too(data_sets, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    (folder / "stop").mkdir()  # cannot be removed as a file
+    with pytest.raises(OSError, match="stop"):
+        run_in_process(folder, data_sets.latents, "train.steps=25")
+    assert Run(0, "", folder).exit["code"] == 1
 
 
 def test_a_resumed_run_does_not_need_what_it_was_started_from(data_sets, tmp_path, unbroken):

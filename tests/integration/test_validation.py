@@ -1,6 +1,7 @@
 """Validation inside a real run: training does not notice, a resume has each line once, videos are the command's."""
 
 import json
+import shutil
 
 import pytest
 
@@ -81,6 +82,17 @@ def test_a_resumed_run_has_every_line_once(runs, data_sets, tmp_path):
     assert not (folder / "samples" / "step-00000006" / "stale.mp4").exists()
     rewound = read_metrics(folder / "logs" / "rewound.jsonl")
     assert [record["step"] for record in rewound if "loss_bands" in record] == [4, 6]
+
+
+def test_what_was_seen_at_the_step_of_the_checkpoint_stays(runs, data_sets, tmp_path):
+    """A step is validated before it is saved, so a resume does not see it again."""
+    folder, often = tmp_path / "run", (*SHORT, "checkpoint.every_steps=2", *LOOK)
+    assert run_in_process(folder, data_sets.latents, *often) == 0
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    assert run_in_process(folder, data_sets.latents, *often) == 0
+    assert lines(folder) == lines(runs / "watched")
+    rewound = read_metrics(folder / "logs" / "rewound.jsonl")
+    assert [record["step"] for record in rewound if "loss_bands" in record] == [6]
 
 
 def test_another_seed_or_batch_of_the_run_changes_nothing(runs, data_sets, tmp_path):

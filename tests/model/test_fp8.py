@@ -48,6 +48,13 @@ def test_output_and_gradients_are_those_of_fp32_within_three_bits_of_mantissa(dt
     assert relative(found[2], expected[2]) < 5e-3
 
 
+def test_the_gradient_of_the_bias_is_summed_in_fp32() -> None:
+    made, generator = layer(), torch.Generator().manual_seed(1)
+    x, grad = torch.randn(300, 64, generator=generator), torch.randn(300, 96, generator=generator).bfloat16()
+    (found,) = torch.autograd.grad(linear_fp8(x, made.weight, made.bias), [made.bias], grad)
+    torch.testing.assert_close(found, grad.float().sum(0), rtol=1e-5, atol=1e-5)  # bf16 would be 4e-3 apart
+
+
 def test_a_layer_without_bias() -> None:
     made = layer()
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
@@ -78,6 +85,11 @@ def test_scales_are_powers_of_two_and_use_the_range() -> None:
     largest = x8.float().abs().amax(-1)
     assert (largest <= 448).all() and (largest >= 200).all()  # at most a factor of two, and rounding, is left unused
     assert float(((x8.float() * scale - x).abs() / x.abs().amax(-1, keepdim=True)).max()) < 1 / 16
+
+
+def test_the_inverse_of_a_scale_is_finite_for_the_smallest_numbers_of_fp32() -> None:
+    x8, scale = _by_rows(torch.tensor([[1e-45, 0.0], [1e-40, 0.0], [1e-36, 0.0], [0.0, 0.0]]))
+    assert (1 / scale).isfinite().all() and x8.float().isfinite().all()
 
 
 def test_rows_of_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:

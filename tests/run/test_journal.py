@@ -70,6 +70,16 @@ def test_empty_slots_count_for_nothing():
     assert [numbers[f"band_loss_{k}"] for k in range(4)] == [1.0, 0.0, 0.0, 2.0]
 
 
+def test_the_wait_for_data_is_the_mean_of_the_ranks(tmp_path):
+    """Two of four ranks waited 10 s each; only the sum arrives, and the window is as long as one rank's."""
+    journal = journal_of(tmp_path, num_devices=4)
+    numbers = numbers_of([1.0], [0.1], [1.0])
+    numbers[FIELDS.index("data_wait_s")] = 20.0
+    journal.throughput.started_at_s -= 50.0
+    take(journal, 0, numbers)
+    assert read_metrics(tmp_path / "m.jsonl")[0]["data_wait_share"] == pytest.approx(0.1, rel=0.1)
+
+
 def test_a_record_holds_the_keys_that_readers_rely_on(tmp_path):
     journal = journal_of(tmp_path)
     take(journal, 0, numbers_of([1.0, 2.0, 3.0, 4.0], [0.1, 0.3, 0.6, 0.9], [1.0] * 4, digest=2**61 + 12345))

@@ -78,6 +78,26 @@ def test_rewind_moves_the_steps_that_will_run_again(tmp_path):
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("odd", ["{}", "12", "null", '{"step": null}', "\x00\x00", b"\x86\xff".decode("latin-1")])
+def test_rewind_moves_a_line_that_is_no_record_and_goes_on(tmp_path, odd):
+    file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    file.append({"step": 0})
+    with open(file.path, "ab") as cut:
+        cut.write(odd.encode("latin-1") + b"\n")
+    file.append({"step": 1})
+    assert file.rewind(1, tmp_path / "rewound.jsonl") == [1]
+    assert metrics.read_metrics(file.path) == [{"step": 0}]
+    assert len((tmp_path / "rewound.jsonl").read_text(errors="replace").splitlines()) == 2
+
+
+def test_a_line_that_lost_its_end_is_not_joined_with_the_next(tmp_path):
+    file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.write_text('{"step": 0}')  # a disk that was full at this very byte, or an editor
+    assert file.rewind(1, tmp_path / "rewound.jsonl") == []
+    file.append({"step": 1})
+    assert metrics.read_metrics(file.path) == [{"step": 0}, {"step": 1}]
+
+
 def test_rewind_of_nothing(tmp_path):
     assert metrics.MetricsFile(tmp_path / "absent.jsonl").rewind(0, tmp_path / "r.jsonl") == []
 

@@ -108,3 +108,17 @@ def test_the_trace_and_the_table_of_a_real_run(two_runs) -> None:
 def test_the_number_of_profiled_steps_may_be_left_out_before_a_setting(words, steps):
     args = train.parse_args(["--config", "x.yaml", *words])
     assert args.profile == steps and args.overrides == ["a.b=1"]
+
+
+@pytest.mark.parametrize("number", ["-3", "2.5", "many"])
+def test_a_number_of_profiled_steps_that_is_none_is_refused(number, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--config", "x.yaml", f"--profile={number}"])
+    assert f"expected a number of steps, 0 for none, came '{number}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_run_too_short_for_its_trace_says_so(num_steps, data_sets, tmp_path, capsys):
+    few = (f"train.steps={num_steps}", "checkpoint.every_steps=9")
+    assert run_in_process(tmp_path / "run", data_sets.latents, *few, "--profile=5") == 0
+    assert f"no trace: --profile 5 needs 7 steps of an attempt, not {num_steps}" in capsys.readouterr().out
