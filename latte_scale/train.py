@@ -77,7 +77,7 @@ from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
-from latte_scale.weights import check_start, load_weights
+from latte_scale.weights import check_init, load_weights
 
 NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError)
 """What another attempt would meet again: exit code 78."""
@@ -230,7 +230,7 @@ def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if is_new and config.model.init is not None:
         weights = load_weights(config.model.init)
-        changes = check_start(weights, config.model, config.diffusion)
+        changes = check_init(weights, config.model, config.diffusion)
         if changes and rank == 0:
             console.print(f"model.init {weights.source}: {'; '.join(changes)}", markup=False)
         model.load_state_dict(weights.state_dict, strict=True)

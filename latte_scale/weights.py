@@ -79,7 +79,7 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
 
 
-def check_start(
+def check_init(
     weights: Weights, architecture: LatteSettings | LatteT2VSettings, diffusion: DiffusionSettings
 ) -> list[str]:
     """Hold weights to a run that is to start from them; returns what it trains otherwise than they were trained.

@@ -14,7 +14,7 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import write_transformer
 from latte_scale.settings import to_mapping
-from latte_scale.weights import check_start, load_weights
+from latte_scale.weights import check_init, load_weights
 from tests.weight_files import randomise, save_run
 
 CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, temporal_position="learnable")
@@ -109,21 +109,21 @@ def test_a_stage_says_what_it_changes_and_does_not_take_other_heads(tmp_path, ar
     section = to_mapping(architecture)
     save_run(tmp_path, {"model": section, "diffusion": {}}, randomise(build_model(architecture)).state_dict())
     weights, same = load_weights(str(tmp_path)), DiffusionSettings()
-    assert check_start(weights, architecture, same) == []
+    assert check_init(weights, architecture, same) == []
     assert (
-        check_start(
+        check_init(
             weights, dataclasses.replace(architecture, num_frames=4), dataclasses.replace(same, min_snr_gamma=5.0)
         )
         == []
     )
     other = {"variant": "late_fusion"} if architecture is CLASSES else {"sample_size": 16}
     (name, value), velocity = next(iter(other.items())), DiffusionSettings(objective="v")
-    assert check_start(weights, dataclasses.replace(architecture, **other), velocity) == [
+    assert check_init(weights, dataclasses.replace(architecture, **other), velocity) == [
         f"model.{name} was {getattr(architecture, name)!r}, is {value!r}",
         "diffusion.objective was 'epsilon', is 'v'",
     ]
     heads = {"num_heads": 4} if architecture is CLASSES else {"num_heads": 4, "head_dim": 4}
     with pytest.raises(ValueError, match=r"expected weights of 4 heads, came 2 .* set model.num_heads=2"):
-        check_start(weights, dataclasses.replace(architecture, **heads), same)
+        check_init(weights, dataclasses.replace(architecture, **heads), same)
     with pytest.raises(ValueError, match="do not fit"):
-        check_start(weights, dataclasses.replace(architecture, in_channels=8, out_channels=8), same)
+        check_init(weights, dataclasses.replace(architecture, in_channels=8, out_channels=8), same)
