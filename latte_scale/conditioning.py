@@ -8,6 +8,7 @@ Shapes: B micro-batch, F frames (video, then images), n images a clip, N = 1 + n
 height and width, L text length, D text width, O output channels.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from latte_scale import rng
 from latte_scale.data.loader import MicroBatch
 from latte_scale.encoders import TextEncoder, VideoAutoencoder
+
+logger = logging.getLogger("latte_scale")
 
 NUM_BANDS = 4
 """Timestep bands over which the loss is reported: quarters of the diffusion time, least noise first."""
@@ -111,6 +114,7 @@ class Conditioner:
         self.num_classes, self.text_length = num_classes, text_length
         self.known_frames = known_frames or KnownFramesSettings()
         self._null_LD = text.null() if text is not None else None
+        self._has_told_of_cuts = False
 
     def __call__(self, micro_batch: MicroBatch, step: int) -> ModelInputs:
         """Draw the sample's randomness and move everything to the device."""
@@ -206,6 +210,10 @@ class Conditioner:
     def _encode(self, captions: list[str], dropped: list[bool]) -> tuple[Tensor, Tensor]:
         """Raw captions through the text encoder; a dropped one becomes the empty one, cut to its length."""
         embeddings = self.text.encode(captions)
+        full = [caption for caption, e in zip(captions, embeddings, strict=True) if len(e) == self.text.max_length]
+        if not self._has_told_of_cuts and (cut := self.text.what_is_cut(full)):
+            logger.warning("%s; further ones are cut without a word", cut)
+            self._has_told_of_cuts = True
         embeddings = [self._null_LD[: len(e)] if drop else e for e, drop in zip(embeddings, dropped, strict=True)]
         text_BLD = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
         lengths_B = torch.tensor([len(e) for e in embeddings], device=text_BLD.device)

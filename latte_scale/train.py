@@ -79,7 +79,7 @@ from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
 from latte_scale.weights import check_init, load_weights
 
-NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError)
+NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError)
 """What another attempt would meet again: exit code 78."""
 
 logger = logging.getLogger("latte_scale")

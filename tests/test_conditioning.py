@@ -9,7 +9,7 @@ import torch
 from latte_scale import rng
 from latte_scale.conditioning import NUM_BANDS, Conditioner, KnownFramesSettings, band_of
 from latte_scale.data.loader import MicroBatch
-from latte_scale.encoders import EncoderSettings, load_encoders
+from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, load_encoders
 
 CPU = torch.device("cpu")
 
@@ -108,6 +108,24 @@ def test_pixels_and_captions_are_encoded_as_latent_shards_store_them():
     lengths = [len(embedding) for embedding in text.encode(batch.captions)]
     assert inputs.mask.sum(1).tolist() == lengths  # the dropped caption keeps its own length
     assert torch.equal(inputs.text[1, : lengths[1]], text.null()[: lengths[1]])
+
+
+def test_captions_that_are_cut_are_told_once(caplog):
+    vae, text = VideoAutoencoder("tiny"), TextEncoder("tiny", 6)
+    batch = dataclasses.replace(
+        micro_batch([0, 1]), mean_BFCHW=None, std_BFCHW=None, text_BLD=None, mask_BL=None,
+        pixels_BFCHW=torch.zeros(2, 4, 3, 16, 16, dtype=torch.uint8),
+    )  # fmt: skip
+    conditioner = Conditioner(7, CPU, vae.scale, vae.shift, vae, text)
+    batch.captions = ["a red circle moves left"] * 2  # 6 tokens with the end mark: whole
+    conditioner(batch, step=0)
+    assert not caplog.records
+    for step in (1, 2):
+        batch.captions = ["a red circle moves left", "a red circle moves left and back"]
+        conditioner(batch, step=step)
+    (record,) = caplog.records
+    assert "a caption is cut to text_max_length=6 tokens" in record.getMessage()
+    assert "'a red circle moves left and back'" in record.getMessage()
 
 
 def with_images(batch, num_images=2):

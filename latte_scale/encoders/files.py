@@ -27,6 +27,14 @@ class EncoderError(ValueError):
     """An encoder that is missing, of another kind, or was given something it cannot encode."""
 
 
+def text_width(folder: Path) -> int:
+    """Numbers of an embedding, by the config of a T5 encoder."""
+    width = read_config(folder).get("d_model")
+    if not isinstance(width, int):
+        raise EncoderError(f"{folder / 'config.json'}: expected d_model of a T5 encoder, came {width!r}; copy it again")
+    return width
+
+
 def find_vae(name: str) -> Path:
     """Folder of a VAE. EncoderError if there is none."""
     return find_folder(name, "tiny_vae", "vae", "an AutoencoderKL (config.json and weights, or a vae/ folder)")

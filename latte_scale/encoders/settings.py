@@ -16,6 +16,7 @@ from latte_scale.encoders.files import (
     find_vae,
     read_config,
     text_sha256,
+    text_width,
     vae_sha256,
 )
 
@@ -71,7 +72,7 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
         scale=float(config.get("scaling_factor", 0.18215)),
         shift=float(config.get("shift_factor") or 0.0),
         text_sha256=text and text_sha256(text, find_tokenizer(settings.text, text)),
-        text_dim=text and int(read_config(text)["d_model"]),
+        text_dim=text and text_width(text),
     )
 
 

@@ -79,6 +79,19 @@ class TextEncoder:
         """Tokens of each cleaned caption before cutting, the end mark included; above `max_length` it will be cut."""
         return [len(ids) for ids in self.tokenizer([clean_caption(c) for c in captions]).input_ids] if captions else []
 
+    def what_is_cut(self, captions: Sequence[str]) -> str:
+        """What to say of captions that are longer than `max_length`; "" if none is."""
+        pairs = zip(self.num_tokens(captions), captions, strict=True)
+        cut = [(length, caption) for length, caption in pairs if length > self.max_length]
+        if not cut:
+            return ""
+        length, caption = max(cut)
+        number = "a caption is" if len(cut) == 1 else f"{len(cut)} captions are"
+        return (
+            f"{number} cut to text_max_length={self.max_length} tokens, the longest has {length}: {caption[:60]!r}...; "
+            "shorten it, or raise encoders.text_max_length, for which data are encoded anew"
+        )
+
     @torch.no_grad()
     def _forward(self, captions: Sequence[str]) -> tuple[Tensor, list[int]]:
         """Embeddings padded to max_length, fp32 [B, max_length, D], and the number of real tokens of each."""

@@ -25,6 +25,9 @@ from latte_scale.optim import is_decayed
 Precision = Literal["fp32", "bf16", "fp8"]
 """fp8 is bf16 to an engine: which layers compute in 8 bits is told to the model (model/fp8.py) before it gets here."""
 
+LONGEST_TIMEOUT_S = 1e7
+"""Four months: what is longer is a mistake, and torch cannot count it."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -81,8 +84,8 @@ class EngineSettings:
                 "on one; set engine.kind to fsdp2 or zero"
             )
         self._check_counts()
-        if not self.timeout_s > 0.0:
-            raise ValueError(f"engine.timeout_s must be positive, got {self.timeout_s}")
+        if not 0.0 < self.timeout_s <= LONGEST_TIMEOUT_S:
+            raise ValueError(f"engine.timeout_s must lie in (0, {LONGEST_TIMEOUT_S:g}] seconds, got {self.timeout_s}")
 
     def _check_counts(self) -> None:
         least = {"blocks_per_unit": 1, "prefetch_units": 0, "zero_bucket_elements": 1, "zero_prefetch_elements": 0}

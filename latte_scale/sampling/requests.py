@@ -5,6 +5,7 @@ to what the model can be asked, and requests: the seed of the noise with the con
 """
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from torch import Tensor
 from latte_scale.encoders import TextEncoder
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
+
+logger = logging.getLogger("latte_scale")
 
 Architecture = LatteSettings | LatteT2VSettings
 
@@ -89,12 +92,14 @@ def check_records(records: Sequence[dict[str, Any]], architecture: Architecture)
 def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
     """Records with a "seed" as requests; captions go through the text encoder (None: there are none).
 
-    A record's own "negative" stands before the one given here.
+    A record's own "negative" stands before the one given here. Captions that are cut are told in a warning.
     """
     if text is None:
         return [Request(record["seed"], label=record.get("label")) for record in records]
     texts = text.encode([record["text"] for record in records])
     negatives = [record.get("negative", negative) for record in records]
+    if cut := text.what_is_cut(sorted({*(record["text"] for record in records), *negatives})):
+        logger.warning("%s", cut)
     whole = {each: text.encode_whole(each) for each in sorted(set(negatives))}
     return [Request(r["seed"], t, whole[each]) for r, t, each in zip(records, texts, negatives, strict=True)]
 

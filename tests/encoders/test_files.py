@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latte_scale.encoders import EncoderError, TextEncoder, VideoAutoencoder
+from latte_scale.encoders import EncoderError, EncoderSettings, TextEncoder, VideoAutoencoder, encoder_facts
 from latte_scale.encoders.files import ASSETS, hub_files
 
 
@@ -98,3 +98,10 @@ def test_only_the_needed_files_of_a_repository_are_fetched() -> None:
     assert set(hub_files(pipeline, "text_encoder")) == set(pipeline[6:9] + pipeline[10:])
     alone = ["README.md", "config.json", "spiece.model", "pytorch_model.bin"]
     assert hub_files(alone, "text_encoder") == alone[1:]
+
+
+def test_a_text_encoder_without_a_width_is_told_in_words(tmp_path: Path) -> None:
+    shutil.copytree(ASSETS / "tiny_t5", tmp_path / "t5")
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(EncoderError, match="expected d_model of a T5 encoder, came None"):
+        encoder_facts(EncoderSettings("tiny", str(tmp_path / "t5")))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from data_tools import captions
 from data_tools.shapes import combinations, prompt
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, clean_caption
+from latte_scale.encoders.text import MAX_CHARACTERS
 from tests.clips import CLIPS, needs_clips
 
 
@@ -94,3 +96,8 @@ def test_embeddings_tell_shapes_captions_apart_linearly(text: TextEncoder) -> No
             first, second = scores.topk(2).values
             assert words[int(scores.argmax())] == c[aspect]
             assert first - second > 0.25
+
+
+def test_a_caption_is_cut_where_the_toolchain_cuts_it() -> None:
+    """data_tools may not cost the time of importing an encoder, so it has the number a second time."""
+    assert captions.MAX_CHARACTERS == MAX_CHARACTERS

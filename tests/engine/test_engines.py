@@ -277,6 +277,7 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
         ({"kind": "zero", "zero_stage": 3, "compile": True}, "stage 3"),
         ({"blocks_per_unit": 0}, "blocks_per_unit"),
         ({"timeout_s": 0.0}, "timeout_s"),
+        ({"timeout_s": 1e12}, "timeout_s must lie in"),
     ],
 )
 def test_settings_refuse(change: dict[str, Any], message: str) -> None:

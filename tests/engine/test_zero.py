@@ -1,6 +1,7 @@
 """What engine/zero.py takes from DeepSpeed's inside, pinned to the versions it was seen in."""
 
 import importlib.metadata
+import json
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from latte_scale.engine import EngineSettings, OptimSettings, Ranks
 from latte_scale.engine.zero import deepspeed_config
+from tests.conftest import run_in_process
 from tests.engine.toy import build, full_weights, on_ranks, toy, train, train_step
 
 pytest.importorskip("deepspeed")
@@ -28,6 +30,13 @@ def test_deepspeed_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ImportError, match=r"pip install 'latte_scale\[deepspeed\]', or set engine.kind=fsdp2"):
         build("zero1", Ranks(0, 1, 0, torch.device("cpu")))
+
+
+def test_a_run_without_it_is_not_requeued(data_sets, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt would find the same environment."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert run_in_process(tmp_path / "run", data_sets.latents, "engine.kind=zero") == 78
+    assert "latte_scale[deepspeed]" in json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

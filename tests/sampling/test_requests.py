@@ -4,9 +4,16 @@ import math
 
 import pytest
 
+from latte_scale.encoders import TextEncoder
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
-from latte_scale.sampling.requests import check_guidance, check_records, default_guidance, read_prompts
+from latte_scale.sampling.requests import (
+    check_guidance,
+    check_records,
+    default_guidance,
+    read_prompts,
+    requests_of,
+)
 
 TEXT = LatteT2VSettings(num_layers=1, num_heads=2, head_dim=8, caption_channels=12, sample_size=8, num_frames=3)
 CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3)
@@ -80,3 +87,14 @@ def test_guidance():
         check_guidance(1.0, TEXT, None, "", "blurred")  # of one prompt among several
     with pytest.raises(ValueError, match="the model reads no text"):
         check_guidance(2.0, CLASSES, "blurred")
+
+
+def test_prompts_that_are_cut_are_told(caplog) -> None:
+    text, prompts = TextEncoder("tiny", 6), ["a red circle moves left", "a red circle moves left and back"]
+    records = [{"text": prompt, "seed": 0} for prompt in prompts]
+    requests_of(records[:1], text)
+    assert not caplog.records
+    requests_of(records, text, negative="a grey square that does not move at all, or hardly")
+    (record,) = caplog.records
+    assert "2 captions are cut to text_max_length=6 tokens" in record.getMessage()
+    assert "'a grey square" in record.getMessage() and "raise encoders.text_max_length" in record.getMessage()
