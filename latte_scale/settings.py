@@ -224,6 +224,10 @@ def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: li
 
 
 def type_name(hint: Any) -> str:
+    """A type in the words of an error or of `latte-scale keys`."""
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        values = ", ".join(map(str, typing.get_args(hint)))
+        return f"one of {values}" if len(typing.get_args(hint)) > 1 else values
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join("null" if each is type(None) else type_name(each) for each in typing.get_args(hint))
     return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
