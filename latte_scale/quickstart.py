@@ -2,7 +2,7 @@
 
     latte-scale quickstart                                    moving shapes: three to four minutes on two cores
     latte-scale quickstart --full                             a quarter of an hour, until they follow the prompts
-    latte-scale quickstart --clips my_clips --out runs/qs     a few real clips, learned by heart
+    latte-scale quickstart --clips my_clips --out runs/qs     a few real clips, learned by heart: eleven minutes
 
 Clips and captions -> tar shards -> latents and text embeddings -> LatteT2V trained on 2 ranks under FSDP2, killed with
 SIGKILL between two checkpoints and resumed by the same command -> videos for held-out prompts -> scores -> report.html.
