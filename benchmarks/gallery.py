@@ -33,7 +33,7 @@ def gallery(videos: Sequence[np.ndarray], prompts: Sequence[str], side: int) -> 
             y = GAP + place // COLUMNS * (side + TEXT_HEIGHT + GAP)
             frame.paste(Image.fromarray(video[number]).resize((side, side), Image.Resampling.NEAREST), (x, y))
             draw.multiline_text((x, y + side + 3), textwrap.fill(prompt, TEXT_COLUMNS), fill="black")
-        frames.append(frame.quantize(64))
+        frames.append(frame.quantize(256, dither=Image.Dither.NONE))
     return frames
 
 
