@@ -151,7 +151,7 @@ class Conditioner:
         if std_BFCHW is None:
             return mean_BFCHW.float()
         draw_BFCHW = self._normal("posterior", step, indices, mean_BFCHW.shape[1:])
-        return mean_BFCHW.float() + std_BFCHW.float() * draw_BFCHW.to(mean_BFCHW.device)
+        return mean_BFCHW.float() + std_BFCHW.float() * draw_BFCHW.to(mean_BFCHW.device, non_blocking=True)
 
     def _images(self, micro_batch: MicroBatch, step: int, indices: list[int]) -> Tensor | None:
         """Raw latents of the images, [B, n, C, H, W] fp32; None without joint training. Image j has sub-index j + 1."""
@@ -162,7 +162,8 @@ class Conditioner:
             return None if mean_BNCHW is None else mean_BNCHW.float()
         num_images, shape_CHW = mean_BNCHW.shape[1], mean_BNCHW.shape[2:]
         draws = [self._normal("posterior", step, indices, shape_CHW, j + 1) for j in range(num_images)]
-        return mean_BNCHW.float() + std_BNCHW.float() * torch.stack(draws, dim=1).to(mean_BNCHW.device)
+        draw_BNCHW = torch.stack(draws, dim=1).to(mean_BNCHW.device, non_blocking=True)
+        return mean_BNCHW.float() + std_BNCHW.float() * draw_BNCHW
 
     def _noise(self, step: int, indices: list[int], num_frames: int, num_images: int, shape_CHW: torch.Size) -> Tensor:
         """[B, C, F, H, W] on the host: sub-index 0 for the clip, j + 1 for image j, so images never move its noise."""
@@ -176,7 +177,7 @@ class Conditioner:
         if self.num_classes is not None:
             return self._labels(micro_batch), [0] * len(micro_batch.index_B)
         text, mask = self._text(micro_batch)
-        lengths_B = torch.where(micro_batch.index_B >= 0, mask.sum(1).cpu(), 0)  # an encoder's mask is on its device
+        lengths_B = torch.where(micro_batch.index_B >= 0, mask.sum(1), 0)
         images = self._image_text(micro_batch)
         if images is not None:
             text, mask = _join_captions(text, mask, *images)
@@ -185,12 +186,11 @@ class Conditioner:
         return {"text": self._to_device(text).float(), "mask": self._mask(mask)}, lengths_B.tolist()
 
     def _mask(self, mask: Tensor) -> Tensor | None:
-        """None if the host can see that every token is real: attention then has no padding to step over."""
-        may_be_none = self.text_length is None and mask.device.type == "cpu"
-        return None if may_be_none and bool(mask.all()) else self._to_device(mask)
+        """A mask [..., L] of the host on the device; None if every token is real: no padding to step over then."""
+        return None if self.text_length is None and bool(mask.all()) else self._to_device(mask)
 
     def _text(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Text embeddings padded to the longest caption of the micro-batch, and their mask."""
+        """Text embeddings padded to the longest caption of the micro-batch, and their mask, which is on the host."""
         if micro_batch.text_BLD is not None:
             return micro_batch.text_BLD, micro_batch.mask_BL
         return self._encode(micro_batch.captions, micro_batch.dropped_B.tolist())
@@ -216,8 +216,8 @@ class Conditioner:
             self._has_told_of_cuts = True
         embeddings = [self._null_LD[: len(e)] if drop else e for e, drop in zip(embeddings, dropped, strict=True)]
         text_BLD = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
-        lengths_B = torch.tensor([len(e) for e in embeddings], device=text_BLD.device)
-        return text_BLD, torch.arange(text_BLD.shape[1], device=text_BLD.device)[None, :] < lengths_B[:, None]
+        lengths_B = torch.tensor([len(e) for e in embeddings])
+        return text_BLD, torch.arange(text_BLD.shape[1])[None, :] < lengths_B[:, None]
 
     def _labels(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Classes with the dropped ones replaced by the null class; nothing for an unconditional model."""

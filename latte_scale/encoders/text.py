@@ -103,6 +103,6 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask_BL = inputs.attention_mask.to(self.device)
-        embeddings_BLD = self.model(inputs.input_ids.to(self.device), attention_mask=mask_BL)[0]
-        return embeddings_BLD.float(), mask_BL.sum(1).tolist()
+        ids_BL, mask_BL = inputs.input_ids, inputs.attention_mask
+        embeddings_BLD = self.model(ids_BL.to(self.device), attention_mask=mask_BL.to(self.device))[0]
+        return embeddings_BLD.float(), mask_BL.sum(1).tolist()  # of the host's mask: nothing waits for the model

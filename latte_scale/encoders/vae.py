@@ -62,7 +62,8 @@ class VideoAutoencoder:
         frames_NCHW = pixels_BFCHW.flatten(0, 1)
         means, stds = [], []
         for chunk in frames_NCHW.split(max(1, MAX_PIXELS // (frames_NCHW.shape[-1] * frames_NCHW.shape[-2]))):
-            posterior = self.model.encode((chunk.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
+            pixels_NCHW = chunk.to(self.device, non_blocking=True).float() / 127.5 - 1
+            posterior = self.model.encode(pixels_NCHW.to(self.dtype)).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
         clips = pixels_BFCHW.shape[:2]

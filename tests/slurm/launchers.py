@@ -1,8 +1,11 @@
 """How the trainer is started on two hosts, by each launcher, with the same arguments."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import ROOT, Run
@@ -32,7 +35,7 @@ def deepspeed(rank: int, folder: Path) -> list[str]:
 def start_on(pair: Hosts, folder: Path, data: Path, launcher, *overrides: str) -> list[subprocess.Popen]:
     """Start the launcher on both hosts."""
     words = ["latte_scale.train", "--config", "configs/tiny_cpu.yaml", f"data.url={data}", f"run.dir={folder / 'run'}"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
     return [
         subprocess.Popen(
             pair.command(name, [*launcher(rank, folder), *words, *FEW, *overrides]),
@@ -46,9 +49,21 @@ def start_on(pair: Hosts, folder: Path, data: Path, launcher, *overrides: str) -
     ]
 
 
-def wait_for(processes: list[subprocess.Popen], folder: Path) -> tuple[Run, list[str]]:
-    """The run, with the largest exit code, and what each host printed."""
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+def wait_for(pair: Hosts, processes: list[subprocess.Popen], folder: Path) -> tuple[Run, list[str]]:
+    """The run, with the largest exit code, and what each host printed; of a run that hangs, all stacks too."""
+    deadline = time.monotonic() + 240
+    hung = False
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=max(0.0, deadline - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            hung = True
+            for pid in [pid for name in pair.names for pid in pair.find(name, "latte_scale")]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)  # faulthandler prints what every thread is at
+            outputs.append(process.communicate(timeout=20)[0])
+    assert not hung, "not done after 240 s:\n" + "\n".join(outputs)
     return Run(max(process.returncode for process in processes), "\n".join(outputs), folder / "run"), outputs
 
 

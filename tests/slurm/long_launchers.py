@@ -20,13 +20,13 @@ def test_torchrun_restarts_the_ranks_of_both_hosts_after_one_was_killed(two_host
     longer = ("engine.kind=fsdp2", "train.steps=120", "checkpoint.every_steps=20")
     whole = tmp_path / "whole"
     whole.mkdir()
-    unbroken, _ = wait_for(start_on(two_hosts, whole, data_sets.latents, elastic, *longer), whole)
+    unbroken, _ = wait_for(two_hosts, start_on(two_hosts, whole, data_sets.latents, elastic, *longer), whole)
     processes = start_on(two_hosts, tmp_path, data_sets.latents, elastic, *longer)
     deadline_s = time.monotonic() + 120
     while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 30 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     os.kill(max(two_hosts.find("node2", "latte_scale.train")), signal.SIGKILL)  # the agent came first, then its rank
-    run, _ = wait_for(processes, tmp_path)
+    run, _ = wait_for(two_hosts, processes, tmp_path)
     assert (unbroken.code, run.code) == (0, 0), run.output
     assert "resumed at step" in run.output
     assert (run.losses, run.digests) == (unbroken.losses, unbroken.digests)
