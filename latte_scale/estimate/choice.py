@@ -92,5 +92,5 @@ def examine(
 
 def _step(bucket: Bucket, cluster: Cluster, efficiency: float | None) -> Step:
     number, batch = micro_batches(bucket.config, cluster.num_gpus)
-    found = memory(bucket.config, cluster.num_gpus, activations(bucket.config, batch))
+    found = memory(bucket.config, cluster, activations(bucket.config, batch))
     return Step(bucket, found, timing(bucket.config, cluster, efficiency), number, batch)

@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latte-scale estimate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="latte-scale estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="training YAML, see configs/; data.url is not opened")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--gpus", type=int, default=8, help="devices in all (default 8)")

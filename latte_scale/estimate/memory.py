@@ -1,6 +1,6 @@
 """Memory of one rank by part, at the moment of a step when it is largest, for every engine.
 
-In: a config, the number of ranks, and the log of a micro-batch (activations.py). Out: `Memory`. The decision worth
+In: a config, a cluster, and the log of a micro-batch (activations.py). Out: `Memory`. The decision worth
 knowing: a step is replayed entry by entry, with what the engine allocates and frees at each (ledger.py, zero.py: read
 from torch's and DeepSpeed's sources), and the highest point is reported. Where that lies is not presumed: with many
 activations the backward pass begins with it, with few it ends with it. benchmarks/estimate_check.py holds total and
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from latte_scale.config import Config
 from latte_scale.data.shares import micro_batch_shape, rank_range
 from latte_scale.engine.fsdp2 import RESHARD_ABOVE_BYTES
+from latte_scale.estimate.hardware import Cluster
 from latte_scale.estimate.ledger import Ledger, Rows, Whole
 from latte_scale.estimate.recording import MODEL, Entry
 from latte_scale.estimate.weights import weights_of
@@ -61,10 +62,10 @@ def reshards(config: Config) -> bool:
     return wanted == "always" or (wanted == "auto" and weights_of(config.model).size_bytes > RESHARD_ABOVE_BYTES)
 
 
-def shard_ranks(config: Config, num_gpus: int, per_node: int = 8) -> int:
+def shard_ranks(config: Config, cluster: Cluster) -> int:
     """fsdp2: ranks over which each copy of the weights is cut. ValueError if the copies do not divide them."""
-    replicate = config.engine.replicate
-    copies = max(1, num_gpus // per_node) if replicate == "node" else replicate
+    replicate, num_gpus = config.engine.replicate, cluster.num_gpus
+    copies = max(1, num_gpus // cluster.device.per_node) if replicate == "node" else replicate
     if num_gpus % copies:
         raise ValueError(f"{num_gpus} ranks are no multiple of engine.replicate={copies}; change one of them")
     return num_gpus // copies
@@ -85,17 +86,17 @@ def micro_batches(config: Config, num_gpus: int) -> tuple[int, int]:
     return micro_batch_shape(train.global_batch, size, train.micro_batch, config.sample_group)
 
 
-def memory(config: Config, num_gpus: int, entries: tuple[Entry, ...]) -> Memory:
+def memory(config: Config, cluster: Cluster, entries: tuple[Entry, ...]) -> Memory:
     """Of rank 0, which has most. `entries`: the log of a micro-batch of the step, from `activations`."""
     ledger, weights = Ledger(), weights_of(config.model)
     if config.engine.kind == "single":
         engine = Whole(config, weights, ledger)
     elif config.engine.kind == "fsdp2":
-        engine = Rows(config, weights, ledger, shard_ranks(config, num_gpus), reshards(config))
+        engine = Rows(config, weights, ledger, shard_ranks(config, cluster), reshards(config))
     else:
         kind = Gathered if config.engine.zero_stage == 3 else Pieces
-        engine = kind(config, weights, ledger, num_gpus)
-    count = micro_batches(config, num_gpus)[0]
+        engine = kind(config, weights, ledger, cluster.num_gpus)
+    count = micro_batches(config, cluster.num_gpus)[0]
     for number in range(min(count, 2)):  # further ones are like the second
         engine.begin(is_last=number + 1 == min(count, 2))
         for entry in entries:

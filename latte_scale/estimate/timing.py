@@ -9,8 +9,7 @@ the first unit's, which nothing can hide. Waiting for data, checkpoints and stra
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from latte_scale.bench.inputs import latent_sides
-from latte_scale.config import Config
+from latte_scale.config import Config, latent_sides
 from latte_scale.estimate.hardware import Cluster, Device
 from latte_scale.estimate.memory import data_ranks, micro_batches, reshards, shard_ranks
 from latte_scale.estimate.traffic import Collective
@@ -112,7 +111,7 @@ def _update_s(config: Config, cluster: Cluster) -> float:
     weights = weights_of(config.model)
     piece = weights.size_bytes / cluster.num_gpus
     if config.engine.kind == "fsdp2":
-        piece = weights.rows_on_rank_0(shard_ranks(config, cluster.num_gpus, cluster.device.per_node))
+        piece = weights.rows_on_rank_0(shard_ranks(config, cluster))
     moved = piece / 4 * (UPDATE_BYTES + AVERAGE_BYTES * len(config.ema.decays))
     return moved / (cluster.device.hbm_bytes_per_s * HBM_REACHED)
 
@@ -139,7 +138,7 @@ def transfers(config: Config, cluster: Cluster, number: int, batch: int) -> list
 
 def _of_fsdp2(config: Config, cluster: Cluster, number: int) -> list[Collective]:
     """Units gathered in forward (and backward, where they are freed between), gradients reduced once a step."""
-    num_shards = shard_ranks(config, cluster.num_gpus, cluster.device.per_node)
+    num_shards = shard_ranks(config, cluster)
     span = cluster.ranks(num_shards)
     units = weights_of(config.model).units(config.engine.blocks_per_unit)
     unit_bytes = sum(padded_bytes(unit, num_shards) for unit in units) / len(units)

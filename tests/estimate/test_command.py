@@ -66,6 +66,14 @@ def test_every_size_has_a_line_and_the_data_say_how_many_steps(tmp_path, capsys)
     assert "as many clips of each size" in text and f"in steps of {out['assumed']['peak_bucket']}" in text
 
 
+def test_a_copy_a_node_is_as_many_copies_as_there_are_nodes_of_the_size_given(capsys):
+    words, parameters = [*FSDP2, "--gpus", "4", "--json", "engine.replicate=node"], {}
+    for per_node in (4, 2):
+        assert main([*words, "--per-node", str(per_node)]) == FITS
+        parameters[per_node] = json.loads(capsys.readouterr().out)["memory_bytes"]["parameters"]
+    assert parameters[2] == pytest.approx(2 * parameters[4], rel=0.05)  # two copies: each rank holds half of one
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
