@@ -19,7 +19,7 @@ from latte_scale.data.samples import DamagedError, Dataset
 from latte_scale.data.schema import ManifestError
 from latte_scale.data.shares import check_ranks, rank_range
 from latte_scale.doctor.lines import Line, fault_of
-from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_folder
+from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_vae
 from latte_scale.estimate.buckets import buckets_of
 from latte_scale.planning import open_data, plan_of
 from latte_scale.run.metrics import read_metrics
@@ -102,7 +102,7 @@ def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:
         return [Line("ok", "encoders", "not needed: the shards hold latents")]
     try:
         if config.encoders.text is None:
-            find_folder(config.encoders.vae, "tiny_vae", "vae", "an AutoencoderKL")
+            find_vae(config.encoders.vae)
         else:
             encoder_folders(config.encoders)
     except EncoderError as error:

@@ -10,7 +10,7 @@ a config can be read, and data checked against it, without the seconds that they
 
 import torch
 
-from latte_scale.encoders.files import EncoderError, find_folder, loading
+from latte_scale.encoders.files import EncoderError, find_folder, find_vae, loading
 from latte_scale.encoders.settings import (
     EncoderFacts,
     EncoderSettings,
@@ -35,6 +35,7 @@ __all__ = [
     "encoder_facts",
     "encoder_folders",
     "find_folder",
+    "find_vae",
     "load_encoders",
     "loading",
     "vae_downscale",

@@ -161,8 +161,11 @@ def _files_sha256(paths: Sequence[Path]) -> str:
 
 
 @contextmanager
-def loading(name: str, folder: Path) -> Iterator[None]:
-    """Turn whatever from_pretrained raises (OSError, ValueError, KeyError, ...) into an EncoderError with the place."""
+def loading(name: str, folder: Path, loader: str) -> Iterator[None]:
+    """Turn whatever from_pretrained raises (OSError, ValueError, KeyError, ...) into an EncoderError with the place.
+
+    `loader`: what reads the folder, and where it was named.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -173,6 +176,6 @@ def loading(name: str, folder: Path) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise EncoderError(
-            f"{name}: {folder} could not be loaded ({type(error).__name__}: {reason}); give a folder that "
-            "AutoencoderKL (encoders.vae) or T5EncoderModel (encoders.text) can load"
+            f"{name}: {folder} could not be loaded ({type(error).__name__}: {reason}); give a folder that {loader} can "
+            "load"
         ) from error

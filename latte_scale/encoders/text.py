@@ -46,7 +46,7 @@ class TextEncoder:
         self.device, self.dtype = torch.device(device), dtype
         self.folder = find_text(name)
         self.tokenizer_folder = find_tokenizer(name, self.folder)
-        with loading(name, self.folder):
+        with loading(name, self.folder, "T5EncoderModel (encoders.text)"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
             self.model = T5EncoderModel.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
         self.model.eval().requires_grad_(False).to(self.device)

@@ -32,7 +32,7 @@ class VideoAutoencoder:
 
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         self.folder = find_vae(name)
-        with loading(name, self.folder):
+        with loading(name, self.folder, "AutoencoderKL (encoders.vae)"):
             self.model = AutoencoderKL.from_pretrained(
                 self.folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
             )

@@ -30,7 +30,7 @@ class TemporalDecoder:
         self.name, self.device, self.dtype = name, torch.device(device), dtype
         expected = "an AutoencoderKLTemporalDecoder (config.json and weights, or a vae_temporal_decoder/ folder)"
         folder = find_folder(name, None, "vae_temporal_decoder", expected)
-        with loading(name, folder):
+        with loading(name, folder, "AutoencoderKLTemporalDecoder (--temporal-decoder)"):
             self.model = AutoencoderKLTemporalDecoder.from_pretrained(
                 folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
             )

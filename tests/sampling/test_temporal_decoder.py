@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, LattePipeline
 
 from latte_scale.encoders import EncoderError, VideoAutoencoder
+from latte_scale.encoders.files import ASSETS
 from latte_scale.sampling.temporal_decoder import CHUNK, TemporalDecoder
 
 
@@ -43,3 +44,5 @@ def test_bad_input(folder, tmp_path):
         decoder.check_fits(VideoAutoencoder("tiny"))
     with pytest.raises(EncoderError, match="expected an AutoencoderKLTemporalDecoder"):
         TemporalDecoder(str(tmp_path))
+    with pytest.raises(EncoderError, match=r"give a folder that AutoencoderKLTemporalDecoder \(--temporal-decoder\)"):
+        TemporalDecoder(str(ASSETS / "tiny_t5"))
