@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from latte_scale import settings
+from latte_scale.checkpoint import CheckpointError
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
 from latte_scale.encoders import EncoderSettings, encoder_folders, vae_downscale
@@ -240,6 +241,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`latte-scale export`: exit code 2 and one line for what a user can mend."""
     try:
         return run_export(parse_args(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -253,6 +253,16 @@ def test_a_model_goes_out_in_its_own_format_only(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classes", "late", "text"]
 
 
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    save_run(tmp_path / "run", {"model": to_mapping(TINY), "diffusion": {}}, build_model(TINY).state_dict())
+    weights = next((tmp_path / "run").rglob("model.rank-*"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for source in (tmp_path / "run", weights.parent):  # none of a run's is sound; the one that is named is not
+        assert export.main(["--checkpoint", str(source), "--weights", "raw", "--out", str(tmp_path / "out")]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and "sound" in message and "truncated or replaced" in message
+
+
 def late_fusion() -> tuple[LatteSettings, dict[str, torch.Tensor]]:
     settings = replace(CLASSES, variant="late_fusion")
     return settings, build_model(settings).state_dict()
