@@ -117,8 +117,8 @@ class Stages:
                     time.sleep(0.05)
                     records = read_metrics(run / "metrics.jsonl")
                     if records:
-                        step, loss = records[-1]["step"] + 1, records[-1]["loss"]
-                        bar.update(task, completed=step, description=f"loss {loss:.4f}")
+                        step = records[-1]["step"] + 1
+                        bar.update(task, completed=step, description=loss_words(records[-1]))
                         if kill_after is not None and step >= kill_after and list_steps(run):
                             kill_all(process)
                 if process.returncode == 0:
@@ -144,6 +144,11 @@ def kill_all(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def loss_words(record: dict[str, Any]) -> str:
+    """The loss of a line of metrics.jsonl, in which one that was not finite is null."""
+    return "loss nan" if record["loss"] is None else f"loss {record['loss']:.4f}"
 
 
 def list_steps(run: Path) -> list[Path]:

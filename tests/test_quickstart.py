@@ -86,6 +86,11 @@ def test_the_loss_beside_the_psnr_is_the_mean_of_the_last_finite_ones(tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["loss"] is None
 
 
+def test_a_loss_that_is_not_finite_does_not_end_the_bar():
+    assert quickstart.loss_words({"step": 3, "loss": 0.12345}) == "loss 0.1235"
+    assert quickstart.loss_words({"step": 4, "loss": None}) == "loss nan"
+
+
 def test_a_folder_that_holds_something_else_is_not_emptied(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert quickstart.main(["--out", str(tmp_path)]) == 1
