@@ -64,7 +64,7 @@ def check_positive(settings: object, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(settings, name)
         if value < 1:
-            raise ValueError(f"{name}: expected at least 1, came {value}; set model.{name}")
+            raise ValueError(f"{name}: expected at least 1, came {value}")
 
 
 def check_cut(one_condition: bool, features: bool) -> None:

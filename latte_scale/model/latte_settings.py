@@ -55,7 +55,7 @@ class LatteSettings:
         check_out_channels(self.in_channels, self.out_channels)
         for name in ("num_classes", "contrastive_width"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 (none) or more, came {getattr(self, name)}; set model.{name}")
+                raise ValueError(f"{name}: expected 0 (none) or more, came {getattr(self, name)}")
         self._check_heads()
         self._check_choices()
 
