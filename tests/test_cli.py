@@ -49,7 +49,6 @@ def test_the_version(door, capsys):
 MANUALS = {("latte-scale", verb): place.split(":")[0] for verb, (place, _) in cli.VERBS.items() if verb != "bench"}
 MANUALS |= {("latte-scale", "bench", verb): place.split(":")[0] for verb, (place, _) in bench.VERBS.items()}
 MANUALS |= {("latte-data", verb): f"data_tools.{verb}" for verb in data_cli.VERBS}
-MANUALS.pop(("latte-scale", "estimate"))  # prints its first line alone
 
 
 @pytest.mark.parametrize("words", MANUALS, ids=" ".join)
