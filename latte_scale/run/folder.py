@@ -35,6 +35,12 @@ INTERRUPTED = (
 PROBE_BYTES = 1 << 16
 """Written and removed at the start: a full disk is found before the first step, not at the first log line."""
 
+FILES = (
+    *("run_id", "lease.json", "config.yaml", "choices.json", "facts.json", "coverage.json"),
+    *("metrics.jsonl", "validation.jsonl", "exit.json"),
+)
+"""What attempts read and replace in the folder, as files."""
+
 logger = logging.getLogger("latte_scale")
 
 
@@ -53,7 +59,17 @@ class RunFolder:
         self._attempt: Holder | None = None  # rank 0's, likewise
 
     def open(self) -> None:
-        """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written."""
+        """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written.
+
+        So it does for a folder in the place of one of FILES: found at the first line of metrics, it would be a failure
+        that is requeued.
+        """
+        for name in FILES:
+            if (self.path / name).is_dir():
+                raise StopRunError(
+                    f"{self.path / name}: expected a file of the run, came a folder; move it away, or choose another "
+                    "run.dir"
+                )
         probe = self.logs / f"rank-{self.rank:05d}.probe"
         try:
             self.logs.mkdir(parents=True, exist_ok=True)

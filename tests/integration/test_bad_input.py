@@ -45,6 +45,12 @@ def test_a_file_where_the_run_folder_should_be_exits_78_and_says_so(data_sets, t
     assert f"run.dir {tmp_path / 'run'} cannot be written" in capsys.readouterr().out
 
 
+def test_a_folder_where_the_metrics_should_be_exits_78_and_says_so(data_sets, tmp_path, capsys):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    assert run_in_process(tmp_path / "run", data_sets.latents, *FEW) == 78
+    assert "metrics.jsonl: expected a file of the run, came a folder" in capsys.readouterr().out
+
+
 def test_a_global_batch_smaller_than_the_world(train):
     run = train("run", *FEW, "train.global_batch=1", "engine.kind=fsdp2", ranks=2)
     assert run.exit["code"] == 78

@@ -69,6 +69,13 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, block
         RunFolder(tmp_path / "run", rank=3).open()
 
 
+@pytest.mark.parametrize("name", ["run_id", "config.yaml", "metrics.jsonl", "exit.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(StopRunError, match=rf"{name}: expected a file of the run, came a folder; move it away"):
+        RunFolder(tmp_path, rank=1).open()
+
+
 def attempt_of_two(path):
     """Rank 0 and rank 1 of one attempt that holds the folder."""
     box = []
