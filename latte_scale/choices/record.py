@@ -84,8 +84,13 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def read_choices(path: Path | None) -> dict[str, Any]:
-    """What the file holds; nothing without one."""
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+    """What the file holds; nothing without one. Raises ValueError where it is damaged: a choice is part of the run."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it, or remove it to measure anew") from error
 
 
 def write_choices(path: Path, choices: dict[str, Any]) -> None:

@@ -61,6 +61,12 @@ def test_a_record_of_another_version_is_measured_again_and_told(tmp_path, caplog
     assert json.loads(path.read_text())["norm"]["backends"] == {"blocks": "torch"}
 
 
+def test_a_damaged_record_is_named(tmp_path) -> None:
+    (tmp_path / "choices.json").write_text('{"norm": ')
+    with pytest.raises(ValueError, match=r"choices.json is not JSON .*; restore it, or remove it to measure anew"):
+        recorded_norm(tiny(), CPU, tmp_path / "choices.json")
+
+
 def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
     from latte_scale.model import norm_backends
 
