@@ -55,7 +55,7 @@ def num_tokens(config: Config) -> int:
     """Video and image tokens of a micro-batch."""
     height, width = latent_sides(config)
     patches = height * width // config.model.patch_size**2
-    frames = config.video.frames // getattr(config.model, "tubelet_size", 1) + config.train.joint_images
+    frames = config.video.frames // config.model.frames_per_token + config.train.joint_images
     return config.train.micro_batch * frames * patches
 
 

@@ -6,7 +6,7 @@
 In: a training config, or nothing. Its state (weights, two moments, its averages) as random fp32 tensors on the CPU, on
 one rank; without a config four trees of --gib in all. Out: a table; every figure is the median of `--repeats` runs,
 with the lowest and the highest. The ways take turns, so that a slow minute of the machine hurts all of them. Exit code
-0, 2 where folder or bucket will not do, or 78 for a config that cannot be.
+0, 2 where folder, bucket or memory will not do, or 78 for a config that cannot be.
 stall: seconds until training goes on. complete: until the checkpoint is there and flushed. load: from the files to
 filled tensors. resume: the same with every byte held to its checksum first, which the others have no way to do. Files
 are in the page cache when they are read. slower meanwhile: by how much the background slows matrix products beside it.
@@ -32,6 +32,7 @@ from latte_scale.checkpoint import (
     Checkpointer,
     CheckpointSettings,
     Piece,
+    disk,
     find_newest_sound,
     list_steps,
     load_into,
@@ -41,14 +42,16 @@ from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.model.build import build_model
 from latte_scale.plain_json import json_text
+from latte_scale.run.folder import STOP
 from latte_scale.settings import SettingsError
 from latte_scale.store import open_store
 
 TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq")
 AVERAGE = "ema/0.9999"
 ELEMENTS = 1152 * 4608  # of a tensor: an MLP weight of the released model
-STOP = 78  # exit code: no use in trying again
 ALONE_S = 3.0  # for which matrix products run with nothing beside them
+COPIES_IN_MEMORY, COPIES_ON_DISK = 3, 2
+"""Of the state, at most: itself, the copy that is written in the background, what it is loaded into; and two saves."""
 
 State = dict[str, dict[str, Tensor]]
 Figures = dict[str, float]
@@ -66,6 +69,33 @@ def trees_of_config(config: Config) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         elements = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
     return dict.fromkeys((*TREES, *(f"ema/{decay}" for decay in config.ema.decays)), elements)
+
+
+def bytes_of(trees: Mapping[str, Mapping[str, int]]) -> int:
+    """Of all trees, fp32."""
+    return sum(4 * numel for tensors in trees.values() for numel in tensors.values())
+
+
+def check_room(size_bytes: int, folder: Path) -> None:
+    """Raise OSError where a state of so many bytes does not fit into memory or onto the disk as often as it is made."""
+    for what, free, copies in (
+        ("memory", free_memory_bytes(), COPIES_IN_MEMORY),
+        (f"the disk of {folder}", disk.free_bytes(folder.absolute()), COPIES_ON_DISK),
+    ):
+        if copies * size_bytes > free:
+            raise OSError(
+                f"a state of {size_bytes / 2**30:,.1f} GiB stands {copies} times in {what}, which has "
+                f"{free / 2**30:,.1f} GiB free; choose a smaller --gib or model, or another machine or --folder"
+            )
+
+
+def free_memory_bytes() -> float:
+    """What a process may still take by the kernel's own count; no bound where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 def make_state(trees: Mapping[str, Mapping[str, int]]) -> State:
@@ -153,7 +183,7 @@ def ours(state: State, where: str, ranks: Ranks, work: Work, asynchronous: bool)
     return figures
 
 
-def torch_save(state: State, where: str, ranks: Ranks, work: Work) -> Figures:
+def torch_save(state: State, where: str) -> Figures:
     """One file, flushed to the disk."""
     path = Path(where) / "state.pt"
 
@@ -177,7 +207,7 @@ def torch_save(state: State, where: str, ranks: Ranks, work: Work) -> Figures:
     return figures
 
 
-def plain_dcp(state: State, where: str, ranks: Ranks, work: Work, asynchronous: bool) -> Figures:
+def plain_dcp(state: State, where: str, work: Work, asynchronous: bool) -> Figures:
     """torch.distributed.checkpoint as its documentation uses it; it flushes its files."""
     path, figures, begin = Path(where) / "dcp", {}, time.perf_counter()
     if asynchronous:
@@ -201,9 +231,9 @@ def measure(state: State, folder: Path, bucket: str | None, repeats: int, ranks:
     ways: dict[str, Callable[[str], Figures]] = {
         "latte_scale, in the background": lambda where: ours(state, where, ranks, work, True),
         "latte_scale, in the foreground": lambda where: ours(state, where, ranks, work, False),
-        "torch.save and fsync": lambda where: torch_save(state, where, ranks, work),
-        "DCP save": lambda where: plain_dcp(state, where, ranks, work, False),
-        "DCP async_save": lambda where: plain_dcp(state, where, ranks, work, True),
+        "torch.save and fsync": lambda where: torch_save(state, where),
+        "DCP save": lambda where: plain_dcp(state, where, work, False),
+        "DCP async_save": lambda where: plain_dcp(state, where, work, True),
     }
     if bucket is not None:
         ways["latte_scale, in the background, to s3://"] = lambda where: ours(state, bucket, ranks, work, True)
@@ -264,13 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.repeats < 1 or not 0 < args.gib < math.inf:
             raise ValueError(f"expected --repeats of 1 or more and --gib above 0, came {args.repeats} and {args.gib:g}")
-        trees = trees_of_size(int(args.gib * 2**30))
-        if args.config is not None:
-            trees = trees_of_config(load_config(args.config, args.overrides))
+        trees = None if args.config is None else trees_of_config(load_config(args.config, args.overrides))
     except (SettingsError, ValueError) as error:
         print(f"error: {error}")
         return STOP
     try:
+        check_room(int(args.gib * 2**30) if trees is None else bytes_of(trees), args.folder)
         for folder in [args.folder, *([] if args.out is None else [args.out.parent])]:
             folder.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     except OSError as error:
@@ -286,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     ranks = init_distributed(device="cpu")
     try:
-        state = make_state(trees)
+        state = make_state(trees or trees_of_size(int(args.gib * 2**30)))
         results = measure(state, args.folder, args.bucket, args.repeats, ranks)
     finally:
         shutdown()

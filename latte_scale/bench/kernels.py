@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from latte_scale.bench.ceiling import copy_bandwidth, linear_shapes, num_tokens
-from latte_scale.bench.step import STOP, environment
+from latte_scale.bench.step import environment
 from latte_scale.choices.attention import measure, probes
 from latte_scale.choices.norm import measure_norm, norm_shape
 from latte_scale.choices.record import dtype_of
@@ -33,6 +33,7 @@ from latte_scale.model.fp8 import SIDES, linear_fp8, why_no_fp8
 from latte_scale.model.kernels.availability import why_no_triton
 from latte_scale.model.norm_backends import NormBackend, gated, modulated
 from latte_scale.plain_json import json_text
+from latte_scale.run.folder import STOP
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.timing import call_time
 

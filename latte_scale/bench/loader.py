@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from latte_scale.bench.step import STOP
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.batches import MicroBatch
@@ -36,6 +35,7 @@ from latte_scale.data.schema import ManifestError
 from latte_scale.estimate.memory import data_ranks
 from latte_scale.plain_json import json_text
 from latte_scale.planning import loader_of, open_data, plan_of
+from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import worker_memory_bytes
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.store import Counters, StoreError

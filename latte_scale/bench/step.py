@@ -38,10 +38,10 @@ from latte_scale.estimate.budget import within_memory_of
 from latte_scale.losses import cost_of, recompute_share
 from latte_scale.plain_json import json_text
 from latte_scale.run.facts import git_commit
+from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import peak_flops, utilization
 from latte_scale.settings import SettingsError, to_mapping
 
-STOP = 78  # exit code: no use in trying again
 console = Console(soft_wrap=True, highlight=False)
 
 

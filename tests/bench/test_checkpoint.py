@@ -36,6 +36,19 @@ def test_sizes_and_numbers_that_are_none_are_refused(tmp_path: Path, capsys, opt
     assert "expected --repeats of 1 or more and --gib above 0" in capsys.readouterr().out
 
 
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path, capsys, monkeypatch) -> None:
+    config = ["--config", str(ROOT / "configs" / "t2v_512.yaml")]  # 17 GB of weights, moments and averages
+    monkeypatch.setattr("latte_scale.bench.checkpoint.free_memory_bytes", lambda: 2.0**30)
+    for options in (["--gib", "1e9"], config):
+        assert main(["--folder", str(tmp_path), *options]) == 2
+        assert "GiB stands 3 times in memory, which has 1.0 GiB free" in capsys.readouterr().out
+    monkeypatch.setattr("latte_scale.bench.checkpoint.free_memory_bytes", lambda: float("inf"))
+    monkeypatch.setattr("latte_scale.checkpoint.disk.free_bytes", lambda path: 2.0**30)
+    assert main(["--folder", str(tmp_path), "--gib", "0.6"]) == 2
+    assert f"stands 2 times in the disk of {tmp_path}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_that_cannot_be_is_told_before_anything_is_measured(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
     for options in (["--folder", str(tmp_path / "file" / "x")], ["--out", str(tmp_path / "file" / "x.json")]):
