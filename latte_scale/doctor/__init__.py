@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, began_s: float) -> int:
         config = load_config(args.config, args.overrides)
     except SettingsError as error:
         return report([fault_of("config", error)], args, began_s, [socket.gethostname()], 0)
-    lines, ranks = launched(config)
+    lines, ranks = launched()
     alone = ranks or Ranks(int(os.environ.get("RANK") or 0), 1, int(os.environ.get("LOCAL_RANK") or 0), cpu_or_gpu())
     lines += run_all(checks_alone(config, alone), time.monotonic() + ALONE_S)
     if ranks is None:
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
-def launched(config: Config) -> tuple[list[Line], Ranks | None]:
+def launched() -> tuple[list[Line], Ranks | None]:
     """The lines of the launch, and the ranks if they met."""
     lines = network.launch_lines(os.environ)
     if lines[-1].level == "fault":

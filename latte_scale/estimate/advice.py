@@ -108,7 +108,7 @@ def remedies(config: Config, cluster: Cluster) -> list[tuple[str, float, float]]
     """
     now = examine(config, cluster)
     found = []
-    for override, other in _single_changes(config, cluster, now.batch):
+    for override, other in _single_changes(config, now.batch):
         then = examine(other, cluster)
         saved = now.memory.needed - then.memory.needed
         if saved > 0.01 * now.memory.needed:
@@ -116,7 +116,7 @@ def remedies(config: Config, cluster: Cluster) -> list[tuple[str, float, float]]
     return sorted(found, key=lambda remedy: (round(remedy[2], 2), -remedy[1]))
 
 
-def _single_changes(config: Config, cluster: Cluster, batch: int) -> list[tuple[str, Config]]:
+def _single_changes(config: Config, batch: int) -> list[tuple[str, Config]]:
     changes: dict[str, Config | None] = {}
     if batch > config.sample_group:
         half = max(1, batch // 2 // config.sample_group) * config.sample_group

@@ -37,9 +37,7 @@ def test_missing_and_foreign_folders_say_what_is_expected(tmp_path: Path) -> Non
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(EncoderError, match=r"expected an AutoencoderKL.*the folder holds notes.txt"):
         VideoAutoencoder(str(tmp_path))
-    with pytest.raises(
-        EncoderError, match=r"could not be loaded \(.*AutoencoderKL \(encoders.vae\)"
-    ):
+    with pytest.raises(EncoderError, match=r"could not be loaded \(.*AutoencoderKL \(encoders.vae\)"):
         VideoAutoencoder(str(ASSETS / "tiny_t5"))
     shutil.copy(ASSETS / "tiny_t5" / "config.json", tmp_path)
     shutil.copy(ASSETS / "tiny_t5" / "model.safetensors", tmp_path)
