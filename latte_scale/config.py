@@ -257,6 +257,32 @@ def latent_sides(config: Config) -> tuple[int, int]:
     return config.video.height // downscale, config.video.width // downscale
 
 
+def unread_settings(config: Config) -> list[str]:
+    """What a config says and its run does not look at: a line each, with what to do behind a semicolon.
+
+    Told at the start of a run and not refused: it harms nothing, and a run that was started with it must go on.
+    """
+    train, known, found = config.train, config.train.known_frames, []
+    most_frames = max(policy.frames for policy in config.video.policies())
+    is_unconditional = config.model.kind == "latte" and not config.model.num_classes
+    if is_unconditional and train.caption_drop not in (0.0, TrainSettings.caption_drop):
+        found.append(
+            f"train.caption_drop={train.caption_drop}: the model is unconditional and has nothing to drop; leave it out"
+        )
+    if known.share and most_frames == 1:
+        found.append(f"train.known_frames.share={known.share}: an image has no frames to continue; set it to 0")
+    elif known.share and known.most is not None and known.most >= most_frames:
+        found.append(
+            f"train.known_frames.most={known.most}: of clips of {most_frames} frames no more than {most_frames - 1} "
+            f"are given; set it to {most_frames - 1} or less"
+        )
+    elif known.most is not None and not known.share:
+        found.append(
+            f"train.known_frames.most={known.most} is for train.known_frames.share above 0; set that, or leave it out"
+        )
+    return found
+
+
 def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, object]]:
     """Keys that differ between two configs (as nested mappings) and may not change on resume: {key: (saved, current)}.
 

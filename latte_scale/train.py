@@ -34,7 +34,7 @@ from latte_scale.checkpoint import (
 )
 from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import Conditioner
-from latte_scale.config import Config, load_config
+from latte_scale.config import Config, load_config, unread_settings
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
 from latte_scale.data.idle import idle_lines
 from latte_scale.data.loader import (
@@ -301,6 +301,8 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
         f"{config.train.precision}, {config.diffusion.objective}, {checkpointing_words(config.engine)}; global batch "
         f"{config.train.global_batch}"
     )
+    for unread in unread_settings(config):
+        console.print(f"warning: {unread}", markup=False)
     for dataset in datasets:
         buckets = ", ".join(f"{name}: {count}" for name, count in dataset.buckets.items())
         console.print(f"data {dataset.store.url}: {dataset.manifest.count} samples ({buckets})")

@@ -1,8 +1,10 @@
 """Configs: every file in configs/ loads, sections are held to each other, and what may change on resume."""
 
+import re
+
 import pytest
 
-from latte_scale.config import guarded_differences, latent_sides, load_config
+from latte_scale.config import guarded_differences, latent_sides, load_config, unread_settings
 from latte_scale.settings import SettingsError, apply_overrides, read_mapping, to_mapping
 from tests.conftest import ROOT
 
@@ -14,7 +16,7 @@ ENCODING = sorted((ROOT / "configs").glob("encode_*.yaml"))
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 def test_every_training_config_loads_and_says_how_to_run_it(path):
     config = load_config(path)
-    assert config.train.micro_batch <= config.train.global_batch
+    assert config.train.micro_batch <= config.train.global_batch and not unread_settings(config)
     text = path.read_text()
     assert text.startswith("#") and "latte" in text.split("\nrun:\n")[0]
 
@@ -137,6 +139,25 @@ def test_a_key_younger_than_the_checkpoint_counts_as_its_default():
 def test_learning_strategies_are_held_to_the_rest(overrides, words):
     with pytest.raises(SettingsError, match=words):
         load_config(ROOT / "configs" / "tiny_cpu.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "words"),
+    [
+        ("tiny_cpu", ["train.known_frames={share: 0.5, most: 4}"], "no more than 3 are given; set it to 3"),
+        ("tiny_cpu", ["train.known_frames.most=2"], "is for train.known_frames.share above 0; set that"),
+        ("tiny_cpu", ["train.known_frames.share=0.5", "video.frames=1"], "an image has no frames to continue"),
+        ("sky", ["train.caption_drop=0.2"], "train.caption_drop=0.2: the model is unconditional"),
+    ],
+)
+def test_a_setting_that_its_run_does_not_look_at_is_told_and_not_refused(config, overrides, words):
+    (line,) = unread_settings(load_config(ROOT / "configs" / f"{config}.yaml", overrides))
+    assert re.search(words, line) and line.startswith("train.")
+
+
+def test_known_frames_are_those_of_the_longest_size():
+    longest = ["video.more_sizes=[{frames: 2, height: 32, width: 32}]", "train.known_frames={share: 0.5, most: 3}"]
+    assert unread_settings(load_config(ROOT / "configs" / "tiny_cpu.yaml", longest)) == []  # of the longest size
 
 
 def test_every_size_is_in_whole_compression_patches():

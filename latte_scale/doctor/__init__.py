@@ -101,6 +101,7 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
     several_hosts, first_here = ranks.size > local_size, ranks.local_rank == 0
     has_gpu = ranks.device.type == "cuda"
     checks = {
+        "config": lambda: software.config_lines(config),
         "world": lambda: stored.world_lines(config, ranks.size, max(1, ranks.size // local_size)),
         "device": lambda: software.device_lines(ranks.device, local_size, environ),
         "driver": lambda: software.driver_lines(ranks.device),

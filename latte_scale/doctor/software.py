@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from latte_scale.choices.attention import present
-from latte_scale.config import Config
+from latte_scale.config import Config, unread_settings
 from latte_scale.doctor.lines import Line
 from latte_scale.estimate.budget import DoesNotFitError, within_budget
 from latte_scale.estimate.choice import examine
@@ -113,6 +113,12 @@ def attention_lines(config: Config, device: torch.device) -> list[Line]:
         return [Line("fault", "attention", f"attention.backend={wanted}: {reason}", remedy)]
     choice = "measured at the first start" if device.type == "cuda" and wanted == "auto" else "by config"
     return [Line("ok", "attention", f"{wanted} ({choice}); can run: {', '.join(there)}")]
+
+
+def config_lines(config: Config) -> list[Line]:
+    """What the config says and its run would not look at; nothing where there is none."""
+    said = (line.partition("; ") for line in unread_settings(config))
+    return [Line("warning", "config", found, remedy) for found, _, remedy in said]
 
 
 def precision_lines(config: Config, device: torch.device) -> list[Line]:

@@ -57,6 +57,13 @@ def test_a_sound_set_up(ask, tmp_path, capsys):
     assert "0 faults" in screen and len(screen.splitlines()) <= 24
 
 
+def test_a_setting_that_nothing_looks_at(ask):
+    code, lines = ask("train.known_frames={share: 0.5, most: 9}")
+    assert code == 0 and of(lines, "config")["level"] == "warning"
+    assert of(lines, "config")["found"].endswith("of clips of 4 frames no more than 3 are given")
+    assert of(lines, "config")["remedy"] == "set it to 3 or less"
+
+
 def test_a_damaged_shard(ask, data_sets, tmp_path):
     damaged = tmp_path / "data"
     shutil.copytree(data_sets.latents, damaged)
