@@ -14,12 +14,14 @@ from latte_scale.checkpoint import (
     CheckpointSettings,
     Piece,
     find_newest_sound,
+    load,
     load_full,
     load_into,
     open_checkpoint,
     verify,
 )
 from latte_scale.checkpoint.format import check_tiling, file_name
+from latte_scale.store import LocalStore
 from tests.checkpoint.making import RANKS, SHAPES, flip_a_bit, newest, save, saver, trees, truncate, values
 
 
@@ -50,6 +52,29 @@ def test_a_load_cuts_the_range_it_needs(tmp_path: Path) -> None:
     others = [Piece(name, shape, 0, 0, torch.zeros(0)) for name, shape in SHAPES.items() if name != "a.weight"]
     load_into(open_checkpoint(tmp_path / "step-00000001"), {"optim/exp_avg": [piece, *others]})
     assert piece.tensor.tolist() == [105.0, 106.0, 107.0, 108.0, 109.0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(8, [8] * 7 + [4, 8, 8, 4]), (24, [24, 24, 12, 20]), (64, [60, 20]), (80, [80]), (1000, [80])],
+)
+def test_near_ranges_are_read_together_and_never_more_than_a_chunk(tmp_path, monkeypatch, limit, expected) -> None:
+    """The tensors of a tree lie side by side, 60 and 20 bytes: memory of a load is bounded by the chunk alone."""
+    save(saver(tmp_path), 7)
+    sizes, read = [], LocalStore.read
+
+    def noted(self, name, offset=0, size=None, *rest, **options):
+        data = read(self, name, offset, size, *rest, **options)
+        if name == file_name("model", 0) and offset > 8:  # behind the header
+            sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(load, "NEAR_CHUNK_BYTES", limit)
+    monkeypatch.setattr(LocalStore, "read", noted)
+    wanted = trees(0)
+    load_into(open_checkpoint(tmp_path / "step-00000007"), {"model": wanted["model"]})
+    assert [piece.tensor.tolist() for piece in wanted["model"]] == [p.tensor.tolist() for p in trees(7)["model"]]
+    assert sizes == expected
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:

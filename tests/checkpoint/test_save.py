@@ -2,13 +2,14 @@
 
 import logging
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from latte_scale.checkpoint import CheckpointError, disk, folder
-from tests.checkpoint.making import newest, save, saver, trees, values
+from tests.checkpoint.making import RANKS, newest, save, saver, trees, values
 
 
 def wait_for(condition) -> None:
@@ -85,6 +86,44 @@ def test_a_save_slower_than_the_interval_is_left_out_and_not_stacked(tmp_path: P
     save(writer, 5)  # the last one: waits
     writer.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("mine_has_ended", "other", "is_left_out"),
+    [(True, (False, False), True), (False, (True, False), True), (False, (True, True), False)],
+    ids=["another rank still writes", "this rank still writes", "another rank has failed"],
+)
+def test_whether_a_save_is_left_out_is_decided_by_all_ranks(tmp_path, monkeypatch, mine_has_ended, other, is_left_out):
+    """A rank that decided by itself would wait in a collective for those that went on with the next step."""
+    writer = saver(tmp_path, asynchronous=True)
+    release = threading.Event()
+    monkeypatch.setattr(disk, "write_file", held_back(disk.write_file, release))
+    save(writer, 1)
+    if mine_has_ended:
+        release.set()
+        wait_for(lambda: not writer.is_writing())
+    asked = []
+
+    def gather(mine):
+        if not isinstance(mine, tuple):  # (ended, failed), which only this decision asks for
+            return [mine]
+        asked.append(mine)
+        return [mine, other]
+
+    monkeypatch.setattr(RANKS, "all_gather_object", gather)
+    threading.Timer(0.2, release.set).start()  # a save that is not left out waits for it
+    save(writer, 2, may_skip=True)
+    writer.finish()
+    assert asked == [(mine_has_ended, False)]
+    assert (tmp_path / "step-00000002").exists() == (not is_left_out)
+
+
+def held_back(function, release: threading.Event):
+    def wait_first(*arguments):
+        release.wait()
+        return function(*arguments)
+
+    return wait_first
 
 
 def test_a_failure_is_heard_at_the_next_step_and_the_next_save_tried(tmp_path: Path, monkeypatch, caplog) -> None:

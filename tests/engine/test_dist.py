@@ -31,6 +31,15 @@ def test_ranks_talk(size: int) -> None:
         assert results["int64"] == size * 2**60 + size * (size - 1) // 2
 
 
+def store_timeout_s(ranks: Ranks) -> float:
+    return torch.distributed.distributed_c10d._get_default_store().timeout.total_seconds()
+
+
+def test_the_store_of_the_group_waits_as_long_as_its_collectives() -> None:
+    """Not for the minutes that torch has as its default: subgroups are made through it while a rank may be busy."""
+    assert on_ranks(2, store_timeout_s) == [60.0, 60.0]  # what on_ranks gives init_distributed
+
+
 def fail_on_rank_1(ranks: Ranks) -> None:
     if ranks.rank == 1:
         raise RuntimeError("only here")

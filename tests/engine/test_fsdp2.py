@@ -7,7 +7,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from latte_scale.engine import Ranks
-from latte_scale.engine.fsdp2 import row_range
+from latte_scale.engine.fsdp2 import prefetch, row_range
 from tests.engine.toy import build, on_ranks, toy, train
 
 
@@ -43,3 +43,32 @@ def test_shards_are_live_rows_and_late_ranks_hold_none() -> None:
     assert len(results[2]["pieces"]["odd"][2]) == 3
     assert results[0]["units"] == ["", "blocks.0", "blocks.1", "blocks.2"]
     assert set(results[0]["pieces"]) == dict(toy().named_parameters()).keys()
+
+
+class Unit:
+    """What fully_shard makes of a module, as far as prefetching goes; says what it is to gather ahead, in order."""
+
+    def set_modules_to_forward_prefetch(self, units: list["Unit"]) -> None:
+        self.forward = units
+
+    def set_modules_to_backward_prefetch(self, units: list["Unit"]) -> None:
+        self.backward = units
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 9])
+def test_units_are_gathered_ahead_in_the_order_in_which_they_are_used(ahead: int) -> None:
+    root, *blocks = units = [Unit() for _ in range(5)]
+    prefetch(units, ahead)
+    for index, unit in enumerate(units):
+        used_next = [
+            each for each in reversed(units[:index]) if each is not root
+        ]  # the root is used last, and is there
+        assert unit.forward == units[index + 1 :][:ahead]
+        assert unit.backward == used_next[:ahead]
+    assert blocks[-1].forward == [] and blocks[0].backward == []
+
+
+def test_without_prefetching_the_order_is_left_to_fsdp() -> None:
+    unit = Unit()
+    prefetch([unit, Unit()], 0)
+    assert not vars(unit)
