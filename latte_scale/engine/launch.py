@@ -47,10 +47,7 @@ def launch_from_env(environ: Mapping[str, str] | None = None) -> Launch | None:
     missing = [name for name in LAUNCHER_VARIABLES if not environ.get(name)]
     present = [name for name in LAUNCHER_VARIABLES if name not in missing]
     launch = None
-    if present not in (
-        [],
-        ["LOCAL_RANK"],
-    ):  # the zero engine sets LOCAL_RANK for DeepSpeed, whoever started the process
+    if present not in ([], ["LOCAL_RANK"]):  # LOCAL_RANK alone: the zero engine sets it for DeepSpeed in any process
         if missing:
             raise LaunchError(
                 f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with torchrun or the "
@@ -70,7 +67,7 @@ def _parse(environ: Mapping[str, str]) -> Launch:
         raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
     if not 0 <= rank < size or local_rank < 0:
         raise LaunchError(
-            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, got {rank} {size} {local_rank}"
+            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, came {rank} {size} {local_rank}"
         )
     return launch
 

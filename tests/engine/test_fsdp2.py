@@ -60,9 +60,7 @@ def test_units_are_gathered_ahead_in_the_order_in_which_they_are_used(ahead: int
     root, *blocks = units = [Unit() for _ in range(5)]
     prefetch(units, ahead)
     for index, unit in enumerate(units):
-        used_next = [
-            each for each in reversed(units[:index]) if each is not root
-        ]  # the root is used last, and is there
+        used_next = [each for each in reversed(units[:index]) if each is not root]  # which stays gathered
         assert unit.forward == units[index + 1 :][:ahead]
         assert unit.backward == used_next[:ahead]
     assert blocks[-1].forward == [] and blocks[0].backward == []
