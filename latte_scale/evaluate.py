@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_args(argv))
     except (ValueError, OSError) as error:
-        print(f"latte-scale evaluate: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

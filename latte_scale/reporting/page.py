@@ -15,6 +15,7 @@ from latte_scale.evaluation.videos import read_prompts
 from latte_scale.reporting.charts import all_charts
 from latte_scale.reporting.media import Medium, embed
 from latte_scale.reporting.runs import Evaluation, Run, SampledStep, replay_verdict
+from latte_scale.settings import flatten
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "report"
 MAX_STEPS = 6  # of the steps that a run sampled at: evenly chosen, the first and the last among them
@@ -193,18 +194,10 @@ def chosen_steps(samples: Sequence[SampledStep]) -> list[SampledStep]:
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(key, value in every run) of the settings in which the runs differ."""
-    flat = [dict(_flattened(run.config)) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     keys = sorted({key for mapping in flat for key in mapping})
     rows = [(key, [str(mapping.get(key, "")) for mapping in flat]) for key in keys]
     return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
-
-
-def _flattened(mapping: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def surroundings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
