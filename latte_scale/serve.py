@@ -70,6 +70,8 @@ class Demo:
 
 def load_demo(args: argparse.Namespace, folder: Path) -> Demo:
     """Everything the page needs. Raises ValueError with what to do."""
+    if args.fps < 1:
+        raise ValueError(f"--fps: expected 1 or more, came {args.fps}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(args.checkpoint, args.weights, device)
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)

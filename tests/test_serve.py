@@ -97,6 +97,8 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         taken.listen()
         assert serve.main(["--checkpoint", str(run), "--port", str(taken.getsockname()[1])]) == 2
     assert "port" in capsys.readouterr().err
+    assert serve.main(["--checkpoint", str(run), "--fps", "0"]) == 2
+    assert "--fps: expected 1 or more, came 0" in capsys.readouterr().err
 
 
 def test_a_record_is_held_to_the_model(run: Path, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
     try:
+        if min(args.rounds, args.steps) < 1 or args.warm_up < 0:
+            raise ValueError(
+                "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, came "
+                f"{args.rounds}, {args.steps} and {args.warm_up}"
+            )
         config = load_config(args.config, args.overrides)
         ranks = init_distributed(timeout_s=config.engine.timeout_s)
         if args.against and ranks.size > 1:

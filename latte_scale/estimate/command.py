@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Estimate and print."""
     args = parse_args(argv)
     try:
-        if args.gpus < 1:
-            raise ValueError(f"--gpus must be 1 or more, came {args.gpus}")
+        check_numbers(args)
         config = load_config(args.config, args.overrides)
         cluster = Cluster(find_device(args.device, args.per_node), args.gpus)
         config = within_budget(config, args.gpus, cluster.device.memory_bytes)
@@ -74,6 +73,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ValueError for numbers of devices and a share of the peak that cannot be."""
+    for name in ("gpus", "per_node"):
+        if (came := getattr(args, name)) is not None and came < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, came {came}")
+    if args.efficiency is not None and not 0.0 < args.efficiency <= 1.0:
+        raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], came {args.efficiency:g}")
 
 
 def counted_steps(path: Path) -> dict[str, int]:

@@ -59,6 +59,7 @@ def test_rounds_end_when_the_time_is_up(step) -> None:
     [
         (("--against", "diffusers", *CLASSES), "compare this config --against eager or plain"),
         (("train.global_bath=1",), "global_batch"),
+        (("--rounds", "0"), "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, came 0, 1 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, words, capsys) -> None:

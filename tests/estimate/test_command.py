@@ -79,6 +79,9 @@ def test_a_copy_a_node_is_as_many_copies_as_there_are_nodes_of_the_size_given(ca
     [
         (["--device", "abacus"], "expected one of"),
         (["--gpus", "0"], "--gpus must be 1 or more"),
+        (["--per-node", "0"], "--per-node must be 1 or more"),
+        (["--efficiency", "0"], "--efficiency must be a share of the peak, in (0, 1], came 0"),
+        (["--efficiency", "nan"], "--efficiency must be a share of the peak, in (0, 1], came nan"),
         (["engine.kind=single"], "runs on one GPU"),
         (["engine.kind=fsdp3"], "engine.kind"),
         (["--gpus", "64"], "global_batch 12"),
