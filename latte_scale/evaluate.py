@@ -16,7 +16,6 @@ videos come to their clips; they need no network.
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from latte_scale.evaluation.metrics import NEEDS_REAL, NETWORK_OF, Protocol, Sco
 from latte_scale.evaluation.networks import TO_FETCH
 from latte_scale.evaluation.shapes import score_shapes
 from latte_scale.evaluation.videos import score_psnr
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 
 FOLDER_METRICS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"shapes": score_shapes, "psnr": score_psnr}
 METRICS = (*FOLDER_METRICS, *NETWORK_OF)
@@ -126,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutdown()
     if ranks.rank == 0:
-        _write(args.out, scores)
+        write_json(args.out, scores)
         print("  ".join(f"{key} {value:.4g}" for key, value in scores.items() if isinstance(value, int | float)))
         for name, record in scores.get("metrics", {}).items():
             if record["low"] is not None:
@@ -135,13 +134,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {name}: no interval, too few clips: a resample has no score")
         print(f"scores: {args.out}")
     return 0
-
-
-def _write(path: Path, scores: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json_text(scores, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> int:

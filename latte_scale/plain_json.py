@@ -8,8 +8,10 @@ a run that meets one must be able to log it.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -29,3 +31,12 @@ def finite(value: Any) -> Any:
 def json_text(value: Any, indent: int | None = None) -> str:
     """`finite(value)` as JSON. TypeError for what JSON cannot hold, as of json.dumps."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: str | Path, value: Any, indent: int = 1) -> None:
+    """`json_text(value)` as a file, complete or not there; its folder is made where it is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json_text(value, indent) + "\n")
+    os.replace(temporary, path)

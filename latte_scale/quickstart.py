@@ -32,7 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from latte_scale import settings
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, read_random_clip, write_mp4
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 from latte_scale.run.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -304,7 +304,7 @@ def add_loss(out: Path) -> None:
     last = [record["loss"] for record in read_metrics(out / "run" / "metrics.jsonl")[-20:]]
     known = [loss for loss in last if loss is not None]
     scores["loss"] = sum(known) / len(known) if known else None
-    (out / "scores.json").write_text(json_text(scores, indent=1) + "\n")
+    write_json(out / "scores.json", scores)
 
 
 def summarize(out: Path, seconds: dict[str, float], total_s: float) -> None:

@@ -34,7 +34,7 @@ from latte_scale.data.video import TooShortError, VideoError, read_clip
 from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
-from latte_scale.engine.dist import Ranks, init_distributed, leave, shutdown
+from latte_scale.engine.dist import Ranks, init_distributed, leave, one_device, shutdown
 from latte_scale.engine.launch import launch_from_env
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.sampling.latents import Sampling, batches_of, sample_latents
@@ -301,11 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         shutdown()
-
-
-def one_device() -> torch.device:
-    """Of a process that no launcher started."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

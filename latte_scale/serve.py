@@ -24,6 +24,7 @@ from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.sampler import SAMPLERS
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
+from latte_scale.engine.dist import one_device
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.sampling.latents import Sampling, sample_latents
 from latte_scale.sampling.loading import Loaded, check_fit, load_model, surroundings
@@ -72,7 +73,7 @@ def load_demo(args: argparse.Namespace, folder: Path) -> Demo:
     """Everything the page needs. Raises ValueError with what to do."""
     if args.fps < 1:
         raise ValueError(f"--fps: expected 1 or more, came {args.fps}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = one_device()
     loaded = load_model(args.checkpoint, args.weights, device)
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     set_precision(loaded.model, args.precision, device.type)

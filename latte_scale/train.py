@@ -255,6 +255,7 @@ def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_lo
 def make_journal(
     config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks, trackers: Trackers
 ) -> Journal:
+    """The account of the steps; rank 0's writes it down."""
     return Journal(
         progress,
         MetricsFile(folder.metrics_path, fence.check, trackers.log) if ranks.rank == 0 else None,
@@ -271,6 +272,7 @@ def make_journal(
 
 
 def learning_rate(config: Config, updates: int) -> float:
+    """Of a step before which so many updates were applied."""
     return lr_at(
         updates,
         lr=config.train.lr,

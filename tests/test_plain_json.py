@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latte_scale.plain_json import finite, json_text
+from latte_scale.plain_json import finite, json_text, write_json
 from latte_scale.run.metrics import MetricsFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +50,17 @@ def test_what_is_not_finite_is_null_at_any_depth() -> None:
         "word": "NaN",
         "none": None,
     }
+
+
+def test_a_file_is_complete_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    write_json(path, {"loss": float("nan"), "steps": (1, 2)})
+    assert strictly(path.read_text()) == {"loss": None, "steps": [1, 2]}
+    with pytest.raises(TypeError):
+        write_json(path, {"where": tmp_path})
+    assert strictly(path.read_text())["steps"] == [1, 2] and [each.name for each in path.parent.iterdir()] == [
+        path.name
+    ]
 
 
 def test_what_json_cannot_hold_is_an_error() -> None:

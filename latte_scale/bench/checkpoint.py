@@ -41,7 +41,7 @@ from latte_scale.checkpoint import (
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.model.build import build_model
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 from latte_scale.run.folder import STOP
 from latte_scale.settings import SettingsError
 from latte_scale.store import open_store
@@ -133,6 +133,7 @@ def check_equal(state: State, loaded: State) -> None:
 
 
 def seconds_of(function: Callable[[], object]) -> float:
+    """That one call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
@@ -323,5 +324,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{size_bytes / 1e6:.0f} MB of state, one rank, {args.repeats} runs, torch {torch.__version__}\n")
     print(table(results, size_bytes))
     if args.out is not None:
-        args.out.write_text(json_text({"size_bytes": size_bytes, "runs": results}, indent=1) + "\n")
+        write_json(args.out, {"size_bytes": size_bytes, "runs": results})
     return 0

@@ -15,7 +15,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +28,11 @@ from latte_scale.choices.attention import measure, probes
 from latte_scale.choices.norm import measure_norm, norm_shape
 from latte_scale.choices.record import dtype_of
 from latte_scale.config import Config, load_config
+from latte_scale.engine.dist import one_device
 from latte_scale.model.fp8 import SIDES, linear_fp8, why_no_fp8
 from latte_scale.model.kernels.availability import why_no_triton
 from latte_scale.model.norm_backends import NormBackend, gated, modulated
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 from latte_scale.run.folder import STOP
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.timing import call_time
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report; 0, or 78 with the reason."""
     args = parse_args(argv)
     console = Console(soft_wrap=True, highlight=False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = one_device()
     try:
         result = measured(load_config(args.config, args.overrides), device)
     except (SettingsError, ValueError) as error:
@@ -53,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOP
     console.print(table(result), markup=False)
     if args.out:
-        path = Path(args.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json_text(result, indent=2) + "\n")
-        temporary.replace(path)
+        write_json(args.out, result, indent=2)
     return 0
 
 

@@ -33,7 +33,7 @@ from latte_scale.data.items import LoaderError
 from latte_scale.data.loader import Loader, open_images
 from latte_scale.data.schema import ManifestError
 from latte_scale.estimate.memory import data_ranks
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import worker_memory_bytes
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOP
     console.print(table(result), markup=False)
     if args.out is not None:
-        args.out.write_text(json_text(result, indent=2) + "\n")
+        write_json(args.out, result, indent=2)
     return 0
 
 

@@ -36,7 +36,7 @@ from latte_scale.engine.base import make_deterministic
 from latte_scale.engine.compiling import Compilations
 from latte_scale.estimate.budget import within_memory_of
 from latte_scale.losses import cost_of, recompute_share
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 from latte_scale.run.facts import git_commit
 from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import peak_flops, utilization
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks.rank == 0:
         console.print(markdown([result]), markup=False)
         if args.out:
-            write(args.out, result)
+            write_json(args.out, result, indent=2)
     return 0
 
 
@@ -225,18 +225,12 @@ def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def write(path: str, result: dict[str, Any]) -> None:
-    """The JSON file, complete or not there."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json_text(result, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def say(ranks: Ranks, line: str) -> None:
+    """Print on rank 0."""
     if ranks.rank == 0:
         console.print(line)
 

@@ -62,6 +62,7 @@ class _Reader(FileSystemReader):
 
 
 def is_dcp(path: Path) -> bool:
+    """Whether a folder is one of DCP, by its metadata file."""
     return (path / METADATA).is_file()
 
 

@@ -42,6 +42,7 @@ ALLOWED = [
 
 
 def is_deepspeed(path: Path) -> bool:
+    """Whether a folder is one of DeepSpeed, or its `latest` names one."""
     return _tag_folder(path) is not None
 
 

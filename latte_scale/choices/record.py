@@ -6,7 +6,6 @@ In: what was measured, under which conditions. Out: the back end of each site. A
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from latte_scale.config import Config
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 
 logger = logging.getLogger("latte_scale")
 
@@ -49,7 +48,7 @@ def recorded_backends(
     logger.info("%s measured, ms or why not: %s; chosen: %s", subject, measured, backends)
     if path is not None:
         record = {"key": key, "backends": backends, "measured_ms": measured}
-        write_choices(path, read_choices(path) | {subject: record})
+        write_json(path, read_choices(path) | {subject: record}, indent=2)
     return backends
 
 
@@ -91,10 +90,3 @@ def read_choices(path: Path | None) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); restore it, or remove it to measure anew") from error
-
-
-def write_choices(path: Path, choices: dict[str, Any]) -> None:
-    """Replace the file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json_text(choices, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -16,7 +16,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +25,8 @@ from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
 from latte_scale.doctor.lines import LEVELS, Line, Pending, fault_of, joined, markup, run_all
 from latte_scale.engine import Ranks, init_distributed, leave, shutdown
-from latte_scale.plain_json import json_text
+from latte_scale.engine.dist import one_device
+from latte_scale.plain_json import write_json
 from latte_scale.settings import SettingsError
 
 LIMIT_S = 55.0
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, began_s: float) -> int:
     except SettingsError as error:
         return report([fault_of("config", error)], args, began_s, [socket.gethostname()], 0)
     lines, ranks = launched()
-    alone = ranks or Ranks(int(os.environ.get("RANK") or 0), 1, int(os.environ.get("LOCAL_RANK") or 0), cpu_or_gpu())
+    alone = ranks or Ranks(int(os.environ.get("RANK") or 0), 1, int(os.environ.get("LOCAL_RANK") or 0), one_device())
     lines += run_all(checks_alone(config, alone), time.monotonic() + ALONE_S)
     if ranks is None:
         return report(lines, args, began_s, [socket.gethostname()], 0)
@@ -89,10 +89,6 @@ def launched() -> tuple[list[Line], Ranks | None]:
         return lines, init_distributed(timeout_s=2 * LIMIT_S)
     except (ValueError, RuntimeError, OSError) as error:  # torch's own words where ours did not come first
         return [fault_of("launch", error)], None
-
-
-def cpu_or_gpu() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Line]]]:
@@ -216,9 +212,7 @@ def report(lines: Sequence[Line], args: argparse.Namespace, began_s: float, host
     console.print(f"{summary} in {took_s:.1f} s: {'do not launch' if code else 'launch'}")
     if args.json:
         record = {"code": code, "seconds": took_s, "hosts": machines, "lines": lines}
-        temporary = Path(f"{args.json}.tmp")
-        temporary.write_text(json_text(record, indent=1) + "\n")
-        temporary.replace(args.json)
+        write_json(args.json, record)
     return code
 
 

@@ -81,6 +81,7 @@ def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line
 
 
 def size_of(num_bytes: float) -> str:
+    """In words: MiB, or GiB from one on."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 

@@ -74,6 +74,7 @@ def driver_lines(device: torch.device) -> list[Line]:
 
 
 def built_for() -> str:
+    """What this torch runs on, in words."""
     return f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch built for the CPU"
 
 

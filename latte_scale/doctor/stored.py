@@ -92,6 +92,7 @@ def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[L
 
 
 def local_folders(config: Config) -> list[Path]:
+    """Of the encoders, those whose folder is named."""
     names = (config.encoders.vae, config.encoders.text)
     return [Path(name) for name in names if name is not None and Path(name).is_dir()]
 

@@ -141,4 +141,5 @@ def num_cores() -> int:
 
 
 def interface_names() -> list[str]:
+    """The network interfaces of this machine."""
     return [name for _, name in socket.if_nameindex()]

@@ -70,7 +70,7 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
     """
     launch = launch or launch_from_env()
     local_rank = launch.local_rank if launch else 0
-    torch_device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
+    torch_device = _device(device or one_device().type, local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if launch is None:
@@ -81,6 +81,11 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     return Ranks(launch.rank, launch.size, launch.local_rank, torch_device)
+
+
+def one_device() -> torch.device:
+    """Where a process computes that no launcher started: the current GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -1,7 +1,8 @@
 """The run folder: what a run leaves beside its checkpoints, and how it is asked to stop.
 
-`run_id` (this run among all, made by its first attempt), `config.yaml` (resolved, written before step 0),
-`choices.json` (what was chosen by measurement), `metrics.jsonl`, `exit.json` (code, reason, which rank of which
+`run_id` (this run among all, made by its first attempt), `config.yaml` (resolved, written before step 0), `facts.json`
+(how it was made), `coverage.json` (what it sees of its data), `choices.json` (what was chosen by measurement),
+`metrics.jsonl`, `validation.jsonl` and `samples/` (with validation), `exit.json` (code, reason, which rank of which
 attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples that could not be read and what came instead),
 `restarts.jsonl` (one line a resume: from which checkpoint, which logged steps are run again) and `rewound.jsonl` (the
 lines of those steps as they were first logged, so that the two can be compared).

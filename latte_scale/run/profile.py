@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from latte_scale.engine.dist import Ranks
-from latte_scale.plain_json import json_text
+from latte_scale.plain_json import write_json
 
 logger = logging.getLogger("latte_scale")
 
@@ -104,7 +104,7 @@ class Profile:
         if self._ranks.rank == 0:
             named = stragglers(gathered)
             record = {"steps": self._num_steps, "seconds_a_step": gathered, "stragglers": named}
-            (folder / "table.json").write_text(json_text(record, indent=1) + "\n")
+            write_json(folder / "table.json", record)
             self._console.print(table_of(gathered, self._num_steps))
             for line in [*named, f"traces: {folder}"]:
                 self._console.print(line, markup=False)
@@ -177,6 +177,7 @@ def union(spans: Spans) -> Spans:
 
 
 def length(spans: Spans) -> float:
+    """Of spans that do not overlap, us."""
     return sum(end - begin for begin, end in spans)
 
 
