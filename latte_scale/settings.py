@@ -127,7 +127,8 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
     except ValueError as error:
         if isinstance(error, SettingsError):
             raise
-        raise SettingsError(f"{where}: {prefix.rstrip('.') or 'config'}: {error}") from error
+        section = "" if prefix and str(error).startswith(prefix) else f"{prefix.rstrip('.') or 'config'}: "
+        raise SettingsError(f"{where}: {section}{error}") from error
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def test_guarded_on_resume(override, key):
     assert list(changed(override)) == [key]
 
 
+def test_what_a_section_refuses_stands_behind_its_name_once():
+    for override, words in {"train.steps=0": "train.steps must", "data.holdout=2": "data: holdout must"}.items():
+        with pytest.raises(SettingsError, match=f"tiny_cpu.yaml: {words} be"):
+            load_config(ROOT / "configs" / "tiny_cpu.yaml", [override])
+
+
 def test_a_cosine_schedule_guards_the_number_of_steps():
     assert list(changed("train.steps=99", base=["train.lr_schedule=cosine"])) == ["train.steps"]
 
