@@ -43,7 +43,6 @@ from latte_scale.engine import Ranks, init_distributed, shutdown
 from latte_scale.model.build import build_model
 from latte_scale.plain_json import write_json
 from latte_scale.run.folder import STOP
-from latte_scale.settings import SettingsError
 from latte_scale.store import open_store
 
 TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq")
@@ -96,6 +95,14 @@ def free_memory_bytes() -> float:
     except OSError:  # not Linux
         return math.inf
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def check_bucket(bucket: str) -> None:
+    """Raise ValueError for what is no bucket, or holds something, and StoreError for one that cannot be reached."""
+    if not bucket.startswith("s3://"):
+        raise ValueError(f"--bucket: expected s3://BUCKET/PREFIX, came {bucket}; --folder names the disk")
+    if open_store(bucket).list():
+        raise ValueError(f"{bucket} is not empty, and would be emptied; choose another --bucket")
 
 
 def make_state(trees: Mapping[str, Mapping[str, int]]) -> State:
@@ -296,21 +303,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.repeats < 1 or not 0 < args.gib < math.inf:
             raise ValueError(f"expected --repeats of 1 or more and --gib above 0, came {args.repeats} and {args.gib:g}")
         trees = None if args.config is None else trees_of_config(load_config(args.config, args.overrides))
-    except (SettingsError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}")
         return STOP
     try:
         check_room(int(args.gib * 2**30) if trees is None else bytes_of(trees), args.folder)
         for folder in [args.folder, *([] if args.out is None else [args.out.parent])]:
             folder.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
-    except OSError as error:
+        if args.bucket is not None:
+            check_bucket(args.bucket)
+    except (OSError, ValueError) as error:
         print(f"error: {error}")
         return 2
     if (args.folder / "bench").exists():
         print(f"error: {args.folder / 'bench'} exists already; choose another --folder")
-        return 2
-    if args.bucket is not None and open_store(args.bucket).list():
-        print(f"error: {args.bucket} is not empty, and would be emptied; choose another --bucket")
         return 2
     warnings.filterwarnings("ignore", module="torch.distributed")
     torch.set_num_threads(1)

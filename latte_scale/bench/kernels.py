@@ -34,7 +34,7 @@ from latte_scale.model.kernels.availability import why_no_triton
 from latte_scale.model.norm_backends import NormBackend, gated, modulated
 from latte_scale.plain_json import write_json
 from latte_scale.run.folder import STOP
-from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.settings import to_mapping
 from latte_scale.timing import call_time
 
 SECONDS = 0.2  # of a measurement, after one call that does not count
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = one_device()
     try:
         result = measured(load_config(args.config, args.overrides), device)
-    except (SettingsError, ValueError) as error:
+    except ValueError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
     console.print(table(result), markup=False)

@@ -37,7 +37,7 @@ from latte_scale.plain_json import write_json
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import worker_memory_bytes
-from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.settings import to_mapping
 from latte_scale.store import Counters, StoreError
 
 UNREADABLE = 2
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ManifestError, LoaderError, StoreError, OSError) as error:
         console.print(f"error: {error}", markup=False)
         return UNREADABLE
-    except (SettingsError, ValueError) as error:
+    except ValueError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
     console.print(table(result), markup=False)

@@ -40,7 +40,7 @@ from latte_scale.plain_json import write_json
 from latte_scale.run.facts import git_commit
 from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import peak_flops, utilization
-from latte_scale.settings import SettingsError, to_mapping
+from latte_scale.settings import to_mapping
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--against {args.against} compares on one rank, {ranks.size} were started; leave it out")
         config = within_memory_of(ranks.device, config, ranks.size)
         result = {"command": ["latte-scale", "bench", "step", *argv]} | measure(config, ranks, args)
-    except (SettingsError, ValueError) as error:
+    except ValueError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
     shutdown()

@@ -29,7 +29,6 @@ from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
 from latte_scale.estimate.traffic import REACHED
 from latte_scale.estimate.weights import weights_of
 from latte_scale.plain_json import json_text
-from latte_scale.settings import SettingsError
 
 FITS, TOO_BIG, STOP = 0, 1, 78
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps = None if args.coverage is None else counted_steps(args.coverage)
         choice = examine(config, cluster, args.efficiency, steps)
         best = recommend(config, cluster, args.efficiency, steps)
-    except (SettingsError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return STOP
     if args.json:

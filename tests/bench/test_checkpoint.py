@@ -9,6 +9,7 @@ import torch
 from latte_scale.bench.checkpoint import main
 from latte_scale.config import load_config
 from latte_scale.model.build import build_model
+from latte_scale.store import LocalStore
 from tests.conftest import ROOT
 
 
@@ -56,11 +57,18 @@ def test_a_place_that_cannot_be_is_told_before_anything_is_measured(tmp_path: Pa
         assert "error: " in capsys.readouterr().out
 
 
-def test_a_bucket_is_never_emptied_that_holds_something(tmp_path: Path, capsys) -> None:
+def test_a_bucket_is_never_emptied_that_holds_something(tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "precious").touch()
-    assert main(["--folder", str(tmp_path), "--bucket", str(tmp_path / "there")]) == 2
-    assert "is not empty" in capsys.readouterr().out
+    monkeypatch.setattr("latte_scale.bench.checkpoint.open_store", lambda url: LocalStore(tmp_path / "there"))
+    assert main(["--folder", str(tmp_path), "--bucket", "s3://bucket/there"]) == 2
+    assert "s3://bucket/there is not empty" in capsys.readouterr().out
+
+
+def test_what_is_no_bucket_is_refused_before_anything_is_measured(tmp_path: Path, capsys) -> None:
+    for url in (str(tmp_path), "gs://bucket/x"):
+        assert main(["--folder", str(tmp_path), "--bucket", url]) == 2
+        assert f"--bucket: expected s3://BUCKET/PREFIX, came {url}" in capsys.readouterr().out
 
 
 def test_the_state_of_a_config_is_that_of_its_run(tmp_path: Path, capsys, monkeypatch) -> None:
