@@ -203,10 +203,14 @@ def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Ch
 
 
 def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.device) -> Conditioner:
-    """The step's input side; loads the frozen encoders only where the shards hold pixels and raw text."""
+    """The step's input side; loads the frozen encoders only where the shards hold pixels and raw text.
+
+    A model of classes reads no text: a text encoder that its config names all the same is left alone.
+    """
     manifest, vae, text = datasets[0].manifest, None, None
     if manifest.kind == "video":
-        vae, text = load_encoders(config.encoders, device)
+        read = config.encoders if config.model.kind == "latte_t2v" else replace(config.encoders, text=None)
+        vae, text = load_encoders(read, device)
     scaled_by = vae or manifest.latents
     return Conditioner(
         config.run.seed,

@@ -1,15 +1,18 @@
 """Randomness belongs to the sample: its place in the global batch decides it, not its micro-batch or rank."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from latte_scale import rng
+from latte_scale import rng, train
 from latte_scale.conditioning import NUM_BANDS, Conditioner, KnownFramesSettings, band_of
+from latte_scale.config import load_config
 from latte_scale.data.loader import MicroBatch
 from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, load_encoders
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -194,6 +197,17 @@ def test_known_frames_come_first_in_the_asked_share_and_never_all():
     assert most._known(5, indices, 4, 0).sum(1).unique().tolist() == [1, 2]
     assert not most._known(5, [-1], 4, 0).any()
     assert most._known(5, indices, 1, num_images=2) is None  # a clip of one frame has none to go on from
+
+
+@pytest.mark.parametrize(("config", "expected"), [("tiny_cpu", "tiny"), ("ffs", None)])
+def test_a_model_of_classes_loads_no_text_encoder(monkeypatch, config, expected):
+    """It may be the largest model of all, and captions are not looked at."""
+    loaded = []
+    tiny = VideoAutoencoder("tiny")
+    monkeypatch.setattr(train, "load_encoders", lambda settings, device: loaded.append(settings.text) or (tiny, None))
+    settings = load_config(ROOT / "configs" / f"{config}.yaml", ["encoders.vae=tiny", "encoders.text=tiny"])
+    train.make_conditioner(settings, [SimpleNamespace(manifest=SimpleNamespace(kind="video"))], CPU)
+    assert loaded == [expected]
 
 
 def test_bands_are_quarters_of_diffusion_time():
