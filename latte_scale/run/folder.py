@@ -267,7 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Options of the trainer among the arguments are passed over.
     """
-    config, *rest = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        print("usage: python -m latte_scale.run CONFIG [key=value ...]", file=sys.stderr)
+        return STOP
+    config, *rest = words
     try:
         print(folder_of(config, [word for word in rest if "=" in word and not word.startswith("-")]))
     except settings.SettingsError as error:

@@ -185,5 +185,7 @@ def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path,
     config.write_text("run: {}\n")
     assert main([str(config)]) == 78
     assert "run.dir is missing" in capsys.readouterr().err
+    assert main([]) == 78
+    assert "usage: python -m latte_scale.run CONFIG" in capsys.readouterr().err
     code = "import sys, latte_scale.run.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
