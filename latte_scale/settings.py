@@ -61,6 +61,8 @@ def parse_yaml(text: str, where: str = "the text") -> Any:
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a YAML file (empty file: empty mapping)."""
     path = Path(path)
+    if path.is_dir():
+        raise SettingsError(f"{path}: expected a configuration file, came a folder; name a .yaml in it")
     if not path.is_file():
         raise SettingsError(f"no configuration file at {path}; see configs/ for ready ones")
     try:

@@ -71,6 +71,11 @@ def test_refusals_name_key_expectation_and_value(tmp_path, overrides, words):
         assert word in str(error.value)
 
 
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(settings.SettingsError, match="expected a configuration file, came a folder"):
+        settings.read_mapping(tmp_path)
+
+
 def test_a_date_in_the_file_is_refused_in_words(tmp_path):
     with pytest.raises(settings.SettingsError, match=r"inner\.kind.*quotes"):
         read(tmp_path, "inner: {lr: 1.0, kind: 2026-11-30}")  # as run.dir: 2026-11-30, which YAML takes for a date
