@@ -7,11 +7,12 @@ In: what was measured, under which conditions. Out: the back end of each site. A
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latte_scale.config import Config
 from latte_scale.plain_json import json_text
@@ -76,6 +77,12 @@ def fastest(times_ms: Times) -> str:
     if not ran:
         raise RuntimeError(f"no back end runs at this shape: {times_ms}")
     return min(ran, key=ran.__getitem__)
+
+
+def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Of tensors to the expected ones, each over its largest expected value; NaN if any number is not finite."""
+    pairs = zip(got, expected, strict=True)
+    return float(torch.stack([(a.float() - b).abs().max() / b.abs().max() for a, b in pairs]).max())
 
 
 def dtype_of(config: Config) -> torch.dtype:

@@ -79,6 +79,26 @@ def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:
         fastest({"sdpa": "no"})
 
 
+@pytest.mark.parametrize("which", ["q", "v"])
+def test_a_back_end_whose_gradient_is_not_a_number_is_not_chosen(which, monkeypatch) -> None:
+    def spoilt(q, k, v, padding):
+        noted = {"q": q, "v": v}[which].clone()
+        noted.register_hook(lambda grad: grad.index_fill(2, torch.tensor([0]), float("nan")))
+        inputs = {"q": q, "k": k, "v": v} | {which: noted}
+        return backends.BACKENDS["math"](**inputs, padding=padding)
+
+    monkeypatch.setattr(attention, "BACKENDS", dict(backends.BACKENDS) | {"sdpa": spoilt})
+    measured = attention.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
+    assert measured["sdpa"] == "off by nan of the largest value" and fastest(measured) != "sdpa"
+
+
+def test_a_probe_has_padding_wherever_a_caption_may_have() -> None:
+    alone = ("train.global_batch=1", "train.micro_batch=1")
+    assert not probes(tiny(*alone))["cross"].ragged
+    for several in (MIXED, (*alone, "engine.compile=true"), (*alone, "train.joint_images=1")):
+        assert probes(tiny(*several))["cross"].ragged, several
+
+
 def test_deterministic_runs_choose_among_deterministic_back_ends() -> None:
     config = tiny("train.deterministic=true", "train.precision=bf16")
     names = attention.present(config, torch.device("cuda"))

@@ -68,6 +68,8 @@ def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
     monkeypatch.setattr(norm_backends, "norm_modulate", lambda x, shift, scale: x + shift + scale)
     monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch)
     assert "off by" in measure_norm(tiny(), CPU)["triton"]
+    monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch * float("nan"))
+    assert "off by nan" in measure_norm(tiny(), CPU)["triton"]
 
 
 def test_what_is_measured_has_the_shape_of_the_run() -> None:

@@ -61,6 +61,7 @@ def test_padding_of() -> None:
     assert padding.bias_B11K[0].flatten().tolist() == [0.0, MASKED_LOGIT]
     assert padding.order.tolist()[:2] == [0, 3] and sorted(padding.order.tolist()) == list(range(6))
     assert padding.starts.tolist() == [0, 1, 2, 2] and padding.starts.dtype == torch.int32
+    assert padding.real.tolist() == [True, True, False, False, False, False]
     folded = padding_of(torch.ones(2, 3, 4), torch.float32)  # images: clips and images in front of the tokens
     assert folded.bias_B11K.shape == (6, 1, 1, 4) and folded.starts.tolist() == [0, 4, 8, 12, 16, 20, 24]
 
@@ -81,6 +82,32 @@ def test_packed_keys_give_the_formula() -> None:
     """Real keys anywhere in the row, gradients to all of k and v: 0 on padding."""
     inputs = tensors(72)
     got = with_gradients(packed(varlen_by_hand, *inputs, padding_of(MASK, torch.float32)), inputs)
+    for a, b in zip(got, formula(*inputs, MASK), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+class UnwrittenGradients(torch.autograd.Function):
+    """As flash-attn leaves them: of keys behind the last clip nothing is written, so they are whatever memory held."""
+
+    @staticmethod
+    def forward(ctx, x_SNE: Tensor, end: int) -> Tensor:
+        ctx.end = end
+        return x_SNE.clone()
+
+    @staticmethod
+    def backward(ctx, grad_SNE: Tensor) -> tuple[Tensor, None]:
+        grad_SNE = grad_SNE.clone()
+        grad_SNE[ctx.end :] = float("nan")
+        return grad_SNE, None
+
+
+def test_what_a_kernel_leaves_unwritten_reaches_no_gradient() -> None:
+    def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int):
+        k, v = (UnwrittenGradients.apply(x, int(starts_k[-1])) for x in (k, v))
+        return varlen_by_hand(q, k, v, starts_q, starts_k, max_q, max_k)
+
+    inputs = tensors(72)
+    got = with_gradients(packed(varlen, *inputs, padding_of(MASK, torch.float32)), inputs)
     for a, b in zip(got, formula(*inputs, MASK), strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
@@ -109,4 +136,4 @@ def test_why_a_back_end_is_absent(backend, device, dtype, words) -> None:
 def test_every_name_has_a_function() -> None:
     assert set(BACKENDS) == set(typing.get_args(Backend))
     assert {"sdpa", "sdpa_flash", "math"} == set(ON_CPU)
-    assert Padding._fields == ("bias_B11K", "order", "starts")
+    assert Padding._fields == ("bias_B11K", "order", "real", "starts")
