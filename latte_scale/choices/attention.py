@@ -19,6 +19,7 @@ from latte_scale.choices.record import (
     key_of,
     largest_difference,
     recorded_backends,
+    why_out,
 )
 from latte_scale.config import Config, latent_sides
 from latte_scale.engine.dist import Ranks
@@ -35,8 +36,6 @@ from latte_scale.model.kernels.small_attention import MAX_HEAD_DIM, MAX_LENGTH
 from latte_scale.timing import call_time
 
 SITES: tuple[Site, ...] = typing.get_args(Site)
-NOT_FOR_THIS = (RuntimeError, TypeError, AttributeError, ImportError, ValueError)
-"""What a kernel raises that does not take a shape, or is not there after all."""
 
 
 class Probe(NamedTuple):
@@ -161,8 +160,8 @@ def measure(probe: Probe, config: Config, device: torch.device) -> Times:
             tensors = probe.tensors(device, dtype)
             seconds = call_time(lambda b=backend, t=tensors: _forward_backward(b, *t), device, SECONDS)
             results[backend] = round(seconds * 1e3, 4)
-        except NOT_FOR_THIS as error:
-            results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        except Exception as error:
+            results[backend] = why_out(error)
     return results
 
 

@@ -23,6 +23,7 @@ from latte_scale.choices.record import (
     key_of,
     largest_difference,
     recorded_backends,
+    why_out,
 )
 from latte_scale.config import Config
 from latte_scale.engine.dist import Ranks
@@ -78,8 +79,8 @@ def measure_norm(config: Config, device: torch.device) -> Times:
         reason = why_no_triton(device) if backend == "triton" else None
         try:
             results[backend] = reason or _norm_time(config, device, backend)
-        except (RuntimeError, ValueError) as error:  # a kernel that does not take this width
-            results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        except Exception as error:
+            results[backend] = why_out(error)
     return results
 
 

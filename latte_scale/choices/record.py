@@ -85,6 +85,14 @@ def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
     return float(torch.stack([(a.float() - b).abs().max() / b.abs().max() for a, b in pairs]).max())
 
 
+def why_out(error: Exception) -> str:
+    """In a line, why a back end is out that does not take a shape, or is not there after all.
+
+    Any exception: a package asserts, Triton has errors of its own for what does not fit into a device's shared memory.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 def dtype_of(config: Config) -> torch.dtype:
     """What the model's products are computed in."""
     return torch.float32 if config.train.precision == "fp32" else torch.bfloat16

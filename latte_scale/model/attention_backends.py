@@ -87,11 +87,32 @@ def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Ten
     return packed(varlen_attn, q, k, v, padding)
 
 
-def _flash_package(module: str) -> Callable[..., Tensor]:
-    """A flash-attn package. Version 2 returns the output, later ones the output and the log-sum-exp."""
+def _flash2() -> Any:
+    import flash_attn
+
+    return flash_attn
+
+
+def _flash3() -> Any:
+    import flash_attn_interface
+
+    return flash_attn_interface
+
+
+def _flash4() -> Any:
+    from flash_attn import cute
+
+    return cute
+
+
+def _flash_package(load: Callable[[], Any]) -> Callable[..., Tensor]:
+    """A flash-attn package. Version 2 returns the output, later ones the output and the log-sum-exp.
+
+    `load` imports it by a statement: torch.compile would break its graph at importlib.import_module, in every block.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
-        flash = importlib.import_module(module)
+        flash = load()
         options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
 
         def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int) -> Any:
@@ -133,9 +154,9 @@ def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 BACKENDS: Mapping[Backend, Callable[[Tensor, Tensor, Tensor, Padding | None], Tensor]] = {
     "sdpa": _sdpa,
-    "flash2": _flash_package("flash_attn"),
-    "flash3": _flash_package("flash_attn_interface"),
-    "flash4": _flash_package("flash_attn.cute"),
+    "flash2": _flash_package(_flash2),
+    "flash3": _flash_package(_flash3),
+    "flash4": _flash_package(_flash4),
     "sdpa_flash": _sdpa_flash,
     "sdpa_cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
@@ -166,10 +187,13 @@ def why_absent(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
 
 
 def _is_installed(package: str) -> bool:
-    """Whether the module is there; flash_attn in version 2, because later ones use the name too."""
+    """Whether the module is there; flash_attn in version 2, because later ones use the name too.
+
+    Looking for a part of a package imports the package, and one built for another torch is an ImportError.
+    """
     try:
         if importlib.util.find_spec(package) is None:
             return False
         return package != "flash_attn" or importlib.metadata.version("flash_attn").startswith("2")
-    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+    except (ImportError, importlib.metadata.PackageNotFoundError):
         return False

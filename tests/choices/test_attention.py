@@ -79,6 +79,16 @@ def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:
         fastest({"sdpa": "no"})
 
 
+@pytest.mark.parametrize("error", [AssertionError("head_dim"), type("OutOfResources", (Exception,), {})()])
+def test_whatever_a_kernel_raises_it_is_out_and_the_others_are_measured(error, monkeypatch) -> None:
+    def cannot(q, k, v, padding):
+        raise error
+
+    monkeypatch.setattr(attention, "BACKENDS", dict(backends.BACKENDS) | {"sdpa_flash": cannot})
+    measured = attention.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
+    assert measured["sdpa_flash"] == (str(error) or "OutOfResources") and measured["sdpa"] > 0
+
+
 @pytest.mark.parametrize("which", ["q", "v"])
 def test_a_back_end_whose_gradient_is_not_a_number_is_not_chosen(which, monkeypatch) -> None:
     def spoilt(q, k, v, padding):

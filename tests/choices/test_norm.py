@@ -72,6 +72,18 @@ def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
     assert "off by nan" in measure_norm(tiny(), CPU)["triton"]
 
 
+def test_whatever_a_kernel_raises_it_is_out(monkeypatch) -> None:
+    from latte_scale.model import norm_backends
+
+    def cannot(x, shift, scale):
+        raise type("OutOfResources", (Exception,), {})("out of resource: shared memory")  # triton.runtime.errors has it
+
+    monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(norm_backends, "norm_modulate", cannot)
+    times = measure_norm(tiny(), CPU)
+    assert times["triton"] == "out of resource: shared memory" and times["torch"] > 0
+
+
 def test_what_is_measured_has_the_shape_of_the_run() -> None:
     assert norm_shape(load_config(CONFIGS / "t2v_512.yaml", ["train.micro_batch=2"])) == [2, 16, 1024, 1152]
     cut = ("train.micro_batch=2", "engine.kind=fsdp2", "engine.sequence_parallel=4")

@@ -1,5 +1,7 @@
 """Back ends against the formula written out in float64, forward and backward; packing; what is there and why not."""
 
+import sys
+import types
 import typing
 
 import pytest
@@ -131,6 +133,58 @@ def test_an_empty_slot_is_finite() -> None:
 )
 def test_why_a_back_end_is_absent(backend, device, dtype, words) -> None:
     assert words in why_absent(backend, torch.device(device), dtype)
+
+
+def package(returns_pair: bool) -> types.ModuleType:
+    """What a flash-attn package offers, by its keywords."""
+    module = types.ModuleType("flash")
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = BACKENDS["math"](q, k, v, None).transpose(1, 2)
+        return (out, None) if returns_pair else out
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic
+    ):
+        out, _ = varlen_by_hand(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return (out, None) if returns_pair else out
+
+    module.flash_attn_func, module.flash_attn_varlen_func = dense, varlen
+    return module
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three, where their back ends look for them."""
+    two, later = package(returns_pair=False), package(returns_pair=True)
+    two.cute = later
+    for name, module in {"flash_attn": two, "flash_attn.cute": later, "flash_attn_interface": later}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_a_flash_attn_package_is_called_as_it_wants(packages, backend) -> None:
+    for mask in (None, MASK):
+        inputs = tensors(72)
+        padding = None if mask is None else padding_of(mask, torch.float32)
+        got = with_gradients(BACKENDS[backend](*inputs, padding), inputs)
+        for a, b in zip(got, formula(*inputs, mask), strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_no_graph_breaks_where_a_package_is_called(packages, backend) -> None:
+    compiled = torch.compile(BACKENDS[backend], backend="eager", fullgraph=True)
+    compiled(*tensors(8), None)
+
+
+def test_a_package_that_cannot_be_imported_is_not_there(tmp_path, monkeypatch) -> None:
+    """As flash-attn built for another torch: version 4 is a part of the package that fails."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c105ErrorC2E')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "flash_attn.cute is not installed" in why_absent("flash4", torch.device("cuda"), torch.bfloat16)
 
 
 def test_every_name_has_a_function() -> None:
