@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, load_config
 from latte_scale.data.loader import MicroBatch
-from latte_scale.diffusion.loss import schedule_of
+from latte_scale.diffusion.loss import DiffusionSettings, schedule_of
+from latte_scale.diffusion.sampler import SAMPLERS, sample
 from latte_scale.ema import Ema
 from latte_scale.encoders import load_encoders
 from latte_scale.engine import Ranks, build_engine
@@ -205,6 +206,26 @@ def test_encoding_captions_waits_for_nothing() -> None:
     with no_copy_waits(batch):
         inputs = conditioner(batch, 0)
     assert inputs.text.device == DEVICE and inputs.num_tokens_B[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"),
+    [(objective, each) for objective, names in SAMPLERS.items() for each in names if each != "ddpm"],
+)
+@pytest.mark.parametrize("num_known", [0, 1])
+def test_no_step_of_sampling_waits_for_the_device(objective, sampler, num_known) -> None:
+    """But for ddpm, which adds noise of the host's generators in every step."""
+    noise_BCFHW = torch.zeros(2, C, F, SIDE, SIDE, device=DEVICE)
+    options = {"sampler": sampler, "num_steps": 3, "guidance": 4.0, "num_known": num_known}
+    known_BCFHW = noise_BCFHW if num_known else None
+    with no_copy_waits():
+        sample(
+            lambda x, t: x * t.flatten()[0],
+            noise_BCFHW,
+            DiffusionSettings(objective),
+            known_BCFHW=known_BCFHW,
+            **options,
+        )
 
 
 def test_a_wait_would_be_seen() -> None:
