@@ -78,7 +78,7 @@ environment() {
     nvidia-smi
     git rev-parse HEAD
     "$python" -m pip list --format freeze
-    "$python" -c 'import torch; torch.utils.collect_env.main()' || "$python" -c 'import torch; print(torch.__version__)'
+    "$python" -m torch.utils.collect_env || "$python" -c 'import torch; print(torch.__version__)'
 }
 
 environment >"$out/environment.txt" 2>&1
@@ -90,7 +90,7 @@ kept="engine.kind=single engine.compile=true engine.activation_checkpointing=non
 {
     bench t2v_512 t2v_512 --against diffusers $kept train.micro_batch=2 train.global_batch=4
     bench xl2 ffs --against eager $kept train.micro_batch=16 train.global_batch=16
-    part tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+    part tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/validation/test_gpu.py
     kernels kernels_512 t2v_512 $kept train.micro_batch=2 train.global_batch=4
     for engine in fsdp2 zero single; do
         bench "overhead_$engine" t2v_256 --against plain $kept train.micro_batch=8 train.global_batch=16 \
