@@ -77,10 +77,14 @@ environment() {
     date -u +%FT%TZ
     nvidia-smi
     git rev-parse HEAD
+    "${CC:-cc}" --version
     "$python" -m pip list --format freeze
     "$python" -m torch.utils.collect_env || "$python" -c 'import torch; print(torch.__version__)'
 }
 
+command -v "${CC:-cc}" gcc clang >/dev/null ||
+    echo "no C compiler here: engine.compile and the Triton kernels build their launchers with one, so most parts will fail" |
+    tee -a "$out/summary.txt"
 environment >"$out/environment.txt" 2>&1
 
 # The goals: MFU at 512 px and 2 x diffusers at 0.6 x its memory; XL/2 against fp32 with TF32, eager (diffusers has no
