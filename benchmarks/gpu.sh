@@ -77,10 +77,14 @@ environment() {
     date -u +%FT%TZ
     nvidia-smi
     git rev-parse HEAD
+    "${CC:-cc}" --version
     "$python" -m pip list --format freeze
-    "$python" -c 'import torch; torch.utils.collect_env.main()' || "$python" -c 'import torch; print(torch.__version__)'
+    "$python" -m torch.utils.collect_env || "$python" -c 'import torch; print(torch.__version__)'
 }
 
+command -v "${CC:-cc}" gcc clang >/dev/null ||
+    echo "no C compiler here: engine.compile and the Triton kernels build their launchers with one, so most parts will fail" |
+    tee -a "$out/summary.txt"
 environment >"$out/environment.txt" 2>&1
 
 # The goals: MFU at 512 px and 2 x diffusers at 0.6 x its memory; XL/2 against fp32 with TF32, eager (diffusers has no
@@ -90,7 +94,7 @@ kept="engine.kind=single engine.compile=true engine.activation_checkpointing=non
 {
     bench t2v_512 t2v_512 --against diffusers $kept train.micro_batch=2 train.global_batch=4
     bench xl2 ffs --against eager $kept train.micro_batch=16 train.global_batch=16
-    part tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+    part tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/validation/test_gpu.py
     kernels kernels_512 t2v_512 $kept train.micro_batch=2 train.global_batch=4
     for engine in fsdp2 zero single; do
         bench "overhead_$engine" t2v_256 --against plain $kept train.micro_batch=8 train.global_batch=16 \

@@ -131,7 +131,7 @@ class Conditioner:
         condition, num_tokens_B = self._condition(micro_batch)
         return ModelInputs(
             latents_BCFHW=(latents_BFCHW * weight_B.view(-1, 1, 1, 1, 1)).transpose(1, 2).contiguous(),
-            noise_BCFHW=noise_BCFHW.to(self.device, non_blocking=True),
+            noise_BCFHW=noise_BCFHW,
             uniform_B=uniform_B,
             weight_B=weight_B,
             condition_B=self._to_device(micro_batch.condition_B),
@@ -148,25 +148,29 @@ class Conditioner:
         mean_BFCHW, std_BFCHW = micro_batch.mean_BFCHW, micro_batch.std_BFCHW
         if micro_batch.pixels_BFCHW is not None:
             mean_BFCHW, std_BFCHW = self.vae.encode(micro_batch.pixels_BFCHW)
+        mean_BFCHW = self._to_device(mean_BFCHW).float()
         if std_BFCHW is None:
-            return mean_BFCHW.float()
-        draw_BFCHW = self._normal("posterior", step, indices, mean_BFCHW.shape[1:])
-        return mean_BFCHW.float() + std_BFCHW.float() * draw_BFCHW.to(mean_BFCHW.device, non_blocking=True)
+            return mean_BFCHW
+        return mean_BFCHW + self._to_device(std_BFCHW).float() * self._normal(
+            "posterior", step, indices, mean_BFCHW.shape[1:]
+        )
 
     def _images(self, micro_batch: MicroBatch, step: int, indices: list[int]) -> Tensor | None:
         """Raw latents of the images, [B, n, C, H, W] fp32; None without joint training. Image j has sub-index j + 1."""
         mean_BNCHW, std_BNCHW = micro_batch.image_mean_BNCHW, micro_batch.image_std_BNCHW
         if micro_batch.image_pixels_BNCHW is not None:
             mean_BNCHW, std_BNCHW = self.vae.encode(micro_batch.image_pixels_BNCHW)
-        if mean_BNCHW is None or std_BNCHW is None:
-            return None if mean_BNCHW is None else mean_BNCHW.float()
+        if mean_BNCHW is None:
+            return None
+        mean_BNCHW = self._to_device(mean_BNCHW).float()
+        if std_BNCHW is None:
+            return mean_BNCHW
         num_images, shape_CHW = mean_BNCHW.shape[1], mean_BNCHW.shape[2:]
         draws = [self._normal("posterior", step, indices, shape_CHW, j + 1) for j in range(num_images)]
-        draw_BNCHW = torch.stack(draws, dim=1).to(mean_BNCHW.device, non_blocking=True)
-        return mean_BNCHW.float() + std_BNCHW.float() * draw_BNCHW
+        return mean_BNCHW + self._to_device(std_BNCHW).float() * torch.stack(draws, dim=1)
 
     def _noise(self, step: int, indices: list[int], num_frames: int, num_images: int, shape_CHW: torch.Size) -> Tensor:
-        """[B, C, F, H, W] on the host: sub-index 0 for the clip, j + 1 for image j, so images never move its noise."""
+        """[B, C, F, H, W]: sub-index 0 for the clip, j + 1 for image j, so images never move its noise."""
         channels, *sides = shape_CHW
         noise = [self._normal("noise", step, indices, (channels, num_frames, *sides))]
         noise += [self._normal("noise", step, indices, (channels, 1, *sides), j + 1) for j in range(num_images)]
@@ -178,12 +182,12 @@ class Conditioner:
             return self._labels(micro_batch), [0] * len(micro_batch.index_B)
         text, mask = self._text(micro_batch)
         lengths_B = torch.where(micro_batch.index_B >= 0, mask.sum(1), 0)
-        images = self._image_text(micro_batch)
+        text, images = self._to_device(text), self._image_text(micro_batch)
         if images is not None:
-            text, mask = _join_captions(text, mask, *images)
+            text, mask = _join_captions(text, mask, self._to_device(images[0]), images[1])
         if self.text_length is not None:
             text, mask = _lengthen(text, -2, self.text_length), _lengthen(mask, -1, self.text_length)
-        return {"text": self._to_device(text).float(), "mask": self._mask(mask)}, lengths_B.tolist()
+        return {"text": text.float(), "mask": self._mask(mask)}, lengths_B.tolist()
 
     def _mask(self, mask: Tensor) -> Tensor | None:
         """A mask [..., L] of the host on the device; None if every token is real: no padding to step over then."""
@@ -245,14 +249,16 @@ class Conditioner:
     def _normal(
         self, stream: str, step: int, indices: list[int], shape: torch.Size | tuple[int, ...], sub: int = 0
     ) -> Tensor:
-        """One keyed draw a sample, [B, *shape] fp32 on the host (pinned where there is a GPU); zeros in empty slots."""
+        """One keyed draw a sample, [B, *shape] fp32, made in page-locked memory; zeros in empty slots."""
         draws = torch.zeros((len(indices), *shape), pin_memory=self.device.type == "cuda")
         for row, index in enumerate(indices):
             if index >= 0:
                 draws[row] = torch.from_numpy(rng.normal(tuple(shape), self.seed, stream, step, index, sub))
-        return draws
+        return self._to_device(draws)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
+        """As the loader pinned it, before anything is computed of it: what the host computes lies in pageable memory,
+        and for a copy from there, if it is not small, the host waits until the device has come to it."""
         return tensor.to(self.device, non_blocking=True)
 
     def _digest(self, micro_batch: MicroBatch, step: int, indices: list[int]) -> int:

@@ -251,10 +251,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return settings.load(Config, path, overrides)
 
 
-def latent_sides(config: Config) -> tuple[int, int]:
-    """Height and width of the latents of the config's clips."""
-    downscale = vae_downscale(config.encoders)
-    return config.video.height // downscale, config.video.width // downscale
+def latent_sides(config: Config, video: VideoSettings | None = None) -> tuple[int, int]:
+    """Height and width of the latents of the config's clips; of those of another size with its frame policy."""
+    video, downscale = video or config.video, vae_downscale(config.encoders)
+    return video.height // downscale, video.width // downscale
 
 
 def unread_settings(config: Config) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import distributed
 
 from latte_scale.run.folder import STOP_SIGNALS
+from tests import processes
 from tests.store.service import Corner, make_corner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,8 +141,7 @@ def train(data_sets, tmp_path):
         folder = tmp_path / name
         config = ROOT / "configs" / "tiny_cpu.yaml"
         command = train_command(config, folder, data or data_sets.latents, overrides, ranks, launcher)
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+        done = processes.run(command)
         return Run(done.returncode, done.stdout + done.stderr, folder)
 
     return run

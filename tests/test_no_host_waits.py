@@ -2,14 +2,16 @@
 
 Tensors on torch's meta device have shapes and no values. Whatever asks for a value (item, bool, nonzero, a copy to the
 host) and whatever mixes host and device in one operation fails on them as it would stall or fail on a GPU; copies to
-the device must be asked for without waiting. What it cannot see: waits inside CUDA's own libraries and in autocast,
-which tests/gpu/test_step.py looks for on a real device.
+the device must be asked for without waiting, and any but small ones must come out of page-locked memory, because the
+host waits for others all the same (CUDA's notes on API synchronization). What it cannot see: waits inside CUDA's own
+libraries and in autocast, which tests/gpu/test_step.py looks for on a real device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, load_config
 from latte_scale.data.loader import MicroBatch
-from latte_scale.diffusion.loss import schedule_of
+from latte_scale.diffusion.loss import DiffusionSettings, schedule_of
+from latte_scale.diffusion.sampler import SAMPLERS, sample
 from latte_scale.ema import Ema
 from latte_scale.encoders import load_encoders
 from latte_scale.engine import Ranks, build_engine
@@ -62,25 +65,39 @@ def autocast_of_no_device(monkeypatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda device_type, *args, **options: autocast("cpu", *args, **options))
 
 
+SMALL_BYTES = 2048  # token numbers, masks, labels, sums: less than the clips and captions here have in fp32
+zeros = torch.zeros
+
+
 class Copies(TorchDispatchMode):
     """Counts copies from the host to the device, and those for which the host waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Sequence[MicroBatch]) -> None:
+        """`batches`: what a loader would have pinned; what is allocated with pin_memory is so, too."""
         super().__init__()
         self.number, self.waiting = 0, []
+        pinned = [value for batch in batches for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        self._pinned = {tensor.untyped_storage().data_ptr() for tensor in pinned}
+
+    def zeros(self, *size: Any, **options: Any) -> torch.Tensor:
+        made = zeros(*size, **options)
+        if "pin_memory" in options:
+            self._pinned.add(made.untyped_storage().data_ptr())
+        return made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.get("device") == DEVICE and args[0].device != DEVICE:
             self.number += 1
-            if not kwargs.get("non_blocking"):
+            is_pinned = args[0].untyped_storage().data_ptr() in self._pinned or args[0].nbytes <= SMALL_BYTES
+            if not kwargs.get("non_blocking") or not is_pinned:
                 self.waiting.append(tuple(args[0].shape))
         return func(*args, **kwargs)
 
 
 @contextmanager
-def no_copy_waits() -> Iterator[None]:
-    with Copies() as copies:
+def no_copy_waits(*batches: MicroBatch) -> Iterator[None]:
+    with Copies(batches) as copies, mock.patch.object(torch, "zeros", copies.zeros):
         yield
     assert copies.number, "nothing was brought to the device"
     assert not copies.waiting, f"the host waits for copies of the shapes {copies.waiting}"
@@ -151,7 +168,7 @@ def test_no_part_of_a_step_waits_for_the_device(overrides) -> None:
     step = Step(config)
     batches = [micro_batch(config)] * 2
     for _ in range(2):  # the first makes buffers
-        with no_copy_waits():
+        with no_copy_waits(*batches):
             report = step.run(batches)
     assert report.device == DEVICE and report.shape == (len(FIELDS),)
 
@@ -161,13 +178,58 @@ def test_encoding_clips_waits_for_nothing() -> None:
     vae, _ = load_encoders(config.encoders, "cpu")
     vae.model.to(DEVICE)
     vae.device = DEVICE
-    step = Step(config, vae)
+    step, batch = Step(config, vae), micro_batch(config, raw=True)
+    with no_copy_waits(batch):
+        step.run([batch])
+
+
+@pytest.mark.parametrize("images", [0, 2], ids=["clips", "images"])
+def test_captions_padded_to_one_length_wait_for_nothing(images) -> None:
+    """As compiled blocks want them; with images that have captions of their own, too."""
+    config = load_config(TINY, [f"train.joint_images={images}"])
+    conditioner, batch = Conditioner(0, DEVICE, 1.0, 0.0, text_length=L + 2), micro_batch(config)
+    if images:
+        batch.image_text_BNLD = torch.zeros(B, images, L + 1, D, dtype=torch.float16)
+        batch.image_mask_BNL = torch.ones(B, images, L + 1, dtype=torch.bool)
+    with no_copy_waits(batch):
+        inputs = conditioner(batch, 0)
+    assert inputs.text.device == DEVICE and inputs.text.shape[-2:] == (L + 2, D)
+
+
+def test_encoding_captions_waits_for_nothing() -> None:
+    """What transformers does inside is its own; here the encoder is given tokens and gives embeddings."""
+    config = load_config(TINY)
+    _, text = load_encoders(config.encoders, "cpu")
+    text.device, text.model = DEVICE, lambda ids, attention_mask: (torch.empty(*ids.shape, D, device=ids.device),)
+    conditioner, batch = Conditioner(0, DEVICE, 1.0, 0.0, None, text), micro_batch(config)
+    batch.text_BLD = batch.mask_BL = None
+    with no_copy_waits(batch):
+        inputs = conditioner(batch, 0)
+    assert inputs.text.device == DEVICE and inputs.num_tokens_B[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"),
+    [(objective, each) for objective, names in SAMPLERS.items() for each in names if each != "ddpm"],
+)
+@pytest.mark.parametrize("num_known", [0, 1])
+def test_no_step_of_sampling_waits_for_the_device(objective, sampler, num_known) -> None:
+    """But for ddpm, which adds noise of the host's generators in every step."""
+    noise_BCFHW = torch.zeros(2, C, F, SIDE, SIDE, device=DEVICE)
+    options = {"sampler": sampler, "num_steps": 3, "guidance": 4.0, "num_known": num_known}
+    known_BCFHW = noise_BCFHW if num_known else None
     with no_copy_waits():
-        step.run([micro_batch(config, raw=True)])
+        sample(
+            lambda x, t: x * t.flatten()[0],
+            noise_BCFHW,
+            DiffusionSettings(objective),
+            known_BCFHW=known_BCFHW,
+            **options,
+        )
 
 
 def test_a_wait_would_be_seen() -> None:
-    """The three ways in which it would show."""
+    """The ways in which it would show."""
     config = load_config(TINY)
     step, batch = Step(config), micro_batch(config)
     inputs = step.conditioner(batch, 0)
@@ -177,5 +239,6 @@ def test_a_wait_would_be_seen() -> None:
             reading(loss_B.detach().sum())
     with pytest.raises(RuntimeError, match="device"):
         loss_B * batch.weight_B
-    with pytest.raises(AssertionError, match="the host waits"), no_copy_waits():
-        torch.from_numpy(np.ones(3)).to(DEVICE)
+    for number, options in ((3, {}), (300, {"non_blocking": True})):
+        with pytest.raises(AssertionError, match="the host waits"), no_copy_waits(batch):
+            torch.from_numpy(np.ones(number)).to(DEVICE, **options)

@@ -18,19 +18,26 @@ from torch.profiler import ProfilerActivity, profile
 from latte_scale.bench.subjects import Subject
 
 # First match wins. Kernel names on a GPU: nvjet, cutlass, xmma and ampere_bf16_s16816gemm are cuBLAS; fmha and
-# pytorch_flash the SDPA kernels; triton_* what torch.compile made, named after the operators that it fused;
-# modulate_* and gate_* are model/kernels/norm_triton.py.
+# pytorch_flash the SDPA kernels; modulate_* and gate_* are model/kernels/norm_triton.py.
 CATEGORIES = {
+    "communication": r"^nccl",
     "attention": r"flash|fmha|attention|attn|softmax|sdpa",
     "gemm": r"gemm|nvjet|cutlass|xmma|cublas|wgmma|addmm|scaled_mm|::mm\b|::bmm\b|::linear\b|mkldnn|conv",
-    "norm_modulate": r"layer_?norm|triton.*native_layer_norm|welford|rms_norm|^modulate_|^gate_",
+    "norm_modulate": r"layer_?norm|welford|rms_norm|^modulate_|^gate_",
     "memory": r"memcpy|memset|copy|transpose|::cat\b|contiguous|CatArray",
 }
+# What torch.compile made of all that is between products and attention: named after the operators that it fused, and
+# after those that stood beside them (addmm, scaled_dot_product_attention), which it did not compute.
+FUSED = r"^triton_(poi|red|per)_"
+MOVED = r"^triton_poi_fused_((_to_copy|_unsafe_view|cat|clone|expand|permute|transpose|unsqueeze|view)_)+\d+$"
 NUM_NAMED = 12  # kernels that stand by name under "top"
 
 
 def category_of(name: str) -> str:
     """The category of a kernel or an operator by its name; "elementwise" if none is known."""
+    if re.search(FUSED, name):
+        moved = "memory" if re.search(MOVED, name) else "elementwise"
+        return "norm_modulate" if "layer_norm" in name else moved
     for category, pattern in CATEGORIES.items():
         if re.search(pattern, name, re.IGNORECASE):
             return category

@@ -1,18 +1,29 @@
 """Who computes attention at each site: by config, or the fastest, measured and recorded.
 
 In: a Config, the ranks and RUN/choices.json. Out: the back end of each site. One whose outputs or gradients are not
-those of the formula is not chosen, however fast it is.
+those of the formula is not chosen, however fast it is, and neither is one that does not take every size of clips: it
+is measured at the config's own, but in a run with images a kernel meets attention over one frame, too.
 """
 
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from latte_scale.choices.record import SECONDS, TOLERANCE, Times, dtype_of, key_of, recorded_backends
-from latte_scale.config import Config, latent_sides
+from latte_scale.choices.record import (
+    SECONDS,
+    TOLERANCE,
+    Times,
+    dtype_of,
+    key_of,
+    largest_difference,
+    recorded_backends,
+    why_out,
+)
+from latte_scale.config import Config, VideoSettings, latent_sides
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.attention_backends import (
     BACKENDS,
@@ -27,8 +38,6 @@ from latte_scale.model.kernels.small_attention import MAX_HEAD_DIM, MAX_LENGTH
 from latte_scale.timing import call_time
 
 SITES: tuple[Site, ...] = typing.get_args(Site)
-NOT_FOR_THIS = (RuntimeError, TypeError, AttributeError, ImportError, ValueError)
-"""What a kernel raises that does not take a shape, or is not there after all."""
 
 
 class Probe(NamedTuple):
@@ -74,7 +83,8 @@ def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[
             raise ValueError(f"attention.backend={wanted}: {reason}; choose auto, or one that is there: {there}")
         if wanted != "triton_small":
             return dict.fromkeys(SITES, wanted)
-        length, head_dim = probes(config)["time"].num_keys, probes(config)["time"].head_dim
+        over_time = [probe["time"] for probe in probes_by_size(config)]
+        length, head_dim = max(probe.num_keys for probe in over_time), over_time[0].head_dim
         if length > MAX_LENGTH or head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"attention.backend=triton_small: it takes up to {MAX_LENGTH} frames and head dim {MAX_HEAD_DIM}, this "
@@ -92,14 +102,15 @@ def _chosen_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Si
 
 def recorded_attention(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:
     """What the file says, or what is measured now and written there; sdpa at a site that the model does not have."""
+    own, *others = probes_by_size(config)
     key = key_of(config, device) | {
         "deterministic": config.train.deterministic,
-        "probes": {site: list(probe) for site, probe in probes(config).items()},
+        "probes": {site: [list(each[site]) for each in (own, *others)] for site in own},
     }
     there = present(config, device)
 
     def measured() -> dict[str, Times]:
-        return {site: measure(probe, config, device) for site, probe in probes(config).items()}
+        return {site: measure(probe, config, device, [each[site] for each in others]) for site, probe in own.items()}
 
     return dict.fromkeys(SITES, "sdpa") | recorded_backends(path, "attention", key, there.__contains__, measured)
 
@@ -112,12 +123,21 @@ def present(config: Config, device: torch.device) -> list[Backend]:
     return there
 
 
-def probes(config: Config) -> dict[Site, Probe]:
-    """The attention calls of one micro-batch on one rank, which holds 1 / cut of each clip."""
+def probes_by_size(config: Config) -> list[dict[Site, Probe]]:
+    """The attention calls of a micro-batch of every size of clips, the config's own first."""
+    return [probes(config, policy) for policy in config.video.policies()]
+
+
+def probes(config: Config, policy: VideoSettings | None = None) -> dict[Site, Probe]:
+    """The attention calls of one micro-batch on one rank, which holds 1 / cut of each clip.
+
+    policy: of the size of the clips; None: the config's own.
+    """
     model, batch, cut = config.model, config.train.micro_batch, config.engine.sequence_parallel
-    height, width = latent_sides(config)
+    height, width = latent_sides(config, policy)
     patches = height * width // model.patch_size**2
-    video, frames = config.video.frames, config.video.frames + config.train.joint_images
+    video = (policy or config.video).frames
+    frames = video + config.train.joint_images
     heads = (model.num_heads, model.head_dim)
     if model.kind == "latte":
         tokens, video = patches + model.num_condition_tokens, video // model.tubelet_size
@@ -132,34 +152,42 @@ def probes(config: Config) -> dict[Site, Probe]:
     return {
         "space": Probe(batch * -(-frames // cut), patches, patches, *heads),
         "time": Probe(batch * -(-patches // cut), video, video, *heads),
-        "cross": Probe(batch, -(-frames // cut) * patches, length, *heads, ragged=batch > 1),
+        "cross": Probe(batch, -(-frames // cut) * patches, length, *heads, ragged=has_padding(config)),
     }
 
 
-def measure(probe: Probe, config: Config, device: torch.device) -> Times:
-    """Milliseconds of forward and backward by back end, or why one is out."""
+def has_padding(config: Config) -> bool:
+    """Whether captions come with a mask: where several are padded to one length, or all to the longest (compile)."""
+    several = config.train.micro_batch > 1 or config.train.joint_images > 0 or config.train.batch_budget == "tokens"
+    return several or config.engine.compile
+
+
+def measure(probe: Probe, config: Config, device: torch.device, others: Sequence[Probe] = ()) -> Times:
+    """Milliseconds of forward and backward by back end, or why one is out. It must take the `others` as well."""
     dtype, results = dtype_of(config), {}
+    small = dict.fromkeys(each.small() for each in (probe, *others))
     for backend in present(config, device):
         try:
-            error = difference(backend, probe.small(), device, dtype)
-            if error > TOLERANCE[dtype]:
+            errors = [difference(backend, each, device, dtype) for each in small]
+            error = next((error for error in errors if not error <= TOLERANCE[dtype]), None)  # NaN is one, too
+            if error is not None:
                 results[backend] = f"off by {error:.1e} of the largest value"
                 continue
             tensors = probe.tensors(device, dtype)
             seconds = call_time(lambda b=backend, t=tensors: _forward_backward(b, *t), device, SECONDS)
             results[backend] = round(seconds * 1e3, 4)
-        except NOT_FOR_THIS as error:
-            results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        except Exception as error:
+            results[backend] = why_out(error)
     return results
 
 
 def difference(backend: Backend, probe: Probe, device: torch.device, dtype: torch.dtype) -> float:
-    """Of output and gradients to the formula in fp32, the largest, over the largest value of each."""
+    """Of output and gradients to the formula in fp32, as `largest_difference` has it."""
     q, k, v, padding = probe.tensors(device, dtype)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     expected = _forward_backward("math", *exact, padding)
     got = _forward_backward(backend, q, k, v, padding)
-    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+    return largest_difference(got, expected)
 
 
 def _forward_backward(backend: Backend, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> tuple[Tensor, ...]:

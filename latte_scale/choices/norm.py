@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latte_scale.choices.attention import probes
-from latte_scale.choices.record import SECONDS, TOLERANCE, Times, dtype_of, key_of, recorded_backends
+from latte_scale.choices.record import (
+    SECONDS,
+    TOLERANCE,
+    Times,
+    dtype_of,
+    key_of,
+    largest_difference,
+    recorded_backends,
+    why_out,
+)
 from latte_scale.config import Config
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.blocks import residual
@@ -70,8 +79,8 @@ def measure_norm(config: Config, device: torch.device) -> Times:
         reason = why_no_triton(device) if backend == "triton" else None
         try:
             results[backend] = reason or _norm_time(config, device, backend)
-        except (RuntimeError, ValueError) as error:  # a kernel that does not take this width
-            results[backend] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        except Exception as error:
+            results[backend] = why_out(error)
     return results
 
 
@@ -81,8 +90,8 @@ def _norm_time(config: Config, device: torch.device, backend: NormBackend) -> fl
     small = norm_tensors([min(batch, 2), min(frames, 2), min(patches, 64), width], device)
     expected = norm_gradients(two_layers, small, "torch", torch.float32)
     got = norm_gradients(two_layers, small, backend, dtype)
-    error = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
-    if error > TOLERANCE[dtype]:
+    error = largest_difference(got, expected)
+    if not error <= TOLERANCE[dtype]:  # NaN is above everything, too
         return f"off by {error:.1e} of the largest value"
     run = torch.compile(two_layers, dynamic=False) if config.engine.compile else two_layers
     tensors = norm_tensors([batch, frames, patches, width], device)

@@ -6,11 +6,12 @@ In: what was measured, under which conditions. Out: the back end of each site. A
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latte_scale.config import Config
 from latte_scale.plain_json import write_json
@@ -22,6 +23,9 @@ Times = dict[str, float | str]
 SECONDS = 0.05  # of a measurement of one back end
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Largest difference to the formula in fp32, over its largest value: bf16 rounds by 4e-3, fp32 products may be TF32."""
+
+NEARLY_ZERO = 1e-2
+"""Of the largest value of all tensors that are compared: what is below is compared to this much."""
 
 
 def recorded_backends(
@@ -75,6 +79,24 @@ def fastest(times_ms: Times) -> str:
     if not ran:
         raise RuntimeError(f"no back end runs at this shape: {times_ms}")
     return min(ran, key=ran.__getitem__)
+
+
+def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Of tensors to the expected ones, each over its largest expected value; NaN if any number is not finite.
+
+    One that is expected to be 0 or nearly so, as the gradient of a single key, is held to the largest of the others.
+    """
+    largest = torch.stack([each.abs().max() for each in expected])
+    differences = torch.stack([(a.float() - b).abs().max() for a, b in zip(got, expected, strict=True)])
+    return float((differences / largest.clamp(min=NEARLY_ZERO * largest.max())).max())
+
+
+def why_out(error: Exception) -> str:
+    """In a line, why a back end is out that does not take a shape, or is not there after all.
+
+    Any exception: a package asserts, Triton has errors of its own for what does not fit into a device's shared memory.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def dtype_of(config: Config) -> torch.dtype:

@@ -193,7 +193,7 @@ def _with_known(latents: Tensor, known: Tensor | None, num_known: int) -> Tensor
 
 def _model_timestep(t: Tensor, x_NCFHW: Tensor, num_known: int) -> Tensor:
     """One timestep a row; with known frames one a frame, theirs 0."""
-    t = t.to(x_NCFHW.device)
+    t = t.to(x_NCFHW.device, non_blocking=True)
     if not num_known:
         return t.expand(x_NCFHW.shape[0])
     t_F = t.repeat(x_NCFHW.shape[2])

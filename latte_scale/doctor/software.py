@@ -64,7 +64,7 @@ def driver_lines(device: torch.device) -> list[Line]:
     """The kernel's driver beside the CUDA that torch was built for."""
     if device.type != "cuda":
         return [Line("ok", "driver", f"none needed ({built_for()})")]
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index)]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=8, check=True)
     except (OSError, subprocess.SubprocessError) as error:

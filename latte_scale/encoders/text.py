@@ -104,5 +104,6 @@ class TextEncoder:
             return_tensors="pt",
         )
         ids_BL, mask_BL = inputs.input_ids, inputs.attention_mask
-        embeddings_BLD = self.model(ids_BL.to(self.device), attention_mask=mask_BL.to(self.device))[0]
+        ids, mask = (tensor.to(self.device, non_blocking=True) for tensor in (ids_BL, mask_BL))
+        embeddings_BLD = self.model(ids, attention_mask=mask)[0]
         return embeddings_BLD.float(), mask_BL.sum(1).tolist()  # of the host's mask: nothing waits for the model

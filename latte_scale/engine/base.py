@@ -162,7 +162,10 @@ class Engine(Protocol):
 
 
 def make_deterministic() -> None:
-    """Ask torch for deterministic kernels; bitwise resume on a GPU needs them. Must run before the first product."""
+    """Ask torch for deterministic kernels; bitwise resume on a GPU needs them.
+
+    Must run before the first product of the process: torch looks at the variable then, and never again.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 

@@ -49,6 +49,7 @@ class Padding(NamedTuple):
 
     bias_B11K: Tensor  # 0 or MASKED_LOGIT
     order: Tensor  # [B K] int64: all keys, flattened, real ones first, clip after clip
+    real: Tensor  # [B K] bool: which keys are real, in that order
     starts: Tensor  # [B + 1] int32: where each clip's real keys begin in that order; the last one is their number
 
 
@@ -58,7 +59,8 @@ def padding_of(mask_BK: Tensor, dtype: torch.dtype) -> Padding:
     bias_BK = (1.0 - real_BK.to(dtype)) * MASKED_LOGIT
     order = torch.argsort((~real_BK).flatten().to(torch.uint8), stable=True)
     starts = F.pad(real_BK.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return Padding(bias_BK[:, None, None, :], order, starts)
+    real = torch.arange(len(order), device=order.device) < starts[-1]
+    return Padding(bias_BK[:, None, None, :], order, real, starts)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
@@ -85,11 +87,32 @@ def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Ten
     return packed(varlen_attn, q, k, v, padding)
 
 
-def _flash_package(module: str) -> Callable[..., Tensor]:
-    """A flash-attn package. Version 2 returns the output, later ones the output and the log-sum-exp."""
+def _flash2() -> Any:
+    import flash_attn
+
+    return flash_attn
+
+
+def _flash3() -> Any:
+    import flash_attn_interface
+
+    return flash_attn_interface
+
+
+def _flash4() -> Any:
+    from flash_attn import cute
+
+    return cute
+
+
+def _flash_package(load: Callable[[], Any]) -> Callable[..., Tensor]:
+    """A flash-attn package. Version 2 returns the output, later ones the output and the log-sum-exp.
+
+    `load` imports it by a statement: torch.compile would break its graph at importlib.import_module, in every block.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
-        flash = importlib.import_module(module)
+        flash = load()
         options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
 
         def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int) -> Any:
@@ -106,12 +129,15 @@ def _flash_package(module: str) -> Callable[..., Tensor]:
 def packed(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
     """Attention to the real keys alone, by a function of packed tokens [S, N, E] and where each clip starts in them.
 
-    A clip without a real key gets 0.
+    A clip without a real key gets 0. Padding lies behind the last clip, and to such keys flash-attn gives as gradient
+    what its memory held before, NaN included (pytorch/pytorch#176793, Dao-AILab/flash-attention#2324): it is cut off.
     """
     batch, _, num_queries, _ = q.shape
     starts_q = torch.arange(0, (batch + 1) * num_queries, num_queries, device=q.device, dtype=torch.int32)
     q_SNE, k_SNE, v_SNE = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    k_SNE, v_SNE = k_SNE.index_select(0, padding.order), v_SNE.index_select(0, padding.order)
+    k_SNE, v_SNE = (
+        torch.where(padding.real[:, None, None], x_SNE.index_select(0, padding.order), 0) for x_SNE in (k_SNE, v_SNE)
+    )
     out = _first(varlen(q_SNE, k_SNE, v_SNE, starts_q, padding.starts, num_queries, k.shape[2]))
     return out.unflatten(0, (batch, num_queries)).transpose(1, 2)
 
@@ -128,9 +154,9 @@ def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 BACKENDS: Mapping[Backend, Callable[[Tensor, Tensor, Tensor, Padding | None], Tensor]] = {
     "sdpa": _sdpa,
-    "flash2": _flash_package("flash_attn"),
-    "flash3": _flash_package("flash_attn_interface"),
-    "flash4": _flash_package("flash_attn.cute"),
+    "flash2": _flash_package(_flash2),
+    "flash3": _flash_package(_flash3),
+    "flash4": _flash_package(_flash4),
     "sdpa_flash": _sdpa_flash,
     "sdpa_cudnn": _sdpa_by(SDPBackend.CUDNN_ATTENTION),
     "sdpa_efficient": _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
@@ -161,10 +187,13 @@ def why_absent(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
 
 
 def _is_installed(package: str) -> bool:
-    """Whether the module is there; flash_attn in version 2, because later ones use the name too."""
+    """Whether the module is there; flash_attn in version 2, because later ones use the name too.
+
+    Looking for a part of a package imports the package, and one built for another torch is an ImportError.
+    """
     try:
         if importlib.util.find_spec(package) is None:
             return False
         return package != "flash_attn" or importlib.metadata.version("flash_attn").startswith("2")
-    except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError):
+    except (ImportError, importlib.metadata.PackageNotFoundError):
         return False

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType, scaled_mm
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
@@ -86,12 +85,11 @@ class _Fp8Linear(torch.autograd.Function):
 def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, is_fast: bool) -> Tensor:
     """left right^T + bias in bf16 by fp8. `is_fast`: sums of Hopper's tensor cores in fewer bits than fp32."""
     (left_MK, left_M1), (right_NK, right_N1) = _by_rows(left_MK), _by_rows(right_NK)
-    by_row = ScalingType.RowWise
+    # Not torch.nn.functional.scaled_mm, whose operator torch 2.11 has for no CPU and does not lower when it compiles.
     with torch.autocast(left_MK.device.type, enabled=False):  # else a CPU rounds before it adds the bias
-        return scaled_mm(
-            left_MK, right_NK.t(), left_M1, by_row, right_N1.t(), by_row,
-            bias=bias_N, output_dtype=torch.bfloat16, use_fast_accum=is_fast,
-        )  # fmt: skip
+        return torch._scaled_mm(
+            left_MK, right_NK.t(), left_M1, right_N1.t(), bias_N, out_dtype=torch.bfloat16, use_fast_accum=is_fast
+        )
 
 
 def _by_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable
@@ -27,6 +28,7 @@ logger = logging.getLogger("latte_scale")
 # Dense bf16 tensor-core peaks in FLOP/s, without sparsity, by a part of torch.cuda.get_device_name(); from the vendor's
 # data sheets. First match wins, so longer names stand first. A device that is not here gets no MFU.
 PEAK_BF16_FLOPS = {
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835.5e12,
@@ -37,10 +39,14 @@ PEAK_BF16_FLOPS = {
     "L40S": 362.05e12,
     "RTX 4090": 165.2e12,
 }
+LESS_THAN_THE_NAME = re.compile(r"\bMIG\b|\bLaptop\b|\bRTX 4090 D\b")
+"""Devices whose names hold that of a faster one: a slice of it, or another chip under its name."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a device in FLOP/s, None where it is not known (then no MFU is printed, never a guess)."""
+    if LESS_THAN_THE_NAME.search(device_name):
+        return None
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name), None)
 
 

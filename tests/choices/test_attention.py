@@ -7,7 +7,7 @@ import torch
 
 from latte_scale.choices import attention
 from latte_scale.choices.attention import Probe, attention_backends, difference, probes, recorded_attention
-from latte_scale.choices.record import fastest
+from latte_scale.choices.record import TOLERANCE, fastest
 from latte_scale.config import load_config
 from latte_scale.model import attention_backends as backends
 from latte_scale.model.attention import Attention, SelfAttention, SplitAttention
@@ -39,6 +39,10 @@ def test_the_kernel_of_short_sequences_is_taken_over_time(monkeypatch) -> None:
     assert attention_backends(named, ALONE, None) == {"space": "sdpa", "time": "triton_small", "cross": "sdpa"}
     with pytest.raises(ValueError, match=r"up to 64 frames and head dim 128, this config has 128 and 72; choose auto"):
         attention_backends(load_config(CONFIGS / "t2v_512_128f.yaml", ["attention.backend=triton_small"]), ALONE, None)
+    overrides = ["video.frames=1", "engine.sequence_parallel=1", "attention.backend=triton_small"]
+    overrides += ["video.more_sizes=[{frames: 128, height: 512, width: 512}]"]  # images, and clips beside them
+    with pytest.raises(ValueError, match="up to 64 frames and head dim 128, this config has 128 and 72"):
+        attention_backends(load_config(CONFIGS / "t2v_512_128f.yaml", overrides), ALONE, None)
 
 
 def test_what_was_measured_is_recorded_and_reused(tmp_path, caplog) -> None:
@@ -77,6 +81,60 @@ def test_a_back_end_that_is_wrong_or_cannot_is_not_chosen(monkeypatch) -> None:
     assert fastest(measured) == "math"
     with pytest.raises(RuntimeError, match="no back end"):
         fastest({"sdpa": "no"})
+
+
+@pytest.mark.parametrize("error", [AssertionError("head_dim"), type("OutOfResources", (Exception,), {})()])
+def test_whatever_a_kernel_raises_it_is_out_and_the_others_are_measured(error, monkeypatch) -> None:
+    def cannot(q, k, v, padding):
+        raise error
+
+    monkeypatch.setattr(attention, "BACKENDS", dict(backends.BACKENDS) | {"sdpa_flash": cannot})
+    measured = attention.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
+    assert measured["sdpa_flash"] == (str(error) or "OutOfResources") and measured["sdpa"] > 0
+
+
+@pytest.mark.parametrize("which", ["q", "v"])
+def test_a_back_end_whose_gradient_is_not_a_number_is_not_chosen(which, monkeypatch) -> None:
+    def spoilt(q, k, v, padding):
+        noted = {"q": q, "v": v}[which].clone()
+        noted.register_hook(lambda grad: grad.index_fill(2, torch.tensor([0]), float("nan")))
+        inputs = {"q": q, "k": k, "v": v} | {which: noted}
+        return backends.BACKENDS["math"](**inputs, padding=padding)
+
+    monkeypatch.setattr(attention, "BACKENDS", dict(backends.BACKENDS) | {"sdpa": spoilt})
+    measured = attention.measure(probes(tiny(*MIXED))["cross"], tiny(), CPU)
+    assert measured["sdpa"] == "off by nan of the largest value" and fastest(measured) != "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_flash", "math"])
+def test_attention_over_one_frame_is_not_taken_for_wrong(backend, dtype) -> None:
+    """The gradients of q and k are 0 there, and what rounding leaves of them is no error."""
+    assert difference(backend, Probe(4, 1, 1, 2, 72), CPU, dtype) < TOLERANCE[dtype] / 3
+
+
+def test_a_back_end_must_take_every_size_of_clips(monkeypatch) -> None:
+    """As cuDNN's kernel, which attends to no single frame, in a run of clips and images."""
+
+    def not_to_one(q, k, v, padding):
+        if k.shape[2] == 1:
+            raise RuntimeError("no sequence of length 1")
+        return backends.BACKENDS["math"](q, k, v, padding)
+
+    monkeypatch.setattr(attention, "BACKENDS", dict(backends.BACKENDS) | {"sdpa_flash": not_to_one})
+    mixed = tiny(*MIXED, "video.more_sizes=[{frames: 1, height: 16, width: 16}]")
+    own, other = attention.probes_by_size(mixed)
+    assert (own["time"].num_keys, other["time"].num_keys) == (mixed.video.frames, 1)
+    assert attention.measure(own["time"], mixed, CPU)["sdpa_flash"] > 0
+    assert attention.measure(own["time"], mixed, CPU, [other["time"]])["sdpa_flash"] == "no sequence of length 1"
+    assert recorded_attention(mixed, CPU, None)["time"] != "sdpa_flash"
+
+
+def test_a_probe_has_padding_wherever_a_caption_may_have() -> None:
+    alone = ("train.global_batch=1", "train.micro_batch=1")
+    assert not probes(tiny(*alone))["cross"].ragged
+    for several in (MIXED, (*alone, "engine.compile=true"), (*alone, "train.joint_images=1")):
+        assert probes(tiny(*several))["cross"].ragged, several
 
 
 def test_deterministic_runs_choose_among_deterministic_back_ends() -> None:

@@ -74,6 +74,20 @@ def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
     monkeypatch.setattr(norm_backends, "norm_modulate", lambda x, shift, scale: x + shift + scale)
     monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch)
     assert "off by" in measure_norm(tiny(), CPU)["triton"]
+    monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch * float("nan"))
+    assert "off by nan" in measure_norm(tiny(), CPU)["triton"]
+
+
+def test_whatever_a_kernel_raises_it_is_out(monkeypatch) -> None:
+    from latte_scale.model import norm_backends
+
+    def cannot(x, shift, scale):
+        raise type("OutOfResources", (Exception,), {})("out of resource: shared memory")  # triton.runtime.errors has it
+
+    monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(norm_backends, "norm_modulate", cannot)
+    times = measure_norm(tiny(), CPU)
+    assert times["triton"] == "out of resource: shared memory" and times["torch"] > 0
 
 
 def test_what_is_measured_has_the_shape_of_the_run() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.faults import soak
 from tests.faults.attempts import Server
 from tests.faults.conftest import digests, losses
+from tests.processes import descendants
 
 
 def test_f01_f24_random_kills_end_as_if_nothing_had_happened(data_sets, tmp_path: Path, capsys) -> None:
@@ -13,22 +14,6 @@ def test_f01_f24_random_kills_end_as_if_nothing_had_happened(data_sets, tmp_path
     arguments = ["--kills", "8", "--kinds", "single,fsdp2", "--data", str(data_sets.latents), "--out", str(tmp_path)]
     code = soak.main(arguments)
     assert code == 0, capsys.readouterr().out
-
-
-def descendants(pid: int) -> set[int]:
-    """Processes that descend from one, by /proc."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # gone while we look
-            continue
-        if fields[0] not in "ZX":
-            parents[int(stat.parent.name)] = int(fields[1])
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
 
 
 def is_alive(pid: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.faults.attempts import Attempt, Server
 from tests.faults.conftest import digests, losses
-from tests.faults.test_kills import descendants
+from tests.processes import descendants
 
 OPTIONS = ("engine.kind=fsdp2", "train.steps=60", "checkpoint.every_steps=1000", "checkpoint.keep_last=10")
 GRACE_S = 30.0

@@ -1,7 +1,6 @@
 """The whole path with s3:// where a folder stood: shard, encode, verify, index, train; and a service that breaks."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from latte_scale.engine import shutdown
 from latte_scale.run.metrics import read_metrics
 from latte_scale.sample import main as sampling
 from latte_scale.store import open_store
+from tests import processes
 from tests.conftest import ROOT, Run, run_in_process, train_command
 from tests.integration.test_resume import kill_at
 from tests.store.service import Corner
@@ -140,9 +140,7 @@ def test_all_ranks_end_when_one_worker_cannot_read(s3, latents, tmp_path, break_
     options = ("engine.kind=fsdp2", "data.num_workers=1", "train.steps=200")
     command = train_command(config, folder, latents, options, 2, "torchrun")
     begun = time.monotonic()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150, check=False
-    )
+    done = processes.run(command, timeout_s=150)
     assert done.returncode != 0 and time.monotonic() - begun < 120
     output = done.stdout + done.stderr + "".join(path.read_text() for path in folder.rglob("*.json"))
     assert re.search(reason, output), output[-3000:]

@@ -1,7 +1,6 @@
 """A trained run's weights, used: sampled here, exported, loaded by diffusers, imported and trained on."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +17,7 @@ from latte_scale.sampling.latents import Sampling, sample_latents
 from latte_scale.sampling.requests import requests_of
 from latte_scale.sampling.videos import read_about
 from latte_scale.weights import load_weights
+from tests import processes
 from tests.conftest import run_in_process
 
 PROMPTS = ["a red circle moves left", "a yellow triangle moves up"]
@@ -169,7 +169,7 @@ def test_many_ranks_write_the_videos_of_one(run, tmp_path, options):
     assert sample.main([*how, "--out", str(tmp_path / "one")]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "latte_scale.sample", *how, *options, "--batch-size", "1", "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = processes.run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sampled 3 videos") == 1
     one, two = ((tmp_path / name / "prompts.jsonl").read_text() for name in ("one", "two"))

@@ -1,9 +1,7 @@
 """Clips of two shapes and images, from files to training: one pass of encode, steps of one size, stop and resume."""
 
 import json
-import os
 import shutil
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +17,7 @@ from latte_scale.doctor import stored
 from latte_scale.doctor.stored import size_lines
 from latte_scale.planning import open_data
 from latte_scale.run.lease import process_start
+from tests import processes
 from tests.conftest import ROOT, Run, train_command
 from tests.integration.test_resume import kill_at
 
@@ -159,8 +158,7 @@ def test_stopped_and_resumed_it_is_bitwise_the_unbroken_run(unbroken, latents, t
 def test_two_ranks_draw_the_same_and_one_goes_on(unbroken, latents, tmp_path):
     options = ("engine.kind=fsdp2", "train.steps=9", "train.micro_batch=4", "data.num_workers=1")
     command = train_command(CONFIG, tmp_path / "run", latents, options, 2, "torchrun")
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+    done = processes.run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     resumed = run(tmp_path / "run", latents)
     assert resumed.code == 0 and resumed.digests == unbroken.digests

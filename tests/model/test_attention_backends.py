@@ -1,5 +1,7 @@
 """Back ends against the formula written out in float64, forward and backward; packing; what is there and why not."""
 
+import sys
+import types
 import typing
 
 import pytest
@@ -61,6 +63,7 @@ def test_padding_of() -> None:
     assert padding.bias_B11K[0].flatten().tolist() == [0.0, MASKED_LOGIT]
     assert padding.order.tolist()[:2] == [0, 3] and sorted(padding.order.tolist()) == list(range(6))
     assert padding.starts.tolist() == [0, 1, 2, 2] and padding.starts.dtype == torch.int32
+    assert padding.real.tolist() == [True, True, False, False, False, False]
     folded = padding_of(torch.ones(2, 3, 4), torch.float32)  # images: clips and images in front of the tokens
     assert folded.bias_B11K.shape == (6, 1, 1, 4) and folded.starts.tolist() == [0, 4, 8, 12, 16, 20, 24]
 
@@ -81,6 +84,32 @@ def test_packed_keys_give_the_formula() -> None:
     """Real keys anywhere in the row, gradients to all of k and v: 0 on padding."""
     inputs = tensors(72)
     got = with_gradients(packed(varlen_by_hand, *inputs, padding_of(MASK, torch.float32)), inputs)
+    for a, b in zip(got, formula(*inputs, MASK), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+class UnwrittenGradients(torch.autograd.Function):
+    """As flash-attn leaves them: of keys behind the last clip nothing is written, so they are whatever memory held."""
+
+    @staticmethod
+    def forward(ctx, x_SNE: Tensor, end: int) -> Tensor:
+        ctx.end = end
+        return x_SNE.clone()
+
+    @staticmethod
+    def backward(ctx, grad_SNE: Tensor) -> tuple[Tensor, None]:
+        grad_SNE = grad_SNE.clone()
+        grad_SNE[ctx.end :] = float("nan")
+        return grad_SNE, None
+
+
+def test_what_a_kernel_leaves_unwritten_reaches_no_gradient() -> None:
+    def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int):
+        k, v = (UnwrittenGradients.apply(x, int(starts_k[-1])) for x in (k, v))
+        return varlen_by_hand(q, k, v, starts_q, starts_k, max_q, max_k)
+
+    inputs = tensors(72)
+    got = with_gradients(packed(varlen, *inputs, padding_of(MASK, torch.float32)), inputs)
     for a, b in zip(got, formula(*inputs, MASK), strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
@@ -106,7 +135,59 @@ def test_why_a_back_end_is_absent(backend, device, dtype, words) -> None:
     assert words in why_absent(backend, torch.device(device), dtype)
 
 
+def package(returns_pair: bool) -> types.ModuleType:
+    """What a flash-attn package offers, by its keywords."""
+    module = types.ModuleType("flash")
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = BACKENDS["math"](q, k, v, None).transpose(1, 2)
+        return (out, None) if returns_pair else out
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic
+    ):
+        out, _ = varlen_by_hand(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return (out, None) if returns_pair else out
+
+    module.flash_attn_func, module.flash_attn_varlen_func = dense, varlen
+    return module
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three, where their back ends look for them."""
+    two, later = package(returns_pair=False), package(returns_pair=True)
+    two.cute = later
+    for name, module in {"flash_attn": two, "flash_attn.cute": later, "flash_attn_interface": later}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_a_flash_attn_package_is_called_as_it_wants(packages, backend) -> None:
+    for mask in (None, MASK):
+        inputs = tensors(72)
+        padding = None if mask is None else padding_of(mask, torch.float32)
+        got = with_gradients(BACKENDS[backend](*inputs, padding), inputs)
+        for a, b in zip(got, formula(*inputs, mask), strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_no_graph_breaks_where_a_package_is_called(packages, backend) -> None:
+    compiled = torch.compile(BACKENDS[backend], backend="eager", fullgraph=True)
+    compiled(*tensors(8), None)
+
+
+def test_a_package_that_cannot_be_imported_is_not_there(tmp_path, monkeypatch) -> None:
+    """As flash-attn built for another torch: version 4 is a part of the package that fails."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c105ErrorC2E')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "flash_attn.cute is not installed" in why_absent("flash4", torch.device("cuda"), torch.bfloat16)
+
+
 def test_every_name_has_a_function() -> None:
     assert set(BACKENDS) == set(typing.get_args(Backend))
     assert {"sdpa", "sdpa_flash", "math"} == set(ON_CPU)
-    assert Padding._fields == ("bias_B11K", "order", "starts")
+    assert Padding._fields == ("bias_B11K", "order", "real", "starts")

@@ -48,6 +48,26 @@ def test_output_and_gradients_are_those_of_fp32_within_three_bits_of_mantissa(dt
     assert relative(found[2], expected[2]) < 5e-3
 
 
+def test_operands_lie_in_memory_as_tensor_cores_take_them(monkeypatch) -> None:
+    """Both row after row in fp8, the second seen as its transpose, each with a contiguous scale; in backward, too."""
+    calls, product = [], torch._scaled_mm
+
+    def noted(left_MK, right_KN, left_M1, right_1N, *args, **options):
+        calls.append((left_MK, right_KN, left_M1, right_1N))
+        return product(left_MK, right_KN, left_M1, right_1N, *args, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", noted)
+    made, x = layer(), torch.randn(64, 5, generator=torch.Generator().manual_seed(1)).t().requires_grad_()
+    out = linear_fp8(x, made.weight, made.bias)
+    torch.autograd.grad(out, [x, made.weight], torch.ones(96, 5, dtype=torch.bfloat16).t())
+    assert len(calls) == 2
+    for left_MK, right_KN, left_M1, right_1N in calls:
+        assert left_MK.dtype == right_KN.dtype == FP8
+        assert left_MK.stride() == (left_MK.shape[1], 1) and right_KN.stride() == (1, right_KN.shape[0])
+        assert left_M1.shape == (len(left_MK), 1) and right_1N.shape == (1, right_KN.shape[1])
+        assert all(scale.is_contiguous() and scale.dtype == torch.float32 for scale in (left_M1, right_1N.t()))
+
+
 def test_the_gradient_of_the_bias_is_summed_in_fp32() -> None:
     made, generator = layer(), torch.Generator().manual_seed(1)
     x, grad = torch.randn(300, 64, generator=generator), torch.randn(300, 96, generator=generator).bfloat16()

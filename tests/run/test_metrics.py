@@ -35,6 +35,11 @@ def test_no_mfu_on_a_device_whose_peak_is_unknown():
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GB200", 2500e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
     ],
 )
 def test_peaks_by_device_name(name, peak):

@@ -1,14 +1,11 @@
 """How the trainer is started on two hosts, by each launcher, with the same arguments."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
-from tests.conftest import ROOT, Run
+from tests import processes
+from tests.conftest import Run
 from tests.slurm.hosts import Hosts
 
 FEW = ("train.steps=6", "checkpoint.every_steps=6")
@@ -35,36 +32,17 @@ def deepspeed(rank: int, folder: Path) -> list[str]:
 def start_on(pair: Hosts, folder: Path, data: Path, launcher, *overrides: str) -> list[subprocess.Popen]:
     """Start the launcher on both hosts."""
     words = ["latte_scale.train", "--config", "configs/tiny_cpu.yaml", f"data.url={data}", f"run.dir={folder / 'run'}"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
     return [
-        subprocess.Popen(
-            pair.command(name, [*launcher(rank, folder), *words, *FEW, *overrides]),
-            cwd=ROOT,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        processes.start(pair.command(name, [*launcher(rank, folder), *words, *FEW, *overrides]))
         for rank, name in enumerate(pair.names)
     ]
 
 
-def wait_for(pair: Hosts, processes: list[subprocess.Popen], folder: Path) -> tuple[Run, list[str]]:
-    """The run, with the largest exit code, and what each host printed; of a run that hangs, all stacks too."""
-    deadline = time.monotonic() + 240
-    hung = False
-    outputs = []
-    for process in processes:
-        try:
-            outputs.append(process.communicate(timeout=max(0.0, deadline - time.monotonic()))[0])
-        except subprocess.TimeoutExpired:
-            hung = True
-            for pid in [pid for name in pair.names for pid in pair.find(name, "latte_scale")]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGABRT)  # faulthandler prints what every thread is at
-            outputs.append(process.communicate(timeout=20)[0])
-    assert not hung, "not done after 240 s:\n" + "\n".join(outputs)
-    return Run(max(process.returncode for process in processes), "\n".join(outputs), folder / "run"), outputs
+def wait_for(started: list[subprocess.Popen], folder: Path) -> tuple[Run, list[str]]:
+    """The run, with the largest exit code, and what each host printed."""
+    done = processes.finish(started)
+    outputs = [each.stdout + each.stderr for each in done]
+    return Run(max(each.returncode for each in done), "\n".join(outputs), folder / "run"), outputs
 
 
 def as_ranks(address: str):

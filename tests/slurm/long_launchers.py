@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from latte_scale.run.metrics import read_metrics
-from tests.conftest import ROOT, Run
+from tests import processes
+from tests.conftest import Run
 from tests.integration.test_engines_agree import largest_difference
 from tests.slurm.launchers import DEEPSPEED, FEW, PORT, elastic, start_on, wait_for
 
@@ -20,13 +21,13 @@ def test_torchrun_restarts_the_ranks_of_both_hosts_after_one_was_killed(two_host
     longer = ("engine.kind=fsdp2", "train.steps=120", "checkpoint.every_steps=20")
     whole = tmp_path / "whole"
     whole.mkdir()
-    unbroken, _ = wait_for(two_hosts, start_on(two_hosts, whole, data_sets.latents, elastic, *longer), whole)
+    unbroken, _ = wait_for(start_on(two_hosts, whole, data_sets.latents, elastic, *longer), whole)
     processes = start_on(two_hosts, tmp_path, data_sets.latents, elastic, *longer)
     deadline_s = time.monotonic() + 120
     while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 30 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     os.kill(max(two_hosts.find("node2", "latte_scale.train")), signal.SIGKILL)  # the agent came first, then its rank
-    run, _ = wait_for(two_hosts, processes, tmp_path)
+    run, _ = wait_for(processes, tmp_path)
     assert (unbroken.code, run.code) == (0, 0), run.output
     assert "resumed at step" in run.output
     assert (run.losses, run.digests) == (unbroken.losses, unbroken.digests)
@@ -64,15 +65,7 @@ def test_deepspeed_starts_the_other_host_over_ssh(two_hosts, data_sets, tmp_path
     ]
     words = ["--module", "latte_scale.train", "--config", "configs/tiny_cpu.yaml", f"data.url={data_sets.latents}"]
     words += [f"run.dir={tmp_path / 'run'}", *FEW, "engine.kind=zero", "engine.zero_stage=3"]
-    done = subprocess.run(
-        two_hosts.command("node1", [*launcher, *words]),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ssh},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = processes.run(two_hosts.command("node1", [*launcher, *words]), environ=ssh)
     run = Run(done.returncode, done.stdout + done.stderr, tmp_path / "run")
     assert run.code == 0, run.output
     assert run.digests == [record["sample_ids_sha"] for record in reference]
