@@ -20,6 +20,7 @@ from latte_scale.choices.record import (
     dtype_of,
     key_of,
     largest_difference,
+    rank_0_chooses,
     recorded_backends,
     why_out,
 )
@@ -97,7 +98,7 @@ def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[
 def _chosen_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Site, Backend]:
     if ranks.device.type != "cuda":
         return dict.fromkeys(SITES, "sdpa")
-    return ranks.broadcast_object(recorded_attention(config, ranks.device, path) if ranks.rank == 0 else None)
+    return rank_0_chooses(ranks, lambda: recorded_attention(config, ranks.device, path))
 
 
 def recorded_attention(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:

@@ -8,14 +8,16 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from latte_scale.config import Config
+from latte_scale.engine.dist import Ranks
 from latte_scale.plain_json import write_json
 
+T = TypeVar("T")
 logger = logging.getLogger("latte_scale")
 
 Times = dict[str, float | str]
@@ -54,6 +56,25 @@ def recorded_backends(
         record = {"key": key, "backends": backends, "measured_ms": measured}
         write_json(path, read_choices(path) | {subject: record}, indent=2)
     return backends
+
+
+def rank_0_chooses(ranks: Ranks, choose: Callable[[], T]) -> T:
+    """What `choose` returns on rank 0, on all ranks. What it raises there ends all of them, with one exit code."""
+    chosen: T | None = None
+    error: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            chosen = choose()
+        except Exception as raised:
+            error = raised
+    told = None if error is None else (isinstance(error, ValueError), f"rank 0: {error}")
+    chosen, told = ranks.broadcast_object((chosen, told))
+    if error is not None:
+        raise error
+    if told is not None:
+        is_value_error, message = told
+        raise (ValueError if is_value_error else RuntimeError)(message)
+    return chosen
 
 
 def _why_unfit(recorded: dict[str, Any], key: dict[str, Any], is_there: Callable[[str], bool]) -> str:
