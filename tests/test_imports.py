@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"model"},
     "diffusion": {"diffusion"},
     "data": {"data", "store", "rng"},
-    "encoders": {"encoders", "store"},
+    "encoders": {"encoders"},
     "optim": set(),
     "engine": {"engine", "optim"},
     "ema": {"engine.base"},
