@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from latte_scale.store.base import ExistsError, MissingError, Store, StoreError, check_name, check_range, short_read
 
@@ -49,11 +50,29 @@ class LocalStore(Store):
         return self._path(name).is_file()
 
     def list(self, prefix: str = "") -> list[str]:
-        names = []
-        for folder, folders, files in os.walk(self.root, onerror=self._list_failed):
-            folders.sort()
-            relative = Path(folder).relative_to(self.root)
-            names += [(relative / file).as_posix() for file in files if not TEMPORARY.search(file)]
+        """As every store's. Links to folders are followed, but not back into a folder that the way here leads through.
+
+        Pipes and devices, whose reading might never end, are no names. A link to nothing is one: reading it says so.
+        """
+        names, ways = [], [("", frozenset())]
+        while ways:
+            folder, above = ways.pop()
+            try:
+                place = os.stat(self.root / folder)
+                identity = place.st_dev, place.st_ino
+                if identity in above:
+                    continue
+                with os.scandir(self.root / folder) as listing:
+                    entries = list(listing)
+            except OSError as error:
+                self._list_failed(error)
+                continue
+            for entry in entries:
+                kind, name = _kind(entry), f"{folder}{entry.name}"
+                if kind == "folder":
+                    ways.append((f"{name}/", above | {identity}))
+                elif kind == "file" and not TEMPORARY.search(name):
+                    names.append(name)
         return sorted(name for name in names if name.startswith(prefix))
 
     def below(self, name: str) -> "LocalStore":
@@ -114,6 +133,15 @@ class LocalStore(Store):
     def _list_failed(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise StoreError(f"{error.filename}: listing failed: {error.strerror}; check the permissions") from error
+
+
+def _kind(entry: os.DirEntry) -> Literal["folder", "file", "other"]:
+    """What a listing takes an entry for; asks the disk about links only."""
+    if not entry.is_symlink():
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    if os.path.isdir(entry.path):
+        return "folder"
+    return "file" if os.path.isfile(entry.path) or not os.path.exists(entry.path) else "other"
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:
