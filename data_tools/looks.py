@@ -16,14 +16,11 @@ import numpy as np
 
 from data_tools.cut import CutSettings, Piece, piece_size, pieces
 from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, measure, rejection
-from data_tools.layouts import Clip, too_short
+from data_tools.found import OUTAGES, Clip, too_short
 from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
-from latte_scale.store import CredentialsError, TransientError
 
 FAILED, SHORT = "failed", "min_frames"
-OUTAGES = (TransientError, CredentialsError)
-"""Faults of a store that say nothing about the clip: the command ends, and begins with this clip when run again."""
 T = TypeVar("T")
 
 

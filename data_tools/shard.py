@@ -31,14 +31,15 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 
 from data_tools.filters import Duplicates
-from data_tools.layouts import LAYOUTS, Clip, find_clips
+from data_tools.found import Clip
+from data_tools.layouts import LAYOUTS, find_clips, folder_and_list
 from data_tools.looks import FAILED, SHORT, Look, Lookers, ShardSettings
 from data_tools.pack import pack_shard
 from data_tools.reports import PackReport, read_report, report_name
 from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
 from latte_scale.data.shards import finished_entry, shard_name
 from latte_scale.settings import apply_overrides, from_mapping, read_mapping
-from latte_scale.store import Store, open_store
+from latte_scale.store import LocalStore, Store, open_store
 
 CLIPS_A_WORKER = 32  # fewer are done sooner than a process begins
 
@@ -84,15 +85,17 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--workers, --samples-per-shard, --bytes-per-shard and --min-frames must be at least 1")
     mapping = read_mapping(args.config) if args.config else {}
     settings = from_mapping(ShardSettings, apply_overrides(mapping, args.overrides), args.config or "the command")
+    store = open_store(args.output)
+    _check_apart(args.input, store)
     found = find_clips(args.input, args.layout, args.min_frames)
     outcome = Outcome(skipped=found.skipped, failed=found.failed)
     outcome.left_out_by[SHORT] += found.num_short
     groups = group_clips(found.clips, args.samples_per_shard, args.bytes_per_shard)
-    store = open_store(args.output)
     num_workers = args.workers or max(1, min(len(os.sched_getaffinity(0)), len(found.clips) // CLIPS_A_WORKER))
     with Lookers(settings, num_workers) as lookers:
         entries = _pack_all(store, groups, lookers, outcome, args.dry_run, args.force)
     _tell(outcome)
+    _tell_of_captions(found.clips, settings)
     if not args.dry_run and entries:
         _finish(store, entries, found.class_names, len(groups))
     where = "would be in" if args.dry_run else "in"
@@ -208,6 +211,26 @@ def _tell(outcome: Outcome) -> None:
     for by, count in sorted(outcome.left_out_by.items()):
         if count:
             print(f"{by} left out {count} clips", file=sys.stderr)
+
+
+def _tell_of_captions(clips: list[Clip], settings: ShardSettings) -> None:
+    """Count the clips whose captions say nothing, where others' do."""
+    num_empty = sum(not all(clip.captions) for clip in clips)
+    if num_empty and settings.filters.min_caption is None and any(any(clip.captions) for clip in clips):
+        print(f"{num_empty} clips have an empty caption; filters.min_caption=1 leaves them out", file=sys.stderr)
+
+
+def _check_apart(source: str, store: Store) -> None:
+    """Refuse an output in the input: its shards would be taken for the clips the next time. Raises ValueError."""
+    given = open_store(folder_and_list(source)[0])
+    above, below = (
+        os.path.realpath(each.root) if isinstance(each, LocalStore) else each.url for each in (given, store)
+    )
+    if f"{below}/".startswith(f"{above}/"):
+        raise ValueError(
+            f"--output {store.url} lies in --input {given.url}: its shards would be taken for clips the next time; "
+            "choose a folder beside it"
+        )
 
 
 def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None, num_groups: int) -> None:

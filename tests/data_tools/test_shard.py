@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import index, looks, shard, verify
-from data_tools.layouts import Clip
+from data_tools.found import Clip
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST, ClipSize
 from latte_scale.data.shards import ShardFile
