@@ -55,14 +55,14 @@ def _main(argv: list[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"latte-data: no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return WRONG_INPUT
-    module = importlib.import_module(f"data_tools.{verb}")
-    parser = argparse.ArgumentParser(
-        prog=f"latte-data {verb}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
     try:
+        module = importlib.import_module(f"data_tools.{verb}")
+        parser = argparse.ArgumentParser(
+            prog=f"latte-data {verb}",
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
         return module.main(parser.parse_args(rest))
     except (ValueError, OSError) as error:
         print(f"latte-data {verb}: {error}", file=sys.stderr)

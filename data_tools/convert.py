@@ -15,7 +15,6 @@ that another source began is refused unless --force.
 
 import argparse
 import json
-import multiprocessing
 import re
 import sys
 from collections import Counter
@@ -29,6 +28,7 @@ from typing import NamedTuple
 from data_tools.converted import Keys, stored_sample, unread_kinds
 from data_tools.mds_file import MdsFile, mds_columns, mds_name
 from data_tools.reports import FOLDER, ConvertReport, read_report, write_report
+from data_tools.spawning import Workers
 from latte_scale.data.index import index_name, is_text
 from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, is_mds, write_mds_index
 from latte_scale.data.samples import DamagedError, Dataset, open_dataset
@@ -77,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
     if args.workers == 1:
         outcomes = list(show(map(partial(convert_shard, source, store, args.to), numbers)))
     else:
-        context, job = multiprocessing.get_context("spawn"), (args.input, args.output, args.to)
-        with ProcessPoolExecutor(args.workers, context, initializer=_begin, initargs=job) as pool:
+        job = args.input, args.output, args.to
+        with ProcessPoolExecutor(args.workers, Workers(), initializer=_begin, initargs=job) as pool:
             outcomes = list(show(pool.map(_convert_here, numbers)))
     return _finish(source, store, args.to, outcomes)
 
