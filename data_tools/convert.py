@@ -157,7 +157,7 @@ def _check_source(source: Dataset, store: Store, to: str) -> None:
 def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
     """Refuse a folder that another source began; with `force` remove what is ours in it instead."""
     names, header = store.list(), {"source_fingerprint": fingerprint}
-    if HEADER in names and json.loads(store.read(HEADER)) == header:
+    if HEADER in names and _is_header(store.read(HEADER), header):
         return
     if HEADER not in names and any(name == MANIFEST or name.endswith((".tar", ".mds")) for name in names):
         raise ValueError(
@@ -172,6 +172,14 @@ def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
     for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: nobody may trust the rest
         store.delete(name)
     store.write(HEADER, (json.dumps(header) + "\n").encode())
+
+
+def _is_header(data: bytes, header: dict[str, str]) -> bool:
+    """Whether a stored header says the same; a damaged one does not."""
+    try:
+        return json.loads(data) == header
+    except ValueError:
+        return False
 
 
 def _finished(store: Store, name: str, num_samples: int) -> Converted | None:
