@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.page import page, section
+from data_tools.page import page, section, write_page
 from data_tools.stats import spread, stored_latents
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import VideoSettings
@@ -57,12 +57,13 @@ def main(args: argparse.Namespace) -> int:
             figures.append(figure(name, f"cannot be shown: {error}", None))
             failed += 1
     subtitle = f"{shown} of {dataset.manifest.count:,} samples, {failed} that cannot be shown"
-    Path(args.out).write_text(
+    write_page(
+        args.out,
         page(
             f"Preview of {dataset.store.url}",
             subtitle,
             [section("Clips", f'<div class="grid">{"".join(figures)}</div>')],
-        )
+        ),
     )
     print(f"{shown} clips shown, {failed} cannot be shown; {args.out}")
     return 0 if shown or not figures else 1

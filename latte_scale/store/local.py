@@ -93,13 +93,13 @@ class LocalStore(Store):
     def scratch(self, name: str) -> Path:
         path = self._path(name)
         with explained(self.join(name), "making its folder"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
         return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
 
     def put_file(self, name: str, local_path: str | Path) -> None:
         target, source = self._path(name), Path(local_path)
         with explained(self.join(name), f"storing {source}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             if source.stat().st_dev != target.parent.stat().st_dev:
                 near = self.scratch(name)
                 try:
@@ -132,7 +132,15 @@ class LocalStore(Store):
 
     def _list_failed(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise StoreError(f"{error.filename}: listing failed: {error.strerror}; check the permissions") from error
+            raise _store_error(error, str(error.filename), "listing it") from error
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they are there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # which would be taken for another writer's file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
 def _kind(entry: os.DirEntry) -> Literal["folder", "file", "other"]:
@@ -179,7 +187,9 @@ def explained(url: str, doing: str) -> Iterator[None]:
 
 def _store_error(error: OSError, url: str, doing: str) -> StoreError:
     """The same failure with its place and the next thing to do."""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+    if error.errno == errno.ENOTDIR:
+        return MissingError(f"{url}: {doing} failed: a part of this path is a file, not a folder; check the URL")
+    if error.errno == errno.ENOENT:
         return MissingError(f"{url}: {doing} failed: no such file; check the URL, or copy the missing file there")
     if error.errno == errno.EEXIST:
         return ExistsError(f"{url}: {doing} failed: it exists already; another writer was first")

@@ -39,6 +39,15 @@ def test_a_missing_file_is_named(store):
     store.delete("gone.tar")
 
 
+def test_a_file_where_a_folder_is_expected_is_named(store):
+    """It was told as another writer's file, or as missing."""
+    store.write("a", b"x")
+    below = store.below("a")
+    for call in (lambda: below.write("b", b"y"), lambda: below.write("c/d", b"y"), lambda: below.read("b"), below.list):
+        with pytest.raises(MissingError, match=r"root/a.* failed: a part of this path is a file, not a folder; check"):
+            call()
+
+
 def test_listing_is_sorted_filtered_and_hides_unfinished_writes(store):
     assert store.list() == []
     for name in ("b", "a/z", "a/b", "c.tar"):
