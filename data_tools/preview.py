@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     if args.height < 16:
         raise ValueError(f"--height: expected 16 pixels or more, came {args.height}")
     dataset = open_dataset(args.url)
+    if args.vae is not None and dataset.manifest.kind == "video":
+        raise ValueError(f"--vae {args.vae}: {dataset.store.url} holds clips, which no VAE decodes; leave it out")
     show = clip_shower(args.height) if dataset.manifest.kind == "video" else latents_shower(dataset, args.vae)
     figures, shown, failed = [], 0, 0
     for name, sample, bucket in chosen(dataset, args.count, args.match):

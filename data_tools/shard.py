@@ -49,6 +49,7 @@ class Outcome:
     """What became of the input: counts and reasons for the summary."""
 
     num_done: int = 0
+    num_shards: int = 0  # with a clip in them
     skipped: list[str] = field(default_factory=list)  # "name: reason": not tried, or not wanted
     failed: list[str] = field(default_factory=list)  # "name: reason": tried
     left_out_by: Counter = field(default_factory=Counter)  # what left it out -> clips, failed ones apart
@@ -56,6 +57,7 @@ class Outcome:
     def take(self, report: PackReport) -> None:
         """Count one shard."""
         self.num_done += report.count
+        self.num_shards += report.count > 0
         for name, by, reason in report.left_out:
             (self.failed if by == FAILED else self.skipped).append(f"{name}: {reason}")
             self.left_out_by[by] += by != FAILED
@@ -101,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     where = "would be in" if args.dry_run else "in"
     print(
         f"done {outcome.num_done}, skipped {len(outcome.skipped)}, failed {len(outcome.failed)}; "
-        f"{len(entries) or len(groups)} shards {where} {store.url}"
+        f"{outcome.num_shards} shards {where} {store.url}"
     )
     if not outcome.num_done:
         print(f"no clip of {args.input} could be stored: see the reasons above", file=sys.stderr)
