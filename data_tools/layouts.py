@@ -148,7 +148,7 @@ def _image_folders(root: Path) -> list[tuple[Path, list[str]]]:
         with os.scandir(folder) as listing:  # tells files from folders without asking for each frame
             entries = list(listing)
         ways += [(folder / entry.name, above | {place}) for entry in entries if entry.is_dir()]
-        images = sorted(e.name for e in entries if extension_of(e.name) in IMAGE_EXTENSIONS and e.is_file())
+        images = sorted(e.name for e in entries if extension_of(e.name) in IMAGE_EXTENSIONS and not e.is_dir())
         if images and folder != root:
             folders.append((folder, images))
     return sorted(folders)
