@@ -8,7 +8,8 @@ In: a folder or s3:// prefix of videos (.mp4 .mkv .avi .mov .webm ...) with a ca
 for the file, one for the caption) or a .txt beside each; or the path of such a list; or tars as webdataset and
 video2dataset write them; or a folder as FaceForensics (ffs), SkyTimelapse (sky), UCF101 (ucf101) and Taichi-HD (taichi)
 come, named by --layout. Out: `shard-000000.tar ...` holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an
-index beside each tar, `reports/` (what became of every clip) and `manifest.json`, written last.
+index beside each tar, `reports/` (what became of every clip) and `manifest.json`, written last. Links to folders are
+followed; --output may not lie in --input.
 `cut.*` divides long videos (data_tools/cut.py), `filters.*` leaves clips out (data_tools/filters.py); a --config may
 hold both. Every clip is opened and its first frame decoded. One that cannot be read, has no caption, or that a filter
 or --min-frames leaves out, is named with its reason; --dry-run does all that and stores nothing. The last line counts
