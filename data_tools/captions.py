@@ -6,6 +6,7 @@ one line of printable text: control characters become spaces, broken Unicode bec
 MAX_CHARACTERS is cut, since no text encoder reads that far and a shard holds every caption twice.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -47,6 +48,12 @@ def tidy(caption: str) -> str:
     return caption.strip()[:MAX_CHARACTERS].strip()
 
 
+def decoded(data: bytes) -> str:
+    """The text of a file: UTF-8, or UTF-16 where its first bytes say so, as some editors of Windows save it."""
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_wide else "utf-8-sig", "replace")
+
+
 def read_list(store: Store, name: str) -> dict[str, Line]:
     """file -> what the list says of it. Raises ValueError naming the line that cannot be read."""
     where, data = store.join(name), store.read(name)
@@ -85,7 +92,7 @@ Row = tuple[str, str, Line]
 
 
 def _json_rows(data: bytes, where: str) -> Iterator[Row]:
-    for number, text in enumerate(data.decode("utf-8-sig", "replace").split("\n"), 1):
+    for number, text in enumerate(decoded(data).split("\n"), 1):
         if not text.strip():
             continue
         place = f"{where}, line {number}"
@@ -105,7 +112,7 @@ def _json_rows(data: bytes, where: str) -> Iterator[Row]:
 
 def _csv_rows(data: bytes, where: str) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)  # captions of megabytes are cut by `tidy`, not refused
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig", "replace").replace("\0", " "), newline=""))
+    reader = csv.DictReader(io.StringIO(decoded(data).replace("\0", " "), newline=""))
     yield from _table_rows(reader, reader.fieldnames or [], where)
 
 
@@ -130,6 +137,9 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
             f"{where}: expected a column of files ({', '.join(FILE_COLUMNS)}) and one of captions "
             f"({', '.join(TEXT_COLUMNS)}), came {', '.join(map(str, columns)) or 'none'}"
         )
+    for name in (file_column, text_column, "label"):
+        if columns.count(name) > 1:
+            raise ValueError(f"{where}: column {name!r} stands {columns.count(name)} times; keep one")
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}"
         content = {

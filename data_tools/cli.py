@@ -6,6 +6,8 @@ import importlib
 import sys
 from importlib.metadata import version
 
+from latte_scale.reader import until_reader_leaves
+
 VERBS = {
     "shapes": "short captioned clips of moving shapes, made up, to learn on a laptop",
     "shard": "a folder of captioned clips -> tar shards with indices and a manifest",
@@ -32,8 +34,15 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. A user's mistake (ValueError, OSError) is one message on stderr and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one verb, as long as somebody reads its output (`| head`).
+
+    A user's mistake (ValueError, OSError) is one message on stderr and exit code 2.
+    """
+    return until_reader_leaves(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    """`main` with its arguments."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -46,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"latte-data: no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
         return WRONG_INPUT
-    module = importlib.import_module(f"data_tools.{verb}")
-    parser = argparse.ArgumentParser(
-        prog=f"latte-data {verb}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
     try:
+        module = importlib.import_module(f"data_tools.{verb}")
+        parser = argparse.ArgumentParser(
+            prog=f"latte-data {verb}",
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(parser)
         return module.main(parser.parse_args(rest))
     except (ValueError, OSError) as error:
         print(f"latte-data {verb}: {error}", file=sys.stderr)

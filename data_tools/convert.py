@@ -15,7 +15,6 @@ that another source began is refused unless --force.
 
 import argparse
 import json
-import multiprocessing
 import re
 import sys
 from collections import Counter
@@ -29,6 +28,7 @@ from typing import NamedTuple
 from data_tools.converted import Keys, stored_sample, unread_kinds
 from data_tools.mds_file import MdsFile, mds_columns, mds_name
 from data_tools.reports import FOLDER, ConvertReport, read_report, write_report
+from data_tools.spawning import Workers
 from latte_scale.data.index import index_name, is_text
 from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, is_mds, write_mds_index
 from latte_scale.data.samples import DamagedError, Dataset, open_dataset
@@ -77,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
     if args.workers == 1:
         outcomes = list(show(map(partial(convert_shard, source, store, args.to), numbers)))
     else:
-        context, job = multiprocessing.get_context("spawn"), (args.input, args.output, args.to)
-        with ProcessPoolExecutor(args.workers, context, initializer=_begin, initargs=job) as pool:
+        job = args.input, args.output, args.to
+        with ProcessPoolExecutor(args.workers, Workers(), initializer=_begin, initargs=job) as pool:
             outcomes = list(show(pool.map(_convert_here, numbers)))
     return _finish(source, store, args.to, outcomes)
 
@@ -157,7 +157,7 @@ def _check_source(source: Dataset, store: Store, to: str) -> None:
 def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
     """Refuse a folder that another source began; with `force` remove what is ours in it instead."""
     names, header = store.list(), {"source_fingerprint": fingerprint}
-    if HEADER in names and json.loads(store.read(HEADER)) == header:
+    if HEADER in names and _is_header(store.read(HEADER), header):
         return
     if HEADER not in names and any(name == MANIFEST or name.endswith((".tar", ".mds")) for name in names):
         raise ValueError(
@@ -172,6 +172,14 @@ def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
     for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: nobody may trust the rest
         store.delete(name)
     store.write(HEADER, (json.dumps(header) + "\n").encode())
+
+
+def _is_header(data: bytes, header: dict[str, str]) -> bool:
+    """Whether a stored header says the same; a damaged one does not."""
+    try:
+        return json.loads(data) == header
+    except ValueError:
+        return False
 
 
 def _finished(store: Store, name: str, num_samples: int) -> Converted | None:

@@ -63,6 +63,7 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
     try:
         from scenedetect import AdaptiveDetector, SceneManager
         from scenedetect.backends import VideoStreamAv
+        from scenedetect.video_stream import SeekError, VideoOpenFailure
     except ImportError as error:
         raise ValueError(
             f"cut.scenes needs PySceneDetect ({error}): pip install 'latte_scale[data]'; its OpenCV needs libGL"
@@ -71,7 +72,7 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
     manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold))
     try:
         manager.detect_scenes(VideoStreamAv(io.BytesIO(data), suppress_output=True), show_progress=False)
-    except (av.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last: it insists on tags in UTF-8
+    except (av.FFmpegError, EOFError, UnicodeDecodeError, VideoOpenFailure, SeekError) as error:  # as tags not in UTF-8
         raise VideoError(f"corrupt: its scenes cannot be found: {error}") from error
     cuts = [start.frame_num for start, _ in manager.get_scene_list()[1:]]
     edges = [0, *(place for place in cuts if 0 < place < num_frames), num_frames]

@@ -99,14 +99,19 @@ def main(args: argparse.Namespace) -> int:
     facts = encoder_facts(settings.encoders)
     _check_settings(settings, facts)
     store, header = open_store(args.output), _header(settings, facts, source)
-    _check_folder(store, header, args.force and not args.dry_run)
+    doomed = _check_folder(store, header, args.force)
     counts = [shard.count for shard in source.shards]
     if args.dry_run:
-        num_finished = sum(each is not None for each in _outcomes(store, counts))
+        num_finished = 0 if doomed else sum(each is not None for each in _outcomes(store, counts))
+        if doomed:
+            print(f"--force would remove {len(doomed)} files that other settings made", file=sys.stderr)
         print(f"dry run: {source.count} clips in {len(counts)} shards, {num_finished} of them finished; {store.url}")
         return 0
+    for name in doomed:
+        store.delete(name)
     if not store.exists(ENCODE_HEADER):
         store.write(ENCODE_HEADER, (json.dumps(header, indent=1) + "\n").encode())
+    _drop_damaged_null_text(store)
     if args.retry_failed:
         _forget_failures(store, len(counts))
     begun_s = time.monotonic()
@@ -146,21 +151,21 @@ def _check_settings(settings: EncodeSettings, facts: EncoderFacts) -> None:
     _latents_info(settings, facts)
 
 
-def _check_folder(store: Store, header: dict[str, Any], force: bool) -> None:
-    """Refuse a folder that other settings, encoders or clips began; with `force` remove what is ours in it instead.
+def _check_folder(store: Store, header: dict[str, Any], force: bool) -> list[str]:
+    """Refuse a folder that other settings, encoders or clips began; with `force` name what is ours in it instead.
 
-    A data set that this tool did not make is never removed.
+    That is to be removed in this order. A data set that this tool did not make never is.
     """
     names = store.list()
-    known = json.loads(store.read(ENCODE_HEADER)) if ENCODE_HEADER in names else None
+    known = _known_header(store, force) if ENCODE_HEADER in names else None
     if known is not None and _without_names(known) == _without_names(header):
-        return
+        return []
     if known is None:
         if any(name.endswith(".tar") for name in names) or MANIFEST in names:
             raise EncodeError(
                 f"{store.url} holds a data set that `latte-data encode` did not make; choose another --output"
             )
-        return
+        return []
     if not force:
         flat_known, flat_wanted = flatten(known), flatten(header)
         keys = [key for key in {**flat_known, **flat_wanted} if flat_known.get(key) != flat_wanted.get(key)]
@@ -170,11 +175,23 @@ def _check_folder(store: Store, header: dict[str, Any], force: bool) -> None:
             "over with --force"
         )
     ours = [name for name in names if name in (MANIFEST, NULL_TEXT) or _OURS.fullmatch(name)]
-    for name in [
-        *sorted(ours, key=lambda name: name != MANIFEST),
-        ENCODE_HEADER,
-    ]:  # the manifest first: nobody may trust the rest
-        store.delete(name)
+    # The manifest first: nobody may trust the rest.
+    return [*sorted(ours, key=lambda name: name != MANIFEST), ENCODE_HEADER]
+
+
+def _known_header(store: Store, force: bool) -> dict[str, Any]:
+    """The settings that began the folder. EncodeError where they cannot be read; with `force` they are then nothing."""
+    try:
+        known = json.loads(store.read(ENCODE_HEADER))
+        _without_names(known)
+        return known
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if force:
+            return {"encoders": {}}
+        raise EncodeError(
+            f"{store.join(ENCODE_HEADER)} cannot be read ({error}), so what made this data set is not known; restore "
+            "it, choose another --output, or start it over with --force"
+        ) from error
 
 
 def _without_names(header: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +212,16 @@ def _forget_failures(store: Store, num_shards: int) -> None:
         report = read_report(store, name)
         if report is not None and report.left_out:
             store.delete(report_name(name))
+
+
+def _drop_damaged_null_text(store: Store) -> None:
+    """Remove a null embedding that is not the one that a finished data set names: workers make it again."""
+    info = load_manifest(store).null_text if store.exists(MANIFEST) else None
+    if info is None or not store.exists(info.name):
+        return
+    if hashlib.sha256(store.read(info.name, fresh=True)).hexdigest() != info.sha256:
+        print(f"{store.join(info.name)}: damaged, made again", file=sys.stderr)
+        store.delete(info.name)
 
 
 def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, settings: EncodeSettings) -> int:

@@ -101,21 +101,29 @@ class Duplicates:
 
     def __init__(self, most_bits: int) -> None:
         self.most_bits = most_bits
-        self._bands: dict[tuple[int, str], list[tuple[int, str]]] = defaultdict(list)
+        self._known: list[tuple[int, str]] = []  # (bits, name) in the order in which they came
+        self._bands: dict[tuple[int, str], list[int]] = defaultdict(list)  # band -> places in `_known`
 
     def find(self, digest: str) -> str | None:
-        """The name of the first clip whose hash differs in `most_bits` or fewer, or None."""
+        """The name of the first clip whose hash differs in `most_bits` or fewer, or None.
+
+        Of any most_bits + 1 bands one is equal, so the rarest are looked up: bars above and below the picture make some
+        bands the same in every clip, and each would be held against all others.
+        """
         bits = int(digest, 16)
-        for band in self._split(digest):
-            for known, name in self._bands.get(band, ()):
-                if (known ^ bits).bit_count() <= self.most_bits:
-                    return name
-        return None
+        rarest = sorted((self._bands.get(band, []) for band in self._split(digest)), key=len)[: self.most_bits + 1]
+        near = (next((n for n in places if self._is_near(n, bits)), None) for places in rarest)
+        first = min((place for place in near if place is not None), default=None)
+        return None if first is None else self._known[first][1]
 
     def add(self, digest: str, name: str) -> None:
         """Remember a clip that is kept."""
         for band in self._split(digest):
-            self._bands[band].append((int(digest, 16), name))
+            self._bands[band].append(len(self._known))
+        self._known.append((int(digest, 16), name))
+
+    def _is_near(self, place: int, bits: int) -> bool:
+        return (self._known[place][0] ^ bits).bit_count() <= self.most_bits
 
     def _split(self, digest: str) -> list[tuple[int, str]]:
         step = len(digest) // NUM_BANDS

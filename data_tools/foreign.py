@@ -94,6 +94,8 @@ def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome
     reason, label, caption, size = None, None, "", None
     if "video" not in found.spans:
         reason = "no video"
+    elif not found.spans["video"].size:
+        reason = "its video is empty"
     elif long := [name for name in found.small if found.spans[name].size > MAX_TEXT_BYTES]:
         reason = f"its .{long[0]} has {found.spans[long[0]].size} bytes, more than {MAX_TEXT_BYTES}"
     else:

@@ -9,12 +9,13 @@ video (.mp4 .mkv ...) or an image (.jpg .png) and its caption (.txt, or "caption
 mosaicml-streaming (`index.json` and plain .mds files) with columns as data_tools/index_mds.py lists them: video,
 caption and the like. The shards are read once and not changed. Out: an index beside each shard and `manifest.json`.
 With --classes every sample needs a class: .cls or "label" in a .json, a number or a name; --classes gives the names in
-their order (a file, one a line) or how many there are. With --sizes every clip is opened, and its frames, height and
-width are noted in the index: training in several sizes (video.more_sizes) needs them; `latte-data shard` notes them of
-itself. Samples without a clip, or whose clip was to be opened and cannot be, or whose text or class cannot be used,
-are skipped, counted and named. Pickled members (.pkl .pickle .pyd .pth .pt) and columns are refused by name: they are
-never opened, the rest of their sample is used. A shard that is cut, or a tar that holds links or paths that leave it,
-is an error that names the member, and no manifest is written.
+their order (a file, one a line) or how many there are; without it a manifest that is there keeps its own. With --sizes
+every clip is opened, and its frames, height and width are noted in the index: training in several sizes
+(video.more_sizes) needs them; `latte-data shard` notes them of itself. Samples without a clip, or whose clip was to be
+opened and cannot be, or whose text or class cannot be used, are skipped, counted and named. Pickled members (.pkl
+.pickle .pyd .pth .pt) and columns are refused by name: they are never opened, the rest of their sample is used. A shard
+that is cut, or a tar that holds links or paths that leave it, is an error that names the member, and no manifest is
+written.
 
 The decision worth knowing: a class is kept in the index, since the shards stay as they are.
 """
@@ -25,12 +26,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from data_tools.captions import decoded
 from data_tools.foreign import Outcome
+from data_tools.found import REASON_PACKED, is_packed, seen_again
 from data_tools.index_mds import index_mds
 from data_tools.index_tar import index_tar
 from latte_scale.data.mds import MDS_INDEX, read_mds_index
 from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
-from latte_scale.store import Store, open_store
+from latte_scale.store import Store, explained, open_store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +48,14 @@ def main(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    store = open_store(args.url)
-    shards = find_shards(store)
-    if store.exists(MANIFEST) and load_manifest(store).kind != "video":
+    store, entries = open_store(args.url), []
+    outcome = Outcome(class_names(args.classes) if args.classes else None, args.sizes)
+    shards = find_shards(store, outcome)
+    known = load_manifest(store) if store.exists(MANIFEST) else None
+    if known is not None and known.kind != "video":
         raise ValueError(f"{store.url} is a latents data set, which `latte-data encode` indexes as it writes it")
-    outcome, entries = Outcome(class_names(args.classes) if args.classes else None, args.sizes), []
+    if known is not None and outcome.class_names is None:
+        outcome.class_names = known.class_names
     console = Console(stderr=True)
     for index in track(shards, "indexing", console=console, disable=not console.is_terminal):
         entry = index(outcome)
@@ -64,15 +70,25 @@ def main(args: argparse.Namespace) -> int:
         f"{len(entries)} shards in {store.url}"
     )
     if not entries:
-        print(f"no sample with a video in {store.url}: expected members like KEY.mp4 and KEY.txt", file=sys.stderr)
+        print(
+            f"no sample of {store.url} can be used: expected members like KEY.mp4 and KEY.txt; see the reasons above",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
-def find_shards(store: Store) -> list[Callable[[Outcome], ShardEntry | None]]:
-    """What indexes each shard of a folder, in order. Raises ValueError where there are none, or of both formats."""
+def find_shards(store: Store, outcome: Outcome) -> list[Callable[[Outcome], ShardEntry | None]]:
+    """What indexes each shard of a folder, in order. Raises ValueError where there are none, or of both formats.
+
+    Archives that cannot be read where they lie, and tars that a link shows again, go to `outcome.skipped`.
+    """
     names = store.list()
     tars = [name for name in names if name.endswith(".tar")]
+    again = seen_again(store, tars)
+    tars = [name for name in tars if name not in again]
+    outcome.skipped += [f"{store.join(name)}: {REASON_PACKED}" for name in names if is_packed(name)]
+    outcome.skipped += [f"{store.join(name)}: the same as {own}, by a link" for name, own in again.items()]
     if tars and MDS_INDEX in names:
         raise ValueError(f"{store.url} holds tars and an MDS {MDS_INDEX}; give each a folder of its own")
     if MDS_INDEX in names:
@@ -87,10 +103,14 @@ def find_shards(store: Store) -> list[Callable[[Outcome], ShardEntry | None]]:
 
 
 def class_names(given: str) -> tuple[str, ...]:
-    """The names of --classes. Raises ValueError for a file without names, or with one twice."""
+    """The names of --classes. Raises ValueError for a file without names, or with one twice, StoreError for no file."""
     if given.isdecimal():
+        if not int(given):
+            raise ValueError("--classes: expected a number of classes of 1 or more, or the file of their names, came 0")
         return tuple(map(str, range(int(given))))
-    names = [line.strip() for line in Path(given).read_text("utf-8").splitlines() if line.strip()]
+    with explained(given, "reading the names of the classes"):
+        data = Path(given).read_bytes()
+    names = [line.strip() for line in decoded(data).splitlines() if line.strip()]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{given}: expected the names of the classes, one a line, each once; came {len(names)} lines")
     return tuple(names)

@@ -4,12 +4,14 @@ In: a tar of files that share a key, read once from front to back. Out: its side
 (KEY.jpg) is the clip of a sample that has no video. Pickled members are refused by name and never opened.
 
 The decision worth knowing: keys follow webdataset's rule (the name is cut at its first dot, the folder stays), and a
-key may not come back later in the same tar, where webdataset would make two half samples of it.
+key may not come back later in the same tar, where webdataset would make two half samples of it: a clip without its
+caption, as in a tar that holds all captions first and then all clips.
 """
 
 from dataclasses import dataclass, field
 
 from data_tools.foreign import MAX_TEXT_BYTES, SMALL, FileStream, Found, Outcome, add_sample, store_index
+from data_tools.found import is_utf8
 from latte_scale.data.index import IndexBuilder, Span
 from latte_scale.data.schema import ShardEntry
 from latte_scale.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -26,6 +28,7 @@ def index_tar(store: Store, name: str, outcome: Outcome) -> ShardEntry | None:
     """
     stream, builder = FileStream(store, name), IndexBuilder("video")
     sample: _Open | None = None
+    keys: set[str] = set()
     for member in walk(stream.read, stream.where, total=stream.size_bytes):
         named = split_name(member.name)
         if named is None:
@@ -33,11 +36,23 @@ def index_tar(store: Store, name: str, outcome: Outcome) -> ShardEntry | None:
             continue
         if sample is None or sample.key != named[0]:
             _close(sample, builder, outcome, stream.where)
+            _refuse_again(named[0], keys, member, stream.where)
             sample = _Open(named[0], member.start)
         _take(sample, member, named[1], stream, outcome)
     _close(sample, builder, outcome, stream.where)
     stream.finish()
     return store_index(builder, stream)
+
+
+def _refuse_again(key: str, keys: set[str], member: Member, where: str) -> None:
+    """Note a key; TarError where it has been before: its sample would be two halves."""
+    if key in keys:
+        raise TarError(
+            f"{where}: member {member.name!r}: key {key!r} comes back after others; a sample's files must lie side by "
+            "side. Pack the tar again with its names sorted (tar --sort=name), or, where a clip's key is no other's, "
+            "let `latte-data shard` take the clips out, which needs no order"
+        )
+    keys.add(key)
 
 
 @dataclass
@@ -77,6 +92,9 @@ def _take(sample: _Open, member: Member, extension: str, stream: FileStream, out
 def _close(sample: _Open | None, builder: IndexBuilder, outcome: Outcome, where: str) -> None:
     """Add a finished sample to the index."""
     if sample is None:
+        return
+    if not is_utf8(sample.key):
+        outcome.skipped.append(f"{where}: sample {sample.key!r}: its name is no UTF-8")
         return
     spans = dict(sample.spans)
     image = spans.pop("image", None)

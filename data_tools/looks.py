@@ -5,7 +5,6 @@ kept, else why not. Looks are taken by a pool of processes and come in the order
 decoder, and with it a process, costs that file alone.
 """
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,14 +15,12 @@ import numpy as np
 
 from data_tools.cut import CutSettings, Piece, piece_size, pieces
 from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, measure, rejection
-from data_tools.layouts import Clip, too_short
+from data_tools.found import OUTAGES, Clip, too_short
+from data_tools.spawning import Workers
 from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
-from latte_scale.store import CredentialsError, TransientError
 
 FAILED, SHORT = "failed", "min_frames"
-OUTAGES = (TransientError, CredentialsError)
-"""Faults of a store that say nothing about the clip: the command ends, and begins with this clip when run again."""
 T = TypeVar("T")
 
 
@@ -177,4 +174,4 @@ class Lookers:
                 self.pool = self._new()
 
     def _new(self, num_workers: int | None = None) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(num_workers or self.num_workers, multiprocessing.get_context("spawn"))
+        return ProcessPoolExecutor(num_workers or self.num_workers, Workers())

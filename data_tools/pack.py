@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_tools.cut import cut_out
-from data_tools.layouts import Clip
-from data_tools.looks import FAILED, OUTAGES, Look
+from data_tools.found import OUTAGES, Clip
+from data_tools.looks import FAILED, Look
 from data_tools.reports import PackReport, write_report
 from latte_scale.data.index import index_name
 from latte_scale.data.schema import ShardEntry

@@ -7,6 +7,8 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
+from latte_scale.store import open_store
+
 STYLE = """
 :root{color-scheme:light dark;--ink:light-dark(#1c1f23,#e6e6e3);--soft:light-dark(#63686f,#a0a39f);
 --ground:light-dark(#fbfaf8,#16181b);--card:light-dark(#fff,#1f2226);--line:light-dark(#dddad3,#34383d);
@@ -38,6 +40,12 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
+
+
+def write_page(out: str, content: str) -> None:
+    """Put a page at a path or URL, complete; folders are made. Raises StoreError with what to do."""
+    folder, _, name = out.rpartition("/")
+    open_store(folder or ("/" if out.startswith("/") else ".")).write(name, content.encode())
 
 
 def section(title: str, *parts: str) -> str:

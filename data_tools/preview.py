@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.page import page, section
+from data_tools.page import page, section, write_page
 from data_tools.stats import spread, stored_latents
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import VideoSettings
@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     if args.height < 16:
         raise ValueError(f"--height: expected 16 pixels or more, came {args.height}")
     dataset = open_dataset(args.url)
+    if args.vae is not None and dataset.manifest.kind == "video":
+        raise ValueError(f"--vae {args.vae}: {dataset.store.url} holds clips, which no VAE decodes; leave it out")
     show = clip_shower(args.height) if dataset.manifest.kind == "video" else latents_shower(dataset, args.vae)
     figures, shown, failed = [], 0, 0
     for name, sample, bucket in chosen(dataset, args.count, args.match):
@@ -57,12 +59,13 @@ def main(args: argparse.Namespace) -> int:
             figures.append(figure(name, f"cannot be shown: {error}", None))
             failed += 1
     subtitle = f"{shown} of {dataset.manifest.count:,} samples, {failed} that cannot be shown"
-    Path(args.out).write_text(
+    write_page(
+        args.out,
         page(
             f"Preview of {dataset.store.url}",
             subtitle,
             [section("Clips", f'<div class="grid">{"".join(figures)}</div>')],
-        )
+        ),
     )
     print(f"{shown} clips shown, {failed} cannot be shown; {args.out}")
     return 0 if shown or not figures else 1

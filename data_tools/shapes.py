@@ -26,6 +26,7 @@ from data_tools import scenes as scene_clips
 from data_tools.drawing import COLOUR_JITTER, COLOURS, DIRECTIONS, FPS, MARGIN, NUM_FRAMES, SHAPES, SIDE, coverage
 from latte_scale import rng
 from latte_scale.data.video import write_mp4
+from latte_scale.store import explained
 
 PROMPT = "a {colour} {shape} moves {direction}"
 
@@ -138,16 +139,24 @@ def write_shapes(
     """Write `count` clips, captions.jsonl and shapes.json (last: it marks the folder complete) into `output`.
 
     `progress` is an iterator over range(count) that may draw a bar; `labels` adds each clip's combination as its class;
-    `scenes` draws those of data_tools/scenes.py. Raises ValueError if count < 1, or for labels of scenes.
+    `scenes` draws those of data_tools/scenes.py. Raises ValueError if count < 1, for labels of scenes,
+    or where `output` is a file, StoreError where it cannot be written.
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, came {count}")
     if labels and scenes:
         raise ValueError("--labels is of plain shapes: scenes have more combinations than classes; leave one out")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; expected a folder, which is made if it is missing")
+    with explained(str(output), "writing the clips"):
+        _write(output, count, seed, progress or range(count), labels, scenes)
+
+
+def _write(output: Path, count: int, seed: int, places: Iterable[int], labels: bool, scenes: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     draw, words = (_draw_scene, scene_clips.vocabulary(seed)) if scenes else (_draw_clip, vocabulary())
     rows = []
-    for index in progress or range(count):
+    for index in places:
         name = f"{index:06d}.mp4"
         frames, text, label = draw(seed, index)
         write_mp4(output / name, frames, FPS)
@@ -182,10 +191,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from rich.console import Console
     from rich.progress import track
 
     output = Path(args.output)
-    steps = track(range(args.count), description="drawing clips") if args.count > 0 else None
+    console = Console(stderr=True)
+    show = {"description": "drawing clips", "console": console, "disable": not console.is_terminal}
+    steps = track(range(args.count), **show) if args.count > 0 else None
     write_shapes(output, args.count, args.seed, steps, args.labels, args.scenes)
     words = scene_clips.vocabulary(args.seed) if args.scenes else vocabulary()
     print(

@@ -8,7 +8,8 @@ In: a folder or s3:// prefix of videos (.mp4 .mkv .avi .mov .webm ...) with a ca
 for the file, one for the caption) or a .txt beside each; or the path of such a list; or tars as webdataset and
 video2dataset write them; or a folder as FaceForensics (ffs), SkyTimelapse (sky), UCF101 (ucf101) and Taichi-HD (taichi)
 come, named by --layout. Out: `shard-000000.tar ...` holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an
-index beside each tar, `reports/` (what became of every clip) and `manifest.json`, written last.
+index beside each tar, `reports/` (what became of every clip) and `manifest.json`, written last. Links to folders are
+followed; --output may not lie in --input.
 `cut.*` divides long videos (data_tools/cut.py), `filters.*` leaves clips out (data_tools/filters.py); a --config may
 hold both. Every clip is opened and its first frame decoded. One that cannot be read, has no caption, or that a filter
 or --min-frames leaves out, is named with its reason; --dry-run does all that and stores nothing. The last line counts
@@ -31,14 +32,15 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 
 from data_tools.filters import Duplicates
-from data_tools.layouts import LAYOUTS, Clip, find_clips
+from data_tools.found import Clip
+from data_tools.layouts import LAYOUTS, find_clips, folder_and_list
 from data_tools.looks import FAILED, SHORT, Look, Lookers, ShardSettings
 from data_tools.pack import pack_shard
 from data_tools.reports import PackReport, read_report, report_name
 from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
 from latte_scale.data.shards import finished_entry, shard_name
 from latte_scale.settings import apply_overrides, from_mapping, read_mapping
-from latte_scale.store import Store, open_store
+from latte_scale.store import LocalStore, Store, open_store
 
 CLIPS_A_WORKER = 32  # fewer are done sooner than a process begins
 
@@ -48,6 +50,7 @@ class Outcome:
     """What became of the input: counts and reasons for the summary."""
 
     num_done: int = 0
+    num_shards: int = 0  # with a clip in them
     skipped: list[str] = field(default_factory=list)  # "name: reason": not tried, or not wanted
     failed: list[str] = field(default_factory=list)  # "name: reason": tried
     left_out_by: Counter = field(default_factory=Counter)  # what left it out -> clips, failed ones apart
@@ -55,6 +58,7 @@ class Outcome:
     def take(self, report: PackReport) -> None:
         """Count one shard."""
         self.num_done += report.count
+        self.num_shards += report.count > 0
         for name, by, reason in report.left_out:
             (self.failed if by == FAILED else self.skipped).append(f"{name}: {reason}")
             self.left_out_by[by] += by != FAILED
@@ -84,21 +88,23 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--workers, --samples-per-shard, --bytes-per-shard and --min-frames must be at least 1")
     mapping = read_mapping(args.config) if args.config else {}
     settings = from_mapping(ShardSettings, apply_overrides(mapping, args.overrides), args.config or "the command")
+    store = open_store(args.output)
+    _check_apart(args.input, store)
     found = find_clips(args.input, args.layout, args.min_frames)
     outcome = Outcome(skipped=found.skipped, failed=found.failed)
     outcome.left_out_by[SHORT] += found.num_short
     groups = group_clips(found.clips, args.samples_per_shard, args.bytes_per_shard)
-    store = open_store(args.output)
     num_workers = args.workers or max(1, min(len(os.sched_getaffinity(0)), len(found.clips) // CLIPS_A_WORKER))
     with Lookers(settings, num_workers) as lookers:
         entries = _pack_all(store, groups, lookers, outcome, args.dry_run, args.force)
     _tell(outcome)
+    _tell_of_captions(found.clips, settings)
     if not args.dry_run and entries:
         _finish(store, entries, found.class_names, len(groups))
     where = "would be in" if args.dry_run else "in"
     print(
         f"done {outcome.num_done}, skipped {len(outcome.skipped)}, failed {len(outcome.failed)}; "
-        f"{len(entries) or len(groups)} shards {where} {store.url}"
+        f"{outcome.num_shards} shards {where} {store.url}"
     )
     if not outcome.num_done:
         print(f"no clip of {args.input} could be stored: see the reasons above", file=sys.stderr)
@@ -208,6 +214,26 @@ def _tell(outcome: Outcome) -> None:
     for by, count in sorted(outcome.left_out_by.items()):
         if count:
             print(f"{by} left out {count} clips", file=sys.stderr)
+
+
+def _tell_of_captions(clips: list[Clip], settings: ShardSettings) -> None:
+    """Count the clips whose captions say nothing, where others' do."""
+    num_empty = sum(not all(clip.captions) for clip in clips)
+    if num_empty and settings.filters.min_caption is None and any(any(clip.captions) for clip in clips):
+        print(f"{num_empty} clips have an empty caption; filters.min_caption=1 leaves them out", file=sys.stderr)
+
+
+def _check_apart(source: str, store: Store) -> None:
+    """Refuse an output in the input: its shards would be taken for the clips the next time. Raises ValueError."""
+    given = open_store(folder_and_list(source)[0])
+    above, below = (
+        os.path.realpath(each.root) if isinstance(each, LocalStore) else each.url for each in (given, store)
+    )
+    if f"{below}/".startswith(f"{above}/"):
+        raise ValueError(
+            f"--output {store.url} lies in --input {given.url}: its shards would be taken for clips the next time; "
+            "choose a folder beside it"
+        )
 
 
 def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None, num_groups: int) -> None:

@@ -12,11 +12,10 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from data_tools.page import histogram, number, page, section, table
+from data_tools.page import histogram, number, page, section, table, write_page
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.items import latent_shape
 from latte_scale.data.latents import unpack_latents, unpack_text
@@ -58,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     columns = {
         name: [row[name] for row in rows if name in row] for name in dict.fromkeys(n for row in rows for n in row)
     }
-    Path(args.out).write_text(stats_page(dataset, columns, len(rows), damaged))
+    write_page(args.out, stats_page(dataset, columns, len(rows), damaged))
     print(f"{'':<28}" + "  ".join(f"{title:>9}" for title in ("least", "5 %", "median", "95 %", "greatest")))
     for name, values in columns.items():
         print(f"{name:<28}" + "  ".join(f"{number(value):>9}" for value in percentiles(values)))

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from data_tools.captions import tidy
+from data_tools.captions import decoded, tidy
 from latte_scale.data.shards import VIDEO_EXTENSIONS
 from latte_scale.data.tar import Member, TarError, split_name, walk
 from latte_scale.store import Store
@@ -32,27 +32,38 @@ class _Group:
 
     videos: list[Member] = field(default_factory=list)
     texts: dict[str, Member] = field(default_factory=dict)  # "txt" and "json"
+    is_double: bool = False  # a second .txt or .json: which is whose cannot be told
 
 
 def tar_clips(store: Store, tar: str, failed: list[str]) -> list[TarClip]:
-    """The videos of a tar in its order; the tar's fault, if it has one, goes to `failed` and it gives no clip."""
+    """The videos of a tar in its order; what is left out goes to `failed`, all of a tar that is damaged."""
     groups: dict[str, _Group] = {}
+    nameless = []
     try:
         for member in walk(lambda at, size: _read(store, tar, at, size), store.join(tar), total=store.size(tar)):
-            key, extension = split_name(member.name) or ("", "")
-            last = extension.rpartition(".")[2]
-            if last in VIDEO_EXTENSIONS:
-                groups.setdefault(key, _Group()).videos.append(member)
+            named = split_name(member.name)
+            if named is None:
+                nameless += [member] * (member.name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS)
+                continue
+            group, extension = groups.setdefault(named[0], _Group()), named[1]
+            if extension.rpartition(".")[2] in VIDEO_EXTENSIONS:
+                group.videos.append(member)
             elif extension in ("txt", "json"):
-                groups.setdefault(key, _Group()).texts[extension] = member
-        return [
+                group.is_double |= extension in group.texts
+                group.texts[extension] = member
+        double = [video for group in groups.values() if group.is_double for video in group.videos]
+        clips = [
             TarClip(tar, video, _caption(store, tar, group.texts))
             for group in groups.values()
             for video in group.videos
+            if not group.is_double
         ]
     except TarError as error:
         failed.append(str(error))
         return []
+    failed += [f"{tar}/{video.name}: its key has two .txt or .json in the tar; repack it with one" for video in double]
+    failed += [f"{tar}/{video.name}: webdataset passes over such names; rename it" for video in nameless]
+    return clips
 
 
 def _caption(store: Store, tar: str, texts: dict[str, Member]) -> str | None:
@@ -60,7 +71,7 @@ def _caption(store: Store, tar: str, texts: dict[str, Member]) -> str | None:
         member = texts.get(kind)
         if member is None or member.size > MAX_TEXT_BYTES:
             continue
-        text = store.read(tar, member.offset, member.size).decode("utf-8", "replace")
+        text = decoded(store.read(tar, member.offset, member.size))
         if kind == "txt":
             return tidy(text)
         try:

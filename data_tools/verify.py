@@ -4,8 +4,8 @@
 
 In: the folder or URL of a data set with a manifest. Checked: size and sha256 of each tar, sha256 and row count of each
 index, counts per bucket, crc32c and names of every sample's fields, its class, shapes and finite numbers of its latents
-and of the embeddings of all its captions, the null embedding. Out: one line a fault on standard error, then counts;
-exit code 1 if there is a fault.
+and of the embeddings of all its captions, the null embedding. What does not fit is read twice. Out: one line a fault on
+standard error, then counts; exit code 1 if there is a fault.
 Files that the manifest does not name (a killed writer's, a foreign tar) are listed but are no fault.
 """
 
@@ -102,11 +102,19 @@ def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
     size_bytes = store.size(entry.name)
     if size_bytes != entry.size_bytes:
         yield f"{store.join(entry.name)}: size: expected {entry.size_bytes} bytes, came {size_bytes}"
+    found = _sha256(store, entry.name, size_bytes)
+    if found != entry.sha256:
+        found = _sha256(store, entry.name, size_bytes)  # it may have been damaged on its way
+    if found != entry.sha256:
+        yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., came {found[:16]}..."
+
+
+def _sha256(store: Store, name: str, size_bytes: int) -> str:
+    """Of a file, read past every cache."""
     digest = hashlib.sha256()
     for offset in range(0, size_bytes, CHUNK):
-        digest.update(store.read(entry.name, offset, min(CHUNK, size_bytes - offset), fresh=True))
-    if digest.hexdigest() != entry.sha256:
-        yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., came {digest.hexdigest()[:16]}..."
+        digest.update(store.read(name, offset, min(CHUNK, size_bytes - offset), fresh=True))
+    return digest.hexdigest()
 
 
 def _sample_faults(dataset: Dataset, number: int, position: int) -> Iterator[str]:
@@ -115,7 +123,7 @@ def _sample_faults(dataset: Dataset, number: int, position: int) -> Iterator[str
     num_captions = max(1, row.num_texts)
     for caption in range(num_captions):
         try:
-            sample = dataset.read(number, position, cached=False, caption_at=(caption + 0.5) / num_captions)
+            sample = _read_twice(dataset, number, position, (caption + 0.5) / num_captions)
             dataset.label(sample)
         except (DamagedError, ManifestError, StoreError) as error:
             yield str(error)
@@ -124,6 +132,14 @@ def _sample_faults(dataset: Dataset, number: int, position: int) -> Iterator[str
             faults = [] if caption else [*_latent_faults(dataset, sample, row.bucket)]
             faults += _text_faults(dataset, sample)
             yield from (f"{where}: sample {sample.key!r}: {fault}" for fault in faults)
+
+
+def _read_twice(dataset: Dataset, number: int, position: int, caption_at: float) -> Sample:
+    """A sample past every cache, as training reads it: once more where it was damaged, perhaps on its way."""
+    try:
+        return dataset.read(number, position, cached=False, caption_at=caption_at)
+    except DamagedError:
+        return dataset.read(number, position, cached=False, caption_at=caption_at)
 
 
 def _latent_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[str]:

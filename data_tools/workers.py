@@ -21,6 +21,7 @@ from data_tools.claims import BEAT_S, STALE_S, Claims, LostClaimError
 from data_tools.encode_shard import NUM_THREADS, Encoder, EncodeSettings
 from data_tools.progress import following
 from data_tools.reports import finished
+from data_tools.spawning import Workers
 from latte_scale.data.schema import NULL_TEXT
 from latte_scale.data.shards import shard_name
 from latte_scale.rng import hash64
@@ -77,7 +78,7 @@ class Board:
     @classmethod
     def empty(cls, counts: list[int], num_workers: int) -> "Board":
         """For one process (a list would do) or several."""
-        context = multiprocessing.get_context("spawn")
+        context = Workers()
         return cls(counts, context.RawArray("b", len(counts)), context.RawArray("q", num_workers))
 
     def progress(self) -> tuple[int, int]:
@@ -171,7 +172,7 @@ def _work_in_processes(job: Job, board: Board) -> None:
 
     A worker that dies is mourned and its shard made by another; one that fails stops all.
     """
-    context = multiprocessing.get_context("spawn")
+    context = Workers()
     errors = context.SimpleQueue()
     arguments = [(job, board, place, errors) for place in range(job.num_workers)]
     processes = [context.Process(target=_worker, args=each, name=f"encode-{each[2]}") for each in arguments]

@@ -5,6 +5,8 @@ import importlib
 import sys
 from importlib.metadata import version
 
+from latte_scale.reader import until_reader_leaves
+
 VERBS = {  # verb -> (module:function, what it does)
     "quickstart": ("latte_scale.quickstart:main", "clips to a sampled video and a report, on this machine"),
     "estimate": ("latte_scale.estimate.command:main", "memory, time and cost of a run, before it is launched"),
@@ -32,8 +34,15 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; a user's mistake is one line on stderr and exit code 78 (train) or 2, Ctrl-C is 130."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one verb, as long as somebody reads its output (`| head`).
+
+    A user's mistake is one line on stderr and exit code 78 (train) or 2, Ctrl-C is 130.
+    """
+    return until_reader_leaves(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    """`main` with its arguments."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -66,25 +66,21 @@ def resume(
     Raises StopRunError when the config or the data differ from the checkpoint's in a way that would change the run.
     """
     manifest = found.manifest
-    check_changes(manifest.config, to_mapping(config), allow_change)
-    if manifest.data_fingerprint != fingerprint:
-        if DATA not in allow_change:
-            raise StopRunError(
-                f"{found.url} was trained on other data, or in another order: expected plan "
-                f"{manifest.data_fingerprint[:16]}, came {fingerprint[:16]}. Restore the data set (latte-data "
-                f"verify), start a new run with model.init={found.url}, or pass --allow-change {DATA} to go on with it"
-            )
-        logger.warning("data plan changed from %s to %s", manifest.data_fingerprint, fingerprint)
+    plans = manifest.data_fingerprint, fingerprint
+    check_changes(manifest.config, to_mapping(config), allow_change, plans, found.url)
     load_into(found, trees)
     engine.after_load(manifest.counters["updates"])
     ema.after_load(manifest.counters["updates"])
     return Progress(manifest.step, tuple(manifest.counters["skipped_steps"]))
 
 
-def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> None:
-    """Refuse a changed config key that would make this another run; `--allow-change KEY` lets one through, logged.
+def check_changes(
+    saved: dict, current: dict, allow_change: Sequence[str], plans: tuple[str, str], checkpoint_url: str
+) -> None:
+    """Refuse what would make this another run: a changed config key, another data plan (`plans`: saved, current).
 
-    Also refuses a KEY that no config has.
+    `--allow-change KEY` lets one through, logged. A refusal names all of them at once, for a key as data.url changes
+    the plan as well. Also refuses a KEY that no config has.
     """
     known = {DATA, *flatten(saved), *flatten(current)}
     for key in allow_change:
@@ -95,9 +91,21 @@ def check_changes(saved: dict, current: dict, allow_change: Sequence[str]) -> No
     refused = {key: values for key, values in changed.items() if key not in allow_change}
     for key in changed.keys() - refused.keys():
         logger.warning("config key %s changed from %r to %r (--allow-change): keep the new value", key, *changed[key])
-    if refused:
-        listing = "\n".join(f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in refused.items())
-        allow = " ".join(f"--allow-change {key}" for key in refused)
+    is_other_data = plans[0] != plans[1]
+    if is_other_data and DATA in allow_change:
+        logger.warning("data plan changed from %s to %s", *plans)
+    lines = {key: f"was {old!r}, now {new!r}" for key, (old, new) in refused.items()}
+    if is_other_data and DATA not in allow_change:
+        if not refused:
+            raise StopRunError(
+                f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, came "
+                f"{plans[1][:16]}. Restore the data set (latte-data verify), start a new run with "
+                f"model.init={checkpoint_url}, or pass --allow-change {DATA} to go on with it"
+            )
+        lines[DATA] = f"which samples come, in which order: was plan {plans[0][:16]}, now {plans[1][:16]}"
+    if lines:
+        listing = "\n".join(f"  {key}: {line}" for key, line in lines.items())
+        allow = " ".join(f"--allow-change {key}" for key in lines)
         raise StopRunError(
             f"the config differs from that of the checkpoint:\n{listing}\nset the old values, choose another run.dir, "
             f"or, if the change is meant, pass {allow}"

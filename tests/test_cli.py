@@ -1,6 +1,7 @@
 """The doors: help is quick and complete, a wrong verb is answered."""
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -68,3 +69,28 @@ def test_ctrl_c_ends_a_verb_without_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr("latte_scale.report.main", interrupted)
     assert cli.main(["report", "runs/x"]) == 130
     assert capsys.readouterr().err == "latte-scale report: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("data_tools.cli", ["--help"]),
+        ("data_tools.cli", ["verify", "--help"]),
+        ("data_tools.cli", ["verify", "{shards}"]),
+        ("data_tools.cli", ["shard", "--input", "{clips}", "--output", "{clips}-more", "--dry-run"]),
+        ("latte_scale.cli", ["keys"]),
+        ("latte_scale.cli", ["ckpt", "ls", "{clips}"]),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else words,
+)
+def test_a_command_whose_reader_has_left_ends_quietly(data_sets, module, words):
+    """As in `latte-data verify DIR | head`, once head has what it wants: no message, and no work reported as failed."""
+    places = {"clips": data_sets.clips, "shards": data_sets.shards}
+    command = [sys.executable, "-m", module, *(word.format(**places) for word in words)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    # ls of what is no run says so on stderr, which nobody reads here either
+    errors = writing if words[0] == "ckpt" else subprocess.PIPE
+    done = subprocess.run(command, stdout=writing, stderr=errors, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr or "") == (141, "")

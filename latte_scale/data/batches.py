@@ -21,13 +21,13 @@ from torch import Tensor
 from latte_scale import rng
 from latte_scale.data.images import ClipFrames, ImageSource, image_set
 from latte_scale.data.index import Side
-from latte_scale.data.items import Draw, Item, ItemReader, Replacement, latent_shape
+from latte_scale.data.items import Draw, Item, ItemReader, LoaderError, Replacement, latent_shape
 from latte_scale.data.plan import Plan
 from latte_scale.data.ring import Packed, Ring, Room, pack
 from latte_scale.data.samples import Dataset
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.shares import Slot, micro_batch_slots, step_shape
-from latte_scale.store import Counters
+from latte_scale.store import Counters, StoreError
 
 SMALL_BYTES = 1024
 """More than the numbers of a slot (weight, index, class, ...) and its images take, each rounded up to a cache line."""
@@ -80,6 +80,13 @@ class MicroBatch:
         return dataclasses.replace(self, **tensors)
 
 
+@dataclass(frozen=True)
+class Failed:
+    """Why a worker has no micro-batch. Raised in it, torch would make a page of traceback the error's message."""
+
+    error: StoreError | LoaderError
+
+
 @dataclass
 class MicroBatches(torch.utils.data.Dataset):
     """(step, part) -> MicroBatch number `part` of one rank's share of the step. Copied into every worker."""
@@ -121,14 +128,19 @@ class MicroBatches(torch.utils.data.Dataset):
         """(micro-batches, slots in each) of a step of this bucket."""
         return step_shape(self.plan, bucket, self.size, self.micro_batch, self.group)
 
-    def __getitem__(self, place: tuple[int, int]) -> "MicroBatch | Packed":
-        """Micro-batch `part` of a step; in a worker with a ring, packed."""
+    def __getitem__(self, place: tuple[int, int]) -> "MicroBatch | Packed | Failed":
+        """Micro-batch `part` of a step; in a worker with a ring packed, and what cannot be read as Failed."""
         worker = torch.utils.data.get_worker_info()
         if self._far_store is not None:
             for each in (place, self._after(*place, worker.num_workers if worker else 1)):  # this worker's next, too
                 self._announce(*each)
         room = Room() if worker is None or self.ring is None else self.ring.room(worker.id)
-        batch = self._make(*place, room)
+        try:
+            batch = self._make(*place, room)
+        except (StoreError, LoaderError) as error:
+            if worker is None:
+                raise
+            return Failed(error)
         if self._far_store is not None:
             before, self._counted = self._counted, replace(self._far_store.counters)
             batch.fetched = self._counted.since(before)

@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader
 
-from latte_scale.data.batches import MicroBatch, MicroBatches
+from latte_scale.data.batches import Failed, MicroBatch, MicroBatches
 from latte_scale.data.fit import mixture_differences
 from latte_scale.data.images import check_images, image_sizes
 from latte_scale.data.index import Side
@@ -228,7 +228,7 @@ class Loader:
         if self._iterator is None:
             self._start()
         made = (next(self._iterator) for _ in range(self._source.num_parts(self.step)))
-        micro_batches = [each.unpack() if isinstance(each, Packed) else each for each in made]
+        micro_batches = [_unpacked(each) for each in made]
         step, self.step = self.step, self.step + 1
         return step, micro_batches
 
@@ -266,6 +266,13 @@ class Loader:
         self._workers = [child for child in multiprocessing.active_children() if child not in others]
         # At exit multiprocessing sends SIGTERM, which workers ignore, and waits for them: end them before.
         atexit.register(self._at_exit)
+
+
+def _unpacked(made: MicroBatch | Packed | Failed) -> MicroBatch:
+    """What a worker made. Raises what kept it from it."""
+    if isinstance(made, Failed):
+        raise made.error
+    return made.unpack() if isinstance(made, Packed) else made
 
 
 def _close_if_alive(reference: "weakref.ref[Loader]") -> None:

@@ -91,6 +91,12 @@ def walk(
         size = _size(pax["size"], where, member_start) if "size" in pax else fields.size
         if fields.kind != b"5":
             _refuse_hostile(name, fields.kind, where)
+            if sparse := next((key for key in pax if key.startswith("GNU.sparse.")), None):
+                name = pax.get("GNU.sparse.name", name)
+                raise TarError(
+                    f"{where}: member {name!r} is sparse ({sparse}), so its bytes are not those of the file; pack it "
+                    "again without tar's -S"
+                )
             if total is not None and position + size > total:
                 raise TarError(_cut(where, last, total))
             yield Member(name, member_start, position, size)

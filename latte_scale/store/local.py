@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from latte_scale.store.base import ExistsError, MissingError, Store, StoreError, check_name, check_range, short_read
 
@@ -49,11 +50,29 @@ class LocalStore(Store):
         return self._path(name).is_file()
 
     def list(self, prefix: str = "") -> list[str]:
-        names = []
-        for folder, folders, files in os.walk(self.root, onerror=self._list_failed):
-            folders.sort()
-            relative = Path(folder).relative_to(self.root)
-            names += [(relative / file).as_posix() for file in files if not TEMPORARY.search(file)]
+        """As every store's. Links to folders are followed, but not back into a folder that the way here leads through.
+
+        Pipes and devices, whose reading might never end, are no names. A link to nothing is one: reading it says so.
+        """
+        names, ways = [], [("", frozenset())]
+        while ways:
+            folder, above = ways.pop()
+            try:
+                place = os.stat(self.root / folder)
+                identity = place.st_dev, place.st_ino
+                if identity in above:
+                    continue
+                with os.scandir(self.root / folder) as listing:
+                    entries = list(listing)
+            except OSError as error:
+                self._list_failed(error)
+                continue
+            for entry in entries:
+                kind, name = _kind(entry), f"{folder}{entry.name}"
+                if kind == "folder":
+                    ways.append((f"{name}/", above | {identity}))
+                elif kind == "file" and not TEMPORARY.search(name):
+                    names.append(name)
         return sorted(name for name in names if name.startswith(prefix))
 
     def below(self, name: str) -> "LocalStore":
@@ -74,13 +93,13 @@ class LocalStore(Store):
     def scratch(self, name: str) -> Path:
         path = self._path(name)
         with explained(self.join(name), "making its folder"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
         return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
 
     def put_file(self, name: str, local_path: str | Path) -> None:
         target, source = self._path(name), Path(local_path)
         with explained(self.join(name), f"storing {source}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             if source.stat().st_dev != target.parent.stat().st_dev:
                 near = self.scratch(name)
                 try:
@@ -113,7 +132,24 @@ class LocalStore(Store):
 
     def _list_failed(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise StoreError(f"{error.filename}: listing failed: {error.strerror}; check the permissions") from error
+            raise _store_error(error, str(error.filename), "listing it") from error
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they are there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # which would be taken for another writer's file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
+def _kind(entry: os.DirEntry) -> Literal["folder", "file", "other"]:
+    """What a listing takes an entry for; asks the disk about links only."""
+    if not entry.is_symlink():
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    if os.path.isdir(entry.path):
+        return "folder"
+    return "file" if os.path.isfile(entry.path) or not os.path.exists(entry.path) else "other"
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:
@@ -151,7 +187,9 @@ def explained(url: str, doing: str) -> Iterator[None]:
 
 def _store_error(error: OSError, url: str, doing: str) -> StoreError:
     """The same failure with its place and the next thing to do."""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+    if error.errno == errno.ENOTDIR:
+        return MissingError(f"{url}: {doing} failed: a part of this path is a file, not a folder; check the URL")
+    if error.errno == errno.ENOENT:
         return MissingError(f"{url}: {doing} failed: no such file; check the URL, or copy the missing file there")
     if error.errno == errno.EEXIST:
         return ExistsError(f"{url}: {doing} failed: it exists already; another writer was first")

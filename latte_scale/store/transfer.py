@@ -8,6 +8,7 @@ deadline and the read as a whole a budget, so it ends in bounded time whatever t
 
 import math
 import queue
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from latte_scale.store.get import Answer, Getter
 from latte_scale.store.retry import MIN_BYTES_PER_S, Budget
 
 CHUNK = 1 << 20
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Facts(NamedTuple):
@@ -100,9 +102,10 @@ class Transfer:
     def _read_head(self, answer: Answer) -> int:
         """Note what the object is; the number of bytes that will come."""
         if answer.content_range:  # "bytes 0-99/1000"
-            begin, _, rest = answer.content_range.removeprefix("bytes ").partition("-")
-            end, _, total = rest.partition("/")
-            first, last, size = int(begin), int(end), int(total)
+            found = _RANGE.fullmatch(answer.content_range)
+            if found is None:  # as of a cache on the way, which does not know the whole size
+                raise BrokenBodyError(f"an answer with Content-Range {answer.content_range[:80]!r}")
+            first, last, size = map(int, found.groups())
         else:
             first, last, size = 0, answer.content_length - 1, answer.content_length
         if first != self.first:

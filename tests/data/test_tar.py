@@ -1,6 +1,7 @@
 """The tar walk against Python's tarfile, and its refusals."""
 
 import io
+import subprocess
 import tarfile
 
 import pytest
@@ -55,6 +56,19 @@ def test_tarfile_reads_our_headers(name, payload):
         (info,) = archive
         assert archive.extractfile(info).read() == payload
         assert (info.name, info.mtime, info.uid, info.gid) == (name.rstrip("/"), 0, 0, 0)
+
+
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+def test_sparse_files_of_gnu_tar_are_refused(tmp_path, version):
+    """Their members are plain to who does not know the records: a clip of other bytes was stored, without a word."""
+    with (tmp_path / "a.mp4").open("wb") as file:
+        file.write(b"x" * 4096)
+        file.seek(1 << 20)
+        file.write(b"y" * 4096)
+    command = ["tar", "--format=posix", "-S", f"--sparse-version={version}", "-cf", "x.tar", "a.mp4"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(TarError, match=r"member 'a\.mp4' is sparse \(GNU\.sparse\..*pack it again without tar's -S"):
+        members_of((tmp_path / "x.tar").read_bytes())
 
 
 def test_a_member_begins_at_its_first_header_block():

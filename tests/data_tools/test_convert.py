@@ -221,6 +221,9 @@ def test_refusals(tmp_path, capsys):
     assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 0
     assert convert(tmp_path / "other", tmp_path / "mds", "mds") == 2
     assert "was begun from another data set" in capsys.readouterr().err
+    (tmp_path / "mds" / HEADER).write_bytes(b"")
+    assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 2
+    assert "was begun from another data set" in capsys.readouterr().err
     assert convert(tmp_path / "other", tmp_path / "mds", "mds", "--force") == 0
     assert [sample.key for sample in samples(tmp_path / "mds")] == ["000000", "000001", "000002"]
 

@@ -84,3 +84,17 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(__import__("sys").modules, "scenedetect", None)
     with pytest.raises(ValueError, match=r"pip install 'latte_scale\[data\]'"):
         cut.scenes(make_clip(3), 3.0, 3)
+
+
+def test_what_the_scene_detector_cannot_open_is_left_out(tmp_path: Path, capsys) -> None:
+    """It ended the command with a traceback: for a tag that is no UTF-8, in one clip of all."""
+    pytest.importorskip("scenedetect", exc_type=ImportError)
+    for name in ("latin_tag", "wild_rate"):
+        (tmp_path / "in" / f"{name}.mp4").parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.mp4").write_bytes(SOUND[name])
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    command = ["shard", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "cut.scenes=true"]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 1, skipped 0, failed 1")
+    assert "failed latin_tag.mp4: corrupt: its scenes cannot be found: 'utf-8' codec" in err

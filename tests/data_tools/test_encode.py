@@ -1,6 +1,7 @@
 """`latte-data encode`: what is stored, the same bytes however it ran, resuming, bad clips, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_other_settings_are_refused_until_forced(
     before = contents(folder)
     assert run(source, folder, "video.frame_interval=2") == 2
     assert "video.frame_interval: there 4, here 2). Choose another --output" in capsys.readouterr().err
-    assert run(source, folder, "video.frame_interval=2", "--force", "--dry-run") == 2
+    assert run(source, folder, "video.frame_interval=2", "--force", "--dry-run") == 0  # and removes nothing
     assert contents(folder) == before
     (folder / "notes.txt").write_text("mine")
     assert run(source, folder, "video.frame_interval=2", "--force") == 0
@@ -236,3 +237,30 @@ def test_help_is_quick_and_errors_are_one_line(capsys: pytest.CaptureFixture[str
     code = "import sys, data_tools.cli; print(sorted({'torch', 'numpy', 'av'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_damaged_null_embedding_is_made_again(source: Path, latents: Path, tmp_path: Path, capsys) -> None:
+    """`latte-data verify` advises to encode again, and that took the damaged file for the right one ever after."""
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    for damage in (b"", bytes(100)):
+        (folder / "null-text.safetensors").write_bytes(damage)
+        assert cli.main(["verify", str(folder)]) == 1
+        assert run(source, folder) == 0
+        assert "null-text.safetensors: damaged, made again" in capsys.readouterr().err
+        assert contents(folder) == contents(latents)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"encoders": 3}', b"\xff"])
+def test_a_damaged_header_is_named(source: Path, latents: Path, tmp_path: Path, capsys, damage: bytes) -> None:
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    (folder / "encode.json").write_bytes(damage)
+    assert run(source, folder) == 2
+    assert f"{folder}/encode.json cannot be read (" in capsys.readouterr().err
+    assert run(source, folder, "--force", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert "6 clips in 2 shards, 0 of them finished" in out and "--force would remove 9 files" in err
+    assert len(contents(folder)) == len(contents(latents))
+    assert run(source, folder, "--force") == 0
+    assert contents(folder) == contents(latents)

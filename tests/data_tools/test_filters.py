@@ -1,6 +1,7 @@
 """Filters: each leaves out what it says, counts it, and a dry run tells without writing; near-duplicates; pool."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,37 @@ def test_no_pair_within_the_limit_is_missed(most_bits: int) -> None:
             flips = sum(1 << int(bit) for bit in generator.choice(192, num_bits, replace=False))
             changed = (int.from_bytes(digest, "big") ^ flips).to_bytes(24, "big").hex()
             assert duplicates.find(changed) == (f"clip{number}" if num_bits == most_bits else None)
+
+
+@pytest.mark.parametrize("most_bits", [0, 3, 11])
+def test_duplicates_are_found_where_all_clips_share_bands(most_bits: int) -> None:
+    """As with black bars: exactly those that a comparison of all with all finds, the first of them by name."""
+    generator = np.random.default_rng(1)
+    digests = generator.integers(0, 256, (300, 24), np.uint8)
+    digests[:, ::4] = digests[:, 1::4] = 0  # half of the bands
+    digests[100:200] = digests[:100]
+    digests[110:200, 2] ^= generator.integers(0, 256, 90, np.uint8)  # up to 8 bits of one band
+    known = [int.from_bytes(digest.tobytes(), "big") for digest in digests]
+    duplicates, kept = Duplicates(most_bits), []
+    for number, digest in enumerate(digests):
+        expected = next((n for n in kept if (known[n] ^ known[number]).bit_count() <= most_bits), None)
+        assert duplicates.find(digest.tobytes().hex()) == (None if expected is None else f"clip{expected}")
+        if expected is None:
+            duplicates.add(digest.tobytes().hex(), f"clip{number}")
+            kept.append(number)
+    assert 200 <= len(kept) < 300
+
+
+def test_duplicates_take_no_time_that_grows_with_the_square() -> None:
+    """20,000 clips with bars took minutes, every one held against all the others."""
+    generator = np.random.default_rng(2)
+    digests = generator.integers(0, 256, (20_000, 24), np.uint8)
+    digests[:, :12] = 0
+    duplicates, begun_s = Duplicates(3), time.monotonic()
+    for number, digest in enumerate(digests):
+        assert duplicates.find(digest.tobytes().hex()) is None
+        duplicates.add(digest.tobytes().hex(), str(number))
+    assert time.monotonic() - begun_s < 20
 
 
 def test_the_hash_sees_the_picture_not_its_light() -> None:

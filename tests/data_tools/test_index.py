@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data_tools import foreign, index, verify
+from data_tools import foreign, index, shard, verify
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST, ClipSize, VideoSettings
 from latte_scale.data.tar import TarError
 from latte_scale.data.video import read_clip
-from latte_scale.store import open_store
+from latte_scale.store import StoreError, open_store
 from tests.data.loading import load
 from tests.data.making import frame_grey, make_clip, make_latents, make_videos, write_images
 
@@ -153,7 +153,7 @@ def test_a_cut_tar_names_the_last_sound_member(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.mp4", CLIP), ("b.mp4", CLIP), ("a.mp4", CLIP)], "'a' stands twice"),
+        ([("a.mp4", CLIP), ("b.mp4", CLIP), ("a.mp4", CLIP)], "member 'a.mp4': key 'a' comes back after others"),
         ([("a.mp4", CLIP), ("a.mkv", CLIP)], "'a.mkv' is a second video of sample 'a'"),
         ([("a.latents.safetensors", b"")], "holds latents"),
     ],
@@ -169,7 +169,7 @@ def test_nothing_to_index(tmp_path, capsys):
         run(index, tmp_path)
     write_tar(tmp_path / "x.tar", [("a.txt", b"only text")])
     assert run(index, tmp_path) == 1
-    assert "no sample with a video" in capsys.readouterr().err
+    assert "can be used: expected members like KEY.mp4" in capsys.readouterr().err
     assert not (tmp_path / MANIFEST).exists()
 
 
@@ -264,3 +264,60 @@ def test_image_tars(tmp_path, extension, capsys):
     assert (still.fields["video"], clip.fields["video"], still.caption) == (image, CLIP, "a cat")
     frames = read_clip(still.fields["video"], VideoSettings(1, 16, 16))
     assert abs(frames.astype(float).mean() - frame_grey(1)) < 2.5
+
+
+def test_captions_that_lie_apart_from_their_clips_are_refused(tmp_path):
+    """They were counted as skipped samples without a video, and every clip got an empty caption."""
+    members = [*((f"{n}.txt", b"x") for n in range(2)), *((f"{n}.mp4", CLIP) for n in range(2))]
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(TarError, match=r"member '0\.mp4': key '0' comes back after others.*tar --sort=name"):
+        run(index, tmp_path)
+
+
+def test_a_manifest_keeps_its_classes(tmp_path, capsys):
+    """`latte-data index URL --sizes`, which other messages advise, took the classes away."""
+    for label in ("cat", "dog"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        (tmp_path / "in" / label / "a.mp4").write_bytes(CLIP)
+    made = tmp_path / "made"
+    assert run(shard, "--input", tmp_path / "in", "--output", made, "--layout", "ucf101") == 0
+    assert run(index, made, "--sizes") == 0
+    dataset = open_dataset(str(made))
+    assert dataset.manifest.class_names == ("cat", "dog")
+    assert [dataset.label(sample) for sample in dataset.samples(0)] == [0, 1]
+    with pytest.raises(ValueError, match=r"--classes: expected a number of classes of 1 or more.*came 0"):
+        run(index, made, "--classes", "0")
+    with pytest.raises(StoreError, match=r"gone\.txt: reading the names of the classes failed: no such file"):
+        run(index, made, "--classes", tmp_path / "gone.txt")
+
+
+def test_what_cannot_be_used_is_named(tmp_path, capsys):
+    """A name that is no UTF-8 ended the command without its place; an archive that is packed was passed over."""
+    members = [
+        ("caf\udce9.mp4", CLIP),
+        ("caf\udce9.txt", b"x"),
+        ("empty.mp4", b""),
+        ("ok.mp4", CLIP),
+        ("ok.txt", b"ok"),
+    ]
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (tmp_path / "y.tar.gz").write_bytes(b"x")
+    (tmp_path / "again").symlink_to(tmp_path / "z")
+    (tmp_path / "z").mkdir()
+    write_tar(tmp_path / "z" / "z.tar", [("z.mp4", CLIP), ("z.txt", b"z")])
+    assert run(index, tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert "done 2, skipped 4, failed 0, members refused 0; 2 shards" in out
+    for reason in (
+        "its name is no UTF-8",
+        "sample 'empty': its video is empty",
+        "y.tar.gz: compressed; unpack it first",
+    ):
+        assert reason in err
+    assert "again/z.tar: the same as z/z.tar, by a link" in err
+    assert stored(tmp_path) == [("ok", "ok"), ("z", "z")]
+    assert run(verify, tmp_path) == 0

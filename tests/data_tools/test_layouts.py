@@ -211,6 +211,16 @@ def test_short_videos_are_counted_before_training_meets_them(actions, tmp_path, 
         assert "skipped YoYo/v_short.avi: too short: expected 16 frames or more (--min-frames), came 9" in err
 
 
+def test_a_frame_that_is_a_link_to_nothing_is_not_left_out_in_silence(tmp_path, capsys):
+    """The clip was stored without it."""
+    for name in ("a", "b"):
+        write_images(tmp_path / "in" / name, 3)
+    (tmp_path / "in" / "a" / "frame_003.jpg").symlink_to("nowhere")
+    assert run(shard, "--input", tmp_path / "in", "--output", tmp_path / "out", "--layout", "taichi") == 0
+    assert "failed a: cannot be read: " in capsys.readouterr().err
+    assert list(stored(tmp_path / "out")) == ["b"]
+
+
 def test_a_wrong_layout_says_what_was_expected(faces, tmp_path):
     with pytest.raises(ValueError, match=r"holds no folders with videos .*--layout ucf101 takes"):
         find_clips(faces, "ucf101")

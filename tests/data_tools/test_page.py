@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_tools.cli import main
 from data_tools.page import histogram, number, page, section, table
 
 
@@ -22,3 +23,18 @@ def test_a_histogram_counts_every_value_once():
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_where_a_page_cannot_be_put_is_told(data_sets, tmp_path, capsys):
+    """It was an error number of the system, after all the work; a folder that is missing is made."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.html").mkdir()
+    for verb in ("stats", "preview"):
+        for out, reason in [
+            ("file/x.html", "a part of this path is a file"),
+            ("folder.html", "this is a folder, a file"),
+        ]:
+            assert main([verb, str(data_sets.shards), "--out", str(tmp_path / out)]) == 2
+            assert reason in capsys.readouterr().err
+        assert main([verb, str(data_sets.shards), "--out", str(tmp_path / "new" / "x.html")]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.html", "new", "x.html"]

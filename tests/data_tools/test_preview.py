@@ -45,3 +45,9 @@ def test_bad_options_are_refused(data_sets, option, capsys):
 def test_latents_of_another_vae_are_refused(data_sets, tmp_path, capsys):
     assert main(["preview", str(data_sets.latents), "--vae", str(tmp_path), "--out", str(tmp_path / "p.html")]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_vae_for_clips_is_refused(data_sets, tmp_path, capsys):
+    """It did nothing."""
+    assert main(["preview", str(data_sets.shards), "--out", str(tmp_path / "p.html"), "--vae", "tiny"]) == 2
+    assert "holds clips, which no VAE decodes; leave it out" in capsys.readouterr().err

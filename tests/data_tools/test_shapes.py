@@ -101,3 +101,11 @@ def test_files_are_what_was_drawn(tmp_path: Path) -> None:
 def test_no_clips_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["shapes", "--output", str(tmp_path), "--count", "0"]) == 2
     assert "--count must be at least 1, came 0" in capsys.readouterr().err
+
+
+def test_where_clips_cannot_be_put_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was an error number of the system, without a place."""
+    (tmp_path / "file").write_text("x")
+    for output, reason in [("file", "is a file; expected a folder"), ("file/below", "a part of this path is a file")]:
+        assert cli.main(["shapes", "--output", str(tmp_path / output), "--count", "1"]) == 2
+        assert reason in capsys.readouterr().err

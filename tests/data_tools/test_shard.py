@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import index, looks, shard, verify
-from data_tools.layouts import Clip
+from data_tools.found import Clip
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST, ClipSize
 from latte_scale.data.shards import ShardFile
@@ -123,7 +123,7 @@ def test_no_clip_at_all_is_an_error(tmp_path, capsys):
     (tmp_path / "empty" / "a.txt").write_text("a caption")
     assert run(shard, "--input", tmp_path / "empty", "--output", tmp_path / "out") == 1
     out, err = capsys.readouterr()
-    assert "done 0, skipped 0, failed 1" in out and "no clip of" in err
+    assert "done 0, skipped 0, failed 1; 0 shards in" in out and "no clip of" in err
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -119,3 +120,133 @@ def test_hostile_lists_are_read_or_refused_by_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 1: expected"):
         read_list(store, "captions.jsonl")
     assert captions.is_list("s3://bucket/x/captions.csv") and not captions.is_list("s3://bucket/x")
+
+
+def write_captioned(folder: Path, names: dict[str, str]) -> None:
+    """A short clip with its .txt for each name -> caption."""
+    for name, text in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(make_clip(3))
+        (folder / name).with_suffix(".txt").write_text(text)
+
+
+def test_linked_folders_are_followed_and_nothing_comes_twice(tmp_path: Path, capsys) -> None:
+    """A clip below a link was left out unseen; one that a link inside the folder shows again is one clip."""
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    write_captioned(folder, {"own/a.mp4": "a"})
+    write_captioned(elsewhere, {"b.mp4": "b"})
+    for name, target in {
+        "linked": elsewhere,
+        "again": "own",
+        "own/home": folder,
+        "file.mp4": elsewhere / "b.mp4",
+    }.items():
+        (folder / name).symlink_to(target)
+    (folder / "file.txt").write_text("a link of its own")
+    assert shard(folder, tmp_path / "out") == 0
+    assert stored(tmp_path / "out") == {"file": "a link of its own", "linked/b": "b", "own/a": "a"}
+    out, err = capsys.readouterr()
+    assert (
+        out.startswith("done 3, skipped 1, failed 0") and "skipped again/a.mp4: the same as own/a.mp4, by a link" in err
+    )
+    lines = [{"file": name, "text": name} for name in ("again/a.mp4", "own/a.mp4")]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert shard(folder / "captions.jsonl", tmp_path / "listed") == 0
+    assert stored(tmp_path / "listed") == {"again/a": "again/a.mp4", "own/a": "own/a.mp4"}
+
+
+def test_what_cannot_be_read_costs_its_clip_alone(tmp_path: Path, capsys) -> None:
+    """A link to nothing ended the whole command, and a pipe held it for ever."""
+    folder = tmp_path / "in"
+    write_captioned(folder, {name: name for name in ("a.mp4", "gone.mp4", "textless.mp4")})
+    for name in ("gone.mp4", "textless.txt"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.mp4")
+    assert shard(folder, tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 1, skipped 0, failed 2")
+    assert "failed gone.mp4: cannot be read: " in err and "failed textless.mp4: its caption cannot be read: " in err
+    for layout in ("ffs", "ucf101"):
+        place = folder if layout == "ffs" else tmp_path / "classes"
+        if layout == "ucf101":
+            place.mkdir()
+            folder.rename(place / "one")
+        command = ["shard", "--input", str(place), "--output", str(tmp_path / layout), "--layout", layout]
+        assert cli.main(command) == 0
+        assert "gone.mp4: cannot be read: " in capsys.readouterr().err
+
+
+def test_odd_names_are_stored_or_named(tmp_path: Path, capsys) -> None:
+    """Folders that webdataset passes over, or of two lines, ended the whole command; so did a name that is no UTF-8."""
+    folder = tmp_path / "in"
+    names = ["__MACOSX__/a.mp4", "two\nlines/b.mp4", "____/__.mp4", "d.e/sp ace.mp4", "ünï/日本.mp4", "caf\udce9.mp4"]
+    write_captioned(folder, dict.fromkeys(names, "x"))
+    assert shard(folder, tmp_path / "out") == 0
+    assert stored(tmp_path / "out").keys() == {"MACOSX/a", "two_lines/b", "clip/clip", "d.e/sp ace", "ünï/日本"}
+    err = capsys.readouterr().err
+    assert "its name is no UTF-8; rename it" in err and "failed caf" in err
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_nothing_beside_the_clips_is_passed_over_in_silence(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "in"
+    write_captioned(folder, {"a.mp4": "a", "b.mp4": ""})
+    for name in ("c.wmv", "d.WMV", "e.nfo", "more.tar.gz"):
+        (folder / name).write_bytes(b"x")
+    assert shard(folder, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert "skipped more.tar.gz: compressed; unpack it first" in err
+    assert all(f"skipped {name}: {name[1:]} is not a known video container" in err for name in ("c.wmv", "d.WMV"))
+    assert "1 clips have an empty caption; filters.min_caption=1 leaves them out" in err
+    write_tar(folder / "x.tar", {"0.mp4": make_clip(3), "0.txt": b"t"})
+    assert shard(folder, tmp_path / "tars") == 0
+    err = capsys.readouterr().err
+    assert "skipped more.tar.gz: compressed" in err and "skipped a.mp4: beside tars, whose clips are taken" in err
+    (folder / "captions.csv").write_text("file,text\na.mp4,a\n")
+    assert shard(folder, tmp_path / "list") == 0
+    assert "skipped x.tar: a tar beside captions.csv, which is taken" in capsys.readouterr().err
+
+
+def test_captions_in_utf_16_are_read(clips: Path, tmp_path: Path) -> None:
+    """As some editors of Windows save them; they became rows of question marks."""
+    (clips / "a.txt").write_text("ein Hund läuft", "utf-16")
+    assert shard(clips, tmp_path / "texts") == 0
+    assert stored(tmp_path / "texts") == {"a": "ein Hund läuft"}
+    (clips / "captions.csv").write_text("file,text\r\na.mp4,größer\r\n", "utf-16")
+    assert read_list(open_store(clips), "captions.csv")["a.mp4"].captions == ("größer",)
+
+
+def test_a_table_with_a_column_twice_is_refused(clips: Path) -> None:
+    (clips / "captions.csv").write_text("file,text,text\na.mp4,x,y\n")
+    with pytest.raises(ValueError, match="column 'text' stands 2 times; keep one"):
+        read_list(open_store(clips), "captions.csv")
+
+
+@pytest.mark.parametrize("below", ["", "/", "/out/deep", "/../clips/out"])
+def test_an_output_in_the_input_is_refused(clips: Path, below: str, capsys) -> None:
+    """The first run stored the clips, and the second took the first one's tars for its clips."""
+    (clips / "a.txt").write_text("a")
+    before = sorted(clips.rglob("*"))
+    assert shard(clips, Path(f"{clips}{below}")) == 2
+    assert "its shards would be taken for clips the next time; choose a folder beside it" in capsys.readouterr().err
+    assert sorted(clips.rglob("*")) == before
+
+
+def test_two_captions_of_one_key_in_a_tar_are_not_mixed_up(tmp_path: Path, capsys) -> None:
+    """The later .txt was given to both clips; names that webdataset passes over were lost unseen."""
+    folder, clip = tmp_path / "in", make_clip(3)
+    folder.mkdir()
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        first, second = [("0.mp4", clip), ("0.txt", b"first")], [("0.mp4", clip), ("0.txt", b"second")]
+        sound, nameless = [("1.mp4", clip), ("1.txt", b"sound")], [("a/__b__/2.mp4", clip), (".3.mp4", clip)]
+        for name, data in first + sound + second + nameless:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert shard(folder, tmp_path / "out") == 0
+    assert stored(tmp_path / "out") == {"x/1": "sound"}
+    out, err = capsys.readouterr()
+    assert out.startswith("done 1, skipped 0, failed 4")
+    assert err.count("x.tar/0.mp4: its key has two .txt or .json in the tar") == 2
+    assert "x.tar/.3.mp4: webdataset passes over such names; rename it" in err

@@ -164,3 +164,14 @@ def test_files_that_nobody_names_are_listed_but_no_fault(tmp_path, capsys):
     open_store(tmp_path).write("shard-000099.tar", b"")
     assert run(tmp_path) == 0
     assert f"not in the manifest: {tmp_path}/shard-000099.tar" in capsys.readouterr().err
+
+
+def test_what_was_damaged_on_its_way_is_no_fault(s3, capsys):
+    """Of the tar and of a sample; training reads twice, too."""
+    make_videos(s3.url)
+    tar = r"^GET .*shard-000000\.tar "
+    for kind in ("flip", "pass", "flip"):  # the whole tar, again, its first sample
+        s3.fail(kind, match=tar, at=700)
+    assert run(s3.url) == 0
+    assert not any(fault.times for fault in s3.proxy.faults)
+    assert capsys.readouterr().out.startswith("0 faults in ")

@@ -176,9 +176,15 @@ def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbro
 
 
 def test_other_data_is_refused(data_sets, tmp_path, unbroken, capsys):
+    """A key that changes the plan is named together with the plan: one refusal, one command that goes on."""
     folder = tmp_path / "run"
     shutil.copytree(unbroken.folder, folder)
-    changed = ("train.steps=22", "data.holdout=0.2", "--allow-change", "data.holdout")
+    changed = ("train.steps=22", "data.holdout=0.2")
+    assert run_in_process(folder, data_sets.latents, *changed) == 78
+    output = " ".join(capsys.readouterr().out.split())
+    assert "data.holdout: was 0.0, now 0.2" in output and "data: which samples come, in which order: was plan" in output
+    assert "pass --allow-change data.holdout --allow-change data" in output
+    changed += ("--allow-change", "data.holdout")
     assert run_in_process(folder, data_sets.latents, *changed) == 78
     assert "was trained on other data" in capsys.readouterr().out
     assert run_in_process(folder, data_sets.latents, *changed, "--allow-change", "data") == 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 CHUNK = 1 << 18
-Kind = Literal["pass", "answer", "silence", "stall", "slow", "reset", "cut", "short", "flip", "lost"]
+Kind = Literal["pass", "answer", "silence", "stall", "slow", "reset", "cut", "short", "flip", "lost", "range"]
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Fault:
     pass: nothing. answer: the service is not asked; `status` and `code` come back. silence: no answer for `seconds`.
     stall: nothing for `seconds` at byte `at` of the body. slow: `rate` bytes/s from there on. reset, cut: the
     connection is reset, or closed, there. short: the body ends there, and its length says so. flip: that byte is
-    inverted. lost: the service did what was asked, and the answer is lost.
+    inverted. lost: the service did what was asked, and the answer is lost. range: the whole answer comes, and `code` as
+    its Content-Range.
     """
 
     kind: Kind
@@ -135,8 +136,10 @@ class Proxy:
         length = 0 if empty else int(headers.get("content-length", 0))
         if kind == "short":
             answer = answer.replace(b"ontent-Length: %d\r" % length, b"ontent-Length: %d\r" % fault.at)
+        if kind == "range":
+            answer = re.sub(rb"(?i)(content-range: )[^\r]*", rb"\g<1>" + fault.code.encode(), answer)
         client.socket.sendall(answer)
-        if fault is None or kind == "pass":
+        if kind in (None, "pass", "range"):
             if headers.get("transfer-encoding") == "chunked" and not empty:
                 client.relay_chunks_from(server)
             client.relay_from(server, length, self._pace)

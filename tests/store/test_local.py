@@ -39,6 +39,15 @@ def test_a_missing_file_is_named(store):
     store.delete("gone.tar")
 
 
+def test_a_file_where_a_folder_is_expected_is_named(store):
+    """It was told as another writer's file, or as missing."""
+    store.write("a", b"x")
+    below = store.below("a")
+    for call in (lambda: below.write("b", b"y"), lambda: below.write("c/d", b"y"), lambda: below.read("b"), below.list):
+        with pytest.raises(MissingError, match=r"root/a.* failed: a part of this path is a file, not a folder; check"):
+            call()
+
+
 def test_listing_is_sorted_filtered_and_hides_unfinished_writes(store):
     assert store.list() == []
     for name in ("b", "a/z", "a/b", "c.tar"):
@@ -46,6 +55,25 @@ def test_listing_is_sorted_filtered_and_hides_unfinished_writes(store):
     store.scratch("d.tar").write_bytes(b"half")
     assert store.list() == ["a/b", "a/z", "b", "c.tar"]
     assert store.list("a/") == ["a/b", "a/z"]
+
+
+def test_listing_follows_links_but_never_in_a_circle(store, tmp_path):
+    """What `exists` says of a name, `list` says, too: a folder that was linked into a data set was left out unseen."""
+    for name in ("own/x", "z"):
+        store.write(name, b"1")
+    elsewhere = LocalStore(tmp_path / "elsewhere")
+    elsewhere.write("deep/y", b"2")
+    links = {"linked": elsewhere.root, "file": elsewhere.root / "deep" / "y", "own/up": store.root, "itself": "itself"}
+    links |= {"gone": tmp_path / "gone", "own/back": "../linked"}
+    for name, target in links.items():
+        (store.root / name).symlink_to(target)
+    (elsewhere.root / "home").symlink_to(store.root)
+    os.mkfifo(store.root / "pipe")
+    (store.root / "pipe-link").symlink_to("pipe")
+    assert store.list() == ["file", "gone", "itself", "linked/deep/y", "own/back/deep/y", "own/x", "z"]
+    assert all(store.exists(name) for name in set(store.list()) - {"gone", "itself"})
+    with pytest.raises(MissingError, match=r"gone: reading .* no such file"):
+        store.read("gone")
 
 
 def test_names_cannot_leave_the_root(store):

@@ -54,6 +54,19 @@ def test_a_broken_body_goes_on_from_its_last_byte(s3, store, kind, at):
     assert again == at if kind != "reset" else again <= at  # a reset may overtake bytes that were sent before it
 
 
+@pytest.mark.parametrize("content_range", ["bytes 0-99/*", "bytes */1000000", "0-99/100", "bytes x-y/z"])
+def test_an_answer_that_does_not_say_what_it_is_is_asked_for_again(s3, store, content_range):
+    """It was "invalid literal for int()", without a place, and the end of the run."""
+    s3.fail("range", match="GET", code=content_range)
+    assert store.read("shard.tar", 0, 100) == DATA[:100]
+
+
+def test_answers_that_never_say_what_they_are_end_the_read_in_words(s3, store):
+    s3.fail("range", match="GET", code="bytes 0-99/*", times=1000)
+    with pytest.raises(TransientError, match=r"shard\.tar: reading bytes 0 to 100 .*an answer with Content-Range"):
+        s3.store(stall_budget_s=3.0).read("shard.tar", 0, 100)
+
+
 def test_the_rest_of_a_broken_body_must_be_of_the_same_version(s3, store):
     s3.fail("cut", match="GET", at=1000)
     store.read("shard.tar", 0, SIZE)

@@ -1,0 +1,145 @@
+"""Layout "clips": videos anywhere below a folder, with a list of captions or a .txt beside each, or other tools' tars.
+
+In: a store, and perhaps the list that was given. Out: the clips by name, and what is left out with its reason. A file
+that cannot be read, or a caption, costs that clip alone; what says nothing about the clip (an outage) ends the command.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_tools.captions import LISTS, Line, class_names, decoded, read_list, tidy
+from data_tools.found import (
+    OUTAGES,
+    REASON_PACKED,
+    Clip,
+    Found,
+    extension_of,
+    is_packed,
+    key_of,
+    listing_of,
+    seen_again,
+)
+from data_tools.tar_clips import tar_clips
+from latte_scale.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from latte_scale.store import Store, StoreError
+
+UNREAD = ("3gp", "asf", "f4v", "flv", "gif", "m2ts", "mpeg", "mts", "mxf", "ogv", "rm", "vob", "wmv")
+"""Videos that are not read, which are named rather than passed over."""
+NUM_READERS = 16  # captions and sizes that are asked of a store at a time
+
+
+def captioned(store: Store, given: str) -> Found:
+    """The clips of a store; `given` is the list of captions that was named, "" to look for one. Raises ValueError."""
+    names = store.list()
+    listed = given or next((name for name in LISTS if name in names), "")
+    lines = read_list(store, listed) if listed else None
+    videos = [] if given else [name for name in names if extension_of(name) in VIDEO_EXTENSIONS]
+    tars = [] if given else [name for name in names if name.endswith(".tar")]
+    packed = [] if given else [name for name in names if is_packed(name)]
+    if lines is None and tars:
+        return _in_tars(store, tars, [*videos, *packed])
+    if not videos and not lines:
+        hint = f": {', '.join(packed)}" if packed else ""
+        raise ValueError(
+            f"{store.join(given) if given else store.url} holds no videos (looked for {listing_of(VIDEO_EXTENSIONS)} "
+            f"and .tar); check --input, or unpack the clips first{hint}"
+        )
+    found = Found(class_names=class_names(lines, store.join(listed)) if lines else None)
+    wanted, unread = sorted({*videos, *(lines or {})}), {}
+    if lines is None:
+        lines = _sidecars(store, wanted, set(names), unread)
+    again = {} if listed else seen_again(store, videos)
+    for name in again.keys() & unread.keys():
+        del unread[name]
+    chosen = _chosen(found, [name for name in wanted if name not in unread], lines, set(names), listed, again)
+    found.failed += [f"{name}: {reason}" for name, reason in unread.items()]
+    found.clips = list(_clips(found, store, chosen, lines))
+    if not given:
+        found.skipped += [f"{name}: a tar beside {listed}, which is taken" for name in tars]
+        found.skipped += [f"{name}: {REASON_PACKED}" for name in packed]
+        foreign = [name for name in names if extension_of(name) in UNREAD and name not in wanted]
+        found.skipped += [f"{name}: {Path(name).suffix} is not a known video container" for name in foreign]
+    return found
+
+
+def _chosen(
+    found: Found, wanted: Sequence[str], lines: dict[str, Line], there: set[str], listed: str, again: dict[str, str]
+) -> list[str]:
+    """The files that are clips, by what their names say; why others are not goes into `found`."""
+    missing = f"no .txt with a caption beside it, and no list ({', '.join(LISTS)}) in the folder"
+    chosen = []
+    for name in wanted:
+        if name in again:
+            found.skipped.append(f"{name}: the same as {again[name]}, by a link")
+        elif name not in lines:
+            found.skipped.append(f"{name}: {f'not in {listed}' if listed else missing}")
+        elif extension_of(name) not in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
+            found.failed.append(f"{name}: {Path(name).suffix or 'no extension'} is not a known video container")
+        elif name not in there:
+            found.failed.append(f"{name}: listed in {listed}, but there is no such file")
+        else:
+            chosen.append(name)
+    return chosen
+
+
+def _clips(found: Found, store: Store, chosen: Sequence[str], lines: dict[str, Line]) -> Iterator[Clip]:
+    """A clip for each file; one whose size cannot be asked for goes to `found.failed`."""
+    keys: set[str] = set()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        sizes = pool.map(partial(_unless_unreadable, store.size), chosen)
+        for name, size_bytes in zip(chosen, sizes, strict=True):
+            if isinstance(size_bytes, StoreError):
+                found.failed.append(f"{name}: cannot be read: {size_bytes}")
+                continue
+            label = None if found.class_names is None else found.class_names.index(lines[name].label)
+            yield Clip(key_of(name, keys), store, (name,), name, lines[name].captions, size_bytes, label)
+
+
+def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
+    """`read(name)`, or the StoreError that says something about this file alone."""
+    try:
+        return read(name)
+    except OUTAGES:
+        raise
+    except StoreError as error:
+        return error
+
+
+def _in_tars(store: Store, tars: list[str], others: list[str]) -> Found:
+    """The clips of webdataset's and video2dataset's tars; `others`: videos and archives beside them."""
+    again, found, keys = seen_again(store, tars), Found(), set()
+    found.skipped = [f"{name}: the same as {own}, by a link" for name, own in again.items()]
+    for name in others:
+        found.skipped.append(f"{name}: {REASON_PACKED if is_packed(name) else 'beside tars, whose clips are taken'}")
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for clips in pool.map(
+            partial(tar_clips, store, failed=found.failed), [tar for tar in tars if tar not in again]
+        ):
+            for tar, member, caption in clips:
+                source = f"{tar}/{member.name}"
+                if caption is None:
+                    found.skipped.append(f"{source}: no caption in a .txt or .json beside it")
+                    continue
+                key = key_of(f"{tar.removesuffix('.tar').replace('.', '_')}/{member.name}", keys)
+                clip = Clip(key, store, (tar,), source, (caption,), member.size, offset=member.offset)
+                found.clips.append(clip)
+    found.failed.sort()
+    return found
+
+
+def _sidecars(store: Store, names: Iterable[str], there: set[str], unread: dict[str, str]) -> dict[str, Line]:
+    """file -> the caption of the .txt beside it, for those that have one; why one cannot be read goes to `unread`."""
+    texts = {name: PurePosixPath(name).with_suffix(".txt").as_posix() for name in names}
+    texts = {name: text for name, text in texts.items() if text in there}
+    lines = {}
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        read = pool.map(partial(_unless_unreadable, store.read), texts.values())
+        for name, data in zip(texts, read, strict=True):
+            if isinstance(data, StoreError):
+                unread[name] = f"its caption cannot be read: {data}"
+            else:
+                lines[name] = Line((tidy(decoded(data)),))
+    return lines

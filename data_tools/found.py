@@ -1,0 +1,126 @@
+"""A clip that is to be stored, and what the search for clips gives: shared by every layout.
+
+In: names and stores. Out: clips with keys that differ, and what is left out with its reason.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from latte_scale.data.shards import VIDEO_EXTENSIONS
+from latte_scale.data.tar import split_name
+from latte_scale.store import CredentialsError, LocalStore, Store, TransientError
+
+PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".zip")
+REASON_PACKED = "compressed; unpack it first"
+OUTAGES = (TransientError, CredentialsError)
+"""Faults of a store that say nothing about the clip: the command ends, and begins with this clip when run again."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip that is to be stored."""
+
+    key: str
+    store: Store
+    files: tuple[str, ...]  # in it: one video (or the tar that holds it), or the images that are its frames, in order
+    source: str  # path relative to the input folder, kept in the .json
+    captions: tuple[str, ...]
+    size_bytes: int  # of all its files
+    label: int | None = None
+    min_frames: int = 1  # a shorter clip is left out
+    offset: int | None = None  # of the video in its tar
+
+    def read(self) -> bytes:
+        """The clip as one file. Raises VideoError for images that cannot be joined, StoreError, OSError."""
+        from latte_scale.data.video import join_frames
+
+        if self.offset is not None:
+            return self.store.read(self.files[0], self.offset, self.size_bytes)
+        if self.is_video or not isinstance(self.store, LocalStore):
+            return self.store.read(self.files[0])
+        return join_frames([self.store.root / file for file in self.files])
+
+    @property
+    def extension(self) -> str:
+        """Of its files, as in "mp4"."""
+        return extension_of(self.source if self.offset is not None else self.files[0])
+
+    @property
+    def is_video(self) -> bool:
+        """One file that is stored as it is, not frames to be joined."""
+        return self.extension in VIDEO_EXTENSIONS
+
+
+@dataclass
+class Found:
+    """The clips of a folder, by name, and what is left out."""
+
+    clips: list[Clip] = field(default_factory=list)
+    class_names: tuple[str, ...] | None = None
+    skipped: list[str] = field(default_factory=list)  # "name: reason": not tried
+    failed: list[str] = field(default_factory=list)  # "name: reason": tried
+    num_short: int = 0  # of the skipped: those with fewer frames than asked for
+
+
+def too_short(num_frames: int, min_frames: int) -> str | None:
+    """Why a clip of `num_frames` is left out, or None."""
+    if num_frames >= min_frames:
+        return None
+    return f"too short: expected {min_frames} frames or more (--min-frames), came {num_frames}"
+
+
+def extension_of(name: str) -> str:
+    """ "a/b.MP4" -> "mp4"."""
+    return Path(name).suffix.lower().lstrip(".")
+
+
+def listing_of(extensions: tuple[str, ...]) -> str:
+    """ ".mp4, .mkv", for messages."""
+    return ", ".join(f".{each}" for each in extensions)
+
+
+def key_of(name: str, taken: set[str]) -> str:
+    """A key for a relative file name, no two the same: "a/b.c.mp4" -> "a/b_c"."""
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.rpartition(".")
+    key = f"{folder}/" * bool(folder) + (stem.replace(".", "_").strip("_") or "clip")
+    if split_name(f"{key}.json") != (key, "json"):  # a folder of a name that webdataset passes over, or of two lines
+        key = "/".join(re.sub(r"[\x00-\x1f]", "_", part).strip("_") or "clip" for part in key.split("/"))
+    if key in taken:
+        key = f"{key}-{extension.lower()}"
+    number = 1
+    while key in taken:
+        number += 1
+        key = f"{key.rstrip('0123456789')}{number}"
+    taken.add(key)
+    return key
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down: bytes of it that are no UTF-8 came as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_packed(name: str) -> bool:
+    """Whether a file is an archive that cannot be read where it lies, by its name."""
+    return name.lower().endswith(PACKED)
+
+
+def seen_again(store: Store, names: Sequence[str]) -> dict[str, str]:
+    """Of files below links to folders that are in the store by their own names, too: file -> its own name."""
+    if not isinstance(store, LocalStore):
+        return {}
+    root, own = Path(os.path.realpath(store.root)), {}
+    for folder in {name.rpartition("/")[0] for name in names}:
+        place = Path(os.path.realpath(store.root / folder))
+        if place != root / folder and place.is_relative_to(root):
+            own[folder] = place.relative_to(root)
+    parts = ((name, *name.rpartition("/")[::2]) for name in names)
+    return {name: (own[folder] / file).as_posix() for name, folder, file in parts if folder in own}

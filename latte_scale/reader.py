@@ -1,0 +1,65 @@
+"""What reads a command's output may leave, as in `latte-data verify DIR | head`: the command then ends quietly.
+
+In: a command as a function. Out: its exit code, or that of a process that SIGPIPE ended. The signal itself stays
+ignored, because a store's or a peer's broken connection would end the process, too; a BrokenPipeError is an OSError,
+which every verb reports as its user's mistake. So the streams raise what no verb catches.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from typing import Any
+
+SIGPIPE_CODE = 128 + 13
+"""What a shell shows of a command that SIGPIPE ended."""
+
+
+class _ReaderLeft(BaseException):
+    """Nobody reads the output any more. As Ctrl-C it is no error of the command, so it passes by its handlers."""
+
+
+class _Stream:
+    """A text stream whose broken pipe is `_ReaderLeft`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's own."""
+        return self._told(self._stream.write, text)
+
+    def flush(self) -> None:
+        """As the stream's own."""
+        self._told(self._stream.flush)
+
+    def _told(self, call: Callable[..., Any], *args: str) -> Any:
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            raise _ReaderLeft from None
+
+
+def until_reader_leaves(command: Callable[[], int]) -> int:
+    """Run the command; its exit code, or SIGPIPE_CODE once its output has nowhere to go."""
+    watched = [(redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)]
+    streams = [(redirect, _Stream(stream)) for redirect, stream in watched if stream is not None]  # None: closed
+    try:
+        with ExitStack() as stack:
+            for redirect, stream in streams:
+                stack.enter_context(redirect(stream))
+            try:
+                return command()
+            finally:
+                for _, stream in streams:
+                    stream.flush()  # what is still held back would fail when the process ends
+    except _ReaderLeft:
+        for _, stream in streams:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+        return SIGPIPE_CODE
