@@ -6,7 +6,7 @@ import importlib
 import sys
 from importlib.metadata import version
 
-from latte_scale.reader import until_reader_leaves
+from latte_scale.broken_pipe import until_reader_leaves
 
 VERBS = {
     "shapes": "short captioned clips of moving shapes, made up, to learn on a laptop",

@@ -5,7 +5,7 @@ import importlib
 import sys
 from importlib.metadata import version
 
-from latte_scale.reader import until_reader_leaves
+from latte_scale.broken_pipe import until_reader_leaves
 
 VERBS = {  # verb -> (module:function, what it does)
     "quickstart": ("latte_scale.quickstart:main", "clips to a sampled video and a report, on this machine"),
