@@ -23,6 +23,7 @@ from data_tools.found import (
     seen_again,
 )
 from data_tools.tar_clips import tar_clips
+from latte_scale.data.schema import MANIFEST, load_manifest
 from latte_scale.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from latte_scale.store import Store, StoreError
 
@@ -109,23 +110,33 @@ def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
 
 
 def _in_tars(store: Store, tars: list[str], others: list[str]) -> Found:
-    """The clips of webdataset's and video2dataset's tars; `others`: videos and archives beside them."""
+    """The clips of webdataset's and video2dataset's tars, or of shards of ours, whose manifest says what classes mean.
+
+    others: videos and archives beside them.
+    """
     again, found, keys = seen_again(store, tars), Found(), set()
+    is_ours = store.exists(MANIFEST)
+    names = found.class_names = load_manifest(store).class_names if is_ours else None
     found.skipped = [f"{name}: the same as {own}, by a link" for name, own in again.items()]
     for name in others:
         found.skipped.append(f"{name}: {REASON_PACKED if is_packed(name) else 'beside tars, whose clips are taken'}")
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for clips in pool.map(
-            partial(tar_clips, store, failed=found.failed), [tar for tar in tars if tar not in again]
-        ):
-            for tar, member, caption in clips:
+        look = partial(tar_clips, store, failed=found.failed, is_ours=is_ours)
+        for clips in pool.map(look, [tar for tar in tars if tar not in again]):
+            for tar, member, captions, label in clips:
                 source = f"{tar}/{member.name}"
-                if caption is None:
+                if not captions:
                     found.skipped.append(f"{source}: no caption in a .txt or .json beside it")
                     continue
+                if names is not None and (label is None or not 0 <= label < len(names)):
+                    found.failed.append(
+                        f"{source}: {MANIFEST} has {len(names)} classes: expected such a label in the .json, came "
+                        f"{label}; away from {MANIFEST} tars are taken without classes"
+                    )
+                    continue
                 key = key_of(f"{tar.removesuffix('.tar').replace('.', '_')}/{member.name}", keys)
-                clip = Clip(key, store, (tar,), source, (caption,), member.size, offset=member.offset)
-                found.clips.append(clip)
+                label = None if names is None else label
+                found.clips.append(Clip(key, store, (tar,), source, captions, member.size, label, offset=member.offset))
     found.failed.sort()
     return found
 

@@ -1,12 +1,14 @@
 """Clips inside tars, as webdataset and video2dataset write them, found without unpacking.
 
-In: a store with tars of files that share a key, KEY.mp4 with KEY.txt or "caption" in KEY.json. Out: where each video
-lies and its caption. Only headers and captions are read. A tar that is cut, damaged or hostile is left out and named.
+In: a store with tars of files that share a key, KEY.mp4 with KEY.txt or "caption" in KEY.json; in shards of ours with
+"captions" and "label" as well. Out: where each video lies, its captions and its class. Only headers and captions are
+read. A tar that is cut, damaged or hostile is left out and named.
 Pickled members are not opened. To train on such tars as they are, `latte-data index` is quicker; this way their clips
 can be filtered, cut and packed anew.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,7 +25,8 @@ class TarClip(NamedTuple):
 
     tar: str
     member: Member
-    caption: str | None
+    captions: tuple[str, ...]  # none where there is none
+    label: int | None
 
 
 @dataclass
@@ -35,8 +38,11 @@ class _Group:
     is_double: bool = False  # a second .txt or .json: which is whose cannot be told
 
 
-def tar_clips(store: Store, tar: str, failed: list[str]) -> list[TarClip]:
-    """The videos of a tar in its order; what is left out goes to `failed`, all of a tar that is damaged."""
+def tar_clips(store: Store, tar: str, failed: list[str], is_ours: bool = False) -> list[TarClip]:
+    """The videos of a tar in its order; what is left out goes to `failed`, all of a tar that is damaged.
+
+    is_ours: a shard of `latte-data shard`, whose .json has what its .txt has not.
+    """
     groups: dict[str, _Group] = {}
     nameless = []
     try:
@@ -53,7 +59,7 @@ def tar_clips(store: Store, tar: str, failed: list[str]) -> list[TarClip]:
                 group.texts[extension] = member
         double = [video for group in groups.values() if group.is_double for video in group.videos]
         clips = [
-            TarClip(tar, video, _caption(store, tar, group.texts))
+            TarClip(tar, video, *_captions_and_label(store, tar, group.texts, is_ours))
             for group in groups.values()
             for video in group.videos
             if not group.is_double
@@ -66,21 +72,28 @@ def tar_clips(store: Store, tar: str, failed: list[str]) -> list[TarClip]:
     return clips
 
 
-def _caption(store: Store, tar: str, texts: dict[str, Member]) -> str | None:
+def _captions_and_label(
+    store: Store, tar: str, texts: dict[str, Member], is_ours: bool
+) -> tuple[tuple[str, ...], int | None]:
+    """What a clip is: the caption of its .txt, else that of its .json; of ours all that the .json has."""
+    first, about = None, {}
     for kind in ("txt", "json"):
         member = texts.get(kind)
-        if member is None or member.size > MAX_TEXT_BYTES:
+        if member is None or member.size > MAX_TEXT_BYTES or (first is not None and not is_ours):
             continue
         text = decoded(store.read(tar, member.offset, member.size))
         if kind == "txt":
-            return tidy(text)
-        try:
-            caption = json.loads(text).get("caption")
-        except (ValueError, AttributeError, RecursionError):
+            first = tidy(text)
             continue
-        if isinstance(caption, str):
-            return tidy(caption)
-    return None
+        with suppress(ValueError, RecursionError):
+            about = json.loads(text)
+    about = about if isinstance(about, dict) else {}
+    if first is None and isinstance(about.get("caption"), str):
+        first = tidy(about["caption"])
+    captions, label = about.get("captions"), about.get("label")
+    if not is_ours or not isinstance(captions, list) or captions[:1] != [first]:
+        captions = [] if first is None else [first]
+    return tuple(captions), label if is_ours and type(label) is int else None
 
 
 def _read(store: Store, tar: str, offset: int, size: int) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 
 from data_tools import captions, cli
 from data_tools.captions import MAX_CHARACTERS, read_list, tidy
+from latte_scale.data.samples import open_dataset
 from latte_scale.store import open_store
 from tests.data.making import make_clip
 from tests.data_tools.test_shard import stored
@@ -26,6 +27,24 @@ def clips(tmp_path: Path) -> Path:
     for name in TEXTS:
         (folder / name).write_bytes(make_clip(3))
     return folder
+
+
+def test_shards_of_ours_keep_captions_and_classes(clips: Path, tmp_path: Path, capsys) -> None:
+    """Packed anew, as for other filters or sizes of shards: of several captions one was kept, and no class."""
+    lines = [{"file": name, "text": [text, f"again {text}"], "label": "one"} for name, text in TEXTS.items()]
+    (clips / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert shard(clips, tmp_path / "first") == 0 and shard(tmp_path / "first", tmp_path / "second") == 0
+    first, second = (open_dataset(str(tmp_path / name)) for name in ("first", "second"))
+    assert second.manifest.class_names == first.manifest.class_names == ("one",)
+    read = [[dataset.read(0, position) for position in range(2)] for dataset in (first, second)]
+    assert [(sample.captions, sample.about["label"]) for sample in read[1]] == [
+        (sample.captions, sample.about["label"]) for sample in read[0]
+    ]
+    assert read[1][0].captions == tuple(lines[0]["text"])
+    manifest = tmp_path / "first" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"one"', ""))
+    assert shard(tmp_path / "first", tmp_path / "third") == 1
+    assert "has 0 classes: expected such a label in the .json, came 0" in capsys.readouterr().err
 
 
 def shard(source: Path | str, output: Path) -> int:
