@@ -27,6 +27,9 @@ from latte_scale.store import Store
 
 logger = logging.getLogger("latte_scale")
 
+BLOCK_ELEMENTS = 2**26  # 256 MiB of fp32
+ALIGNMENT = 16  # elements, a cache line
+
 
 class Checkpointer:
     """Saves the state of one run into one place, one checkpoint at a time. All ranks make one and call it alike."""
@@ -219,10 +222,9 @@ class Checkpointer:
         copies: Trees = {}
         for tree, pieces in trees.items():
             if tree not in self._host:
-                self._host[tree] = [
-                    torch.empty(piece.tensor.shape, dtype=torch.float32, pin_memory=piece.tensor.is_cuda)
-                    for piece in pieces
-                ]
+                self._host[tree] = host_tensors(
+                    [piece.tensor.shape for piece in pieces], pinned=any(piece.tensor.is_cuda for piece in pieces)
+                )
             copies[tree] = []
             for piece, host in zip(pieces, self._host[tree], strict=True):
                 host.copy_(piece.tensor, non_blocking=True)
@@ -237,3 +239,20 @@ class Checkpointer:
         if removed:
             logger.info("removed what dead attempts left in %s: %s", self._depot.url, ", ".join(removed))
         return removed, [self._depot.set_aside(url) for url in broken]
+
+
+def host_tensors(shapes: Sequence[torch.Size], pinned: bool, block: int = BLOCK_ELEMENTS) -> list[Tensor]:
+    """fp32 tensors of these shapes in host memory, with any content; `pinned`: page-locked.
+
+    They lie behind each other, in allocations of `block` elements at most or of one larger tensor. `block` is a power of
+    two: to the next one torch rounds up what it page-locks, so that tensors by themselves took half as much again.
+    """
+    room = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in shapes]
+    tensors, memory, used = [], torch.empty(0), 0
+    for number, shape in enumerate(shapes):
+        if used + room[number] > memory.numel():
+            size = max(room[number], min(block, sum(room[number:])))
+            memory, used = torch.empty(size, dtype=torch.float32, pin_memory=pinned), 0
+        tensors.append(memory[used : used + shape.numel()].view(shape))
+        used += room[number]
+    return tensors

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from latte_scale.checkpoint import CheckpointError, disk, folder
+from latte_scale.checkpoint.save import host_tensors
 from tests.checkpoint.making import RANKS, newest, save, saver, trees, values
 
 
@@ -173,3 +175,17 @@ def test_no_room_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.Mon
     save(writer, 2)
     writer.finish()
     assert newest(tmp_path) == 2
+
+
+@pytest.mark.parametrize("block", [64, 128, 1 << 20])
+def test_host_copies_lie_side_by_side_in_few_allocations(block):
+    shapes = [torch.Size(shape) for shape in [(3, 5), (0,), (64,), (7,), (200,), (1,), (16, 2)]]
+    tensors = host_tensors(shapes, pinned=False, block=block)
+    assert [tensor.shape for tensor in tensors] == shapes and all(tensor.is_contiguous() for tensor in tensors)
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors)), "two of them overlap"
+    assert all(tensor.data_ptr() % 64 == tensors[0].data_ptr() % 64 for tensor in tensors if tensor.numel())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // 4 for tensor in tensors}
+    assert len(storages) == {64: 5, 128: 3, 1 << 20: 1}[block], storages
+    assert max(storages.values()) <= max(block, 208)
