@@ -244,8 +244,8 @@ class Checkpointer:
 def host_tensors(shapes: Sequence[torch.Size], pinned: bool, block: int = BLOCK_ELEMENTS) -> list[Tensor]:
     """fp32 tensors of these shapes in host memory, with any content; `pinned`: page-locked.
 
-    They lie behind each other, in allocations of `block` elements at most or of one larger tensor. `block` is a power of
-    two: to the next one torch rounds up what it page-locks, so that tensors by themselves took half as much again.
+    They lie behind each other, in allocations of `block` elements at most or of one larger tensor. `block` is a power
+    of two: to the next one torch rounds up what it page-locks, so that tensors alone took half as much again.
     """
     room = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in shapes]
     tensors, memory, used = [], torch.empty(0), 0
