@@ -16,7 +16,7 @@ from latte_scale.data.video import write_mp4
 from latte_scale.doctor import stored
 from latte_scale.doctor.stored import size_lines
 from latte_scale.planning import open_data
-from latte_scale.run.lease import process_start
+from latte_scale.run.lease import holder_of, process_start
 from tests import processes
 from tests.conftest import ROOT, Run, train_command
 from tests.integration.test_resume import kill_at
@@ -187,8 +187,8 @@ def test_whole_clips_train_killed_on_two_ranks_and_on_one(latents, tmp_path):
 
     options = ("engine.kind=fsdp2", "train.micro_batch=4", "checkpoint.every_steps=5", "train.steps=1000")
     kill_at(13, tmp_path / "run", train_command(CONFIG, tmp_path / "run", shards, options, 2, "torchrun"))
-    holder = json.loads((tmp_path / "run" / "lease.json").read_text())["pid"]
-    while process_start(holder) is not None:  # a killed rank is there for a moment, and holds the folder
+    holder = holder_of(tmp_path / "run")  # none if a rank gave it back, because it saw its launcher die before it did
+    while holder is not None and process_start(holder.pid) is not None:  # a killed rank is there for a moment
         time.sleep(0.01)
     resumed = run(tmp_path / "run", shards, "train.steps=30")
     assert resumed.code == 0 and resumed.digests == alone.digests
