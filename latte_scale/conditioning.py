@@ -151,9 +151,8 @@ class Conditioner:
         mean_BFCHW = self._to_device(mean_BFCHW).float()
         if std_BFCHW is None:
             return mean_BFCHW
-        return mean_BFCHW + self._to_device(std_BFCHW).float() * self._normal(
-            "posterior", step, indices, mean_BFCHW.shape[1:]
-        )
+        draw_BFCHW = self._normal("posterior", step, indices, mean_BFCHW.shape[1:])
+        return mean_BFCHW + self._to_device(std_BFCHW).float() * draw_BFCHW
 
     def _images(self, micro_batch: MicroBatch, step: int, indices: list[int]) -> Tensor | None:
         """Raw latents of the images, [B, n, C, H, W] fp32; None without joint training. Image j has sub-index j + 1."""
