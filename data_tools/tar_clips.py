@@ -90,10 +90,12 @@ def _captions_and_label(
     about = about if isinstance(about, dict) else {}
     if first is None and isinstance(about.get("caption"), str):
         first = tidy(about["caption"])
-    captions, label = about.get("captions"), about.get("label")
-    if not is_ours or not isinstance(captions, list) or captions[:1] != [first]:
-        captions = [] if first is None else [first]
-    return tuple(captions), label if is_ours and type(label) is int else None
+    captions, label = [] if first is None else [first], None
+    if is_ours:
+        several, label = about.get("captions"), about.get("label")
+        if isinstance(several, list) and several[:1] == [first] and all(isinstance(each, str) for each in several):
+            captions = [tidy(each) for each in several]
+    return tuple(captions), label if type(label) is int else None
 
 
 def _read(store: Store, tar: str, offset: int, size: int) -> bytes:

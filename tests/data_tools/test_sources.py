@@ -11,6 +11,7 @@ import pytest
 
 from data_tools import captions, cli
 from data_tools.captions import MAX_CHARACTERS, read_list, tidy
+from data_tools.tar_clips import tar_clips
 from latte_scale.data.samples import open_dataset
 from latte_scale.store import open_store
 from tests.data.making import make_clip
@@ -93,6 +94,13 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+
+
+def test_captions_that_are_no_text_are_not_taken_from_a_shard_that_looks_like_ours(tmp_path: Path) -> None:
+    about = json.dumps({"caption": "a", "captions": ["a", 5], "label": True}).encode()
+    write_tar(tmp_path / "x.tar", {"0.mp4": b"v", "0.txt": b"a", "0.json": about})
+    (clip,) = tar_clips(open_store(tmp_path), "x.tar", [], is_ours=True)
+    assert (clip.captions, clip.label) == (("a",), None)
 
 
 def test_clips_come_out_of_tars(tmp_path: Path, capsys) -> None:
