@@ -5,8 +5,8 @@ piece as an MP4. Scenes are those of PySceneDetect's AdaptiveDetector, which com
 its neighbours and so is not fooled by fast motion. A scene longer than cut.seconds is divided evenly.
 
 The decision worth knowing: pieces are encoded anew (H.264, crf 12, 8 bits, no sound), because a copied stream can only
-begin at a keyframe. They are exact to the frame, upright, of even height and width, and all of one rate; one thread
-makes equal bytes on one machine. A video that needs no cut is stored as it is.
+begin at a keyframe. They are exact to the frame, upright, of even height and width, with pixels of the same shape, and
+all of one rate; one thread makes equal bytes on one machine. A video that needs no cut is stored as it is.
 """
 
 import io
@@ -80,8 +80,9 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
 
 
 def piece_size(facts: VideoInfo, num_frames: int) -> ClipSize:
-    """The size of a piece of so many frames: its sides are even."""
-    return ClipSize(num_frames, facts.height // 2 * 2, facts.width // 2 * 2)
+    """The size of a piece of so many frames: its sides are even, its pixels those of the video."""
+    height, width = facts.height // 2 * 2, facts.width // 2 * 2
+    return ClipSize(num_frames, height, max(1, round(width * facts.pixel_shape)))
 
 
 def cut_out(data: bytes, facts: VideoInfo, wanted: Sequence[Piece]) -> Iterator[bytes]:
@@ -120,6 +121,8 @@ def _encoded(frames_HWC: Iterator[np.ndarray], facts: VideoInfo) -> bytes:
                 stream = container.add_stream("libx264", rate=as_fraction(facts.fps), options=options)
                 stream.height, stream.width = pixels_HWC.shape[:2]
                 stream.pix_fmt = "yuv420p"
+                if facts.pixel_shape != 1:
+                    stream.codec_context.sample_aspect_ratio = facts.pixel_shape
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
         if stream is not None:
             container.mux(stream.encode(None))

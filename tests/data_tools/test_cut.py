@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from data_tools import cli, cut, verify
-from data_tools.cut import CutSettings, cut_out, pieces
+from data_tools.cut import CutSettings, cut_out, piece_size, pieces
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, probe, read_clip, write_mp4
 from tests.data.making import frame_grey, make_clip
 from tests.data.odd_clips import SOUND
+from tests.data.test_video import rotated
 from tests.data_tools.test_shard import run as run_tool
 from tests.data_tools.test_shard import write_captions
 
@@ -34,6 +35,21 @@ def test_pieces_hold_exactly_their_frames() -> None:
     assert found == list(cut_out(data, probe(data), wanted))
     with pytest.raises(VideoError, match="decoding ended after 30 frames"):
         list(cut_out(data, probe(data), [(20, 40)]))
+
+
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, -1, 1, 0)])
+def test_pieces_keep_the_shape_of_their_pixels(matrix: tuple[int, int, int, int]) -> None:
+    """A picture of 40 x 40 pixels, each twice as wide as high, upright or on its side."""
+    data = rotated(make_clip(12, 40, 40, stripe=True, pixel_shape=2), matrix)
+    facts = probe(data)
+    (piece,) = cut_out(data, facts, [(2, 10)])
+    found, whole = probe(piece).size, facts.size
+    assert (found.frames, found.width * whole.height) == (8, found.height * whole.width)
+    assert piece_size(facts, 8) == found
+    inside = (..., slice(2, -2), slice(2, -2))  # the red quarter is cut off; a piece's colours are coarser at its edge
+    square = VideoSettings(1, 20, 20, 1)
+    of_piece, of_video = read_clip(piece, square)[inside], read_clip(data, square, start_frame=2)[inside]
+    np.testing.assert_allclose(of_piece, of_video, atol=6)
 
 
 def test_a_tag_that_is_no_utf8_is_no_reason() -> None:
