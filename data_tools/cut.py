@@ -59,7 +59,11 @@ def pieces(data: bytes, facts: VideoInfo, cut: CutSettings) -> list[Piece]:
 
 
 def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
-    """The scenes of a video: one where there is no cut in it."""
+    """The scenes of a video: one where there is no cut in it.
+
+    PySceneDetect numbers a frame by its time at an average rate: in a video whose rate changes that is another one. So
+    frames are numbered here, in the order in which they come.
+    """
     try:
         from scenedetect import AdaptiveDetector, SceneManager
         from scenedetect.backends import VideoStreamAv
@@ -70,8 +74,21 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
         ) from error
     manager = SceneManager()
     manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold))
+
+    class Numbered(VideoStreamAv):
+        frame_number = 0  # of the last frame, counted from 1
+
+        @property
+        def position(self) -> Any:
+            return self.base_timecode + max(0, self.frame_number - 1)
+
+        def read(self, *args: Any, **how: Any) -> Any:
+            frame = super().read(*args, **how)
+            self.frame_number += frame is not False
+            return frame
+
     try:
-        manager.detect_scenes(VideoStreamAv(io.BytesIO(data), suppress_output=True), show_progress=False)
+        manager.detect_scenes(Numbered(io.BytesIO(data), suppress_output=True), show_progress=False)
     except (av.FFmpegError, EOFError, UnicodeDecodeError, VideoOpenFailure, SeekError) as error:  # as tags not in UTF-8
         raise VideoError(f"corrupt: its scenes cannot be found: {error}") from error
     cuts = [start.frame_num for start, _ in manager.get_scene_list()[1:]]

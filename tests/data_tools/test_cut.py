@@ -1,8 +1,11 @@
 """Long videos into clips: exact frames, scenes, even parts, reproducible bytes."""
 
+import io
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -66,21 +69,36 @@ def test_a_long_video_is_divided_evenly(seconds: float | None, lengths: list[int
     assert found[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(found))
 
 
-def film(path: Path) -> None:
-    """Three scenes of 40, 30 and 50 frames: moving stripes of other colours and slants."""
+def film() -> np.ndarray:
+    """Three scenes of 40, 30 and 50 frames: moving stripes of other colours and slants; [F, H, W, 3]."""
     rows, columns = np.mgrid[:72, :96]
     frames = []
     for length, slant, tint in ((40, 1, (1, 0.2, 0.1)), (30, -2, (0.1, 1, 0.3)), (50, 0, (0.2, 0.3, 1))):
         for number in range(length):
             wave = 128 + 100 * np.sin((columns + slant * rows + 2 * number) / 6)
             frames.append((wave[..., None] * np.array(tint)).astype(np.uint8))
-    write_mp4(path, np.stack(frames), 10)
+    return np.stack(frames)
+
+
+def test_scenes_of_a_video_whose_rate_changes_begin_at_their_own_frames() -> None:
+    """As phones and screen recorders make them: 10 frames a second, from the second scene on 30."""
+    pytest.importorskip("scenedetect", exc_type=ImportError)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=30, options={"crf": "10", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 72, 96, "yuv420p"
+        for number, pixels in enumerate(film()):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = 3 * min(number, 40) + max(0, number - 40), Fraction(1, 30)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    assert cut.scenes(buffer.getvalue(), 3.0, 120) == [(0, 40), (40, 70), (70, 120)]
 
 
 def test_scenes_become_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scenedetect", exc_type=ImportError)
     (tmp_path / "clips").mkdir()
-    film(tmp_path / "clips" / "film.mp4")
+    write_mp4(tmp_path / "clips" / "film.mp4", film(), 10)
     write_captions(tmp_path / "clips", ["film.mp4"])
     command = ["shard", "--input", str(tmp_path / "clips"), "--output", str(tmp_path / "out")]
     assert cli.main([*command, "cut.scenes=true", "cut.seconds=4", "cut.min_seconds=2.6"]) == 0
