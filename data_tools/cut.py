@@ -25,6 +25,10 @@ from latte_scale.data.video import TAGS, VideoError, VideoInfo
 
 Piece = tuple[int, int]
 
+FEWEST_FRAMES = 5
+"""Of a scene: what the detector looks at for one cut, so a flash is none. Its own 15 joined half a second of one scene
+to the next."""
+
 
 @dataclass(frozen=True)
 class CutSettings:
@@ -73,7 +77,7 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
             f"cut.scenes needs PySceneDetect ({error}): pip install 'latte_scale[data]'; its OpenCV needs libGL"
         ) from error
     manager = SceneManager()
-    manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold))
+    manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=FEWEST_FRAMES))
 
     class Numbered(VideoStreamAv):
         frame_number = 0  # of the last frame, counted from 1

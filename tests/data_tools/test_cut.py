@@ -69,15 +69,24 @@ def test_a_long_video_is_divided_evenly(seconds: float | None, lengths: list[int
     assert found[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(found))
 
 
-def film() -> np.ndarray:
-    """Three scenes of 40, 30 and 50 frames: moving stripes of other colours and slants; [F, H, W, 3]."""
+def film(*lengths: int) -> np.ndarray:
+    """Three scenes, of 40, 30 and 50 frames by default: moving stripes of other colours and slants; [F, H, W, 3]."""
     rows, columns = np.mgrid[:72, :96]
     frames = []
-    for length, slant, tint in ((40, 1, (1, 0.2, 0.1)), (30, -2, (0.1, 1, 0.3)), (50, 0, (0.2, 0.3, 1))):
+    looks = ((1, (1, 0.2, 0.1)), (-2, (0.1, 1, 0.3)), (0, (0.2, 0.3, 1)))
+    for length, (slant, tint) in zip(lengths or (40, 30, 50), looks, strict=True):
         for number in range(length):
             wave = 128 + 100 * np.sin((columns + slant * rows + 2 * number) / 6)
             frames.append((wave[..., None] * np.array(tint)).astype(np.uint8))
     return np.stack(frames)
+
+
+@pytest.mark.parametrize("length", [5, 14])
+def test_a_short_scene_is_one_of_its_own_and_not_the_beginning_of_the_next(tmp_path: Path, length: int) -> None:
+    pytest.importorskip("scenedetect", exc_type=ImportError)
+    write_mp4(tmp_path / "film.mp4", film(40, length, 50), 30)
+    found = cut.scenes((tmp_path / "film.mp4").read_bytes(), 3.0, 90 + length)
+    assert found == [(0, 40), (40, 40 + length), (40 + length, 90 + length)]
 
 
 def test_scenes_of_a_video_whose_rate_changes_begin_at_their_own_frames() -> None:
