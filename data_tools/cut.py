@@ -5,8 +5,8 @@ piece as an MP4. Scenes are those of PySceneDetect's AdaptiveDetector, which com
 its neighbours and so is not fooled by fast motion. A scene longer than cut.seconds is divided evenly.
 
 The decision worth knowing: pieces are encoded anew (H.264, crf 12, 8 bits, no sound), because a copied stream can only
-begin at a keyframe. They are exact to the frame, upright, of even height and width, and all of one rate; one thread
-makes equal bytes on one machine. A video that needs no cut is stored as it is.
+begin at a keyframe. They are exact to the frame, upright, of even height and width, with pixels of the same shape, and
+all of one rate; one thread makes equal bytes on one machine. A video that needs no cut is stored as it is.
 """
 
 import io
@@ -24,6 +24,10 @@ from latte_scale.data.schema import ClipSize
 from latte_scale.data.video import TAGS, VideoError, VideoInfo
 
 Piece = tuple[int, int]
+
+FEWEST_FRAMES = 5
+"""Of a scene: what the detector looks at for one cut, so a flash is none. Its own 15 joined half a second of one scene
+to the next."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ def pieces(data: bytes, facts: VideoInfo, cut: CutSettings) -> list[Piece]:
 
 
 def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
-    """The scenes of a video: one where there is no cut in it."""
+    """The scenes of a video: one where there is no cut in it.
+
+    PySceneDetect numbers a frame by its time at an average rate: in a video whose rate changes that is another one. So
+    frames are numbered here, in the order in which they come.
+    """
     try:
         from scenedetect import AdaptiveDetector, SceneManager
         from scenedetect.backends import VideoStreamAv
@@ -69,9 +77,22 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
             f"cut.scenes needs PySceneDetect ({error}): pip install 'latte_scale[data]'; its OpenCV needs libGL"
         ) from error
     manager = SceneManager()
-    manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold))
+    manager.add_detector(AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=FEWEST_FRAMES))
+
+    class Numbered(VideoStreamAv):
+        frame_number = 0  # of the last frame, counted from 1
+
+        @property
+        def position(self) -> Any:
+            return self.base_timecode + max(0, self.frame_number - 1)
+
+        def read(self, *args: Any, **how: Any) -> Any:
+            frame = super().read(*args, **how)
+            self.frame_number += frame is not False
+            return frame
+
     try:
-        manager.detect_scenes(VideoStreamAv(io.BytesIO(data), suppress_output=True), show_progress=False)
+        manager.detect_scenes(Numbered(io.BytesIO(data), suppress_output=True), show_progress=False)
     except (av.FFmpegError, EOFError, UnicodeDecodeError, VideoOpenFailure, SeekError) as error:  # as tags not in UTF-8
         raise VideoError(f"corrupt: its scenes cannot be found: {error}") from error
     cuts = [start.frame_num for start, _ in manager.get_scene_list()[1:]]
@@ -80,8 +101,9 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
 
 
 def piece_size(facts: VideoInfo, num_frames: int) -> ClipSize:
-    """The size of a piece of so many frames: its sides are even."""
-    return ClipSize(num_frames, facts.height // 2 * 2, facts.width // 2 * 2)
+    """The size of a piece of so many frames: its sides are even, its pixels those of the video."""
+    height, width = facts.height // 2 * 2, facts.width // 2 * 2
+    return ClipSize(num_frames, height, max(1, round(width * facts.pixel_shape)))
 
 
 def cut_out(data: bytes, facts: VideoInfo, wanted: Sequence[Piece]) -> Iterator[bytes]:
@@ -120,6 +142,8 @@ def _encoded(frames_HWC: Iterator[np.ndarray], facts: VideoInfo) -> bytes:
                 stream = container.add_stream("libx264", rate=as_fraction(facts.fps), options=options)
                 stream.height, stream.width = pixels_HWC.shape[:2]
                 stream.pix_fmt = "yuv420p"
+                if facts.pixel_shape != 1:
+                    stream.codec_context.sample_aspect_ratio = facts.pixel_shape
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
         if stream is not None:
             container.mux(stream.encode(None))

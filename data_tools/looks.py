@@ -97,7 +97,7 @@ def _look_at_piece(
         side=min(facts.height, facts.width),
         fps=fps or None,
         seconds=seconds,
-        aspect=facts.width / facts.height,
+        aspect=float(facts.width * facts.pixel_shape / facts.height),
         caption=min(map(len, clip.captions)) if any(clip.captions) or clip.label is None else None,
     )
     if is_piece and seconds is not None and seconds < settings.cut.min_seconds:

@@ -96,7 +96,7 @@ def clip_shower(height: int) -> Shower:
     def show(sample: Sample, bucket: str) -> np.ndarray:
         source = sample.fields["video"]
         info = probe(source)
-        size = (height // 2 * 2, max(2, round(height * info.width / info.height / 2) * 2))
+        size = (height // 2 * 2, max(2, round(height * info.size.width / info.size.height / 2) * 2))
         frames = min(MOST_FRAMES, info.num_frames)
         video = VideoSettings(frames, *size, window=info.num_frames, sampling="linspace")
         return read_clip(source, video).transpose(0, 2, 3, 1)

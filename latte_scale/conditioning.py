@@ -23,9 +23,6 @@ from latte_scale.encoders import TextEncoder, VideoAutoencoder
 
 logger = logging.getLogger("latte_scale")
 
-NUM_BANDS = 4
-"""Timestep bands over which the loss is reported: quarters of the diffusion time, least noise first."""
-
 
 @dataclass(frozen=True)
 class KnownFramesSettings:
@@ -47,7 +44,7 @@ class ModelInputs:
 
     latents_BCFHW: Tensor  # model units, fp32
     noise_BCFHW: Tensor  # standard normal, fp32
-    uniform_B: np.ndarray  # [0, 1): where each sample stands in diffusion time
+    uniform_B: np.ndarray  # [0, 1): what each sample's timestep is made of
     weight_B: Tensor  # 1 for a sample, 0 for an empty slot
     condition_B: Tensor  # int64: equal for equal conditions, -1 where dropped or empty
     num_samples: int  # slots that hold a sample
@@ -285,8 +282,3 @@ def _lengthen(tensor: Tensor, axis: int, length: int) -> Tensor:
     padding = list(tensor.shape)
     padding[axis] = max(0, length - tensor.shape[axis])
     return torch.cat([tensor, tensor.new_zeros(padding)], dim=axis)
-
-
-def band_of(uniform_B: np.ndarray) -> np.ndarray:
-    """The timestep band of each sample, an integer in [0, NUM_BANDS)."""
-    return np.minimum((uniform_B * NUM_BANDS).astype(np.int64), NUM_BANDS - 1)

@@ -149,7 +149,7 @@ def train(
             updates = journal.progress.updates_before(step)
             lr = learning_rate(config, updates)
             journal.begin(step, lr, plan.epoch(step + 1), plan.samples_before(step + 1), plan.bucket(step))
-            tally = Tally(ranks.device, engine.sequence.rank, engine.sequence.size)
+            tally = Tally(ranks.device, config.diffusion, engine.sequence.rank, engine.sequence.size)
             waiting_since_s = time.perf_counter()
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latte_scale import rng, train
-from latte_scale.conditioning import NUM_BANDS, Conditioner, KnownFramesSettings, band_of
+from latte_scale.conditioning import Conditioner, KnownFramesSettings
 from latte_scale.config import load_config
 from latte_scale.data.loader import MicroBatch
 from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, load_encoders
@@ -208,10 +208,6 @@ def test_a_model_of_classes_loads_no_text_encoder(monkeypatch, config, expected)
     settings = load_config(ROOT / "configs" / f"{config}.yaml", ["encoders.vae=tiny", "encoders.text=tiny"])
     train.make_conditioner(settings, [SimpleNamespace(manifest=SimpleNamespace(kind="video"))], CPU)
     assert loaded == [expected]
-
-
-def test_bands_are_quarters_of_diffusion_time():
-    assert band_of(np.array([0.0, 0.24, 0.25, 0.5, 0.999999])).tolist() == [0, 0, 1, 2, NUM_BANDS - 1]
 
 
 def test_captions_without_padding_have_no_mask(conditioner):

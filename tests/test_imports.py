@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "run": {"run", "settings"},
     "run.metrics": {"engine.base", "plain_json"},
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks
-    "run.journal": {"conditioning", "engine.base", "engine.dist", "plain_json", "run", "store"},  # what was fetched
+    "run.journal": {"conditioning", "diffusion", "engine.base", "engine.dist", "plain_json", "run", "store"},
     # What sampled videos are scored by; the command is an entry point, and training may ask for a score, too.
     "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
     # What a report page is made of: it only reads run folders.

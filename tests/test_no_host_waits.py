@@ -151,7 +151,7 @@ class Step:
         self.conditioner = Conditioner(0, DEVICE, 1.0, 0.0, *encoders, num_classes=num_classes, known_frames=known)
 
     def run(self, batches: list[MicroBatch]) -> torch.Tensor:
-        tally = Tally(DEVICE)
+        tally = Tally(DEVICE, DiffusionSettings())
         for number, batch in enumerate(batches, 1):
             inputs = self.conditioner(batch, batch.step)
             losses = losses_of(self.config, self.engine.model, self.schedule, inputs, self.engine.sequence)

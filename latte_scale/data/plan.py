@@ -8,8 +8,9 @@ and micro-batches cannot change it.
 Three questions, each answered in closed form:
 1. Which bucket has step k, and which data set has place p of a bucket's stream? Each stream's events are spread evenly
    over time, stream i having the j-th at (2j + 1) / (2 w_i), and all are merged in order of time (`interleave`). After
-   any number of events each stream is within one or two of its exact share. A bucket's share of the steps is its share
-   of the samples over its batch: batches of equal cost (`samples_for`) leave shares of samples as they are.
+   any number of events each of n streams is within n / 2 of its exact share (streams of one rare weight come one after
+   the other). A bucket's share of the steps is its share of the samples over its batch: batches of equal cost
+   (`samples_for`) leave shares of samples as they are.
 2. Which place of an epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
    bucket's stream runs on over epochs, so nothing is left over and each sample comes once an epoch.
 3. Which sample has that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import google_crc32c
 import numpy as np
@@ -79,7 +79,7 @@ class Dataset:
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._positions: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._texts: OrderedDict[tuple[int, int], tuple[str, bytes]] = OrderedDict()  # those of several samples
-        self._counts: dict[tuple[float, Side], dict[str, np.ndarray]] = {}  # of clips that are sorted into sizes
+        self._counts: dict[float, dict[Side, dict[str, np.ndarray]]] = {}  # by holdout: what the indices count
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store, "manifest": self.manifest, "sizes": self.sizes}
@@ -96,13 +96,13 @@ class Dataset:
         """Samples per bucket, held-out ones included, names sorted. Of sorted clips every index is read, once."""
         if self.sizes is None:
             return self.manifest.buckets
-        counts = {name: int(counts.sum()) for name, counts in self._sorted_counts(0.0, "train").items()}
+        counts = {name: int(counts.sum()) for name, counts in self._counted(0.0)["train"].items()}
         return {name: count for name, count in sorted(counts.items()) if count and name != TOO_SHORT}
 
     @property
     def num_too_short(self) -> int:
         """Clips that no size takes."""
-        return 0 if self.sizes is None else int(self._sorted_counts(0.0, "train")[TOO_SHORT].sum())
+        return 0 if self.sizes is None else int(self._counted(0.0)["train"][TOO_SHORT].sum())
 
     def policy(self, bucket: str, video: VideoSettings) -> VideoSettings:
         """By which whole clips of a bucket are decoded: `video`, or that of their size."""
@@ -132,27 +132,29 @@ class Dataset:
     def counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
         """Bucket -> samples per shard, int64 [num_shards], on one side of the holdout.
 
-        Without a holdout the manifest knows them; with one, or with several sizes, every index is read once, several
-        at a time. Clips too short for every size are left out.
+        Without a holdout the manifest knows them; with one, or with several sizes, every index is read once for both
+        sides, several at a time. Clips too short for every size are left out.
         """
-        if self.sizes is not None:
-            counts = self._sorted_counts(holdout, side)
-            return {bucket: counts[bucket] for bucket in self.buckets}
-        if holdout == 0.0 and side == "train":
+        if self.sizes is None and holdout == 0.0 and side == "train":
             return _per_shard([shard.buckets for shard in self.manifest.shards], self.manifest.buckets)
-        return self._indexed_counts(holdout, side, self.manifest.buckets)
+        counts = self._counted(holdout)[side]
+        return {bucket: counts[bucket] for bucket in self.buckets}
 
-    def _sorted_counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
-        """`counts` of every size, and of clips too short for all; kept."""
-        if (holdout, side) not in self._counts:
-            self._counts[holdout, side] = self._indexed_counts(holdout, side, self.sizes.names)
-        return self._counts[holdout, side]
+    def _counted(self, holdout: float) -> dict[Side, dict[str, np.ndarray]]:
+        """Both sides of a holdout, counted over all indices and kept; of sorted clips TOO_SHORT, too."""
+        if holdout not in self._counts:
 
-    def _indexed_counts(self, holdout: float, side: Side, buckets: Iterable[str]) -> dict[str, np.ndarray]:
-        """The same, counted over all indices."""
-        with ThreadPoolExecutor(NUM_INDEX_READERS) as readers:
-            counted = readers.map(lambda entry: self._load_index(entry).counts(holdout, side), self.manifest.shards)
-            return _per_shard(list(counted), buckets)
+            def count(entry: ShardEntry) -> dict[Side, dict[str, int]]:
+                index = self._load_index(entry)
+                return {side: index.counts(holdout, side) for side in get_args(Side)}
+
+            names = self.manifest.buckets if self.sizes is None else self.sizes.names
+            with ThreadPoolExecutor(NUM_INDEX_READERS) as readers:
+                counted = list(readers.map(count, self.manifest.shards))
+            self._counts[holdout] = {
+                side: _per_shard([each[side] for each in counted], names) for side in get_args(Side)
+            }
+        return self._counts[holdout]
 
     def read(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
         """The sample at `position` of a shard. `cached=False` reads past every cache, of the store and of embeddings.

@@ -53,6 +53,7 @@ class VideoInfo:
     height: int
     rotation: int  # degrees counter-clockwise that show the frames upright: 0, 90, 180 or 270
     codec: str
+    pixel_shape: Fraction  # width of a pixel as shown upright / its height; 1: square
     size: ClipSize  # frames, and the picture as shown in square pixels, to the nearest whole one
 
 
@@ -75,9 +76,10 @@ def probe(source: bytes | str | Path) -> VideoInfo:
     with _opened(source) as opened:
         frame = _first_frame(opened)
         height, width = map(int, _shown(frame))
+        shape = 1 / opened.pixel_shape if _rotation(frame) in (90, 270) else opened.pixel_shape
         fps, codec = float(opened.stream.average_rate or 0), opened.stream.codec_context.name
         size = ClipSize(opened.num_frames, *(max(1, round(side)) for side in _shown(frame, opened.pixel_shape)))
-        return VideoInfo(opened.num_frames, fps, width, height, _rotation(frame), codec, size)
+        return VideoInfo(opened.num_frames, fps, width, height, _rotation(frame), codec, shape, size)
 
 
 def read_clip(source: bytes | str | Path, video: VideoSettings, start_frame: int = 0) -> np.ndarray:

@@ -14,10 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latte_scale.diffusion.schedule import Schedule, gather, linear_betas, make_schedule, with_zero_terminal_snr
+
+NUM_BANDS = 4
+"""Timestep bands over which the loss is reported: quarters of the diffusion time, least noise first."""
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], timestep [B] or [B, F]) -> output
 
@@ -88,6 +92,12 @@ def draw_timestep(u_B: Tensor | float, settings: DiffusionSettings) -> Tensor:
         sigma_B = settings.flow_shift * u_B / (1 + (settings.flow_shift - 1) * u_B)
         return (settings.num_timesteps * sigma_B).float()
     return (settings.num_timesteps * u_B).long()
+
+
+def band_of(u_B: np.ndarray, settings: DiffusionSettings) -> np.ndarray:
+    """The timestep band of uniform numbers in [0, 1), an integer in [0, NUM_BANDS): that of the timesteps they draw."""
+    time_B = draw_timestep(torch.from_numpy(u_B), settings).double().numpy() / settings.num_timesteps
+    return np.minimum((time_B * NUM_BANDS).astype(np.int64), NUM_BANDS - 1)
 
 
 def diffusion_loss(

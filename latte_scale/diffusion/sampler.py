@@ -27,6 +27,11 @@ SAMPLERS: dict[str, tuple[Sampler, ...]] = {  # by objective; the first is the d
 }
 
 
+LEAST_WALKED = 0.8
+"""Of the schedule, by ddim: its first input is pure noise, and at half of the timesteps 28 % of x_t is not. With 600
+steps of 1000 the mean of a known distribution came out 8 % too small, with 400 it was 2 %."""
+
+
 def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_variance: bool = False) -> Any:
     """The diffusers scheduler that samples a model trained with these settings.
 
@@ -86,6 +91,15 @@ def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -
         raise ValueError(
             f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
             f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
+        )
+    stride = settings.num_timesteps // num_steps
+    walked = stride * num_steps
+    if sampler == "ddim" and walked < LEAST_WALKED * settings.num_timesteps:
+        fewer, more = (settings.num_timesteps // each for each in (stride + 1, stride))
+        raise ValueError(
+            f"sampling steps: ddim at {num_steps}, in whole strides of {stride}, walks {walked} of "
+            f"{settings.num_timesteps} timesteps (diffusion.num_timesteps) and would begin with pure noise where the "
+            f"model expects some of a clip; use {fewer} or {more}, or another sampler"
         )
     is_rounded = settings.objective != "flow" and not settings.zero_terminal_snr
     if sampler == "dpm++" and is_rounded and num_steps == settings.num_timesteps:

@@ -153,7 +153,8 @@ class Scorer:
 
         def facts() -> list[object]:
             names = [clip.name for clip in clips]
-            return [self._real_fingerprint(), network.sha256, name, kind, window, names, torch.__version__]
+            made_by = network.sha256, name, kind, torch.__version__, "without TF32"
+            return [self._real_fingerprint(), window, names, *made_by]
 
         return kept(make, cache_folder() / "features", facts, self._ranks)
 

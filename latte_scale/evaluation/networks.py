@@ -1,16 +1,18 @@
 """The networks that turn clips into features: files or URLs the user names, their sha256 recorded with every score.
 
 i3d and inception are TorchScript modules as StyleGAN-V and StyleGAN2-ADA publish them, called with the arguments those
-tools call them with, so that the numbers are theirs; clip is a folder of a CLIP model and its tokenizer in the layout
-of transformers. The decision worth knowing: CLIP runs through transformers, which is a dependency already and reads the
-published CLIP models, OpenCLIP's among them. open_clip itself needs a torchvision that fits the build of torch.
+tools call them with, and without TF32 as there, so that the numbers are theirs; clip is a folder of a CLIP model and
+its tokenizer in the layout of transformers. The decision worth knowing: CLIP runs through transformers, which is a
+dependency already and reads the published CLIP models, OpenCLIP's among them. open_clip itself needs a torchvision that
+fits the build of torch.
 
 Shapes: B clips, F frames, C channels, H W pixels, K vectors of a clip, D width of a feature.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,16 @@ class Network:
     sha256: str  # of the file, or of a folder's weights and configuration
     features: Embed  # i3d: K = 1; inception: a row a frame; clip: a row a frame, then one of the caption
     classes: Embed | None = None  # inception: probabilities of each frame
+
+
+@contextmanager
+def whole_fp32() -> Iterator[None]:
+    """Convolutions on a GPU without TF32, which keeps 10 bits of a number and is torch's default for them."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def cache_folder() -> Path:
@@ -127,7 +139,7 @@ def _checked_call(script: Any, path: Path, name: str) -> Callable[..., Tensor]:
 
     def call(x: Tensor, num_rows: int, **options: bool) -> Tensor:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), whole_fp32():
                 out = script(x, **options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
@@ -158,6 +170,7 @@ def _load_clip(path: Path, device: torch.device) -> Network:
         raise ValueError(f"{path} is no CLIP model ({error}); fetch {TO_FETCH['clip'][1]}") from error
 
     @torch.no_grad()
+    @whole_fp32()
     def features(pixels_BFCHW: Tensor, captions: list[str]) -> Tensor:
         images = list(pixels_BFCHW.flatten(0, 1).cpu().numpy().transpose(0, 2, 3, 1))
         seen = processor(images=images, return_tensors="pt")["pixel_values"].to(device)

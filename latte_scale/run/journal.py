@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from latte_scale.conditioning import NUM_BANDS, ModelInputs, band_of
+from latte_scale.conditioning import ModelInputs
+from latte_scale.diffusion.loss import NUM_BANDS, DiffusionSettings, band_of
 from latte_scale.engine.base import StepResult
 from latte_scale.engine.dist import Ranks
 from latte_scale.plain_json import finite
@@ -60,6 +61,7 @@ class Tally:
     """This rank's numbers of one step. Ranks of a sequence group share their samples: the first of them counts them."""
 
     device: torch.device
+    diffusion: DiffusionSettings
     sequence_rank: int = 0
     sequence_size: int = 1
     host: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HOST_FIELDS, 0.0))
@@ -67,7 +69,7 @@ class Tally:
 
     def add(self, inputs: ModelInputs, loss_B: Tensor, contrastive_B: Tensor | None, tokens: int, flops: float) -> None:
         """Count one micro-batch; `tokens` and `flops` (of a step without recompute) are those of its real samples."""
-        one_hot = np.eye(NUM_BANDS)[band_of(inputs.uniform_B)]
+        one_hot = np.eye(NUM_BANDS)[band_of(inputs.uniform_B, self.diffusion)]
         counts = self.sequence_rank == 0
         weight_B = inputs.weight_B.double() * counts
         band_BK = torch.from_numpy(one_hot).to(self.device, non_blocking=True) * weight_B[:, None]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from latte_scale import rng
-from latte_scale.conditioning import NUM_BANDS, Conditioner, ModelInputs, band_of
+from latte_scale.conditioning import Conditioner, ModelInputs
 from latte_scale.config import Config
 from latte_scale.data.batches import MicroBatch, MicroBatches
 from latte_scale.data.buckets import bucket_costs
@@ -30,7 +30,7 @@ from latte_scale.data.loader import plan_data
 from latte_scale.data.orders import permute
 from latte_scale.data.plan import Plan, samples_for
 from latte_scale.data.samples import Dataset
-from latte_scale.diffusion.loss import diffusion_loss, draw_timestep, schedule_of
+from latte_scale.diffusion.loss import NUM_BANDS, band_of, diffusion_loss, draw_timestep, schedule_of
 from latte_scale.engine.dist import Ranks
 
 
@@ -39,7 +39,7 @@ class HeldOutLoss:
     """The mean over all places, and over those of each band, low to high timesteps."""
 
     loss: float
-    bands: list[float | None]  # None: no place lies there (num_samples below 4)
+    bands: list[float | None]  # None: no place lies there (few samples)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class HeldOut:
             beat()
             inputs = self._inputs(part, micro_batch)
             loss_B = self._losses(model, inputs).double()
-            band_BK = torch.from_numpy(np.eye(NUM_BANDS)[band_of(inputs.uniform_B)]).to(loss_B.device)
+            band_B = band_of(inputs.uniform_B, self._diffusion)
+            band_BK = torch.from_numpy(np.eye(NUM_BANDS)[band_B]).to(loss_B.device)
             band_BK *= inputs.weight_B.double()[:, None] * counts
             sums_2K += torch.stack([loss_B @ band_BK, band_BK.sum(0)])
         totals, counted = self._ranks.sum_(sums_2K).tolist()

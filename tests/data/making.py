@@ -143,8 +143,12 @@ def make_clip(
     codec: str = "libx264",
     gop: int = 5,
     stripe: bool = False,
+    pixel_shape: int = 1,
 ) -> bytes:
-    """A video whose frame i is filled with frame_grey(i); `stripe` makes the left quarter of each frame red."""
+    """A video whose frame i is filled with frame_grey(i); `stripe` makes the left quarter of each frame red.
+
+    pixel_shape: how often a pixel is as wide as it is high.
+    """
     buffer = io.BytesIO()
     names = {"mkv": "matroska"}
     with av.open(buffer, "w", format=names.get(container, container)) as output:
@@ -152,6 +156,8 @@ def make_clip(
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if codec == "libx264" else "yuv420p"
         stream.gop_size = gop
+        if pixel_shape != 1:
+            stream.codec_context.sample_aspect_ratio = pixel_shape
         if codec == "libx264":
             stream.options = {"crf": "1", "preset": "ultrafast", "bf": "2", "g": str(gop)}
         else:

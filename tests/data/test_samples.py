@@ -134,6 +134,16 @@ def test_counts_agree_with_positions(tmp_path):
     assert held_out[BUCKET].sum() > 0
 
 
+def test_both_sides_of_a_holdout_are_counted_in_one_pass_over_the_indices(latents, monkeypatch):
+    """A start asks several times: for the shuffle window, the plan, and the validation's other side."""
+    reads = []
+    read = type(latents.store).read
+    monkeypatch.setattr(type(latents.store), "read", lambda *args, **how: reads.append(args[1]) or read(*args, **how))
+    for side in ("train", "train", "held_out"):
+        latents.counts(0.4, side)
+    assert sorted(reads) == [entry.index for entry in latents.manifest.shards]
+
+
 def test_clips_come_back_with_their_captions(tmp_path):
     make_videos(tmp_path)
     samples = [sample for shard in range(2) for sample in open_dataset(str(tmp_path)).samples(shard)]

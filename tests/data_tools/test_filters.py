@@ -101,6 +101,7 @@ def clips(tmp_path: Path) -> Path:
         "small": make_clip(20, height=16, width=24),
         "short": make_clip(4),
         "wide": make_clip(20, height=32, width=128),
+        "widened": make_clip(20, pixel_shape=3),
         "still": make_clip(1),
         "twin": make_clip(20, stripe=True, gop=9),
     }
@@ -120,14 +121,15 @@ def test_what_filters_leave_out_is_named_and_counted(
     command = ["shard", "--input", str(clips), "--output", str(tmp_path / "out"), "--workers", str(workers), *LIMITS]
     assert cli.main([*command, "--dry-run"]) == 0
     dry = capsys.readouterr()
-    assert not (tmp_path / "out").exists() and dry.out.startswith("done 1, skipped 5, failed 0; 1 shards would be in")
+    assert not (tmp_path / "out").exists() and dry.out.startswith("done 1, skipped 6, failed 0; 1 shards would be in")
     assert cli.main(command) == 0
     real = capsys.readouterr()
-    assert real.err == dry.err and real.out.startswith("done 1, skipped 5, failed 0; 1 shards in")
+    assert real.err == dry.err and real.out.startswith("done 1, skipped 6, failed 0; 1 shards in")
     for line in (
         "skipped small.mp4: filters.min_side: expected at least 32, came 16",
         "skipped short.mp4: filters.min_seconds: expected at least 1, came 0.4",
         "skipped wide.mp4: filters.max_aspect: expected at most 2, came 4",
+        "skipped widened.mp4: filters.max_aspect: expected at most 2, came 4",
         "skipped twin.mp4: filters.duplicates: looks like good",
         "min_seconds left out 2 clips",
         "duplicates left out 1 clips",

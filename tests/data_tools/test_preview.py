@@ -5,8 +5,10 @@ import re
 import pytest
 
 from data_tools.cli import main
-from data_tools.preview import figure
+from data_tools.preview import clip_shower, figure
+from latte_scale.data.samples import Sample
 from tests.browser import Page, find_browser
+from tests.data.making import make_clip
 
 
 @pytest.mark.parametrize("kind", ["shards", "latents"])
@@ -29,6 +31,13 @@ def test_captions_choose(data_sets, tmp_path, capsys):
     assert captions and all("moves left" in caption for caption in captions)
     assert main(["preview", str(data_sets.shards), "--out", str(out), "--match", "a zebra"]) == 0
     assert "0 clips shown" in capsys.readouterr().out
+
+
+def test_the_whole_picture_is_shown_whatever_the_shape_of_its_pixels():
+    sample = Sample("key", {"video": make_clip(2, 40, 40, stripe=True, pixel_shape=2)}, {})
+    frames_FHWC = clip_shower(40)(sample, "raw").astype(int)
+    assert frames_FHWC.shape == (2, 40, 80, 3)
+    assert (frames_FHWC[0, 20, :, 0] - frames_FHWC[0, 20, :, 2] > 100).sum() == pytest.approx(20, abs=2)
 
 
 def test_hostile_captions_are_only_text():

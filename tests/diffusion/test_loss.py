@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from latte_scale.diffusion.loss import (
+    NUM_BANDS,
     DiffusionSettings,
+    band_of,
     diffusion_loss,
     draw_timestep,
     min_snr_weight,
@@ -163,6 +165,13 @@ def test_flow_shift_moves_time_towards_noise() -> None:
     assert draw_timestep(0.0, shifted).item() == 0
     assert draw_timestep(0.5, shifted).item() == pytest.approx(750.0)
     assert draw_timestep(float(np.nextafter(1.0, 0.0)), shifted).item() <= 1000
+
+
+@pytest.mark.parametrize("settings", [EPSILON, FLOW, dataclasses.replace(FLOW, flow_shift=3.0)])
+def test_bands_are_quarters_of_diffusion_time(settings) -> None:
+    u = np.append((np.arange(10_000) + 0.5) / 10_000, [0.0, 0.25, np.nextafter(1.0, 0.0)])
+    quarters = draw_timestep(torch.from_numpy(u), settings).double().numpy() / 250
+    assert np.array_equal(band_of(u, settings), np.floor(np.minimum(quarters, NUM_BANDS - 0.5)))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])

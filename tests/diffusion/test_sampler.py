@@ -274,6 +274,11 @@ def test_dpm_takes_as_many_steps_as_are_apart(settings, num_steps) -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("num_steps", [300, 400, 999])
+def test_ddim_takes_steps_that_walk_most_of_the_schedule(num_steps) -> None:
+    assert plain(lambda x, t: 0.1 * x, settings=DiffusionSettings(), num_steps=num_steps).isfinite().all()
+
+
 def test_a_sampler_of_another_objective() -> None:
     with pytest.raises(ValueError, match="objective flow expects one of euler, heun, dpm\\+\\+, came 'ddim'"):
         make_scheduler(DiffusionSettings(objective="flow"), "ddim")
@@ -285,6 +290,8 @@ def test_a_sampler_of_another_objective() -> None:
         ({"num_steps": 0}, "expected 1 to 1000.*came 0"),
         ({"num_steps": 1001}, "expected 1 to 1000.*came 1001"),
         ({"num_steps": 7, "settings": ZERO_SNR}, "divisor of 1000.*came 7"),
+        ({"num_steps": 501}, "ddim at 501.*walks 501 of 1000.*use 500 or 1000"),
+        ({"num_steps": 350}, "ddim at 350.*walks 700 of 1000.*use 333 or 500"),
         ({"num_steps": 1000, "sampler": "dpm++"}, "dpm\\+\\+ expects at most 999, came 1000"),
         ({"generators": generators(0)}, "one for each of 2 clips, came 1"),
         ({"strength": 0.5}, "1 without an input video, came 0.5"),

@@ -32,6 +32,27 @@ def test_inception_sees_frames_and_gives_features_or_classes_without_a_bias(tmp_
     assert torch.equal(network.classes(PIXELS_BFCHW, []).flatten(0, 1), module(frames, no_output_bias=True))
 
 
+@pytest.mark.parametrize("name", ["i3d", "inception", "clip"])
+def test_networks_compute_without_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As the published tools do: torch's default for convolutions on a GPU keeps 10 bits."""
+    seen = []
+
+    def look(*_: object) -> None:
+        seen.append(torch.backends.cudnn.allow_tf32)
+
+    if name == "clip":
+        path, model = write_clip(tmp_path), CLIPModel.from_pretrained(write_clip(tmp_path))
+        model.vision_model.register_forward_pre_hook(look)
+        monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *_, **__: model)
+    else:
+        module = SmallI3D() if name == "i3d" else SmallInception()
+        path = write_script(type(module), tmp_path / "network.pt")
+        module.register_forward_pre_hook(look)
+        monkeypatch.setattr(torch.jit, "load", lambda *_, **__: module)
+    load_network(name, path, CPU).features(PIXELS_BFCHW, ["a red circle", "up"])
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
 def test_clip_embeds_frames_and_captions_as_transformers_does(tmp_path: Path) -> None:
     folder = write_clip(tmp_path)
     model, captions = CLIPModel.from_pretrained(folder), ["a red circle", "up"]

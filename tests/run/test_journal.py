@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from latte_scale.conditioning import ModelInputs
+from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.engine.base import StepResult
 from latte_scale.run.folder import StopRunError
 from latte_scale.run.journal import FIELDS, Journal, Progress, Tally
@@ -43,7 +44,7 @@ def result_of(norm=1.0, applied=1.0):
 
 
 def numbers_of(losses, uniforms, weights, digest=0, **result):
-    tally = Tally(CPU)
+    tally = Tally(CPU, DiffusionSettings())
     contrastive_B = 2 * torch.tensor(losses)
     tally.add(inputs_of(uniforms, weights, digest), torch.tensor(losses), contrastive_B, tokens=10, flops=6e9)
     return tally.reduce(OneRank(), result_of(**result)).tolist()
@@ -97,7 +98,7 @@ def test_what_object_stores_were_asked_for_is_summed_and_told(tmp_path):
     """Of two micro-batches a step, over the two steps of a line."""
     journal = journal_of(tmp_path, every_steps=2)
     for step in range(4):
-        tally = Tally(CPU)
+        tally = Tally(CPU, DiffusionSettings())
         tally.add(inputs_of([0.1], [1.0]), torch.tensor([1.0]), None, tokens=10, flops=6e9)
         if step < 2:
             tally.count_reads([Counters(3, 1, 0, 500, 2, 0), Counters(4, 0, 1, 700, 0, 2)])
@@ -117,7 +118,7 @@ def test_digests_of_ranks_add_modulo_2_62():
 
 def of_group(digests):
     """What the ranks of one sequence group add up to; each has its own digest of the samples they should share."""
-    tallies = [Tally(CPU, rank, len(digests)) for rank in range(len(digests))]
+    tallies = [Tally(CPU, DiffusionSettings(), rank, len(digests)) for rank in range(len(digests))]
     for tally, digest in zip(tallies, digests, strict=True):
         inputs = inputs_of([0.1, 0.9], [1.0, 0.0], digest)
         tally.add(inputs, torch.tensor([3.0, 8.0]), torch.tensor([1.0, 1.0]), tokens=10, flops=6e9)
@@ -164,7 +165,7 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(tmp_path):
 
 def test_a_stop_request_of_any_rank_reaches_all(tmp_path):
     journal = journal_of(tmp_path)
-    tally = Tally(CPU)
+    tally = Tally(CPU, DiffusionSettings())
     tally.host["stop"] = 1.0
     tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
     take(journal, 0, tally.reduce(OneRank(), result_of()).tolist())
@@ -192,7 +193,7 @@ def test_the_samples_of_a_skipped_update_are_named_on_every_rank(tmp_path, caplo
 def test_a_failed_save_of_any_rank_is_told_once_and_recorded(tmp_path, caplog):
     journal = journal_of(tmp_path)
     for step, failed in enumerate([0.0, 3.0, 3.0, 0.0]):
-        tally = Tally(CPU)
+        tally = Tally(CPU, DiffusionSettings())
         tally.host["save_failed"] = failed
         tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
         take(journal, step, tally.reduce(OneRank(), result_of()).tolist())
