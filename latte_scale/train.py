@@ -128,6 +128,7 @@ def train(
     # Resume: everything but tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
+    fence.check()  # before anything is taken back: an attempt that froze until here may have been replaced
     last_logged = rewind_log(folder, progress, found, broken, console)
     validator.rewind(progress.step)
     folder.write_config(config)

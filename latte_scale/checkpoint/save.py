@@ -50,7 +50,7 @@ class Checkpointer:
             settings: the `checkpoint` section.
             ranks: of the job.
             broken: what find_newest_sound reported, set aside so that their steps can be saved.
-            fence: raises once this attempt may not write any more; asked before a commit and before a removal.
+            fence: raises once this attempt may not write any more; asked before a commit and any removal.
             run_id: of the run whose lease is held; tells what dead attempts of it left in a bucket.
         """
         self._depot = open_depot(where, run_id)
@@ -235,6 +235,7 @@ class Checkpointer:
 
     def _clean(self, broken: Sequence[str]) -> tuple[list[str], list[str]]:
         """Remove what dead attempts left and rename broken checkpoints; the names of both."""
+        self._fence()  # else the dead attempt would be this one
         removed = self._depot.clean()
         if removed:
             logger.info("removed what dead attempts left in %s: %s", self._depot.url, ", ".join(removed))

@@ -129,8 +129,14 @@ class RunFolder:
 
         Rank 0 writes it, and a rank that fails, so that its reason stands there and not "connection closed by peer":
         of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
-        attempt holds the folder.
+        attempt holds the folder, or where nothing can be: the code of the process says it too.
         """
+        try:
+            self._write_exit(code, reason)
+        except OSError as error:
+            logger.error("exit.json was not written (%s): exit %d: %s", error, code, reason)
+
+    def _write_exit(self, code: int, reason: str) -> None:
         holder, there = holder_of(self.path), read_exit(self.path)
         if self._attempt is None or holder is None or holder.token != self._attempt.token:
             return
@@ -179,8 +185,11 @@ def read_exit(folder: Path) -> dict[str, Any]:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 class Fence:
@@ -214,9 +223,12 @@ class Fence:
         return False
 
     def release(self) -> None:
-        """Give the folder back."""
-        if self._lease is not None:
-            self._lease.release()
+        """Give the folder back. Where it cannot be changed any more, the next attempt finds that this one is dead."""
+        try:
+            if self._lease is not None:
+                self._lease.release()
+        except OSError as error:
+            logger.error("the run folder was not given back: %s", error)
 
 
 class StopRequest:
