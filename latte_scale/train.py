@@ -28,6 +28,7 @@ from latte_scale.checkpoint import (
     Checkpoint,
     Checkpointer,
     CheckpointError,
+    OutOfReachError,
     find_newest_sound,
     part_of_copies,
     state_trees,
@@ -80,7 +81,7 @@ from latte_scale.validation.validator import Validator
 from latte_scale.weights import check_init, load_weights
 
 NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError)
-"""What another attempt would meet again: exit code 78."""
+"""What another attempt would meet again: exit code 78; a CheckpointError that it would not is an OutOfReachError."""
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
@@ -401,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
     except (*NO_REQUEUE, ValueError) as error:
-        code, reason = STOP, str(error)
+        code, reason = FAILED if isinstance(error, OutOfReachError) else STOP, str(error)
         logger.exception("stopped")
     except KeyboardInterrupt:
         reason = "interrupted; the same command goes on from the newest checkpoint"
