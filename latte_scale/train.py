@@ -156,6 +156,7 @@ def train(
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
             tally.count_reads(micro_batch.fetched for micro_batch in micro_batches)
+            tally.count_replaced(sum(len(micro_batch.replaced) for micro_batch in micro_batches))
             tally.host["stop"] = float(stop.asked())
             tally.host["lost"] = float(fence.is_lost())
             tally.host["save_failed"] = float(checkpointer.poll())

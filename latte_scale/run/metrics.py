@@ -200,6 +200,7 @@ class Throughput:
 
     started_at_s: float
     samples: int = 0
+    replaced: int = 0  # of them: the planned ones could not be read
     tokens: int = 0
     model_flops: float = 0.0  # 3 x forward of real tokens
     recomputed_flops: float = 0.0  # what activation checkpointing runs again
