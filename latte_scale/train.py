@@ -28,6 +28,7 @@ from latte_scale.checkpoint import (
     Checkpoint,
     Checkpointer,
     CheckpointError,
+    OutOfReachError,
     find_newest_sound,
     part_of_copies,
     state_trees,
@@ -80,7 +81,7 @@ from latte_scale.validation.validator import Validator
 from latte_scale.weights import check_init, load_weights
 
 NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError)
-"""What another attempt would meet again: exit code 78."""
+"""What another attempt would meet again: exit code 78; a CheckpointError that it would not is an OutOfReachError."""
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
@@ -128,6 +129,7 @@ def train(
     # Resume: everything but tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
+    fence.check()  # before anything is taken back: an attempt that froze until here may have been replaced
     last_logged = rewind_log(folder, progress, found, broken, console)
     validator.rewind(progress.step)
     folder.write_config(config)
@@ -154,6 +156,7 @@ def train(
             _, micro_batches = next(loader)
             tally.host["data_wait_s"] = time.perf_counter() - waiting_since_s
             tally.count_reads(micro_batch.fetched for micro_batch in micro_batches)
+            tally.count_replaced(sum(len(micro_batch.replaced) for micro_batch in micro_batches))
             tally.host["stop"] = float(stop.asked())
             tally.host["lost"] = float(fence.is_lost())
             tally.host["save_failed"] = float(checkpointer.poll())
@@ -400,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
     except (*NO_REQUEUE, ValueError) as error:
-        code, reason = STOP, str(error)
+        code, reason = FAILED if isinstance(error, OutOfReachError) else STOP, str(error)
         logger.exception("stopped")
     except KeyboardInterrupt:
         reason = "interrupted; the same command goes on from the newest checkpoint"
@@ -411,8 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if folder.rank == 0:
             console.print(f"exit {code}: {reason}", markup=False)
-        if fence is not None:  # else the folder is another attempt's
-            folder.write_exit(code, reason)
+        if fence is not None and folder.write_exit(code, reason):  # without a fence the folder is another attempt's
             fence.release()
     shutdown()
     return code

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.engine.base import LocalShard
-from latte_scale.store import CredentialsError, MissingError, Store, StoreError, TransientError
+from latte_scale.store import CredentialsError, MissingError, NeverReachedError, Store, StoreError, TransientError
 
 FORMAT = "latte_scale checkpoint"
 FORMAT_VERSION = 1
@@ -33,8 +33,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, found, trusted or used; the message names the folder and what to do."""
 
 
+class OutOfReachError(CheckpointError):
+    """The store gave no whole answer for too long: no fault of what lies in it, and another attempt may get one."""
+
+
 UNKNOWN = (TransientError, CredentialsError)
 """Errors of a store that say nothing about the checkpoint in it: it must not be taken for a broken one."""
+
+
+def kind_of(error: Exception) -> type[CheckpointError]:
+    """Which error of checkpoints one of a store, a disk or a checkpoint is."""
+    may_pass = isinstance(error, TransientError) and not isinstance(error, NeverReachedError)
+    return OutOfReachError if may_pass or isinstance(error, OutOfReachError) else CheckpointError
 
 
 class Piece(NamedTuple):

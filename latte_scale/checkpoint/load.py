@@ -21,10 +21,12 @@ from latte_scale.checkpoint.format import (
     UNKNOWN,
     Checkpoint,
     CheckpointError,
+    OutOfReachError,
     Piece,
     Trees,
     check_tiling,
     file_name,
+    kind_of,
     read_manifest,
 )
 from latte_scale.engine.base import Ranks
@@ -126,7 +128,7 @@ def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoi
 
     A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if there
     is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is sound, or if the store
-    does not let itself be read: what cannot be seen is not taken for broken.
+    does not let itself be read (OutOfReachError where it did before): what cannot be seen is not taken for broken.
     """
     problems: list[tuple[str, str]] = []
     for store in reversed(on_rank_0(ranks, lambda: open_depot(where).steps())):
@@ -138,7 +140,7 @@ def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoi
         shares = ranks.all_gather_object(_verify_share(checkpoint, by_size[ranks.rank :: ranks.size]))
         failures = [failure for _, failure in shares if failure]
         if failures:
-            raise CheckpointError(f"{store.url} cannot be verified, so the run does not start: {failures[0]}")
+            raise OutOfReachError(f"{store.url} cannot be verified, so the run does not start: {failures[0]}")
         found = [problem for share, _ in shares for problem in share]
         if not found:
             return checkpoint, problems
@@ -170,15 +172,15 @@ def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[st
 def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
     """The result of `function` on rank 0, on all ranks; its CheckpointError or OSError is a CheckpointError on all."""
     result: T | None = None
-    message: str | None = None
+    error: CheckpointError | None = None
     if ranks.rank == 0:
         try:
             result = function()
-        except (CheckpointError, OSError) as error:
-            message = str(error)
-    result, message = ranks.broadcast_object((result, message))
-    if message is not None:
-        raise CheckpointError(message)
+        except (CheckpointError, OSError) as raised:
+            error = kind_of(raised)(str(raised))
+    result, error = ranks.broadcast_object((result, error))
+    if error is not None:
+        raise error
     return result
 
 

@@ -10,6 +10,7 @@ those of training; the background threads talk through files only.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from latte_scale.checkpoint.depot import Draft, open_depot
-from latte_scale.checkpoint.format import CheckpointError, Manifest, Trees, folder_name
+from latte_scale.checkpoint.format import CheckpointError, Manifest, OutOfReachError, Trees, folder_name, kind_of
 from latte_scale.checkpoint.load import on_rank_0
 from latte_scale.checkpoint.settings import CheckpointSettings
 from latte_scale.checkpoint.write import Job, give_back, not_saved
 from latte_scale.engine.base import Ranks
-from latte_scale.store import Store
+from latte_scale.store import MissingError, Store
 
 logger = logging.getLogger("latte_scale")
 
@@ -50,14 +51,14 @@ class Checkpointer:
             settings: the `checkpoint` section.
             ranks: of the job.
             broken: what find_newest_sound reported, set aside so that their steps can be saved.
-            fence: raises once this attempt may not write any more; asked before a commit and before a removal.
+            fence: raises once this attempt may not write any more; asked before a commit and any removal.
             run_id: of the run whose lease is held; tells what dead attempts of it left in a bucket.
         """
         self._depot = open_depot(where, run_id)
         self._settings, self._ranks, self._fence = settings, ranks, fence
         self._job: Job | None = None
         self._saved: set[int] = set()
-        self._failures: list[str] = []  # of the saves since the last one that worked, the same on all ranks
+        self._failures: list[CheckpointError] = []  # of the saves since the last one that worked, the same on all ranks
         self._host: dict[str, list[Tensor]] = {}  # tree -> host copies, reused from save to save
         self.removed, self.set_aside = on_rank_0(ranks, lambda: self._clean(broken))
         """Names of what dead attempts left, now removed, and of the broken ones renamed: for the log."""
@@ -118,9 +119,9 @@ class Checkpointer:
         if step in self._saved:
             return time.monotonic() - begin
         needed = self._size_bytes(trees)
-        draft, problem = on_rank_0(self._ranks, lambda: self._begin(step, needed))
-        if draft is None:
-            self._note_failure(problem)
+        draft = on_rank_0(self._ranks, lambda: self._begin(step, needed))
+        if isinstance(draft, CheckpointError):
+            self._note_failure(draft)
             return time.monotonic() - begin
         if self._settings.asynchronous:
             trees = self._copy(trees)
@@ -152,7 +153,7 @@ class Checkpointer:
             self._job.hurry.set()
         self._settle()
         if self._failures:
-            raise CheckpointError(self._failures[-1])
+            raise self._failures[-1]
         return time.monotonic() - begin
 
     def _is_behind(self, step: int) -> bool:
@@ -189,33 +190,35 @@ class Checkpointer:
             job.abort.set()  # rank 0 need not wait for files that will not come
         job.thread.join()
         self._job = None
-        messages = self._ranks.all_gather_object(None if job.error is None else str(job.error))
-        messages = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
-        if not messages:
+        errors = self._ranks.all_gather_object(job.error)
+        found = {rank: error for rank, error in enumerate(errors) if error is not None}
+        if not found:
             self._saved.add(job.manifest.step)
             self._failures = []
             return
         if self._ranks.rank == 0:
             give_back(job.draft)  # no rank writes there any more
-        self._note_failure("\n".join(messages))
+        may_pass = all(isinstance(error, OutOfReachError) for error in found.values())
+        message = "\n".join(f"rank {rank}: {error}" for rank, error in found.items())
+        self._note_failure((OutOfReachError if may_pass else CheckpointError)(message))
 
-    def _note_failure(self, message: str) -> None:
-        """Count a failed save, which all ranks know of. CheckpointError if it is one too many."""
-        self._failures.append(message)
-        logger.error("%s", message)
+    def _note_failure(self, error: CheckpointError) -> None:
+        """Count a failed save, which all ranks know of. Raises an error of its kind if it is one too many."""
+        self._failures.append(error)
+        logger.error("%s", error)
         if len(self._failures) > self._settings.max_failed:
-            raise CheckpointError(
-                f"{message}\n{len(self._failures)} saves in a row failed (checkpoint.max_failed is "
+            raise kind_of(error)(
+                f"{error}\n{len(self._failures)} saves in a row failed (checkpoint.max_failed is "
                 f"{self._settings.max_failed}), so the run stops"
             )
 
-    def _begin(self, step: int, needed: int) -> tuple[Draft | None, str]:
-        """The draft of a step, or None and what is in the way."""
+    def _begin(self, step: int, needed: int) -> Draft | CheckpointError:
+        """The draft of a step, or what is in the way."""
         try:
-            return self._depot.begin(step, needed), ""
+            return self._depot.begin(step, needed)
         except OSError as error:
             url = f"{self._depot.url}/{folder_name(step)}"
-            return None, str(not_saved(self._depot, error, url, needed))
+            return not_saved(self._depot, error, url, needed)
 
     def _copy(self, trees: Trees) -> Trees:
         """The trees in host memory of our own, complete on return."""
@@ -235,10 +238,15 @@ class Checkpointer:
 
     def _clean(self, broken: Sequence[str]) -> tuple[list[str], list[str]]:
         """Remove what dead attempts left and rename broken checkpoints; the names of both."""
+        self._fence()  # else the dead attempt would be this one
         removed = self._depot.clean()
         if removed:
             logger.info("removed what dead attempts left in %s: %s", self._depot.url, ", ".join(removed))
-        return removed, [self._depot.set_aside(url) for url in broken]
+        set_aside = []
+        for url in broken:
+            with suppress(FileNotFoundError, MissingError):  # removed by a person since it was looked at
+                set_aside.append(self._depot.set_aside(url))
+        return removed, set_aside
 
 
 def host_tensors(shapes: Sequence[torch.Size], pinned: bool, block: int = BLOCK_ELEMENTS) -> list[Tensor]:

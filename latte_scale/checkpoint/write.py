@@ -23,6 +23,7 @@ from latte_scale.checkpoint.format import (
     check_files,
     check_tiling,
     file_name,
+    kind_of,
     pieces_file,
 )
 from latte_scale.checkpoint.load import list_checkpoints, verify_files
@@ -143,7 +144,7 @@ def not_saved(depot: Depot, error: Exception, url: str, needed: int) -> Checkpoi
     """Why a checkpoint of so many bytes was not saved, and what to do where that is known."""
     said = str(error) if isinstance(error, CheckpointError | StoreError) else repr(error)
     why = depot.advice(error, needed) or said
-    return CheckpointError(f"{url} was not saved, older checkpoints are untouched: {why}")
+    return kind_of(error)(f"{url} was not saved, older checkpoints are untouched: {why}")
 
 
 def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None], hurry: threading.Event) -> list[int]:

@@ -124,13 +124,22 @@ class RunFolder:
         """Write what the run sees of its data (rank 0)."""
         _replace(self.path / "coverage.json", text)
 
-    def write_exit(self, code: int, reason: str) -> None:
+    def write_exit(self, code: int, reason: str) -> bool:
         """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
 
         Rank 0 writes it, and a rank that fails, so that its reason stands there and not "connection closed by peer":
         of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
-        attempt holds the folder.
+        attempt holds the folder. False where nothing can be written any more: then the code of the process says it,
+        and the lease should stay, by which scripts know that the folder was held.
         """
+        try:
+            self._write_exit(code, reason)
+        except OSError as error:
+            logger.error("exit.json was not written (%s): exit %d: %s", error, code, reason)
+            return False
+        return True
+
+    def _write_exit(self, code: int, reason: str) -> None:
         holder, there = holder_of(self.path), read_exit(self.path)
         if self._attempt is None or holder is None or holder.token != self._attempt.token:
             return
@@ -179,8 +188,11 @@ def read_exit(folder: Path) -> dict[str, Any]:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 class Fence:

@@ -40,6 +40,7 @@ STORE_FIELDS = tuple(each.name for each in fields(Counters))
 HOST_FIELDS = (
     *("samples", "tokens", "flops", "data_wait_s"),
     *STORE_FIELDS,  # asked of object stores for the samples of the step
+    "replaced",  # samples that could not be read, and others came instead
     *("graphs", "recompiled"),  # compiled, with engine.compile; and those of them after the bucket's first step
     *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
     *("digest_low", "digest_high"),
@@ -88,6 +89,10 @@ class Tally:
         for each in fetched:
             for name, value in asdict(each).items():
                 self.host[name] += value
+
+    def count_replaced(self, number: int) -> None:
+        """Add samples of this rank that others came for; ranks of a sequence group replace the same ones."""
+        self.host["replaced"] += number * (self.sequence_rank == 0)
 
     def reduce(self, ranks: Ranks, result: StepResult) -> Tensor:
         """The step's numbers summed over the ranks, then norm and flag: [len(FIELDS)] fp64 on the device."""
@@ -227,6 +232,7 @@ class Journal:
         window.model_flops += values["flops"]
         window.recomputed_flops += values["flops"] * self._recompute_share
         window.data_wait_s += values["data_wait_s"] / self._num_devices
+        window.replaced += int(values["replaced"])
         window.graphs += int(values["graphs"])
         window.recompiled += int(values["recompiled"])
         for name in STORE_FIELDS:
@@ -249,6 +255,7 @@ class Journal:
             **known,
             "sample_ids_sha": f"{digest:016x}",
             "num_skipped": len(self.progress.skipped_steps),
+            "samples_replaced": self.throughput.replaced,
             "save_failed": int(values["save_failed"]),
             **self._graphs(),
             "memory_gib": memory_bytes(self._device) / 2**30,
@@ -281,8 +288,9 @@ def console_line(record: dict[str, Any], done: int, total: int, seconds_a_step: 
     norm = "nan" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
     minutes, seconds = divmod(int(seconds_a_step * (total - done)), 60)
     mfu = f"  MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    replaced = f"  samples replaced {record['samples_replaced']}" if record["samples_replaced"] else ""
     return (
         f"step {done:>{len(str(total))}}/{total}  loss [bold]{loss}[/]  grad {norm}  lr {record['lr']:.2e}  "
         f"{record['samples_per_s']:.1f} samples/s{mfu}  data wait {record['data_wait_share']:.0%}  "
-        f"left {minutes}:{seconds:02d}"
+        f"left {minutes}:{seconds:02d}{replaced}"
     )

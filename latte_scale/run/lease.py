@@ -4,6 +4,7 @@ In: this process and what the job scheduler says about it. Out: a lease, or Leas
 taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
 same job wins over an older one; anybody else stops. The holder looks before it writes and stops once the lease names
 another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
+A host name is not enough to know a machine by: containers take that of their host, and whole clusters are "localhost".
 Signs of life come from a thread of their own: a first step that compiles, a large checkpoint that is verified or sample
 videos may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended
 by its watchdog.
@@ -25,7 +26,8 @@ STALE_S = 180.0
 """Seconds without a sign of life after which a holder on another machine counts as dead."""
 TOUCH_EVERY_S = 10.0
 WATCH_S = 2 * TOUCH_EVERY_S
-"""How long a holder that looks stale is watched: where machines stamp files themselves, its clock may be hours off."""
+"""How long a holder that looks stale is watched: where machines stamp files themselves, its clock may be hours off. And
+one of another machine of our own name, which most often is a container that was restarted."""
 
 
 class LeaseError(RuntimeError):
@@ -42,6 +44,7 @@ class Holder:
     job_id: str  # of the scheduler; "" without one
     restart: int  # how often the scheduler has restarted the job
     token: str  # random, so that an attempt knows its own lease again
+    machine: str = ""  # where `pid` means this process; "" in leases of earlier versions
 
 
 def this_process(environ: Mapping[str, str] | None = None) -> Holder:
@@ -49,7 +52,17 @@ def this_process(environ: Mapping[str, str] | None = None) -> Holder:
     environ = os.environ if environ is None else environ
     pid = os.getpid()
     job_id, restart = environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT") or 0)
-    return Holder(socket.gethostname(), pid, process_start(pid) or "", job_id, restart, uuid.uuid4().hex)
+    started, token = process_start(pid) or "", uuid.uuid4().hex
+    return Holder(socket.gethostname(), pid, started, job_id, restart, token, this_machine())
+
+
+def this_machine() -> str:
+    """The running kernel and the process ids that this process sees, which a container may have for itself."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # not Linux
+        return ""
 
 
 def process_start(pid: int) -> str | None:
@@ -130,7 +143,7 @@ class Lease:
             return None
         if same_job and mine.restart < current.restart:
             seen = "a newer restart of this job"
-        elif current.host == mine.host:
+        elif current.host == mine.host and current.machine in ("", mine.machine):
             start = process_start(current.pid)
             if start is None or (current.started and start != current.started):
                 return None
@@ -140,10 +153,13 @@ class Lease:
                 silent_s = now - self.path.stat().st_mtime
             except FileNotFoundError:  # released in this moment
                 return None
-            if silent_s > STALE_S and not self._moves():
+            namesake = current.host == mine.host  # restarted since, with new process ids, or another one of that name
+            if (namesake or silent_s > STALE_S) and not self._moves():
                 return None
             seen = f"last seen {silent_s:.0f} s ago (given up for dead after {STALE_S:.0f} s)"
-            if silent_s > STALE_S or silent_s < -TOUCH_EVERY_S:
+            if namesake:
+                seen = "which is alive, in another container or on another machine of that name"
+            elif silent_s > STALE_S or silent_s < -TOUCH_EVERY_S:
                 seen = f"which is alive, on a clock {abs(silent_s):.0f} s {'ahead' if silent_s < 0 else 'behind'}"
         job = f", job {current.job_id} restart {current.restart}" if current.job_id else ""
         return (
@@ -153,12 +169,21 @@ class Lease:
 
     def _moves(self) -> bool:
         """Whether the holder shows a sign of life within WATCH_S."""
-        before, until_s = self.path.stat().st_mtime_ns, time.monotonic() + WATCH_S
-        while time.monotonic() < until_s:
-            time.sleep(WATCH_S / 40)
-            if not self.path.exists() or self.path.stat().st_mtime_ns != before:
-                return self.path.exists()
+        until_s = time.monotonic() + WATCH_S
+        try:
+            before = self._touched_ns()
+            while time.monotonic() < until_s:
+                time.sleep(WATCH_S / 40)
+                if self._touched_ns() != before:
+                    return True
+        except FileNotFoundError:  # given back meanwhile
+            pass
         return False
+
+    def _touched_ns(self) -> int:
+        """Time of the last sign of life; of an opened file, as NFS answers others from memory, for up to a minute."""
+        with open(self.path) as file:
+            return os.fstat(file.fileno()).st_mtime_ns
 
 
 def holder_of(folder: str | Path) -> Holder | None:

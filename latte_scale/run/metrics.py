@@ -170,8 +170,11 @@ class MetricsFile:
         """Write one line; it has left the process when this returns, so a kill cannot take it back."""
         self._fence()
         record = finite(record)
-        with open(self.path, "a") as file:
-            file.write(json_text(record) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json_text(record) + "\n")
+        except OSError as error:  # of a full disk it does not say which
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._then(record)
 
 
@@ -197,6 +200,7 @@ class Throughput:
 
     started_at_s: float
     samples: int = 0
+    replaced: int = 0  # of them: the planned ones could not be read
     tokens: int = 0
     model_flops: float = 0.0  # 3 x forward of real tokens
     recomputed_flops: float = 0.0  # what activation checkpointing runs again

@@ -2,7 +2,8 @@
 
 In: a step and the engine. Out: a line of `RUN/validation.jsonl` ({"step", "loss", "loss_bands", "weights",
 "num_samples", "seconds"}) and `RUN/samples/step-00001000/`. A line's step counts finished steps, as a checkpoint's name
-does, and it is written before the checkpoint of that step: a resumed run has each line once.
+does, and it is written before the checkpoint of that step: a resumed run has each line once, but for one that was due
+as the run was asked to stop, for which there is no time.
 The decision worth knowing: everything that can fail on one rank alone (reading, decoding, writing) runs without
 collectives and is followed by one that tells every rank how it went, so no rank waits for one that has given up.
 Validation that fails is told in every log and left out, and training goes on. The weights are exchanged in place with

@@ -45,6 +45,18 @@ def saver(
     return Checkpointer(where, settings, RANKS, broken, fence, run_id)
 
 
+class Fallen:
+    """A fence that stands while an attempt starts and has fallen by the time it wants to write."""
+
+    def __init__(self, looks: int = 1) -> None:
+        self.looks = looks
+
+    def __call__(self) -> None:
+        self.looks -= 1
+        if self.looks < 0:
+            raise RuntimeError("taken over by process 7")
+
+
 def values(path: Path | Store) -> float:
     """The value with which a checkpoint's trees were filled; fails if any tree holds anything else."""
     loaded = trees(float("nan"))

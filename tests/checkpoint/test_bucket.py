@@ -27,7 +27,7 @@ from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.write import retain
 from latte_scale.engine import Ranks
 from latte_scale.store import Store, TransientError, open_store
-from tests.checkpoint.making import RANKS, newest, save, saver, trees, values
+from tests.checkpoint.making import RANKS, Fallen, newest, save, saver, trees, values
 from tests.engine.toy import on_ranks
 
 MIB = 1 << 20
@@ -228,17 +228,14 @@ def test_an_attempt_that_was_taken_over_puts_no_manifest(s3) -> None:
     store = s3.store()
     save(saver(store), 1)
 
-    def fallen() -> None:
-        raise RuntimeError("taken over by process 7")
-
-    writer = saver(store, fence=fallen, keep_last=1)
+    writer = saver(store, fence=Fallen(), keep_last=1)
     save(writer, 2)
     with pytest.raises(CheckpointError, match=r"step-00000002 was not saved.*taken over by process 7"):
         writer.finish()
     assert steps(store) == [1] and not any("step-00000002" in name for name in store.list())
     save(saver(store), 2)
     with pytest.raises(RuntimeError, match="taken over"):
-        retain(open_depot(store), KEEP_ONE, fallen, threading.Event())
+        retain(open_depot(store), KEEP_ONE, Fallen(0), threading.Event())
     assert steps(store) == [1, 2] and newest(store) == 2
 
 

@@ -137,6 +137,17 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_used(tmp_path: Path,
     assert str(broken) in str(caught.value)
 
 
+def test_a_broken_step_that_somebody_removed_meanwhile_is_in_nobodys_way(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(saver(tmp_path), step)
+    truncate(tmp_path / "step-00000002")
+    _, problems = find_newest_sound(tmp_path, RANKS)
+    shutil.rmtree(tmp_path / "step-00000002")
+    again = saver(tmp_path, broken=[url for url, _ in problems])
+    save(again, 2)
+    assert again.set_aside == [] and newest(tmp_path) == 2
+
+
 def test_a_broken_step_is_set_aside_and_can_be_saved_again(tmp_path: Path) -> None:
     save(saver(tmp_path), 1)
     save(saver(tmp_path), 2)

@@ -9,7 +9,7 @@ from latte_scale.checkpoint import CheckpointError, CheckpointSettings, folder, 
 from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.load import list_checkpoints
 from latte_scale.checkpoint.write import not_saved, retain
-from tests.checkpoint.making import flip_a_bit, newest, save, saver, truncate
+from tests.checkpoint.making import Fallen, flip_a_bit, newest, save, saver, truncate
 
 
 def steps(folder: Path) -> list[int]:
@@ -65,19 +65,25 @@ def test_in_a_hurry_nothing_is_removed(tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing(tmp_path: Path) -> None:
-    def fallen() -> None:
-        raise RuntimeError("taken over by process 7")
-
     save(saver(tmp_path), 1)
-    writer = saver(tmp_path, fence=fallen, keep_last=1)
+    writer = saver(tmp_path, fence=Fallen(), keep_last=1)
     save(writer, 2)
     with pytest.raises(CheckpointError, match=r"step-00000002 was not saved.*taken over by process 7"):
         writer.finish()
     assert steps(tmp_path) == [1]
     with pytest.raises(RuntimeError, match="taken over"):
         save(saver(tmp_path), 2)
-        retain(open_depot(tmp_path), CheckpointSettings(keep_last=1), fallen, threading.Event())
+        retain(open_depot(tmp_path), CheckpointSettings(keep_last=1), Fallen(0), threading.Event())
     assert steps(tmp_path) == [1, 2]
+
+
+def test_an_attempt_that_was_taken_over_leaves_the_draft_of_the_other(tmp_path: Path) -> None:
+    """It froze while it started, and what it takes for the remains of a dead attempt is being written."""
+    draft = open_depot(tmp_path).begin(1, 0).temporary
+    with pytest.raises(RuntimeError, match="taken over"):
+        saver(tmp_path, fence=Fallen(0))
+    assert draft.is_dir()
+    assert saver(tmp_path).removed == [draft.name]
 
 
 def test_a_removal_that_fails_does_not_undo_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_a_global_batch_smaller_than_the_world(train):
     assert "global_batch 1" in run.exit["reason"] and "the 2 data-parallel ranks" in run.exit["reason"]
 
 
-def test_a_bit_flipped_sample_is_named_replaced_and_the_others_keep_their_order(data_sets, tmp_path):
+def test_a_bit_flipped_sample_is_named_replaced_and_the_others_keep_their_order(data_sets, tmp_path, capsys):
     clean = tmp_path / "clean"
     assert run_in_process(clean, data_sets.latents, "train.steps=5", "checkpoint.every_steps=5") == 0
     damaged = tmp_path / "data"
@@ -79,6 +79,8 @@ def test_a_bit_flipped_sample_is_named_replaced_and_the_others_keep_their_order(
     step = replaced[0]["step"]
     same = [a == b for a, b in zip(Run(0, "", run).digests, Run(0, "", clean).digests, strict=True)]
     assert same == [number != step for number in range(5)]
+    assert [record["samples_replaced"] for record in Run(0, "", run).metrics] == [number == step for number in range(5)]
+    assert capsys.readouterr().out.count("samples replaced 1\n") == 1
 
 
 def test_the_digest_sees_two_samples_swapped_in_a_worker(data_sets, tmp_path, monkeypatch):

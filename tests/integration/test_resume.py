@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from latte_scale import checkpoint, ckpt
+from latte_scale import train as train_module
 from latte_scale.quickstart import kill_all
-from latte_scale.run.metrics import read_metrics
+from latte_scale.run.lease import Lease, this_process
+from latte_scale.run.metrics import MetricsFile, read_metrics
 from tests.conftest import ROOT, Run, run_in_process, train_command
 
 TREES = ("model", "ema/0.99", "optim/exp_avg", "optim/exp_avg_sq")
@@ -188,6 +190,28 @@ def test_other_data_is_refused(data_sets, tmp_path, unbroken, capsys):
     assert run_in_process(folder, data_sets.latents, *changed) == 78
     assert "was trained on other data" in capsys.readouterr().out
     assert run_in_process(folder, data_sets.latents, *changed, "--allow-change", "data") == 0
+
+
+def test_an_attempt_that_froze_while_it_started_takes_nothing_from_the_one_that_replaced_it(
+    data_sets, tmp_path, unbroken, monkeypatch, capsys
+):
+    """Its node hangs as it builds the model; the job is restarted elsewhere and trains; then the node wakes."""
+    folder, build = tmp_path / "run", train_module.build_model
+    shutil.copytree(unbroken.folder, folder)
+    restarted = this_process({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def freeze(*arguments):
+        Lease(folder, restarted)
+        for step in range(20, 24):
+            MetricsFile(folder / "metrics.jsonl").append({"step": step, "loss": 0.5})
+        return build(*arguments)
+
+    monkeypatch.setattr(train_module, "build_model", freeze)
+    assert run_in_process(folder, data_sets.latents, "train.steps=30") == 78
+    assert "taken over by process" in capsys.readouterr().out
+    assert [record["step"] for record in Run(0, "", folder).metrics] == list(range(24))
+    assert "steps: 20" in (folder / "config.yaml").read_text()
 
 
 def test_a_finished_run_is_done_at_once(data_sets, tmp_path, unbroken):

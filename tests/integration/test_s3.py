@@ -263,3 +263,17 @@ def test_doctor_looks_at_data_and_checkpoints_in_the_store(s3, latents, tmp_path
     assert code == 1 and lines["writing"]["level"] == "fault", lines
     assert "access is denied" in lines["writing"]["found"] and "AWS_ACCESS_KEY_ID" in lines["writing"]["remedy"]
     assert lines["data"]["level"] == "ok"
+
+
+def test_a_bucket_that_is_down_as_a_run_starts_or_ends_asks_for_another_attempt(s3, data_sets, tmp_path):
+    """Not 78, which ends a job for good: what is there is sound, and the same command goes on once the service does."""
+    short = ("store.stall_budget_s=0.5", "store.first_answer_s=0.5", f"checkpoint.dir={s3.url}/checkpoints")
+    folder, options = tmp_path / "run", (*short, "checkpoint.every_steps=2")
+    assert run_in_process(folder, data_sets.latents, *options, "train.steps=2") == 0
+    for match, reason in (("(GET|HEAD)", "gave up after"), ("PUT .*optim", "step-00000004 was not saved")):
+        s3.fail("answer", match=match, times=9999)
+        assert run_in_process(folder, data_sets.latents, *options, "train.steps=4") == 1
+        ended = Run(0, "", folder).exit
+        assert ended["code"] == 1 and reason in ended["reason"] and "503 SlowDown" in ended["reason"]
+        s3.proxy.reset()
+    assert run_in_process(folder, data_sets.latents, *options, "train.steps=4") == 0

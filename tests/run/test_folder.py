@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from latte_scale.data.batches import Replacement
 from latte_scale.run.folder import STOP_SIGNALS, Fence, RunFolder, StopRequest, StopRunError, main
 from latte_scale.run.lease import Lease, this_process
-from latte_scale.run.metrics import read_metrics
+from latte_scale.run.metrics import MetricsFile, read_metrics
 
 
 def same(message):
@@ -117,6 +118,23 @@ def test_an_attempt_that_was_taken_over_leaves_the_exit_file_alone(tmp_path, mon
     new.write_exit(0, "finished")
     record = read_exit(tmp_path)
     assert (record["reason"], record["job_id"], record["restart"]) == ("finished", "77", 1)
+
+
+def test_a_disk_that_takes_nothing_any_more_hides_no_reason(tmp_path, caplog):
+    """The last words of an attempt: what ended it must stay the error that is told."""
+    folder = RunFolder(tmp_path, 0)
+    folder.open()
+    fence = folder.take(same)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/metrics.jsonl'"):  # which disk
+            MetricsFile(folder.metrics_path, fence.check).append({"step": 0})
+        assert not folder.write_exit(75, "stopped by SIGTERM, saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lease.json", "logs", "metrics.jsonl", "run_id"]
+    assert "exit.json was not written" in caplog.text
 
 
 def test_the_fence_falls_when_the_lease_is_taken_over(tmp_path):

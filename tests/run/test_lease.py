@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from latte_scale.run import lease as module
 from latte_scale.run.lease import STALE_S, Holder, Lease, LeaseError, holder_of, process_start, this_process
+from tests.conftest import ROOT
 
 
 def other_host(**changes):
@@ -43,6 +45,35 @@ def test_a_killed_holder_is_taken_over_at_once_even_as_a_zombie(tmp_path):
 def test_a_pid_that_is_somebody_else_by_now_does_not_hold(tmp_path):
     write(tmp_path, dataclasses.replace(this_process(), pid=os.getppid(), started="1"))
     Lease(tmp_path, this_process())
+
+
+HOLD = """
+import sys, time
+from latte_scale.run import lease
+lease.TOUCH_EVERY_S = 0.05
+lease.Lease(sys.argv[1], lease.this_process())
+time.sleep(60)
+"""
+
+
+def test_a_container_of_the_same_host_name_is_not_taken_for_dead(tmp_path, monkeypatch):
+    """Its process ids are its own: the one in the lease is another process here, or none."""
+    contained = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*contained, "true"], check=False).returncode:
+        pytest.skip("no process ids of their own here (unshare, user namespaces)")
+    monkeypatch.setattr(module, "WATCH_S", 1.0)
+    child = subprocess.Popen([*contained, sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT)
+    try:
+        until = time.monotonic() + 10
+        while holder_of(tmp_path) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert holder_of(tmp_path).host == this_process().host and holder_of(tmp_path).pid == 1
+        with pytest.raises(LeaseError, match=r"held by process 1 on .*, which is alive, in another container"):
+            Lease(tmp_path, this_process())
+    finally:
+        child.kill()
+        child.wait()
+    Lease(tmp_path, this_process())  # dead, and nobody waits for three minutes
 
 
 def test_another_machine_holds_until_it_has_been_silent_for_long(tmp_path, monkeypatch):

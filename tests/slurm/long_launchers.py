@@ -33,6 +33,25 @@ def test_torchrun_restarts_the_ranks_of_both_hosts_after_one_was_killed(two_host
     assert (run.losses, run.digests) == (unbroken.losses, unbroken.digests)
 
 
+def test_a_host_that_comes_later_joins_the_run(two_hosts, data_sets, tmp_path):
+    """As slurm/README.md starts it: the ranks that are there save and stop, and all go on from that checkpoint."""
+    longer = ("engine.kind=fsdp2", "train.steps=400", "checkpoint.every_steps=1000", "log.every_steps=1")
+    words = ["latte_scale.train", "--config", "configs/tiny_cpu.yaml", f"data.url={data_sets.latents}"]
+    words += [f"run.dir={tmp_path / 'run'}", *longer]
+    joined = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    started = []
+    for rank, name in enumerate(two_hosts.names):
+        command = [*elastic(rank, tmp_path)[:-1], "--nnodes=1:2", "-m", *words]
+        started.append(processes.start(two_hosts.command(name, command), joined))
+        deadline_s = time.monotonic() + 120
+        while not read_metrics(tmp_path / "run" / "metrics.jsonl") and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    run, _ = wait_for(started, tmp_path)
+    assert run.code == 0, run.output
+    assert "fsdp2 on 1 x cpu" in run.output and "fsdp2 on 2 x cpu" in run.output and "resumed at step" in run.output
+    assert [record["step"] for record in run.metrics] == list(range(400))
+
+
 @pytest.fixture
 def ssh(two_hosts, tmp_path):
     """A daemon on each host, a key, and the variables with which pdsh uses it."""
