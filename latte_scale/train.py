@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # half a launch, a world of the wrong size, a rank without a GPU: no requeue mends it
         console.print(f"error: {error}", markup=False)
         return STOP
-    folder = RunFolder(config.run.dir, ranks.rank)
+    folder = RunFolder(config.run.folder, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     profile = Profile(folder.path, ranks, args.profile, console)
     code, reason, fence = FAILED, "interrupted", None  # the reason of what is caught nowhere below, as Ctrl-C
@@ -401,7 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.exception("stopped")
     except (*NO_REQUEUE, ValueError) as error:
         code, reason = STOP, str(error)
-        logger.exception("stopped")
+        if folder.has_log:
+            logger.exception("stopped")
     except KeyboardInterrupt:
         reason = "interrupted; the same command goes on from the newest checkpoint"
         raise
@@ -409,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, reason = FAILED, f"{type(error).__name__}: {error}"  # also what comes after the last save
         raise
     finally:
-        if folder.rank == 0:
+        if folder.rank == 0 or not folder.has_log:  # a rank without a log has nowhere else to say it
             console.print(f"exit {code}: {reason}", markup=False)
         if fence is not None:  # else the folder is another attempt's
             folder.write_exit(code, reason)

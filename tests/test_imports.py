@@ -112,6 +112,7 @@ MAY_IMPORT = {
         "engine.base",
         "model",
         "optim",
+        "run.folder",
         "run.tracking",
         "store",
         "validation.settings",

@@ -164,7 +164,7 @@ def measurements(
         )
 
     def sharing() -> list[Line]:
-        places_of = {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint_dir.removeprefix("file://")}
+        places_of = {"run.dir": str(config.run.folder), "checkpoint.dir": config.checkpoint_dir.removeprefix("file://")}
         folders = {key: folder for key, folder in places_of.items() if "://" not in folder}
         return [
             line

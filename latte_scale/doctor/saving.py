@@ -41,7 +41,7 @@ def state_bytes(config: Config) -> int:
 def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
     """All of this file, in the order in which one thing tells the next: the write's rate estimates a save."""
     needed, place = state_bytes(config), config.checkpoint_dir.removeprefix("file://")
-    run = Path(config.run.dir)
+    run = config.run.folder
     lines = holder_lines(run) + room_lines(run, PROBE_BYTES, "run.dir", 0)
     try:
         if place.startswith("s3://"):
@@ -149,7 +149,7 @@ def holder_lines(run: Path) -> list[Line]:
 
 def grace_lines(config: Config, environ: Mapping[str, str], estimated_s: float) -> list[Line]:
     """Seconds between the sign to stop and the end, beside those that a save takes."""
-    record = read_exit(Path(config.run.dir))
+    record = read_exit(config.run.folder)
     said = re.search(r"saved ([\d.]+) s after it", str(record.get("reason", "")))
     save_s = float(said.group(1)) if said else estimated_s
     how = "took at the last stop" if said else "is estimated from this write"
