@@ -12,8 +12,8 @@ or 2 with what is wrong.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from latte_scale.arguments import local_path
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the table for programs")
+    parser.add_argument("--out", type=local_path, metavar="FILE.json", help="also write the table for programs")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = coverage(plan, datasets, config.train.steps)
         print(coverage_table(rows, config.train.steps))
         if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(coverage_json(rows, config.train.steps))
         if args.ranks is not None:
             print("\n".join(shapes(config, plan, args.ranks)))

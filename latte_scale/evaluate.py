@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from latte_scale.arguments import local_path
 from latte_scale.engine.dist import Ranks, init_distributed, shutdown
 from latte_scale.evaluation.clips import open_clips
 from latte_scale.evaluation.metrics import NEEDS_REAL, NETWORK_OF, Protocol, Scorer, Show
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--metrics", default="shapes", help=f"comma-separated, of: {', '.join(METRICS)}")
     parser.add_argument("--real", help="real clips: a folder, or shards with pixels")
     parser.add_argument("--fake", required=True, help="sampled videos: a folder, or shards with pixels")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file for the scores")
+    parser.add_argument("--out", required=True, type=local_path, help="JSON file for the scores")
     for name, (usual, _) in TO_FETCH.items():
         parser.add_argument(
             f"--{name}", help=f"the {name} network: path or URL (default: networks/{usual} in the cache)"
