@@ -33,8 +33,9 @@ MAPPED_BYTES = 2**20  # buffers from this size on are mapped by themselves, and 
 
 def steps_at(path: str) -> list[Store]:
     """Every checkpoint at PATH, oldest first. ValueError if there is none."""
-    if checkpoint.STEP_FOLDER.fullmatch(path.rstrip("/").rpartition("/")[2]) and open_store(path).list():
-        return [open_store(path)]
+    step = open_store(path)  # its URL is whole: path may be "."
+    if checkpoint.STEP_FOLDER.fullmatch(name_of(step)) and step.list():
+        return [step]
     for place in reversed(places(path)):
         if found := checkpoint.list_steps(place):
             return found
@@ -65,10 +66,12 @@ def name_of(step: Store) -> str:
 
 
 def look(args: argparse.Namespace) -> int:
-    """Print one line a checkpoint."""
+    """Print one line a checkpoint; of several places below the name of each."""
     line_of = {"ls": describe, "verify": verify}[args.verb]
     all_sound = True
     for path in args.paths:
+        if len(args.paths) > 1:
+            print(path)
         for step in steps_at(path):
             line, sound = line_of(step)
             print(line, flush=True)
