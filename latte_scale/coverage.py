@@ -64,7 +64,8 @@ def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
     size, rest = divmod(num_ranks, config.engine.sequence_parallel)
     if rest or size < 1:
         raise ValueError(
-            f"{num_ranks} ranks are no whole groups of engine.sequence_parallel={config.engine.sequence_parallel}"
+            f"--ranks: expected a multiple of engine.sequence_parallel={config.engine.sequence_parallel}, 1 or more, "
+            f"came {num_ranks}"
         )
     group = config.sample_group
     check_ranks(plan, size, group)

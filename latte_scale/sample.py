@@ -32,7 +32,7 @@ from latte_scale.arguments import local_path
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import TooShortError, VideoError, read_clip
-from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
+from latte_scale.diffusion.sampler import SAMPLERS, check_start, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
 from latte_scale.engine.dist import Ranks, init_distributed, leave, one_device, shutdown
@@ -124,6 +124,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str
     """Load what goes with the model and hold it to each other. Raises ValueError with what to do."""
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     how = how_to_sample(args, loaded, records)
+    check_start(how.strength, args.init_video is not None, how.num_known or None, video.frames)
     set_precision(loaded.model, args.precision, ranks.device.type)
     if isinstance(loaded.architecture, LatteSettings):
         encoder_settings = replace(encoder_settings, text=None)
@@ -154,7 +155,7 @@ def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Load, sample this rank's share in batches, decode, write."""
     formats = formats_of(args.formats)
-    check_numbers(args)
+    check_arguments(args)
     loaded = load(args, ranks)
     records = records_of(args, loaded.architecture)
     setup = prepare(args, loaded, records, ranks)
@@ -233,11 +234,13 @@ def write(
             write_video(path, frames_FHWC, args.fps, shown | about | shown)  # its own negative prompt is the one used
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """ValueError for a number that no sampling has, before anything is loaded."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError for a number that no sampling has or a place that takes no videos, before anything is loaded."""
     for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
         if (came := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, came {came}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: expected a folder for the videos, came a file")
 
 
 def formats_of(text: str) -> list[str]:
