@@ -4,6 +4,7 @@ A section's dataclass lives beside the code that reads it; this file only puts t
 it. `load_config` reads a YAML file and overrides; check_data.py holds the config against data.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,7 +246,7 @@ class Config:
     @property
     def checkpoint_dir(self) -> str:
         """The folder or s3:// prefix that holds the step-XXXXXXXX/."""
-        return self.checkpoint.dir or str(self.run.folder / "checkpoints")
+        return os.path.expanduser(self.checkpoint.dir or "") or str(self.run.folder / "checkpoints")
 
     @property
     def checkpoint_store(self) -> Store:

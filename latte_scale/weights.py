@@ -6,6 +6,7 @@ the host. For sampling, export and the start of a new run (`model.init`); a resu
 never comes here.
 """
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     """
     stored = find_stored(source, tree)
     if stored is None:
-        path, _, named = source.partition("#")
+        path, named = split_tree(source)
         root, wanted = Path(path), tree or named or "ema"
         if wanted != "ema":
             raise ValueError(
@@ -77,6 +78,12 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
     state_dict = checkpoint.load_full(stored.checkpoint.store, stored.tree)
     return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
+
+
+def split_tree(source: str) -> tuple[str, str]:
+    """PATH and TREE of `PATH#TREE`, "" without one; `~` is the home directory, as in the other paths of a config."""
+    path, _, named = source.partition("#")
+    return os.path.expanduser(path), named
 
 
 def check_init(
@@ -103,7 +110,7 @@ def check_init(
 
 def find_stored(source: str, tree: str | None = None) -> Stored | None:
     """The tree of a checkpoint that `load_weights` would read, by its manifest; None for a folder of weights."""
-    path, _, named = source.partition("#")
+    path, named = split_tree(source)
     root = Path(path)
     if root.suffix in (".safetensors", ".json") and root.is_file():
         return None

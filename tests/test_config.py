@@ -26,6 +26,7 @@ def test_a_run_folder_below_the_home_directory_is_one_place_for_all_its_files(mo
     config = load_config(ROOT / "configs" / "tiny_cpu.yaml", ["run.dir=~/runs/x"])
     assert str(config.run.folder) == "/home/somebody/runs/x"
     assert config.checkpoint_store.url == config.checkpoint_dir == "/home/somebody/runs/x/checkpoints"
+    assert load_config(ROOT / "configs" / "tiny_cpu.yaml", ["checkpoint.dir=~/c"]).checkpoint_dir == "/home/somebody/c"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)

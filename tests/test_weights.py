@@ -92,6 +92,12 @@ def test_a_damaged_scheduler_is_named(tmp_path):
         load_weights(str(tmp_path))
 
 
+def test_weights_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_transformer(tmp_path / "w", TEXT, build_model(TEXT).state_dict())
+    assert load_weights("~/w").source == str(tmp_path / "w")
+
+
 def test_what_is_no_weights_is_told_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_weights(str(tmp_path / "nowhere"))

@@ -20,7 +20,7 @@ from latte_scale.engine.dist import Ranks
 from latte_scale.model.build import build_model
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.sampling.requests import Architecture
-from latte_scale.weights import find_stored, load_weights
+from latte_scale.weights import find_stored, load_weights, split_tree
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[
 
     Of several sizes the policy's own.
     """
-    config, root = loaded.config, Path(path.partition("#")[0])
+    config, root = loaded.config, Path(split_tree(path)[0])
     if given is not None:
         config = settings.read_mapping(given)
     if config is None:
