@@ -6,6 +6,7 @@ the host. For sampling, export and the start of a new run (`model.init`); a resu
 never comes here.
 """
 
+import logging
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import check_state, read_json, read_transformer
 from latte_scale.store import Store, StoreSettings, open_store
+
+logger = logging.getLogger("latte_scale")
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
 # What a stage may change and no tensor's shape shows: positions and blocks of the model, what is predicted from what.
@@ -124,6 +127,11 @@ def find_stored(source: str, tree: str | None = None) -> Stored | None:
             f"{path}: expected a checkpoint or a place with some, none is there; a folder of weights is read from a "
             "disk: copy it there"
         )
+    if step is None and any((root / name).is_file() for name in ("run_id", "metrics.jsonl")):
+        raise ValueError(
+            f"{root}: expected a run with a checkpoint, this one has saved none yet; it saves every "
+            "checkpoint.every_steps steps, and when it is stopped"
+        )
     if step is None:
         return None
     found = checkpoint.open_checkpoint(step)
@@ -155,7 +163,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
 def find_step(where: str) -> Store | None:
     """The checkpoint that `where` is, or the newest sound one of a run or a place with checkpoints; None without any.
 
-    Raises CheckpointError if checkpoints are there and none is sound.
+    A newer one that is not sound is told. Raises CheckpointError if checkpoints are there and none is sound.
     """
     problems = []
     for place in places(where):
@@ -164,6 +172,8 @@ def find_step(where: str) -> Store | None:
         for step in reversed(checkpoint.list_steps(place)):
             found = checkpoint.verify(step)
             if not found:
+                if problems:
+                    logger.warning("%s is read, what is newer is not sound:\n%s", step.url, "\n".join(problems))
                 return step
             problems += [f"  {step.url}: {problem}" for problem in found]
     if problems:
