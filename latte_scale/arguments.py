@@ -14,3 +14,13 @@ def local_path(text: str) -> Path:
     if not text or "://" in text:
         raise argparse.ArgumentTypeError(f"expected a path on a disk, came {text!r}")
     return Path(os.path.expanduser(text))
+
+
+def output_file(text: str) -> Path:
+    """The same for a file to write. Refused before the work, not after it: a folder, and what lies below a file."""
+    path = local_path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file to write, came the folder {text!r}")
+    if above := next((parent for parent in path.parents if parent.is_file()), None):
+        raise argparse.ArgumentTypeError(f"expected a file to write, came {text!r}, and {above} is no folder")
+    return path

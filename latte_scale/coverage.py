@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from latte_scale.arguments import local_path
+from latte_scale.arguments import output_file
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
-    parser.add_argument("--out", type=local_path, metavar="FILE.json", help="also write the table for programs")
+    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table for programs")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

@@ -17,26 +17,33 @@ def test_a_path_on_a_disk(monkeypatch):
             local_path(text)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "sample --checkpoint x --out s3://b/x",
-        "evaluate --fake x --out s3://b/x.json",
-        "report x --out s3://b/x.html",
-        "import --source x --out s3://b/x",
-        "export --checkpoint x --out s3://b/x",
-        "quickstart --out s3://b/x",
-        "coverage --config x --out s3://b/x.json",
-        "doctor --config x --json s3://b/x.json",
-        "bench step --config x --out s3://b/x.json",
-        "bench kernels --config x --out s3://b/x.json",
-        "bench loader --config x --out s3://b/x.json",
-        "bench checkpoint --config x --out s3://b/x.json",
-    ],
-)
+FILES = [
+    "evaluate --fake x --out",
+    "report x --out",
+    "coverage --config x --out",
+    "doctor --config x --json",
+    "bench step --config x --out",
+    "bench kernels --config x --out",
+    "bench loader --config x --out",
+    "bench checkpoint --config x --out",
+]
+FOLDERS = ["sample --checkpoint x --out", "import --source x --out", "export --checkpoint x --out", "quickstart --out"]
+
+
+@pytest.mark.parametrize("words", FILES)
+def test_where_no_file_can_be_written_is_told_before_the_work(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for out, why in ((".", "came the folder '.'"), ("file/x.json", "came 'file/x.json', and file is no folder")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words.split(), out])
+        assert f"expected a file to write, {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [*FILES, *FOLDERS])
 def test_no_verb_takes_a_bucket_for_a_local_folder_of_its_name(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        main(words.split())
-    assert "expected a path on a disk, came 's3://b/x" in capsys.readouterr().err
+        main([*words.split(), "s3://b/x"])
+    assert "expected a path on a disk, came 's3://b/x'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

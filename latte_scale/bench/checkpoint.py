@@ -28,7 +28,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from latte_scale.arguments import local_path
+from latte_scale.arguments import local_path, output_file
 from latte_scale.checkpoint import (
     Checkpointer,
     CheckpointSettings,
@@ -296,7 +296,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state without a config (default 1)")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=local_path, help="every single figure as JSON")
+    parser.add_argument("--out", type=output_file, help="every single figure as JSON")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import local_path
+from latte_scale.arguments import output_file
 from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
 from latte_scale.doctor.lines import LEVELS, Line, Pending, fault_of, joined, markup, run_all
@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="keep the lines here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="keep the lines here")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 

@@ -13,6 +13,7 @@ config fits the device, 1 if it does not, 78 if the config is wrong.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,12 +77,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """ValueError for numbers of devices and a share of the peak that cannot be."""
+    """ValueError for numbers of devices, a share of the peak and a price that cannot be."""
     for name in ("gpus", "per_node"):
         if (came := getattr(args, name)) is not None and came < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, came {came}")
     if args.efficiency is not None and not 0.0 < args.efficiency <= 1.0:
         raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], came {args.efficiency:g}")
+    if args.price is not None and not 0.0 <= args.price < math.inf:
+        raise ValueError(f"--price must be 0 or more, came {args.price:g}")
 
 
 def counted_steps(path: Path) -> dict[str, int]:

@@ -82,6 +82,8 @@ def test_a_copy_a_node_is_as_many_copies_as_there_are_nodes_of_the_size_given(ca
         (["--per-node", "0"], "--per-node must be 1 or more"),
         (["--efficiency", "0"], "--efficiency must be a share of the peak, in (0, 1], came 0"),
         (["--efficiency", "nan"], "--efficiency must be a share of the peak, in (0, 1], came nan"),
+        (["--price", "-3"], "--price must be 0 or more, came -3"),
+        (["--price", "nan"], "--price must be 0 or more, came nan"),
         (["engine.kind=single"], "runs on one GPU, came 2; use fsdp2 or zero, or --gpus 1"),
         (["engine.kind=fsdp3"], "engine.kind"),
         (["--gpus", "64"], "global_batch 12"),
