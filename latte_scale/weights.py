@@ -198,7 +198,9 @@ def places(where: str) -> list[Store]:
 def _tree_name(wanted: str, trees: list[str], where: str) -> str:
     averages = [name for name in trees if name.startswith("ema/")]
     if wanted == "ema" and not averages:
-        raise ValueError(f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights")
+        raise ValueError(
+            f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights: --weights raw, or PATH#model"
+        )
     name = {"raw": "model", "ema": averages[0] if averages else ""}.get(wanted, wanted)
     if name not in trees:
         raise ValueError(f"{where}: expected weights {name!r}, it holds {', '.join(['model', *averages])}")
