@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = within_budget(config, args.gpus, cluster.device.memory_bytes)
         steps = None if args.coverage is None else counted_steps(args.coverage)
         choice = examine(config, cluster, args.efficiency, steps)
+        print("comparing with other settings: a large model takes a minute", file=sys.stderr, flush=True)
         best = recommend(config, cluster, args.efficiency, steps)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
