@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from latte_scale import checkpoint
+from latte_scale.arguments import local_path
 from latte_scale.checkpoint.content import Content, differences, open_native, write_native
 from latte_scale.store import Store, open_store
 from latte_scale.weights import places
@@ -32,8 +33,9 @@ MAPPED_BYTES = 2**20  # buffers from this size on are mapped by themselves, and 
 
 def steps_at(path: str) -> list[Store]:
     """Every checkpoint at PATH, oldest first. ValueError if there is none."""
-    if checkpoint.STEP_FOLDER.fullmatch(path.rstrip("/").rpartition("/")[2]) and open_store(path).list():
-        return [open_store(path)]
+    step = open_store(path)  # its URL is whole: path may be "."
+    if checkpoint.STEP_FOLDER.fullmatch(name_of(step)) and step.list():
+        return [step]
     for place in reversed(places(path)):
         if found := checkpoint.list_steps(place):
             return found
@@ -64,10 +66,12 @@ def name_of(step: Store) -> str:
 
 
 def look(args: argparse.Namespace) -> int:
-    """Print one line a checkpoint."""
+    """Print one line a checkpoint; of several places below the name of each."""
     line_of = {"ls": describe, "verify": verify}[args.verb]
     all_sound = True
     for path in args.paths:
+        if len(args.paths) > 1:
+            print(path)
         for step in steps_at(path):
             line, sound = line_of(step)
             print(line, flush=True)
@@ -202,7 +206,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     verb.add_argument("source", metavar="SOURCE", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
     verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
     verb.add_argument("--to", choices=FORMATS, required=True, help="format of TARGET")
-    verb.add_argument("--config", type=Path, help="the run's config, for a source that does not hold it")
+    verb.add_argument("--config", type=local_path, help="the run's config, for a source that does not hold it")
     verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
     verb.set_defaults(run=convert)
     return parser.parse_args(argv)

@@ -4,6 +4,7 @@ A section's dataclass lives beside the code that reads it; this file only puts t
 it. `load_config` reads a YAML file and overrides; check_data.py holds the config against data.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.norm_backends import NormSettings
 from latte_scale.optim import OptimSettings
+from latte_scale.run.folder import path_of
 from latte_scale.run.tracking import LogSettings
 from latte_scale.store import Store, StoreSettings, open_store
 from latte_scale.validation.settings import ValidationSettings
@@ -55,10 +57,16 @@ class RunSettings:
     time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
 
     def __post_init__(self) -> None:
+        path_of(self.dir)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must lie in [0, 2**64), came {self.seed}")
         if self.time_budget_s is not None and self.time_budget_s <= 0:
             raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
+
+    @property
+    def folder(self) -> Path:
+        """Where `dir` is on this machine's disks."""
+        return path_of(self.dir)
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,7 @@ class Config:
     @property
     def checkpoint_dir(self) -> str:
         """The folder or s3:// prefix that holds the step-XXXXXXXX/."""
-        return self.checkpoint.dir or str(Path(self.run.dir) / "checkpoints")
+        return os.path.expanduser(self.checkpoint.dir or "") or str(self.run.folder / "checkpoints")
 
     @property
     def checkpoint_store(self) -> Store:

@@ -12,8 +12,8 @@ or 2 with what is wrong.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from latte_scale.arguments import output_file
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the table for programs")
+    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table for programs")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = coverage(plan, datasets, config.train.steps)
         print(coverage_table(rows, config.train.steps))
         if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(coverage_json(rows, config.train.steps))
         if args.ranks is not None:
             print("\n".join(shapes(config, plan, args.ranks)))
@@ -63,7 +64,8 @@ def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
     size, rest = divmod(num_ranks, config.engine.sequence_parallel)
     if rest or size < 1:
         raise ValueError(
-            f"{num_ranks} ranks are no whole groups of engine.sequence_parallel={config.engine.sequence_parallel}"
+            f"--ranks: expected a multiple of engine.sequence_parallel={config.engine.sequence_parallel}, 1 or more, "
+            f"came {num_ranks}"
         )
     group = config.sample_group
     check_ranks(plan, size, group)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from latte_scale.arguments import output_file
 from latte_scale.engine.dist import Ranks, init_distributed, shutdown
 from latte_scale.evaluation.clips import open_clips
 from latte_scale.evaluation.metrics import NEEDS_REAL, NETWORK_OF, Protocol, Scorer, Show
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--metrics", default="shapes", help=f"comma-separated, of: {', '.join(METRICS)}")
     parser.add_argument("--real", help="real clips: a folder, or shards with pixels")
     parser.add_argument("--fake", required=True, help="sampled videos: a folder, or shards with pixels")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file for the scores")
+    parser.add_argument("--out", required=True, type=output_file, help="JSON file for the scores")
     for name, (usual, _) in TO_FETCH.items():
         parser.add_argument(
             f"--{name}", help=f"the {name} network: path or URL (default: networks/{usual} in the cache)"
@@ -109,8 +110,6 @@ def run(args: argparse.Namespace) -> int:
     with_networks = [name for name in names if name not in FOLDER_METRICS]
     if in_folders and args.real is None:
         raise ValueError(f"{in_folders[0]} compares with the clips: pass --real FOLDER")
-    if args.out.is_dir():  # before the hours of work, not after
-        raise ValueError(f"--out {args.out}: expected a file for the scores, came a folder")
     scores: dict[str, Any] = {}
     ranks = init_distributed()
     try:

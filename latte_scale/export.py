@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from latte_scale import settings
+from latte_scale.arguments import local_path
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
@@ -156,7 +157,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "latte-scale export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or step folder")
-    parser.add_argument("--out", required=True, type=Path, help="new or empty folder; for --format official a new .pt")
+    parser.add_argument(
+        "--out", required=True, type=local_path, help="new or empty folder; for --format official a new .pt"
+    )
     parser.add_argument("--weights", default="ema", help="ema (default), raw, or a tree such as ema/0.999")
     parser.add_argument(
         "--format",

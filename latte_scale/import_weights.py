@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from latte_scale.arguments import local_path
 from latte_scale.model.official import Imported, latte_from_official, layout_of, read_part, t2v_from_official
 from latte_scale.model.official_images import PIXART_CLASSES, latte_from_dit, t2v_from_pixart, t2v_from_pixart_folder
 from latte_scale.model.transformer_folder import (
@@ -59,8 +60,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "latte-scale import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", required=True, type=Path, help="a .pt or .pth file, or a folder with config.json")
-    parser.add_argument("--out", required=True, type=Path, help="new or empty folder")
+    parser.add_argument(
+        "--source", required=True, type=local_path, help="a .pt or .pth file, or a folder with config.json"
+    )
+    parser.add_argument("--out", required=True, type=local_path, help="new or empty folder")
     parser.add_argument(
         "--part", choices=("ema", "model"), help="averaged or raw weights of a file (default: averaged)"
     )

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keys = list(keys_of(Config))
     for beginning in args.beginnings:
         if not any(key.name.startswith(beginning) for key in keys):
-            near = difflib.get_close_matches(beginning, [key.name for key in keys], n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(beginning.lower(), [key.name for key in keys], n=1, cutoff=0.0)[0]
             print(f"error: no key begins with {beginning!r}; did you mean {near}?", file=sys.stderr)
             return 2
     print(text_of([key for key in keys if key.name.startswith(tuple(args.beginnings) or "")]))

@@ -12,8 +12,8 @@ videos are inside. Several runs stand side by side.
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from latte_scale.arguments import local_path, output_file
 from latte_scale.reporting.page import render
 from latte_scale.reporting.runs import read_evaluation, read_runs
 
@@ -23,10 +23,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="latte-scale report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--out", required=True, type=Path, help="the HTML page to write")
-    parser.add_argument("--samples", type=Path, help="folder of videos with prompts.jsonl (latte-scale sample)")
+    parser.add_argument("--out", required=True, type=output_file, help="the HTML page to write")
+    parser.add_argument("--samples", type=local_path, help="folder of videos with prompts.jsonl (latte-scale sample)")
     parser.add_argument(
-        "--scores", type=Path, action="append", default=[], help="file of latte-scale evaluate; may stand several times"
+        "--scores",
+        type=local_path,
+        action="append",
+        default=[],
+        help="file of latte-scale evaluate; may stand several times",
     )
     parser.add_argument("--title", default="latte_scale run")
     return parser.parse_args(argv)
@@ -41,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--samples {args.samples}: expected a folder with prompts.jsonl, as `latte-scale sample` writes"
         )
-    if args.out.is_dir():
-        raise ValueError(f"--out {args.out}: expected the page to write, came a folder")
     evaluations = [read_evaluation(path) for path in args.scores]
     page = render(read_runs(args.runs), args.title, args.samples, evaluations)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def check_start(config: Config, where: Store, ranks: Ranks) -> None:
 
     def look() -> None:
         try:
-            elsewhere = [step for place in places(config.run.dir) for step in list_steps(place)]
+            elsewhere = [step for place in places(str(config.run.folder)) for step in list_steps(place)]
         except ValueError as error:  # RUN/config.yaml, edited by hand
             raise CheckpointError(f"where this run kept its checkpoints cannot be told: {error}; mend it") from error
         if elsewhere:

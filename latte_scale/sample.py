@@ -28,10 +28,11 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from latte_scale.arguments import local_path
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import TooShortError, VideoError, read_clip
-from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
+from latte_scale.diffusion.sampler import SAMPLERS, check_start, check_steps, make_scheduler
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
 from latte_scale.engine.dist import Ranks, init_distributed, leave, one_device, shutdown
@@ -123,6 +124,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str
     """Load what goes with the model and hold it to each other. Raises ValueError with what to do."""
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     how = how_to_sample(args, loaded, records)
+    check_start(how.strength, args.init_video is not None, how.num_known or None, video.frames)
     set_precision(loaded.model, args.precision, ranks.device.type)
     if isinstance(loaded.architecture, LatteSettings):
         encoder_settings = replace(encoder_settings, text=None)
@@ -153,7 +155,7 @@ def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Load, sample this rank's share in batches, decode, write."""
     formats = formats_of(args.formats)
-    check_numbers(args)
+    check_arguments(args)
     loaded = load(args, ranks)
     records = records_of(args, loaded.architecture)
     setup = prepare(args, loaded, records, ranks)
@@ -232,11 +234,13 @@ def write(
             write_video(path, frames_FHWC, args.fps, shown | about | shown)  # its own negative prompt is the one used
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """ValueError for a number that no sampling has, before anything is loaded."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError for a number that no sampling has or a place that takes no videos, before anything is loaded."""
     for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
         if (came := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, came {came}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: expected a folder for the videos, came a file")
 
 
 def formats_of(text: str) -> list[str]:
@@ -266,10 +270,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, checkpoint, folder of weights or its .safetensors; PATH#TREE for one")
     add("--prompt", action="append", default=[], help="text of one video; may stand several times")
-    add("--prompts", type=Path, help='one prompt a line, or JSON lines: "text" or "label", also "seed" and "negative"')
+    add(
+        "--prompts",
+        type=local_path,
+        help='one prompt a line, or JSON lines: "text" or "label", also "seed" and "negative"',
+    )
     add("--label", action="append", default=[], type=int, help="class of one video; repeatable")
     add("--count", type=int, default=0, help="number of videos of an unconditional model")
-    add("--out", required=True, type=Path, help="folder for the videos")
+    add("--out", required=True, type=local_path, help="folder for the videos")
     add("--weights", help="of a checkpoint: ema (default), raw, or a tree such as ema/0.999")
     add("--sampler", help="ddim, ddpm, dpm++ (epsilon, v); euler, heun, dpm++ (flow)")
     add("--steps", type=int, default=50, help="denoising steps (default 50)")
@@ -280,12 +288,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training (default fp32)")
     add("--shard", action="store_true", help="cut the model over the ranks, for one that does not fit on a device")
     add("--temporal-decoder", help="folder or hub id of SVD's AutoencoderKLTemporalDecoder, in place of the VAE's own")
-    add("--init-video", type=Path, help="a clip to start from (--strength) or to continue")
+    add("--init-video", type=local_path, help="a clip to start from (--strength) or to continue")
     add("--strength", type=float, help=f"share of the steps walked from --init-video (default {DEFAULT_STRENGTH})")
     add("--known-frames", type=int, default=0, help="first frames of --init-video that are kept")
     add("--formats", default="mp4", help="comma-separated, of mp4, gif, png (a sheet of all frames); default mp4")
     add("--fps", type=int, default=8, help="frames per second of the files")
-    add("--config", type=Path, help="YAML with encoders and video, for weights that are no run's")
+    add("--config", type=local_path, help="YAML with encoders and video, for weights that are no run's")
     return parser.parse_args(argv)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from latte_scale.arguments import local_path
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.sampler import SAMPLERS
@@ -73,6 +74,8 @@ def load_demo(args: argparse.Namespace, folder: Path) -> Demo:
     """Everything the page needs. Raises ValueError with what to do."""
     if args.fps < 1:
         raise ValueError(f"--fps: expected 1 or more, came {args.fps}")
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port: expected 1 to 65535, came {args.port}")
     device = one_device()
     loaded = load_model(args.checkpoint, args.weights, device)
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
@@ -136,13 +139,19 @@ def build_page(demo: Demo) -> Any:
 
 
 def open_page(page: Any, host: str, port: int | None) -> str:
-    """Start listening and return the address; port None: a free one. Raises OSError for a port that is taken."""
+    """Start listening and return the address; port None: a free one. Raises ValueError where it cannot."""
     import gradio
 
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts to fetch
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, theme=theme
-    )
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, theme=theme
+        )
+    except OSError as error:  # gradio's words for it are of options that this command has not
+        raise ValueError(
+            f"{host}:{port}: expected a free port of this machine, came one that is taken, or an address of another; "
+            "pass another --port or --host"
+        ) from error
     return address
 
 
@@ -153,7 +162,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, checkpoint or folder of weights; PATH#TREE for one of its trees")
     add("--weights", help="of a checkpoint: ema (default), raw, or a tree such as ema/0.999")
-    add("--config", type=Path, help="YAML with encoders and video, for weights that are no run's")
+    add("--config", type=local_path, help="YAML with encoders and video, for weights that are no run's")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training (default fp32)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets in everybody (default 127.0.0.1)")
     add("--port", type=int, default=7860, help="port to listen on (default 7860)")

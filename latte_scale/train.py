@@ -81,7 +81,7 @@ from latte_scale.validation.validator import Validator
 from latte_scale.weights import check_init, load_weights
 
 NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError)
-"""What another attempt would meet again: exit code 78; a CheckpointError that it would not is an OutOfReachError."""
+"""What another attempt would meet again: exit code 78 (but for an OutOfReachError, which is a CheckpointError)."""
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # half a launch, a world of the wrong size, a rank without a GPU: no requeue mends it
         console.print(f"error: {error}", markup=False)
         return STOP
-    folder = RunFolder(config.run.dir, ranks.rank)
+    folder = RunFolder(config.run.folder, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     profile = Profile(folder.path, ranks, args.profile, console)
     code, reason, fence = FAILED, "interrupted", None  # the reason of what is caught nowhere below, as Ctrl-C
@@ -402,9 +402,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
-    except (*NO_REQUEUE, ValueError) as error:
-        code, reason = FAILED if isinstance(error, OutOfReachError) else STOP, str(error)
+    except OutOfReachError as error:  # 1: the store may answer the next attempt
+        code, reason = FAILED, str(error)
         logger.exception("stopped")
+    except (*NO_REQUEUE, ValueError) as error:
+        code, reason = STOP, str(error)
+        if folder.has_log:
+            logger.exception("stopped")
     except KeyboardInterrupt:
         reason = "interrupted; the same command goes on from the newest checkpoint"
         raise
@@ -412,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, reason = FAILED, f"{type(error).__name__}: {error}"  # also what comes after the last save
         raise
     finally:
-        if folder.rank == 0:
+        if folder.rank == 0 or not folder.has_log:  # a rank without a log has nowhere else to say it
             console.print(f"exit {code}: {reason}", markup=False)
         if fence is not None and folder.write_exit(code, reason):  # without a fence the folder is another attempt's
             fence.release()

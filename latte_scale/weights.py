@@ -6,6 +6,8 @@ the host. For sampling, export and the start of a new run (`model.init`); a resu
 never comes here.
 """
 
+import logging
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import check_state, read_json, read_transformer
 from latte_scale.store import Store, StoreSettings, open_store
+
+logger = logging.getLogger("latte_scale")
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
 # What a stage may change and no tensor's shape shows: positions and blocks of the model, what is predicted from what.
@@ -67,7 +71,7 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     """
     stored = find_stored(source, tree)
     if stored is None:
-        path, _, named = source.partition("#")
+        path, named = split_tree(source)
         root, wanted = Path(path), tree or named or "ema"
         if wanted != "ema":
             raise ValueError(
@@ -77,6 +81,12 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
     state_dict = checkpoint.load_full(stored.checkpoint.store, stored.tree)
     return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
+
+
+def split_tree(source: str) -> tuple[str, str]:
+    """PATH and TREE of `PATH#TREE`, "" without one; `~` is the home directory, as in the other paths of a config."""
+    path, _, named = source.partition("#")
+    return os.path.expanduser(path), named
 
 
 def check_init(
@@ -103,7 +113,7 @@ def check_init(
 
 def find_stored(source: str, tree: str | None = None) -> Stored | None:
     """The tree of a checkpoint that `load_weights` would read, by its manifest; None for a folder of weights."""
-    path, _, named = source.partition("#")
+    path, named = split_tree(source)
     root = Path(path)
     if root.suffix in (".safetensors", ".json") and root.is_file():
         return None
@@ -116,6 +126,11 @@ def find_stored(source: str, tree: str | None = None) -> Stored | None:
         raise ValueError(
             f"{path}: expected a checkpoint or a place with some, none is there; a folder of weights is read from a "
             "disk: copy it there"
+        )
+    if step is None and any((root / name).is_file() for name in ("run_id", "metrics.jsonl")):
+        raise ValueError(
+            f"{root}: expected a run with a checkpoint, this one has saved none yet; it saves every "
+            "checkpoint.every_steps steps, and when it is stopped"
         )
     if step is None:
         return None
@@ -148,7 +163,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
 def find_step(where: str) -> Store | None:
     """The checkpoint that `where` is, or the newest sound one of a run or a place with checkpoints; None without any.
 
-    Raises CheckpointError if checkpoints are there and none is sound.
+    A newer one that is not sound is told. Raises CheckpointError if checkpoints are there and none is sound.
     """
     problems = []
     for place in places(where):
@@ -157,6 +172,8 @@ def find_step(where: str) -> Store | None:
         for step in reversed(checkpoint.list_steps(place)):
             found = checkpoint.verify(step)
             if not found:
+                if problems:
+                    logger.warning("%s is read, what is newer is not sound:\n%s", step.url, "\n".join(problems))
                 return step
             problems += [f"  {step.url}: {problem}" for problem in found]
     if problems:
@@ -181,7 +198,9 @@ def places(where: str) -> list[Store]:
 def _tree_name(wanted: str, trees: list[str], where: str) -> str:
     averages = [name for name in trees if name.startswith("ema/")]
     if wanted == "ema" and not averages:
-        raise ValueError(f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights")
+        raise ValueError(
+            f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights: --weights raw, or PATH#model"
+        )
     name = {"raw": "model", "ema": averages[0] if averages else ""}.get(wanted, wanted)
     if name not in trees:
         raise ValueError(f"{where}: expected weights {name!r}, it holds {', '.join(['model', *averages])}")

@@ -26,6 +26,13 @@ def test_a_sound_run(run, capsys):
     assert capsys.readouterr().out == "step-00000004  sound\n"
 
 
+def test_a_step_is_the_folder_one_stands_in_and_several_runs_are_told_apart(run, monkeypatch, capsys):
+    monkeypatch.chdir(run / "checkpoints" / "step-00000004")
+    assert ckpt.main(["verify", ".", f"{run}/"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [".", "step-00000004  sound", f"{run}/", "step-00000002  sound", "step-00000004  sound"]
+
+
 def test_a_flipped_bit_and_a_missing_manifest_are_found(run, tmp_path, capsys):
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
@@ -37,6 +44,8 @@ def test_a_flipped_bit_and_a_missing_manifest_are_found(run, tmp_path, capsys):
     assert ckpt.main(["verify", str(broken)]) == 1
     output = capsys.readouterr().out
     assert "step-00000002  sound" in output and "ema-0.99.rank-00000.safetensors is damaged" in output
+    assert ckpt.main(["diff", str(run), str(broken)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {broken}/checkpoints/step-00000004 is not sound: ")
     (broken / "checkpoints" / "step-00000002" / "manifest.json").unlink()
     assert ckpt.main(["ls", str(broken)]) == 1
     assert "NOT COMPLETE" in capsys.readouterr().out

@@ -21,6 +21,14 @@ def test_every_training_config_loads_and_says_how_to_run_it(path):
     assert text.startswith("#") and "latte" in text.split("\nrun:\n")[0]
 
 
+def test_a_run_folder_below_the_home_directory_is_one_place_for_all_its_files(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(ROOT / "configs" / "tiny_cpu.yaml", ["run.dir=~/runs/x"])
+    assert str(config.run.folder) == "/home/somebody/runs/x"
+    assert config.checkpoint_store.url == config.checkpoint_dir == "/home/somebody/runs/x/checkpoints"
+    assert load_config(ROOT / "configs" / "tiny_cpu.yaml", ["checkpoint.dir=~/c"]).checkpoint_dir == "/home/somebody/c"
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_every_row_of_a_study_loads(path):
     study = read_mapping(path)
@@ -57,6 +65,8 @@ def test_the_released_model_is_the_default():
         ("diffusion={objective: flow, beta_end: 0.03}", "nothing reads it with diffusion.objective=flow"),
         ("video.frames=8", "model.num_frames is 4 but video.frames is 8"),
         ("model.out_channels=8", "set model.out_channels=4"),
+        ("run.dir=s3://bucket/x", "run.dir: expected a folder .* came 's3://bucket/x'; .* set checkpoint.dir=s3://"),
+        ("run.dir=''", "run.dir: expected a folder that every node may write, came ''"),
         ("run.seed=-1", r"seed must lie in \[0, 2\*\*64\)"),
         ("run.seed=18446744073709551616", r"seed must lie in \[0, 2\*\*64\), came 18446744073709551616"),
         ("train.caption_drop=1.5", r"caption_drop must lie in \[0, 1\]"),

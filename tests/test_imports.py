@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "store": {"store"},
     "rng": set(),
     "settings": set(),
+    "arguments": set(),  # of command lines: entry points, and packages with one
     "plain_json": set(),  # measured figures as JSON: whoever writes some
     "model": {"model"},
     "diffusion": {"diffusion"},
@@ -49,6 +50,7 @@ MAY_IMPORT = {
     # sequence group, and follows what the engines and the optimizer's groups do with the weights.
     "estimate": {
         "estimate",
+        "arguments",
         "bench.inputs",
         "conditioning",
         "config",
@@ -112,6 +114,7 @@ MAY_IMPORT = {
         "engine.base",
         "model",
         "optim",
+        "run.folder",
         "run.tracking",
         "store",
         "validation.settings",

@@ -40,3 +40,5 @@ def test_what_is_asked_for_is_printed(capsys):
 def test_an_unknown_beginning_names_the_nearest_key(capsys):
     assert keys.main(["trian.lr"]) == 2
     assert "no key begins with 'trian.lr'; did you mean train.lr?" in capsys.readouterr().err
+    assert keys.main(["TRAIN.LR"]) == 2
+    assert "did you mean train.lr?" in capsys.readouterr().err

@@ -96,7 +96,9 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert serve.main(["--checkpoint", str(run), "--port", str(taken.getsockname()[1])]) == 2
-    assert "port" in capsys.readouterr().err
+    assert "came one that is taken, or an address of another; pass another --port or --host" in capsys.readouterr().err
+    assert serve.main(["--checkpoint", str(run), "--port", "70000"]) == 2
+    assert "--port: expected 1 to 65535, came 70000" in capsys.readouterr().err
     assert serve.main(["--checkpoint", str(run), "--fps", "0"]) == 2
     assert "--fps: expected 1 or more, came 0" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -44,6 +45,24 @@ def test_a_run(tmp_path, architecture, source, factor):
     weights = load_weights(source.format(tmp_path))
     assert weights.architecture == architecture and weights.diffusion == diffusion
     assert all(torch.equal(tensor, factor * state[name]) for name, tensor in weights.state_dict.items())
+
+
+def test_a_run_that_has_saved_nothing_is_told_so(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="expected a run with a checkpoint, this one has saved none yet"):
+        load_weights(str(tmp_path))
+
+
+def test_an_older_checkpoint_is_not_taken_in_silence(tmp_path, caplog):
+    config = {"model": to_mapping(TEXT), "diffusion": {}}
+    save_run(tmp_path, config, build_model(TEXT).state_dict())
+    (older,) = (tmp_path / "checkpoints").iterdir()
+    assert load_weights(str(tmp_path)).source.startswith(str(older)) and not caplog.records
+    newer = older.with_name("step-00099999")
+    shutil.copytree(older, newer)
+    (newer / "manifest.json").write_text("{")
+    assert load_weights(str(tmp_path)).source.startswith(str(older))
+    assert f"{older} is read, what is newer is not sound" in caplog.text and f"{newer}: " in caplog.text
 
 
 def test_a_run_from_before_the_kinds_is_text_to_video(tmp_path):
@@ -90,6 +109,12 @@ def test_a_damaged_scheduler_is_named(tmp_path):
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"scheduler_config.json is not JSON"):
         load_weights(str(tmp_path))
+
+
+def test_weights_below_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_transformer(tmp_path / "w", TEXT, build_model(TEXT).state_dict())
+    assert load_weights("~/w").source == str(tmp_path / "w")
 
 
 def test_what_is_no_weights_is_told_what_to_do(tmp_path):

@@ -28,6 +28,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
+from latte_scale.arguments import local_path, output_file
 from latte_scale.checkpoint import (
     Checkpointer,
     CheckpointSettings,
@@ -287,12 +288,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="training YAML whose state it is, see configs/; its data is not read")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="on the disk to measure (default: here); bench/ in it must be free"
+        "--folder",
+        type=local_path,
+        default=Path(),
+        help="on the disk to measure (default: here); bench/ in it must be free",
     )
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state without a config (default 1)")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="every single figure as JSON")
+    parser.add_argument("--out", type=output_file, help="every single figure as JSON")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

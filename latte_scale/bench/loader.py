@@ -19,13 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from latte_scale.arguments import output_file
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.batches import MicroBatch
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--step-s", type=float, default=0.0, help="seconds of computing that a step is given (default 0)"
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

@@ -22,6 +22,7 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
+from latte_scale.arguments import output_file
 from latte_scale.bench.budget import budget
 from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
 from latte_scale.bench.inputs import Captions, step_inputs
@@ -84,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn (default 4)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that are not counted (default 3)")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

@@ -48,7 +48,7 @@ def open_native(where: str | Path | Store) -> Content:
     """A checkpoint of this project, every byte held to its checksum. Raises CheckpointError."""
     problems = verify(where)
     if problems:
-        raise CheckpointError(f"{where} is not sound: {'; '.join(problems)}")
+        raise CheckpointError(f"{where.url if isinstance(where, Store) else where} is not sound: {'; '.join(problems)}")
     checkpoint = open_checkpoint(where)
     manifest = checkpoint.manifest
     shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}

@@ -224,16 +224,24 @@ def _guide(out: Tensor, guidance: float, channels: int) -> Tensor:
     return torch.cat([guided, positive[:, channels:]], dim=1)
 
 
-def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Tensor | None, num_known: int) -> None:
-    if not 0 < strength <= 1 or (init is None and strength != 1):
+def check_start(strength: float, has_clip: bool, num_known: int | None, num_frames: int) -> None:
+    """Raise ValueError for a strength, or a number of known frames, that no walk to a clip of so many frames has.
+
+    num_known: None where no frames are given.
+    """
+    if not 0 < strength <= 1 or (not has_clip and strength != 1):
         raise ValueError(f"strength: expected above 0 and at most 1, and 1 without an input video, came {strength}")
+    if num_known is not None and not 1 <= num_known < num_frames:
+        raise ValueError(f"known frames: expected 1 to {num_frames - 1} of the clip's {num_frames}, came {num_known}")
+
+
+def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Tensor | None, num_known: int) -> None:
+    given = None if known is None and not num_known else num_known
+    check_start(strength, init is not None, given, noise.shape[2])
     if init is not None and init.shape != noise.shape:
         raise ValueError(f"input video: expected the noise's shape {list(noise.shape)}, came {list(init.shape)}")
-    if known is None and not num_known:
+    if given is None:
         return
-    frames = noise.shape[2]
-    if not 1 <= num_known < frames:
-        raise ValueError(f"known frames: expected 1 to {frames - 1} of the clip's {frames}, came {num_known}")
     wanted = [*noise.shape[:2], num_known, *noise.shape[3:]]
     if known is None or list(known[:, :, :num_known].shape) != wanted:
         came = "none" if known is None else list(known.shape)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
+from latte_scale.arguments import output_file
 from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
 from latte_scale.doctor.lines import LEVELS, Line, Pending, fault_of, joined, markup, run_all
@@ -73,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--json", metavar="FILE", help="keep the lines here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="keep the lines here")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
@@ -164,7 +165,7 @@ def measurements(
         )
 
     def sharing() -> list[Line]:
-        places_of = {"run.dir": config.run.dir, "checkpoint.dir": config.checkpoint_dir.removeprefix("file://")}
+        places_of = {"run.dir": str(config.run.folder), "checkpoint.dir": config.checkpoint_dir.removeprefix("file://")}
         folders = {key: folder for key, folder in places_of.items() if "://" not in folder}
         return [
             line

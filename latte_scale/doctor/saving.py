@@ -41,8 +41,12 @@ def state_bytes(config: Config) -> int:
 def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
     """All of this file, in the order in which one thing tells the next: the write's rate estimates a save."""
     needed, place = state_bytes(config), config.checkpoint_dir.removeprefix("file://")
-    run = Path(config.run.dir)
+    run = config.run.folder
     lines = holder_lines(run) + room_lines(run, PROBE_BYTES, "run.dir", 0)
+    try:
+        folder_write(run)  # the lease, logs and metrics, wherever the checkpoints go
+    except OSError as error:
+        return [*lines, write_fault(str(run), error, "run.dir")]
     try:
         if place.startswith("s3://"):
             rate = store_write(place, config)
@@ -55,12 +59,16 @@ def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
             )
             lines += clock_lines(ahead_s, place)
     except (OSError, StoreError, ValueError) as error:
-        known = fault_of("writing", error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room" if full else "make it writable for this user on every machine"
-        remedy = known.remedy or f"{advice}, or set another checkpoint.dir"
-        return [*lines, Line("fault", "writing", f"{place}: {known.found}", remedy)]
+        return [*lines, write_fault(place, error, "checkpoint.dir")]
     return lines + grace_lines(config, environ, needed / rate)
+
+
+def write_fault(place: str, error: Exception, key: str) -> Line:
+    """The line of a place that could not be written."""
+    known = fault_of("writing", error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    advice = "make room" if full else "make it writable for this user on every machine"
+    return Line("fault", "writing", f"{place}: {known.found}", known.remedy or f"{advice}, or set another {key}")
 
 
 def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line]:
@@ -149,7 +157,7 @@ def holder_lines(run: Path) -> list[Line]:
 
 def grace_lines(config: Config, environ: Mapping[str, str], estimated_s: float) -> list[Line]:
     """Seconds between the sign to stop and the end, beside those that a save takes."""
-    record = read_exit(Path(config.run.dir))
+    record = read_exit(config.run.folder)
     said = re.search(r"saved ([\d.]+) s after it", str(record.get("reason", "")))
     save_s = float(said.group(1)) if said else estimated_s
     how = "took at the last stop" if said else "is estimated from this write"

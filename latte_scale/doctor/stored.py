@@ -190,7 +190,7 @@ def rate_lines(rates: dict[str, tuple[float, float]], config: Config) -> list[Li
     if len(rates) > 1 and rates[slowest][0] < SLOW_SHARE * median:
         found += f"; {fastest} reads {rates[fastest][0] / 1e6:,.0f} MB/s"
         return [Line("warning", "reading", found, f"look at the network and the mount of {slowest}, or leave it out")]
-    records = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    records = read_metrics(config.run.folder / "metrics.jsonl")
     needed = max((record.get("samples_per_s") or 0.0 for record in records[-100:]), default=0.0)
     if needed > rates[slowest][1] * len(rates):
         found += f"; this run has trained {needed:,.0f} samples/s"

@@ -13,11 +13,13 @@ config fits the device, 1 if it does not, 78 if the config is wrong.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latte_scale.arguments import local_path
 from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
 from latte_scale.estimate.advice import recommend, yaml_of
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = within_budget(config, args.gpus, cluster.device.memory_bytes)
         steps = None if args.coverage is None else counted_steps(args.coverage)
         choice = examine(config, cluster, args.efficiency, steps)
+        print("comparing with other settings: a large model takes a minute", file=sys.stderr, flush=True)
         best = recommend(config, cluster, args.efficiency, steps)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--efficiency", type=float, help="share of the peak that `latte-scale bench step` measured (HFU)"
     )
     parser.add_argument(
-        "--coverage", type=Path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
+        "--coverage", type=local_path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
     )
     parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -75,12 +78,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """ValueError for numbers of devices and a share of the peak that cannot be."""
+    """ValueError for numbers of devices, a share of the peak and a price that cannot be."""
     for name in ("gpus", "per_node"):
         if (came := getattr(args, name)) is not None and came < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, came {came}")
     if args.efficiency is not None and not 0.0 < args.efficiency <= 1.0:
         raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], came {args.efficiency:g}")
+    if args.price is not None and not 0.0 <= args.price < math.inf:
+        raise ValueError(f"--price must be 0 or more, came {args.price:g}")
 
 
 def counted_steps(path: Path) -> dict[str, int]:

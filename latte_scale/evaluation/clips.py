@@ -27,9 +27,10 @@ VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mkv", ".avi", ".mov", ".m4v")
 
 @dataclass(frozen=True)
 class Clip:
-    """One video: its name in the set, and how to get its bytes and caption ("" where there is none)."""
+    """One video: its name in the set, where it lies, and how to get its bytes and caption ("" where there is none)."""
 
     name: str
+    place: str  # for messages: two sets may have the same names
     load: Callable[[], tuple[bytes, str]]
 
 
@@ -60,7 +61,7 @@ def open_clips(url: str | Path) -> ClipSet:
     if not paths:
         raise ValueError(f"{folder}: expected videos ({', '.join(VIDEO_SUFFIXES)}), the folder holds none")
     clips = [
-        Clip(path.relative_to(folder).as_posix(), functools.partial(_read_file, path, text))
+        Clip(path.relative_to(folder).as_posix(), str(path), functools.partial(_read_file, path, text))
         for path, text in paths.items()
     ]
     clips.sort(key=lambda clip: clip.name)
@@ -86,9 +87,10 @@ def _shards(url: str) -> ClipSet:
             "`latte-data encode` read"
         )
     clips = [
-        Clip(f"{entry.name}/{dataset.index(shard).key(position)}", functools.partial(_read, dataset, shard, position))
+        Clip(name, f"{dataset.store.url}/{name}", functools.partial(_read, dataset, shard, position))
         for shard, entry in enumerate(dataset.manifest.shards)
         for position in range(entry.count)
+        for name in [f"{entry.name}/{dataset.index(shard).key(position)}"]
     ]
     if not clips:
         raise ValueError(f"{url}: the data set holds no clip")
@@ -118,4 +120,4 @@ def read_window(clip: Clip, video: VideoSettings, seed: int | None) -> tuple[np.
         u = hash64("evaluate/window", seed, clip.name) / 2**64
         return read_random_clip(data, video, min(u, 1 - 2**-53))[0], caption
     except VideoError as error:
-        raise VideoError(f"{clip.name}: {error}") from error
+        raise VideoError(f"{clip.place}: {error}") from error

@@ -86,12 +86,14 @@ class Scorer:
         """Raise ValueError if `name` cannot be computed: real clips, their number, or the network's file."""
         if name in NEEDS_REAL and self._real_set is None:
             raise ValueError(f"{name} compares with real clips: pass --real URL")
-        came = [len(self._fake)] + ([len(self._real)] if name in NEEDS_REAL else [])
-        if name in NEEDS_COUNT and min(came) < max(2, self._protocol.num_clips):
+        came, wanted = [len(self._fake)] + ([len(self._real)] if name in NEEDS_REAL else []), self._protocol.num_clips
+        if name in NEEDS_COUNT and wanted < 2:
+            raise ValueError(f"{name}: expected --num-clips of 2 or more, came {wanted}")
+        if name in NEEDS_COUNT and min(came) < wanted:
             words = f"{len(self._fake)} sampled" + (f" and {len(self._real)} real" if name in NEEDS_REAL else "")
+            fewer = f", or pass --num-clips {min(came)}: scores of different counts do not compare"
             raise ValueError(
-                f"{name}: expected {self._protocol.num_clips} clips, came {words}; sample more, or pass --num-clips "
-                f"{max(2, min(came))}: scores of different counts do not compare"
+                f"{name}: expected {wanted} clips, came {words}; sample more{fewer if min(came) > 1 else ''}"
             )
         if name == "clip_consistency" and self._windows["fake"].video.frames < 2:
             raise ValueError("clip_consistency: expected clips of 2 frames or more, came 1; drop it")
@@ -174,7 +176,7 @@ def _video(fake: ClipSet, protocol: Protocol) -> VideoSettings:
     try:
         info = probe(first.load()[0])
     except VideoError as error:
-        raise VideoError(f"{first.name}: {error}") from error
+        raise VideoError(f"{first.place}: {error}") from error
     size = {"height": protocol.size or info.height, "width": protocol.size or info.width}
     given = {key: getattr(protocol, key) for key in ("frames", "frame_interval")}
     return replace(video, **size, hflip=False, **{key: value for key, value in given.items() if value is not None})

@@ -83,10 +83,13 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
         if "clip" not in record or "video" not in record:
             raise ValueError(f'{fake}: psnr needs "clip" and "video" in every line of prompts.jsonl, came {record}')
         video = frame_policy(record, fake / "prompts.jsonl")
+        original = real / record["clip"]
+        if not original.is_file():
+            raise ValueError(f"{original}: expected the clip of {record['file']}, there is no such file; mend --real")
         try:
-            pixels_FCHW, _ = read_random_clip(real / record["clip"], video, u=0.5)
+            pixels_FCHW, _ = read_random_clip(original, video, u=0.5)
         except VideoError as error:
-            raise ValueError(f"{real / record['clip']}, the clip of {record['file']}: {error}") from error
+            raise ValueError(f"{original}, the clip of {record['file']}: {error}") from error
         frames, wanted = read_frames(fake / record["file"]), pixels_FCHW.transpose(0, 2, 3, 1)
         if frames.shape != wanted.shape:
             raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, came {frames.shape}")

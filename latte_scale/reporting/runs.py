@@ -52,7 +52,7 @@ class Run:
 def read_run(path: str | Path) -> Run:
     """Read a run folder; ValueError if it holds no metrics, or a file that cannot be read."""
     path = Path(path)
-    metrics = read_metrics(path / "metrics.jsonl")
+    metrics = [record for record in read_metrics(path / "metrics.jsonl") if isinstance(record.get("step"), int)]
     if not metrics:
         raise ValueError(f"{path}: expected a run folder with metrics.jsonl; it has none, has the run logged a step?")
     config = path / "config.yaml"

@@ -56,6 +56,7 @@ class RunFolder:
         self.path, self.rank = Path(path), rank
         self.metrics_path = self.path / "metrics.jsonl"
         self.logs = self.path / "logs"
+        self.has_log = False  # this rank's, since `open`
         self.run_id = ""  # on every rank, once rank 0 holds the folder
         self._attempt: Holder | None = None  # rank 0's, likewise
 
@@ -87,6 +88,7 @@ class RunFolder:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        self.has_log = True
 
     def take(self, broadcast: Callable[[Any], Any]) -> "Fence":
         """Take the folder's lease on rank 0. A collective: `broadcast` gives every rank what rank 0 passes.
@@ -271,7 +273,17 @@ def folder_of(config: str | Path, overrides: Sequence[str]) -> str:
     mapping = settings.apply_overrides(settings.read_mapping(config), overrides)
     if not isinstance(mapping.get("run"), dict) or not isinstance(mapping["run"].get("dir"), str):
         raise settings.SettingsError(f"{config}: run.dir is missing; set run.dir=FOLDER")
-    return mapping["run"]["dir"]
+    return str(path_of(mapping["run"]["dir"]))
+
+
+def path_of(run_dir: str) -> Path:
+    """run.dir as a path; `~` is the home directory, which no shell puts into key=value. SettingsError for a URL."""
+    if not run_dir or "://" in run_dir:
+        raise settings.SettingsError(
+            f"run.dir: expected a folder that every node may write, came {run_dir!r}; only checkpoints go to an "
+            "object store: set checkpoint.dir=s3://BUCKET/PREFIX beside it"
+        )
+    return Path(os.path.expanduser(run_dir))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

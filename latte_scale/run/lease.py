@@ -190,5 +190,5 @@ def holder_of(folder: str | Path) -> Holder | None:
     """Who holds a run folder; None if nobody does, or nobody can: a lease cut by a full disk, or of another version."""
     try:
         return Holder(**json.loads((Path(folder) / "lease.json").read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None

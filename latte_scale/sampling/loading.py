@@ -5,7 +5,6 @@ ranks, what it was trained as, and the settings of its encoders. Whatever does n
 what was expected, before anything is sampled.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from torch import nn
 from latte_scale import checkpoint, settings
 from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.loss import DiffusionSettings
-from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder
+from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, vae_downscale
 from latte_scale.engine.dist import Ranks
 from latte_scale.model.build import build_model
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.sampling.requests import Architecture
-from latte_scale.weights import find_stored, load_weights
+from latte_scale.weights import find_stored, load_weights, split_tree
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[
 
     Of several sizes the policy's own.
     """
-    config, root = loaded.config, Path(path.partition("#")[0])
+    config, root = loaded.config, Path(split_tree(path)[0])
     if given is not None:
         config = settings.read_mapping(given)
     if config is None:
@@ -73,9 +72,9 @@ def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[
                 f"{root} is no run and no whole pipeline, so its encoders and clip size are not known here: pass "
                 "--config FILE with the sections encoders and video (configs/t2v_512.yaml for Latte-1)"
             )
-        downscale = 2 ** (len(json.loads(vae.read_text())["block_out_channels"]) - 1)
-        side = loaded.architecture.sample_size * downscale
-        return EncoderSettings(str(root), str(root)), VideoSettings(loaded.architecture.num_frames, side, side, 1)
+        encoders = EncoderSettings(str(root), str(root))
+        side = loaded.architecture.sample_size * vae_downscale(encoders)
+        return encoders, VideoSettings(loaded.architecture.num_frames, side, side, 1)
     where = str(given or path)
     return (
         settings.from_mapping(EncoderSettings, config.get("encoders", {}), where, "encoders."),

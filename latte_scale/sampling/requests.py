@@ -23,6 +23,7 @@ logger = logging.getLogger("latte_scale")
 
 Architecture = LatteSettings | LatteT2VSettings
 
+OPTIONS = "--prompt TEXT, or --prompts FILE with one prompt a line", "--label N", "--count N"  # of `latte-scale sample`
 SEEDS = range(-(2**63), 2**64)  # what a torch generator takes
 
 
@@ -67,14 +68,20 @@ def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any
     return records
 
 
-def check_records(records: Sequence[dict[str, Any]], architecture: Architecture) -> None:
-    """Hold what was asked for to what the model can be asked. Raises ValueError."""
+def check_records(
+    records: Sequence[dict[str, Any]], architecture: Architecture, asked_by: tuple[str, str, str] = OPTIONS
+) -> None:
+    """Hold what was asked for to what the model can be asked. Raises ValueError.
+
+    asked_by: what a message tells to pass for texts, for labels and for a mere number of videos.
+    """
+    texts, labels, count = asked_by
     if isinstance(architecture, LatteT2VSettings):
-        wanted, kind, how = "text", str, "--prompt TEXT, or --prompts FILE with one prompt a line"
+        wanted, kind, how = "text", str, texts
     elif architecture.num_classes:
-        wanted, kind, how = "label", int, f"--label N, 0 to {architecture.num_classes - 1}"
+        wanted, kind, how = "label", int, f"{labels}, 0 to {architecture.num_classes - 1}"
     else:
-        wanted, kind, how = None, None, "--count N, the number of videos: the model is unconditional"
+        wanted, kind, how = None, None, f"{count}, the number of videos: the model is unconditional"
     if not records:
         raise ValueError(f"nothing to sample: pass {how}")
     for record in records:

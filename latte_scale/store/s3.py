@@ -45,7 +45,12 @@ class S3Store(Store):
     def __init__(self, url: str, settings: StoreSettings) -> None:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not _BUCKET.fullmatch(bucket):
-            raise ValueError("expected s3://BUCKET/PREFIX with a bucket name of letters, digits, '.', '-' or '_'")
+            is_secret = "@" in url or ":" in bucket
+            came = "came one with credentials, which are no part of it" if is_secret else f"came {bucket!r}"
+            raise ValueError(
+                "expected s3://BUCKET/PREFIX with a bucket name of two or more letters, digits, '.', '-' or '_', "
+                + came
+            )
         self.bucket, self.prefix, self.settings = bucket, prefix.strip("/"), settings
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
         self._mine: _Mine | None = None

@@ -46,7 +46,7 @@ class PromptVideos:
         settings, self._config, self._ranks = config.validation, config, ranks
         records = _prompts(settings.prompts)
         records += [{"label": label} for label in settings.labels] + [{} for _ in range(settings.count)]
-        check_records(records, config.model)
+        check_records(records, config.model, ("validation.prompts", "validation.labels", "validation.count"))
         guidance = default_guidance(config.model) if settings.guidance is None else settings.guidance
         check_guidance(guidance, config.model, settings.negative, *(record.get("negative") for record in records))
         sampler = settings.sampler or SAMPLERS[config.diffusion.objective][0]

@@ -95,6 +95,10 @@ def test_a_folder_that_cannot_be_written(ask, tmp_path):
     code, lines = ask(f"checkpoint.dir={tmp_path / 'taken' / 'checkpoints'}")
     assert code == 1 and faults(lines) == ["writing"]
     assert "checkpoint.dir" in of(lines, "writing")["remedy"]
+    code, lines = ask(f"run.dir={tmp_path / 'taken'}", f"checkpoint.dir={tmp_path / 'checkpoints'}")
+    assert code == 1 and faults(lines) == ["writing"]
+    assert f"{tmp_path / 'taken'}: " in of(lines, "writing")["found"]
+    assert of(lines, "writing")["remedy"].endswith("or set another run.dir")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of its own is a tmpfs, which root mounts")

@@ -70,6 +70,8 @@ def test_numbers_that_no_scoring_has_are_refused(name: str) -> None:
 def test_what_cannot_be_computed_is_refused_before_the_work(folder: Path) -> None:
     with pytest.raises(ValueError, match="is: expected 7 clips, came 6 sampled; sample more, or pass --num-clips 6"):
         scorer(folder, num_clips=7).check("is")
+    with pytest.raises(ValueError, match="is: expected --num-clips of 2 or more, came 1"):
+        scorer(folder, num_clips=1).check("is")
     with pytest.raises(ValueError, match="clip: expected a prompt for every video, 6 have none"):
         scorer(folder).check("clip")
     with pytest.raises(ValueError, match="clip_consistency: expected clips of 2 frames or more"):

@@ -37,7 +37,7 @@ def test_psnr_is_that_of_the_frames_encode_took(tmp_path: Path) -> None:
 def test_a_line_without_its_clip_or_with_a_policy_that_is_none_is_named(tmp_path: Path) -> None:
     policy = {"frames": 4, "height": 32, "width": 32, "frame_interval": 4}
     for clip, video, message in (
-        ("gone.mp4", policy, r"gone\.mp4, the clip of 0\.mp4: corrupt: No such file"),
+        ("gone.mp4", policy, r"gone\.mp4: expected the clip of 0\.mp4, there is no such file; mend --real"),
         ("gone.mp4", policy | {"extra": 1}, 'expected "video" to be a frame policy'),
         ("gone.mp4", [4, 32, 32], 'expected "video" to be a frame policy'),
         ("gone.mp4", policy | {"frames": 0}, 'expected "video" to be a frame policy'),

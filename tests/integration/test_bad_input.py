@@ -39,10 +39,11 @@ def test_a_config_that_cannot_be_used_exits_78_and_says_why(data_sets, tmp_path,
         assert word in output
 
 
-def test_a_file_where_the_run_folder_should_be_exits_78_and_says_so(data_sets, tmp_path, capsys):
+def test_a_file_where_the_run_folder_should_be_exits_78_and_says_so_in_one_line(data_sets, tmp_path, capsys, caplog):
     (tmp_path / "run").write_text("")
     assert run_in_process(tmp_path / "run", data_sets.latents, *FEW) == 78
     assert f"run.dir {tmp_path / 'run'} cannot be written" in capsys.readouterr().out
+    assert not caplog.records  # a traceback would go to the terminal: there is no log
 
 
 def test_a_folder_where_the_metrics_should_be_exits_78_and_says_so(data_sets, tmp_path, capsys):

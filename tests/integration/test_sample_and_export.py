@@ -272,6 +272,9 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert sample.main(["--checkpoint", str(run), "--prompt", "x", "--sampler", "euler", *out]) == 2
     assert "expects one of ddim" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert sample.main(["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "file")]) == 2
+    assert "file: expected a folder for the videos, came a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -284,6 +287,8 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
         (["--steps", "1001"], "expected 1 to 1000"),
         (["--count", "-1"], "--count: expected 0 or more, came -1"),
         (["--seed", str(2**64)], "expected a seed of"),
+        (["--init-video", "x.mp4", "--strength", "1.5"], "strength: expected above 0 and at most 1"),
+        (["--init-video", "x.mp4", "--known-frames", "4"], "known frames: expected 1 to 3 of the clip's 4, came 4"),
         (["--guidance", "nan"], "expected a finite number"),
         (["--guidance", "1", "--prompts", "own.jsonl"], "negative prompt 'blue': nothing reads it at guidance 1.0"),
     ],

@@ -94,6 +94,8 @@ def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp
         "bucket 4x16x24: 8 clips a step on 3 data-parallel ranks take the time of 9: 11% of the work is idle" in printed
     )
     assert printed.splitlines()[-1] == "set train.global_batch=9 before the run begins"
+    assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "0"]) == 2
+    assert "--ranks: expected a multiple of engine.sequence_parallel=1, 1 or more, came 0" in capsys.readouterr().err
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "9"]) == 2
     assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
 

@@ -119,7 +119,7 @@ def test_a_run_that_keeps_no_average_and_looks_at_nothing(data_sets, tmp_path):
         ((*LOOK, "validation.weights=ema/0.5"), "expected raw or an average of ema.decays (ema/0.99 kept)"),
         ((*LOOK, "data.holdout=1e-9"), "holds out no sample"),
         (("validation.videos_every_steps=1", "validation.prompts=nowhere.txt"), "no file nowhere.txt"),
-        (("validation.videos_every_steps=1", "validation.labels=[1]"), "expected text in every record"),
+        (("validation.videos_every_steps=1", "validation.labels=[1]"), "pass validation.prompts"),
         ((*SHOW, "validation.sampler=euler"), "expects one of ddim"),
         ((*SHOW, "validation.guidance=1", "validation.negative=blue"), "nothing reads it at guidance 1"),
         ((*SHOW, "validation.sampling_steps=1001"), "expected 1 to 1000 (diffusion.num_timesteps), came 1001"),

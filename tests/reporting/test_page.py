@@ -42,6 +42,15 @@ def test_how_a_run_ended_is_said_in_words(tmp_path: Path, code: int, reason: str
     assert dict(overview([read_run(tmp_path)]))["state"] == [said]
 
 
+def test_a_long_reason_has_the_width_of_the_page_and_of_several_lines_the_first_is_seen(tmp_path: Path) -> None:
+    reason = "the config differs from that of the checkpoint:\n  train.lr: was 0.001, now 0.1"
+    for name in ("a", "b"):
+        write_lines(make_run(tmp_path / name) / "exit.json", [{"code": 78, "reason": reason}])
+    assert '<div class="long"><dt>state</dt>' in render([read_run(tmp_path / "a")], title="t")
+    page = render(read_runs([tmp_path / "a", tmp_path / "b"]), title="t")
+    assert "<summary>stopped for good: the config differs from that of the checkpoint: (2 lines)</summary>" in page
+
+
 def test_scores_of_several_files_share_a_table(tmp_path: Path) -> None:
     runs = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
     table = score_table(runs, [Evaluation("shapes", {"n": 8, "colour": 0.5, "clips": []})])

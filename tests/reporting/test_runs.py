@@ -35,6 +35,14 @@ def test_a_replay_that_differs_is_said_so(tmp_path: Path) -> None:
     assert replay_verdict(read_run(folder)) == "no logged step was run twice"
 
 
+def test_lines_of_somebody_else_are_no_steps(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    count = len(read_run(folder).metrics)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"note": "restarted by hand"}\n{"step": "last", "loss": 1.0}\n')
+    assert len(read_run(folder).metrics) == count
+
+
 def test_a_folder_without_a_logged_step_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the run logged a step"):
         read_run(tmp_path)

@@ -197,7 +197,10 @@ def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path,
     config.write_text("run: {dir: runs/x}\n")
     assert main([str(config), "--allow-change", "train.lr", "train.lr=1e-3"]) == 0
     assert main([str(config), "run.dir=/scratch/y"]) == 0
-    assert capsys.readouterr().out == "runs/x\n/scratch/y\n"
+    assert main([str(config), "run.dir=~/y"]) == 0
+    assert capsys.readouterr().out == f"runs/x\n/scratch/y\n{Path.home()}/y\n"
+    assert main([str(config), "run.dir=s3://bucket/y"]) == 78
+    assert "run.dir: expected a folder that every node may write, came 's3://bucket/y'" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml")]) == 78
     assert "no configuration file at" in capsys.readouterr().err
     config.write_text("run: {}\n")

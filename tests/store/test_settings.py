@@ -43,3 +43,5 @@ def test_credentials_have_no_place_in_settings_and_urls():
     with pytest.raises(ValueError, match="expected s3://BUCKET/PREFIX") as refused:
         open_store("s3://someone:hunter2@bucket/x")
     assert "hunter2" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"a bucket name of two or more letters, .*, came 'a'"):
+        open_store("s3://a/x")
