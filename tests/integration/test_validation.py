@@ -10,8 +10,8 @@ from latte_scale import checkpoint, sample, train
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import read_clip
 from latte_scale.run.metrics import read_metrics
-from latte_scale.sampling.videos import read_about
 from tests.conftest import ROOT, run_in_process
+from tests.sampling.about import read_about
 
 SHORT = ("train.steps=6", "checkpoint.every_steps=3", "data.holdout=0.2")
 LOOK = ("validation.every_steps=2", "validation.num_samples=10")
