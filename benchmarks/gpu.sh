@@ -35,6 +35,10 @@ grace_s=20  # of a part whose time is up, to end by itself
 if [ $# -ge 2 ]; then  # --no-deps: torch and what came with it stay as they are
     "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$scratch/site" "$2"/*.whl || exit 2
 fi
+info="$scratch/site/latte_scale.dist-info"  # a checkout is not installed, and manifests name the version of their tool
+mkdir -p "$info" || exit 2
+printf 'Metadata-Version: 2.1\nName: latte_scale\n' >"$info/METADATA"
+sed -n 's/^version = "\(.*\)"/Version: \1/p' pyproject.toml >>"$info/METADATA"
 "$python" - <<'PY' || exit 2
 import importlib.util, os, sys
 def missing(names):
