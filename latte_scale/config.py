@@ -52,7 +52,7 @@ class RunSettings:
 
     dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
     seed: int = 0  # of the order of the data, timesteps, noise, drops and first weights
-    time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
+    time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; null: no end
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -65,7 +65,7 @@ class RunSettings:
 class LatteT2VSection(LatteT2VSettings):
     """The text-to-video model, and where the weights of step 0 come from."""
 
-    # None: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999`
+    # null: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999`
     # for one decay) or a folder that `latte-scale import` or `export` wrote.
     init: str | None = None
 
@@ -74,7 +74,7 @@ class LatteT2VSection(LatteT2VSettings):
 class LatteSection(LatteSettings):
     """The class-conditional or unconditional model, and where the weights of step 0 come from."""
 
-    init: str | None = None  # as that of the text-to-video model
+    init: str | None = None  # as that of latte_t2v; null: random weights
 
 
 @dataclass(frozen=True)
