@@ -21,6 +21,7 @@ set -uo pipefail
 if [ $# -lt 1 ]; then sed -n '2,/^set /{/^set /!p}' "$0"; exit 2; fi
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+wheels=${2:+$(cd "$2" && pwd)} || exit 2
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 scratch=${SCRATCH:-${TMPDIR:-/tmp}/latte_scale_gpu_$UID}
@@ -32,8 +33,8 @@ least_s=30  # a part that has less is not begun
 grace_s=20  # of a part whose time is up, to end by itself
 : >>"$out/summary.txt"
 
-if [ $# -ge 2 ]; then  # --no-deps: torch and what came with it stay as they are
-    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$scratch/site" "$2"/*.whl || exit 2
+if [ -n "$wheels" ]; then  # --no-deps: torch and what came with it stay as they are
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$scratch/site" "$wheels"/*.whl || exit 2
 fi
 info="$scratch/site/latte_scale.dist-info"  # a checkout is not installed, and manifests name the version of their tool
 mkdir -p "$info" || exit 2
