@@ -134,6 +134,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Seq
     keep()
     for name, subject in subjects.items():
         result["subjects"][name]["budget"] = budget(subject, result["subjects"][name], device)
+        write(result, ranks, args.out)
     result["device"] = ceiling(config, device, peak)
     write(result, ranks, args.out)
     return result
