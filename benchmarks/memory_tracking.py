@@ -201,7 +201,7 @@ def tracked_fake(config: Config, num_gpus: int) -> dict[str, float]:
             tracker.start()
             for tensor in (tensor for tree in ema.trees.values() for tensor in tree):
                 tracker.name(tensor, "ema")
-            step(config, num_gpus, engine, ema, tracker)
+            step(config, engine, ema, tracker)
         return tracker.parts_at_most()
 
 
@@ -225,7 +225,7 @@ def tracked_zero(config: Config, num_gpus: int) -> dict[str, float]:
             for _ in range(ZERO_STEPS if config.engine.zero_stage == 3 else 1):
                 tracker.start()
                 name_states(engine, ema, tracker)
-                step(config, num_gpus, engine, ema, tracker)
+                step(config, engine, ema, tracker)
         return tracker.parts_at_most()
 
 
@@ -310,7 +310,7 @@ def make_engine(config: Config, model: nn.Module, ranks: Ranks) -> Any:
     return build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
 
 
-def step(config: Config, num_gpus: int, engine: Any, ema: Ema, tracker: LogMixin) -> None:
+def step(config: Config, engine: Any, ema: Ema, tracker: LogMixin) -> None:
     """One optimizer step as the trainer makes it."""
     train = config.train
     number, batch = micro_batch_shape(train.global_batch, engine.dp_size, train.micro_batch, config.sample_group)

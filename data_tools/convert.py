@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from data_tools.converted import Keys, stored_sample, unread_kinds
 from data_tools.mds_file import MdsFile, mds_columns, mds_name
-from data_tools.reports import FOLDER, ConvertReport, read_report, write_report
+from data_tools.reports import FOLDER, ConvertReport, drop_damaged_indices, read_report, write_report
 from data_tools.spawning import Workers
 from latte_scale.data.index import index_name, is_text
 from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, is_mds, write_mds_index
@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> int:
     source, store = open_dataset(args.input), open_store(args.output)
     _check_source(source, store, args.to)
     _check_folder(store, source.manifest.fingerprint(), args.force)
+    drop_damaged_indices(store)
     numbers = range(len(source.manifest.shards))
     console = Console(stderr=True)
     show = partial(

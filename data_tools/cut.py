@@ -109,7 +109,7 @@ def piece_size(facts: VideoInfo, num_frames: int) -> ClipSize:
 def cut_out(data: bytes, facts: VideoInfo, wanted: Sequence[Piece]) -> Iterator[bytes]:
     """Each wanted piece (ascending, apart) as an MP4, in one pass over the video. Raises VideoError."""
     try:
-        with av.open(io.BytesIO(data), metadata_errors=TAGS) as container:
+        with av.open(io.BytesIO(data), **TAGS) as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             frames = enumerate(container.decode(stream))

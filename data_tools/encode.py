@@ -36,7 +36,14 @@ from typing import Any
 from data_tools import claims, reports
 from data_tools.claims import Claims
 from data_tools.encode_shard import EncodeSettings
-from data_tools.reports import ShardReport, finished, read_report, report_name
+from data_tools.reports import (
+    NUM_READERS,
+    ShardReport,
+    drop_damaged_indices,
+    finished,
+    read_report,
+    report_name,
+)
 from data_tools.size_table import size_table
 from data_tools.workers import MADE, POLL_S, Board, Job, KilledError, encode_all
 from latte_scale.data.samples import open_dataset
@@ -62,7 +69,6 @@ _OURS = re.compile(rf"shard-\d{{6,}}\.(tar|index\.safetensors)|({reports.FOLDER}
 _YOUNGER = {("latents", "dtype"): "float16", ("text", "dtype"): "float16"}
 """Settings that encode.json leaves out while they hold their default: folders begun before them lack them."""
 REQUEUE = 75  # the exit code of what the same command goes on with, as the trainer's
-NUM_READERS = 16  # requests at a time for the small files of all shards
 
 
 class EncodeError(ValueError):
@@ -112,6 +118,7 @@ def main(args: argparse.Namespace) -> int:
     if not store.exists(ENCODE_HEADER):
         store.write(ENCODE_HEADER, (json.dumps(header, indent=1) + "\n").encode())
     _drop_damaged_null_text(store)
+    drop_damaged_indices(store)
     if args.retry_failed:
         _forget_failures(store, len(counts))
     begun_s = time.monotonic()
@@ -236,7 +243,7 @@ def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, sett
     _close(store, Manifest(**{**vars(manifest), "shards": entries}))
     made = [state == MADE for state in board.states]
     done = sum(report.count for (_, report), here in zip(outcomes, made, strict=True) if here)
-    total, failed = sum(entry.count for entry in entries), _tell(store, [report for _, report in outcomes], settings)
+    total, failed = sum(entry.count for entry in entries), _tell([report for _, report in outcomes], settings)
     if not entries:
         print(f"no clip of the source could be encoded into {store.url}: see the reasons above", file=sys.stderr)
         return 1
@@ -249,7 +256,7 @@ def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, sett
     return 0
 
 
-def _tell(store: Store, found: list[ShardReport], settings: EncodeSettings) -> int:
+def _tell(found: list[ShardReport], settings: EncodeSettings) -> int:
     """Name every clip that was left out, and what else its owner should know; returns how many were left out."""
     for key, reason in (each for report in found for each in report.left_out):
         print(f"failed {key}: {reason}", file=sys.stderr)

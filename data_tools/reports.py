@@ -6,14 +6,18 @@ shard's index: a shard is finished when both are there and agree on the number o
 """
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TypeVar
 
-from latte_scale.data.schema import ShardEntry
+from latte_scale.data.schema import MANIFEST, ShardEntry, load_manifest
 from latte_scale.data.shards import finished_entry
 from latte_scale.store import MissingError, Store
 
 FOLDER = "reports"
+NUM_READERS = 16  # requests at a time for the small files of all shards
 
 
 @dataclass
@@ -84,3 +88,17 @@ def finished(store: Store, shard: str, num_clips: int) -> tuple[ShardEntry | Non
     if report is None:
         return (entry, ShardReport(entry.count)) if entry.count == num_clips else None
     return (entry, report) if entry.count == report.count else None
+
+
+def drop_damaged_indices(store: Store) -> None:
+    """Remove every index that is not the one a finished data set names: its shard is made again, not taken for whole.
+
+    One of another number of samples stays: --retry-failed has made that shard since.
+    """
+    shards = load_manifest(store).shards if store.exists(MANIFEST) else ()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        found = list(pool.map(partial(finished_entry, store), [shard.name for shard in shards]))
+    for shard, entry in zip(shards, found, strict=True):
+        if entry is not None and entry.count == shard.count and entry != shard:
+            print(f"{store.join(shard.index)}: damaged, made again", file=sys.stderr)
+            store.delete(shard.index)

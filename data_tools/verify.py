@@ -12,13 +12,15 @@ Files that the manifest does not name (a killed writer's, a foreign tar) are lis
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from data_tools.convert import HEADER as CONVERT_HEADER
 from data_tools.reports import FOLDER as REPORTS
 from latte_scale.data.arrays import read_arrays
+from latte_scale.data.items import latent_shape
 from latte_scale.data.latents import unpack_latents, unpack_text
 from latte_scale.data.mds import MDS_INDEX
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
@@ -143,32 +145,29 @@ def _read_twice(dataset: Dataset, number: int, position: int, caption_at: float)
 
 
 def _latent_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[str]:
-    """Shapes and finite numbers of a sample's latents, and of those of the mirrored clip."""
-    manifest = dataset.manifest
-    frames, height, width = (int(part) for part in bucket.split("x"))
-    for field in ("latents", "mirrored") if manifest.video.hflip else ("latents",):
-        arrays = read_arrays(sample.fields[field])[0] if field in sample.fields else {}
+    """What is wrong with a sample's latents, and with those of the mirrored clip."""
+    info, shape = dataset.manifest.latents, latent_shape(bucket, dataset.manifest.latents.channels)
+    for field in ("latents", "mirrored") if dataset.manifest.video.hflip else ("latents",):
         prefix = "mirrored " if field == "mirrored" else ""
-        try:
-            unpack_latents(arrays, manifest.latents, (frames, manifest.latents.channels, height, width))
-        except ValueError as error:
-            yield f"{prefix}{error}"
-        yield from (f"{prefix}{fault}" for fault in _number_faults(arrays))
+        for fault in _faults(sample, field, lambda arrays: unpack_latents(arrays, info, shape)):
+            yield prefix + fault
 
 
 def _text_faults(dataset: Dataset, sample: Sample) -> Iterator[str]:
-    """Shape and finite numbers of the embedding that was read."""
-    if dataset.manifest.text is None:
-        return
-    arrays = read_arrays(sample.fields["text"])[0] if "text" in sample.fields else {}
+    """What is wrong with the embedding that was read."""
+    info = dataset.manifest.text
+    if info is not None:
+        yield from _faults(sample, "text", lambda arrays: unpack_text(arrays, info))
+
+
+def _faults(sample: Sample, field: str, unpack: Callable[[dict[str, np.ndarray]], Any]) -> Iterator[str]:
+    """Of a field of arrays: no safetensors file, other arrays than `unpack` takes, or numbers that are not finite."""
+    arrays: dict[str, np.ndarray] = {}
     try:
-        unpack_text(arrays, dataset.manifest.text)
+        arrays = read_arrays(sample.fields[field])[0] if field in sample.fields else {}
+        unpack(arrays)
     except ValueError as error:
         yield str(error)
-    yield from _number_faults(arrays)
-
-
-def _number_faults(arrays: dict[str, np.ndarray]) -> Iterator[str]:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             yield f"{name}: {int((~np.isfinite(array)).sum())} numbers are NaN or infinite; encode the clip again"

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 
-def local_path(text: str) -> Path:
+def disk_path(text: str) -> Path:
     """A path on a disk, `~` as the home directory: no shell puts it into `--out=~/x`. Refused: a URL, an empty text."""
     if not text or "://" in text:
         raise argparse.ArgumentTypeError(f"expected a path on a disk, came {text!r}")
@@ -18,7 +18,7 @@ def local_path(text: str) -> Path:
 
 def output_file(text: str) -> Path:
     """The same for a file to write. Refused before the work, not after it: a folder, and what lies below a file."""
-    path = local_path(text)
+    path = disk_path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file to write, came the folder {text!r}")
     if above := next((parent for parent in path.parents if parent.is_file()), None):

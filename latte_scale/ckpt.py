@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from latte_scale import checkpoint
-from latte_scale.arguments import local_path
+from latte_scale.arguments import disk_path
 from latte_scale.checkpoint.content import Content, differences, open_native, write_native
 from latte_scale.store import Store, open_store
 from latte_scale.weights import places
@@ -206,7 +206,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     verb.add_argument("source", metavar="SOURCE", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
     verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
     verb.add_argument("--to", choices=FORMATS, required=True, help="format of TARGET")
-    verb.add_argument("--config", type=local_path, help="the run's config, for a source that does not hold it")
+    verb.add_argument("--config", type=disk_path, help="the run's config, for a source that does not hold it")
     verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
     verb.set_defaults(run=convert)
     return parser.parse_args(argv)

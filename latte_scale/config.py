@@ -54,7 +54,7 @@ class RunSettings:
 
     dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
     seed: int = 0  # of the order of the data, timesteps, noise, drops and first weights
-    time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; none: no end
+    time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; null: no end
 
     def __post_init__(self) -> None:
         path_of(self.dir)
@@ -73,7 +73,7 @@ class RunSettings:
 class LatteT2VSection(LatteT2VSettings):
     """The text-to-video model, and where the weights of step 0 come from."""
 
-    # None: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999`
+    # null: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999`
     # for one decay) or a folder that `latte-scale import` or `export` wrote.
     init: str | None = None
 
@@ -82,7 +82,7 @@ class LatteT2VSection(LatteT2VSettings):
 class LatteSection(LatteSettings):
     """The class-conditional or unconditional model, and where the weights of step 0 come from."""
 
-    init: str | None = None  # as that of the text-to-video model
+    init: str | None = None  # as that of latte_t2v; null: random weights
 
 
 @dataclass(frozen=True)
@@ -270,25 +270,42 @@ def unread_settings(config: Config) -> list[str]:
 
     Told at the start of a run and not refused: it harms nothing, and a run that was started with it must go on.
     """
-    train, known, found = config.train, config.train.known_frames, []
-    most_frames = max(policy.frames for policy in config.video.policies())
-    is_unconditional = config.model.kind == "latte" and not config.model.num_classes
-    if is_unconditional and train.caption_drop not in (0.0, TrainSettings.caption_drop):
+    engine, model, optim, train = config.engine, config.model, config.optim, config.train
+    is_classes = model.kind == "latte"
+    found = []
+    if is_classes and not model.num_classes and train.caption_drop not in (0.0, TrainSettings.caption_drop):
+        found.append(f"train.caption_drop={train.caption_drop}: the model is unconditional and has nothing to drop")
+    if is_classes and model.sample_size != LatteSettings.sample_size:
+        found.append(f"model.sample_size={model.sample_size}: positions of model.kind=latte do not depend on it")
+    if train.batch_budget == "tokens" and not config.video.more_sizes:
+        found.append("train.batch_budget=tokens: without video.more_sizes every clip costs the same")
+    if engine.activation_checkpointing == engine.other_blocks == "none" and engine.checkpointed_share != 1.0:
         found.append(
-            f"train.caption_drop={train.caption_drop}: the model is unconditional and has nothing to drop; leave it out"
+            f"engine.checkpointed_share={engine.checkpointed_share}: engine.activation_checkpointing=none keeps "
+            "everything in all blocks"
         )
+    if optim.clip_norm is None and optim.clip_from_update:
+        found.append(f"optim.clip_from_update={optim.clip_from_update}: optim.clip_norm=null clips nothing")
+    for name in ("prompts", "labels", "count"):
+        if getattr(config.validation, name) and not config.validation.videos_every_steps:
+            found.append(f"validation.{name}: validation.videos_every_steps=0 samples no videos")
+    return [f"{line}; leave it out" for line in found] + _unread_known_frames(config)
+
+
+def _unread_known_frames(config: Config) -> list[str]:
+    known, most_frames = config.train.known_frames, max(policy.frames for policy in config.video.policies())
     if known.share and most_frames == 1:
-        found.append(f"train.known_frames.share={known.share}: an image has no frames to continue; set it to 0")
-    elif known.share and known.most is not None and known.most >= most_frames:
-        found.append(
+        return [f"train.known_frames.share={known.share}: an image has no frames to continue; set it to 0"]
+    if known.share and known.most is not None and known.most >= most_frames:
+        return [
             f"train.known_frames.most={known.most}: of clips of {most_frames} frames no more than {most_frames - 1} "
             f"are given; set it to {most_frames - 1} or less"
-        )
-    elif known.most is not None and not known.share:
-        found.append(
+        ]
+    if known.most is not None and not known.share:
+        return [
             f"train.known_frames.most={known.most} is for train.known_frames.share above 0; set that, or leave it out"
-        )
-    return found
+        ]
+    return []
 
 
 def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, object]]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from latte_scale import settings
-from latte_scale.arguments import local_path
+from latte_scale.arguments import disk_path
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
@@ -158,7 +158,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or step folder")
     parser.add_argument(
-        "--out", required=True, type=local_path, help="new or empty folder; for --format official a new .pt"
+        "--out", required=True, type=disk_path, help="new or empty folder; for --format official a new .pt"
     )
     parser.add_argument("--weights", default="ema", help="ema (default), raw, or a tree such as ema/0.999")
     parser.add_argument(

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latte_scale.arguments import local_path
+from latte_scale.arguments import disk_path
 from latte_scale.model.official import Imported, latte_from_official, layout_of, read_part, t2v_from_official
 from latte_scale.model.official_images import PIXART_CLASSES, latte_from_dit, t2v_from_pixart, t2v_from_pixart_folder
 from latte_scale.model.transformer_folder import (
@@ -61,9 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "latte-scale import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--source", required=True, type=local_path, help="a .pt or .pth file, or a folder with config.json"
+        "--source", required=True, type=disk_path, help="a .pt or .pth file, or a folder with config.json"
     )
-    parser.add_argument("--out", required=True, type=local_path, help="new or empty folder")
+    parser.add_argument("--out", required=True, type=disk_path, help="new or empty folder")
     parser.add_argument(
         "--part", choices=("ema", "model"), help="averaged or raw weights of a file (default: averaged)"
     )

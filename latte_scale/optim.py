@@ -24,7 +24,7 @@ class OptimSettings:
     betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and second moment, an update
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # of matrices only: biases, norms and other vectors are never decayed
-    clip_norm: float | None = 1.0  # largest global L2 norm of the gradient; None: no clipping
+    clip_norm: float | None = 1.0  # largest global L2 norm of the gradient; null: no clipping
     clip_from_update: int = 0  # applied updates before clipping begins (Latte's recipe: 20,000 and more)
 
     def __post_init__(self) -> None:

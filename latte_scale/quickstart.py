@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from latte_scale import settings
-from latte_scale.arguments import local_path
+from latte_scale.arguments import disk_path
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, read_random_clip, write_mp4
 from latte_scale.plain_json import write_json
@@ -327,11 +327,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=local_path,
+        type=disk_path,
         default=Path("runs/quickstart"),
         help="folder for everything it makes; emptied first, if it is an earlier one's",
     )
-    parser.add_argument("--clips", type=local_path, help="folder of real clips with captions.jsonl, instead of shapes")
+    parser.add_argument("--clips", type=disk_path, help="folder of real clips with captions.jsonl, instead of shapes")
     parser.add_argument("--full", action="store_true", help="train until shape and direction are right, too")
     args = parser.parse_args(argv)
     if args.full and args.clips:

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from latte_scale.arguments import local_path, output_file
+from latte_scale.arguments import disk_path, output_file
 from latte_scale.reporting.page import render
 from latte_scale.reporting.runs import read_evaluation, read_runs
 
@@ -24,10 +24,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", required=True, type=output_file, help="the HTML page to write")
-    parser.add_argument("--samples", type=local_path, help="folder of videos with prompts.jsonl (latte-scale sample)")
+    parser.add_argument("--samples", type=disk_path, help="folder of videos with prompts.jsonl (latte-scale sample)")
     parser.add_argument(
         "--scores",
-        type=local_path,
+        type=disk_path,
         action="append",
         default=[],
         help="file of latte-scale evaluate; may stand several times",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributed
 
+from latte_scale.model.fp8 import why_no_fp8
 from latte_scale.run.folder import STOP_SIGNALS
 from tests import processes
 from tests.store.service import Corner, make_corner
@@ -22,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HANDLERS = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 SERVICES = {"s3", "cluster", "two_hosts"}
 """Fixtures that start a real S3 service, a Slurm, or hosts of their own."""
+needs_fp8 = pytest.mark.skipif(bool(reason := why_no_fp8(torch.device("cpu"))), reason=reason)
+"""What computes in fp8 on a CPU, which not every torch can."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

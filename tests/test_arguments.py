@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale.arguments import local_path
+from latte_scale.arguments import disk_path
 from latte_scale.cli import main
 
 
 def test_a_path_on_a_disk(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert local_path("a b/c") == Path("a b/c") and local_path("~/x") == Path("/home/somebody/x")
+    assert disk_path("a b/c") == Path("a b/c") and disk_path("~/x") == Path("/home/somebody/x")
     for text in ("", "s3://bucket/x", "file:///x"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"expected a path on a disk, came '{text}'"):
-            local_path(text)
+            disk_path(text)
 
 
 FILES = [

@@ -164,11 +164,30 @@ def test_learning_strategies_are_held_to_the_rest(overrides, words):
         ("tiny_cpu", ["train.known_frames.most=2"], "is for train.known_frames.share above 0; set that"),
         ("tiny_cpu", ["train.known_frames.share=0.5", "video.frames=1"], "an image has no frames to continue"),
         ("sky", ["train.caption_drop=0.2"], "train.caption_drop=0.2: the model is unconditional"),
+        ("sky", ["model.sample_size=64"], "model.sample_size=64: positions of model.kind=latte do not depend on it"),
+        ("tiny_cpu", ["train.batch_budget=tokens"], "without video.more_sizes every clip costs the same; leave it"),
+        ("tiny_cpu", ["engine.checkpointed_share=0.5"], "engine.activation_checkpointing=none keeps everything"),
+        ("tiny_cpu", ["optim={clip_norm: null, clip_from_update: 9}"], "optim.clip_norm=null clips nothing; leave it"),
+        ("tiny_cpu", ["validation.prompts=[a]"], "validation.videos_every_steps=0 samples no videos; leave it out"),
+        ("sky", ["validation.count=2"], "validation.count: validation.videos_every_steps=0 samples no videos"),
     ],
 )
 def test_a_setting_that_its_run_does_not_look_at_is_told_and_not_refused(config, overrides, words):
     (line,) = unread_settings(load_config(ROOT / "configs" / f"{config}.yaml", overrides))
-    assert re.search(words, line) and line.startswith("train.")
+    assert re.search(words, line) and line.startswith(overrides[0].split(".")[0].split("=")[0])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine={checkpointed_share: 0.5, other_blocks: selective}"],
+        ["engine={checkpointed_share: 0.5, activation_checkpointing: full}"],
+        ["validation={prompts: [a], videos_every_steps: 5}"],
+        ["train.batch_budget=tokens", "video.more_sizes=[{frames: 1, height: 32, width: 32}]"],
+    ],
+)
+def test_what_is_looked_at_is_not_told(overrides):
+    assert unread_settings(load_config(ROOT / "configs" / "tiny_cpu.yaml", overrides)) == []
 
 
 def test_known_frames_are_those_of_the_longest_size():

@@ -15,9 +15,9 @@ from latte_scale import sample, serve
 from latte_scale.evaluation.videos import read_frames
 from latte_scale.model.build import build_model
 from latte_scale.model.latte_t2v import LatteT2VSettings
-from latte_scale.sampling.videos import read_about
 from latte_scale.settings import to_mapping
 from tests.conftest import ROOT
+from tests.sampling.about import read_about
 from tests.weight_files import randomise, save_run
 
 pytest.importorskip("gradio", reason="gradio is not installed")

@@ -28,7 +28,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from latte_scale.arguments import local_path, output_file
+from latte_scale.arguments import disk_path, output_file
 from latte_scale.checkpoint import (
     Checkpointer,
     CheckpointSettings,
@@ -289,7 +289,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument(
         "--folder",
-        type=local_path,
+        type=disk_path,
         default=Path(),
         help="on the disk to measure (default: here); bench/ in it must be free",
     )

@@ -15,7 +15,7 @@ import datetime
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +28,7 @@ from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
 from latte_scale.bench.inputs import Captions, step_inputs
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
 from latte_scale.bench.table import markdown
-from latte_scale.bench.timing import Turns
+from latte_scale.bench.timing import Measured, Turns
 from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config, load_config
@@ -61,15 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.against and ranks.size > 1:
             raise ValueError(f"--against {args.against} compares on one rank, {ranks.size} were started; leave it out")
         config = within_memory_of(ranks.device, config, ranks.size)
-        result = {"command": ["latte-scale", "bench", "step", *argv]} | measure(config, ranks, args)
+        result = measure(config, ranks, args, ["latte-scale", "bench", "step", *argv])
     except ValueError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
     shutdown()
     if ranks.rank == 0:
         console.print(markdown([result]), markup=False)
-        if args.out:
-            write_json(args.out, result, indent=2)
     return 0
 
 
@@ -89,8 +87,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
-def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the JSON holds."""
+def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
+    """Everything that the JSON holds. It is written after every round: what ends a measurement leaves what it had."""
     if config.train.deterministic:
         make_deterministic()
     device = ranks.device
@@ -110,18 +108,9 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
             turns.warm_up(subjects[args.against], args.warm_up)
         except torch.OutOfMemoryError:
             failed[args.against] = drop(subjects, args.against)
-    graphs, _ = compilations.note("a step", 0)
-    failed |= run_rounds(subjects, turns, ranks, args)
-    graphs_while_measured, _ = compilations.note("a step", 1)
-    work = work_of(config, micro_batches, num_shares)
-    peak = peak_flops(device_name(device))
-    results: dict[str, Any] = {}
-    for name, subject in subjects.items():
-        summary = turns.measured[name].summary()
-        share = 0.0 if name == "eager" else work["recompute_share"]
-        results[name] = summary | rates(summary["step_s"], work, peak, share)
-        results[name]["budget"] = budget(subject, summary, device)
-    return {
+    work, peak = work_of(config, micro_batches, num_shares), peak_flops(device_name(device))
+    result = {
+        "command": list(command),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": environment(device, ranks.size),
         "config": to_mapping(config),
@@ -129,21 +118,48 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace) -> dict[str,
         "work": work,
         "attention": backends,
         "norm": norm,
-        "subjects": results | failed,
-        "ratio": ratio(results, args.against),
-        "compile": {
-            "graphs": graphs,
-            "graphs_while_measured": graphs_while_measured,
-            "reasons": [f"{each.function}: {each.reason}" for each in compilations.again],
-        },
-        "device": ceiling(config, device, peak),
+        "compile": {"graphs": compilations.note("a step", 0)[0]},
+        "device": None,
     }
+
+    def keep() -> None:
+        figures = {name: figures_of(turns.measured[name], name, work, peak) for name in subjects}
+        result.update(subjects=figures | failed, ratio=ratio(figures, args.against))
+        write(result, ranks, args.out)
+
+    failed |= run_rounds(subjects, turns, ranks, args, keep)
+    result["compile"] |= {
+        "graphs_while_measured": compilations.note("a step", 1)[0],
+        "reasons": [f"{each.function}: {each.reason}" for each in compilations.again],
+    }
+    keep()
+    for name, subject in subjects.items():
+        result["subjects"][name]["budget"] = budget(subject, result["subjects"][name], device)
+        write(result, ranks, args.out)
+    result["device"] = ceiling(config, device, peak)
+    write(result, ranks, args.out)
+    return result
+
+
+def figures_of(measured: Measured, name: str, work: dict[str, Any], peak: float | None) -> dict[str, Any]:
+    """What one subject came to."""
+    summary = measured.summary()
+    return summary | rates(summary["step_s"], work, peak, 0.0 if name == "eager" else work["recompute_share"])
+
+
+def write(result: dict[str, Any], ranks: Ranks, out: str | None) -> None:
+    """The JSON file, if one is wanted (rank 0)."""
+    if out and ranks.rank == 0:
+        write_json(out, result, indent=2)
 
 
 def run_rounds(
-    subjects: dict[str, Subject], turns: Turns, ranks: Ranks, args: argparse.Namespace
+    subjects: dict[str, Subject], turns: Turns, ranks: Ranks, args: argparse.Namespace, keep: Callable[[], None]
 ) -> dict[str, dict[str, str]]:
-    """Rounds of turns until all are done or the time is up; returns the rivals that ran out of memory on the way."""
+    """Rounds of turns until all are done or the time is up; returns the rivals that ran out of memory on the way.
+
+    keep: called after every round.
+    """
     failed, began_s = {}, time.perf_counter()
     for number in range(args.rounds):
         for name in list(subjects):
@@ -153,6 +169,7 @@ def run_rounds(
                 if name == "latte_scale":
                     raise
                 failed[name] = drop(subjects, name)
+        keep()
         spent_s = time.perf_counter() - began_s
         say(ranks, f"round {number + 1}/{args.rounds}, {spent_s:.0f} s")
         if ranks.broadcast_object(spent_s > args.budget_s):  # one rank decides for all

@@ -22,7 +22,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     lines.append("")
     for result in results:
         lines += _budgets(result)
-        lines.append(_ceiling(result))
+        lines.append(_ceiling(result) if result["device"] else f"- {title(result)}: ended before its budget was known")
     return "\n".join(lines)
 
 

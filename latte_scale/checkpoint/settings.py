@@ -8,9 +8,9 @@ class CheckpointSettings:
     """When and where to save. All of it may change on resume."""
 
     every_steps: int = 1000  # steps between saves; the last step is saved in any case
-    dir: str | None = None  # folder that all ranks share, or s3://BUCKET/PREFIX; None: RUN/checkpoints
+    dir: str | None = None  # folder that all ranks share, or s3://BUCKET/PREFIX; null: RUN/checkpoints
     keep_last: int = 3  # complete checkpoints kept; older ones are removed after a newer one is complete
-    keep_every: int | None = None  # steps; checkpoints at multiples of it are never removed. None: none is kept so
+    keep_every: int | None = None  # steps; checkpoints at multiples of it are never removed; null: none is kept so
     asynchronous: bool = True  # write in the background from a copy in host memory
     max_failed: int = 2  # saves in a row that may fail, loudly, before the run stops; the last save must not fail
 

@@ -33,6 +33,7 @@ from latte_scale.store import Store
 _SIDES = ("frames", "height", "width")
 FIELDS = {"video": ("video", "txt", "json"), "latents": ("latents", "json", "text")}
 Side = Literal["train", "held_out"]
+MAKE_AGAIN = "restore it, or make it again: clips by `latte-data index`, latents by the same `latte-data encode`"
 
 
 class IndexFileError(ManifestError):
@@ -177,7 +178,7 @@ class ShardIndex:
                 raise ValueError(f"unknown kind {self.kind!r}")
             self._fields = [name.removesuffix(".offset") for name in columns if name.endswith(".offset")]
         except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise IndexFileError(f"{where}: damaged index ({error}); write it again with `latte-data index`") from error
+            raise IndexFileError(f"{where}: damaged index ({error}); {MAKE_AGAIN}") from error
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -283,9 +284,9 @@ def load_index(store: Store, entry: ShardEntry) -> ShardIndex:
     if found != entry.index_sha256:
         raise IndexFileError(
             f"{where}: index_sha256: expected {entry.index_sha256[:16]}..., came {found[:16]}...: it was damaged "
-            "or replaced after the manifest was written; restore it, or write it again with `latte-data index`"
+            f"or replaced after the manifest was written; {MAKE_AGAIN}"
         )
     index = ShardIndex(data, where)
     if len(index) != entry.count:
-        raise IndexFileError(f"{where}: expected {entry.count} samples, came {len(index)}; write the index again")
+        raise IndexFileError(f"{where}: expected {entry.count} samples, came {len(index)}; {MAKE_AGAIN}")
     return index

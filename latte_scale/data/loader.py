@@ -47,7 +47,7 @@ class SourceSettings:
     """One data set of a mixture."""
 
     url: str  # folder path, file:// or s3:// URL, with a manifest.json
-    weight: float | None = None  # share of samples relative to the others; none: its number of samples
+    weight: float | None = None  # share of samples relative to the others; null: its number of samples
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by the settings reader, not a field)
 
@@ -60,8 +60,8 @@ class DataSettings:
     num_workers: int = 2  # processes per rank that read and decode; 0: this process does
     prefetch: int = 2  # micro-batches that each worker makes ahead
     holdout: float = 0.0  # share in [0, 1) of samples, by a hash of their keys, kept out of training
-    shuffle_window: int | None = None  # samples shuffled together; none: 65,536, at most all; written out once resolved
-    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; none: the images of
+    shuffle_window: int | None = None  # samples shuffled together; null: 65,536, or all if fewer; then written out
+    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; null: the images of
     # train.joint_images are frames of the clips.
     images: str | None = None
 

@@ -233,7 +233,12 @@ class Dataset:
                 f"{self.store.join(info.name)}: sha256: expected {info.sha256[:16]}..., came {found[:16]}...; "
                 "restore it, or run `latte-data encode` again"
             )
-        return read_arrays(data)[0]["embedding"]
+        try:
+            return read_arrays(data)[0]["embedding"]
+        except (ValueError, KeyError) as error:
+            raise ManifestError(
+                f"{self.store.join(info.name)}: expected an embedding, came other bytes ({error}); encode again"
+            ) from error
 
     def _read_mds(self, entry: ShardEntry, row: Row, number: int, fresh: bool) -> Sample:
         """The same of an MDS shard, whose samples hold all their fields and embeddings and have no headers."""
@@ -328,9 +333,10 @@ def _valid(text: str) -> str:
 
 
 def _not_indexed(where: str, entry: ShardEntry, row: Row, found: list[Any]) -> str:
+    remedy = "delete it and encode again" if "latents" in row.fields else "run `latte-data index` on the folder"
     return (
         f"{where}: bytes {row.start} to {row.end} hold {found}, the index says {row.key!r}: this is not the "
-        f"file that was indexed (sha256 {entry.sha256[:16]}...); restore it, or run `latte-data index` on the folder"
+        f"file that was indexed (sha256 {entry.sha256[:16]}...); restore it, or {remedy}"
     )
 
 

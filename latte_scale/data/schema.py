@@ -61,7 +61,7 @@ class VideoSettings:
     width: int = 256  # pixels
     frame_interval: int = 3  # 1 takes neighbouring frames, 3 every third frame of the file
     # Neighbouring frames in which the clip lies, drawn from all but the last frame of a longer file, as Latte draws its
-    # 48. None: no more than the frames span, anywhere in the file; for linspace, frames * frame_interval.
+    # 48. null: no more than the frames span, anywhere in the file; for linspace, frames * frame_interval.
     window: int | None = None
     # Which frames of the window: every frame_interval-th from its first, or `frames` evenly from its first to its last
     # (rounded down), where a file shorter than the window is a window of its own.

@@ -31,7 +31,8 @@ open other files, or wait for the network."""
 MAX_FRAMES = 1 << 22  # of a file: 19 hours at 60 a second; one that claims more is endless
 MIN_FRAME_BYTES = 8  # of a file for each frame; a hostile index can name the same byte a billion times
 MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192, twice 8K video; decoding takes 4 bytes and more for each
-TAGS = "replace"  # titles and comments that are no UTF-8, as old cameras write them, must not stop the reading
+# Titles and comments that are no UTF-8, as old cameras write them, must not stop the reading; in PyAV 19 none do.
+TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 FRAME_TIME = Fraction(1, 25)  # seconds; the pace that a file of joined images claims
 
 
@@ -139,7 +140,7 @@ def _opened(source: bytes | str | Path) -> Iterator[_Video]:
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        with av.open(file, options={"format_whitelist": CONTAINERS}, metadata_errors=TAGS) as container:
+        with av.open(file, options={"format_whitelist": CONTAINERS}, **TAGS) as container:
             if not container.streams.video:
                 raise VideoError("audio only: no video stream" if container.streams.audio else "no video stream")
             stream = container.streams.video[0]
@@ -259,7 +260,7 @@ def _opened_image(path: Path) -> Iterator[tuple[Any, Any]]:
     """(stream, its one packet) of an image file."""
     try:
         options = {"format_whitelist": CONTAINERS}
-        with av.open(io.BytesIO(path.read_bytes()), options=options, metadata_errors=TAGS) as container:
+        with av.open(io.BytesIO(path.read_bytes()), options=options, **TAGS) as container:
             stream = container.streams.video[0]
             yield stream, next(packet for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, IndexError, StopIteration) as error:

@@ -18,7 +18,7 @@ from torch.nn import functional
 class ContrastiveSettings:
     """How much the contrastive loss counts beside the diffusion loss; off by default."""
 
-    weight: float = 0.0  # what it is multiplied by before it is added; 0: off
+    weight: float = 0.0  # factor of this loss beside the diffusion loss; 0: off
     temperature: float = 0.07  # cosines are divided by it
     group: int = 8  # consecutive samples of the global batch that are each other's negatives
 

@@ -38,7 +38,7 @@ class DiffusionSettings:
     # with 3 and not with 1 (benchmarks/RESULTS.md).
     flow_shift: float = 1.0
     zero_terminal_snr: bool = False  # v: the last timestep is pure noise (arXiv 2305.08891); flow's always is
-    min_snr_gamma: float | None = None  # signal-to-noise ratio at which the loss's weight is capped; None: no weights
+    min_snr_gamma: float | None = None  # signal-to-noise ratio at which the loss's weight is capped; null: no weights
 
     def __post_init__(self) -> None:
         if self.objective not in ("epsilon", "v", "flow"):

@@ -29,6 +29,7 @@ from latte_scale.engine import Ranks, init_distributed, leave, shutdown
 from latte_scale.engine.dist import one_device
 from latte_scale.plain_json import write_json
 from latte_scale.settings import SettingsError
+from latte_scale.store import local_path
 
 LIMIT_S = 55.0
 ROLL_CALL_S, ALONE_S, TOGETHER_S = 20.0, 14.0, 8.0
@@ -165,7 +166,7 @@ def measurements(
         )
 
     def sharing() -> list[Line]:
-        places_of = {"run.dir": str(config.run.folder), "checkpoint.dir": config.checkpoint_dir.removeprefix("file://")}
+        places_of = {"run.dir": str(config.run.folder), "checkpoint.dir": local_path(config.checkpoint_dir)}
         folders = {key: folder for key, folder in places_of.items() if "://" not in folder}
         return [
             line

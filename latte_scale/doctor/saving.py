@@ -23,7 +23,7 @@ from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.model.build import build_model
 from latte_scale.run.folder import read_exit
 from latte_scale.run.lease import holder_of, process_start
-from latte_scale.store import StoreError, open_store
+from latte_scale.store import StoreError, local_path, open_store
 
 PROBE_BYTES = 32 * 2**20
 """Written, flushed, renamed and removed: enough to see a rate, small enough for a quota that is nearly used up."""
@@ -40,7 +40,7 @@ def state_bytes(config: Config) -> int:
 
 def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
     """All of this file, in the order in which one thing tells the next: the write's rate estimates a save."""
-    needed, place = state_bytes(config), config.checkpoint_dir.removeprefix("file://")
+    needed, place = state_bytes(config), local_path(config.checkpoint_dir)
     run = config.run.folder
     lines = holder_lines(run) + room_lines(run, PROBE_BYTES, "run.dir", 0)
     try:

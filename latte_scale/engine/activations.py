@@ -62,7 +62,6 @@ class HostStash:
 
     def __init__(self, device_type: str, min_bytes: int) -> None:
         self.stream = torch.cuda.Stream() if device_type == "cuda" else None
-        self.num_stashed = 0
         self._min_bytes = min_bytes
         self._last: weakref.ref[_Stashed] | None = None
 
@@ -80,7 +79,6 @@ class HostStash:
             return tensor
         stashed = _Stashed(tensor, self.stream, self._last)
         self._last = weakref.ref(stashed)
-        self.num_stashed += 1
         return stashed
 
 

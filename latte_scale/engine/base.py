@@ -39,16 +39,17 @@ class EngineSettings:
     zero_bucket_elements: int = 50_000_000  # zero: reduced or gathered at a time; allocated whole, 200 MB in fp32
     zero_prefetch_elements: int = 50_000_000  # zero stage 3: gathered ahead of their use
     zero_persistent_elements: int = 10_000  # zero stage 3: parameters up to this size stay gathered (norms, biases)
-    reshard_after_forward: Literal["auto", "always", "never"] = "auto"  # fsdp2: free gathered weights; auto: if large
+    # fsdp2: whether gathered weights are let go after forward and gathered again for backward; auto: in large models.
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
     prefetch_units: int = 1  # fsdp2: units whose gathering is begun ahead; more hides more and holds more, 0: none
     replicate: int | Literal["node"] = 1  # fsdp2: copies of the weights, each sharded (HSDP); node: one a machine
     # What blocks keep for backward: everything | results of matrix products and attention | their input, the rest is
     # computed again | the same, with the input in host memory | as much as fits into memory_budget_gib.
     activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
-    checkpointed_share: float = 1.0  # of the blocks, from the first one on, that do so: less where memory is left
+    checkpointed_share: float = 1.0  # share of the blocks, from the first one on, that do so
     other_blocks: Literal["none", "selective"] = "none"  # what the blocks behind that share keep
-    # auto: what a rank may need of its device as `latte-scale estimate` counts it; none: all that its GPU has.
+    # auto: what a rank may need of its device as `latte-scale estimate` counts it; null: all that its GPU has.
     memory_budget_gib: float | None = None
     compile: bool = False  # torch.compile each block, for each size of clips by itself
     sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)

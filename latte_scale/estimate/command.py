@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latte_scale.arguments import local_path
+from latte_scale.arguments import disk_path
 from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
 from latte_scale.estimate.advice import recommend, yaml_of
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--efficiency", type=float, help="share of the peak that `latte-scale bench step` measured (HFU)"
     )
     parser.add_argument(
-        "--coverage", type=local_path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
+        "--coverage", type=disk_path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
     )
     parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object")

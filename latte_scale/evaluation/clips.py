@@ -20,7 +20,7 @@ from latte_scale.data.schema import MANIFEST, VideoSettings
 from latte_scale.data.video import VideoError, read_clip, read_random_clip
 from latte_scale.evaluation.videos import frame_policy, read_prompts
 from latte_scale.rng import hash64
-from latte_scale.store import open_store
+from latte_scale.store import local_path, open_store
 
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mkv", ".avi", ".mov", ".m4v")
 
@@ -48,7 +48,7 @@ def open_clips(url: str | Path) -> ClipSet:
     """The clips at a folder or a data set's URL. Raises ValueError where there is none, or only latents."""
     if open_store(str(url)).exists(MANIFEST):
         return _shards(str(url))
-    folder = Path(str(url).removeprefix("file://"))
+    folder = Path(local_path(str(url)))
     if not folder.is_dir():
         raise ValueError(f"{url}: expected a folder of videos or a data set with {MANIFEST}; there is neither")
     if (folder / "prompts.jsonl").is_file():

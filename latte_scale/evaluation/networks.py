@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latte_scale.store import local_path
+
 TO_FETCH = {  # network -> (name in the folder of networks, what to fetch)
     "i3d": (
         "i3d_torchscript.pt",
@@ -79,7 +81,7 @@ def find_network(name: str, given: str | None) -> Path:
         raise ValueError(f"no {name} network: fetch {fetch}, and put it at {place} or pass --{name} PATH")
     if given.startswith(("http://", "https://")):
         return _fetched(name, given)
-    path = Path(given.removeprefix("file://"))
+    path = Path(local_path(given))
     if not path.exists():
         raise ValueError(f"--{name} {given}: there is no such file; fetch {fetch}, and put it there or at {place}")
     return path

@@ -38,6 +38,11 @@ def why_no_fp8(device: torch.device) -> str:
     """Why a device has no fp8 products with a scale a row; "" if it does. A CPU computes them, slowly, for tests."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has none with a scale a row, which need compute capability 9.0"
+    if device.type == "cpu":
+        try:
+            _product(torch.ones(SIDES, SIDES), torch.ones(SIDES, SIDES), None, is_fast=False)
+        except RuntimeError:
+            return f"torch {torch.__version__} has none with a scale a row on a CPU"
     return ""
 
 

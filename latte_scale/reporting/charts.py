@@ -47,15 +47,15 @@ def all_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if key != "num_skipped" or any(point[1] for line in lines for point in line["points"]):
             charts.append(_chart(title, unit, log, smooth, lines, runs))
         if key == "loss":
-            charts += _band_charts(runs, "metrics", "loss_by_band", "Loss by timestep")
-            charts += _band_charts(runs, "validation", "loss_bands", "Validation loss by timestep")
+            charts += _band_charts(runs, "metrics", "Loss by timestep")
+            charts += _band_charts(runs, "validation", "Validation loss by timestep")
     return [chart for chart in charts if chart["lines"]]
 
 
-def _band_charts(runs: Sequence[Run], records: str, key: str, title: str) -> Iterator[dict[str, Any]]:
+def _band_charts(runs: Sequence[Run], records: str, title: str) -> Iterator[dict[str, Any]]:
     """One chart with a line a band for one run; a chart a band, with a line a run, for several."""
     lines = [
-        [_line(run, number, _points(getattr(run, records), _band_value(key, band))) for number, run in enumerate(runs)]
+        [_line(run, number, _points(getattr(run, records), _band_value(band))) for number, run in enumerate(runs)]
         for band in range(NUM_BANDS)
     ]
     smooth = records == "metrics"
@@ -96,9 +96,9 @@ def _value(key: str, scale: float = 1) -> Callable[[dict[str, Any]], float | Non
     return lambda record: None if record.get(key) is None else record[key] * scale
 
 
-def _band_value(key: str, band: int) -> Callable[[dict[str, Any]], float | None]:
+def _band_value(band: int) -> Callable[[dict[str, Any]], float | None]:
     def value(record: dict[str, Any]) -> float | None:
-        bands = record.get(key) or []
+        bands = record.get("loss_by_band") or record.get("loss_bands") or []  # the older name in validation.jsonl
         return bands[band] if band < len(bands) else None
 
     return value

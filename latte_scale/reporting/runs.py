@@ -132,7 +132,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def replay_verdict(run: Run) -> str:
     """What became of the steps that were run twice: were the second losses, bit for bit, the first ones?"""
-    first = {record["step"]: record["loss"] for record in run.rewound}
+    first = {record["step"]: record["loss"] for record in run.rewound if "weights" not in record}  # not validation's
     second = {record["step"]: record["loss"] for record in run.metrics}
     both = sorted(first.keys() & second.keys())
     if not both:

@@ -28,7 +28,7 @@ class LogSettings:
     tensorboard: bool = False  # also RUN/tensorboard
     wandb: Literal["off", "online", "offline"] = "off"  # offline: RUN/wandb, sent later by `wandb sync`
     wandb_project: str = "latte_scale"  # where wandb shows the run
-    wandb_entity: str | None = None  # user or team; None: the account's own
+    wandb_entity: str | None = None  # user or team; null: the account's own
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -1,9 +1,9 @@
 """Sampled videos as files that say what they show: mp4, gif, or a png sheet of all frames, with metadata inside.
 
 In: uint8 RGB frames and `about`, plain JSON values (prompt, seed, sampler, steps, guidance, weights ...). Out: a file
-that is complete or not there. `read_about` gives `about` back from any of the three, so a video that was copied away
-still tells how to make it again: in mp4 it is the comment (and the prompt the title), in gif the comment, in png the
-text chunk "comment". Shapes: F frames, H W pixels.
+that is complete or not there. `about` lies in it as JSON, so a video that was copied away still tells how to make it
+again: in mp4 it is the comment (and the prompt the title), in gif the comment, in png the text chunk "comment".
+Shapes: F frames, H W pixels.
 """
 
 import json
@@ -52,21 +52,3 @@ def sheet(frames_FHWC: np.ndarray) -> np.ndarray:
         top, left = number // columns * (height + GAP), number % columns * (width + GAP)
         canvas[top : top + height, left : left + width] = frame
     return canvas
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """What `write_video` was told of a file. Raises ValueError for a file that says nothing."""
-    if path.suffix == ".mp4":
-        import av
-
-        with av.open(str(path)) as container:
-            comment = container.metadata.get("comment")
-    else:
-        from PIL import Image
-
-        with Image.open(path) as image:
-            comment = image.info.get("comment")
-    try:
-        return json.loads(comment)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say how it was made; it is not a file of `latte-scale sample`") from error

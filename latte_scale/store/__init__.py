@@ -25,7 +25,7 @@ from latte_scale.store.base import (
     TransientError,
     UnreachableError,
 )
-from latte_scale.store.local import TEMPORARY, LocalStore, explained
+from latte_scale.store.local import TEMPORARY, LocalStore, explained, local_path
 from latte_scale.store.settings import StoreSettings
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "TransientError",
     "UnreachableError",
     "explained",
+    "local_path",
     "open_store",
 ]
 
@@ -55,13 +56,13 @@ def open_store(url: str | Path, settings: StoreSettings | None = None) -> Store:
     Raises ValueError for a URL that is none of these.
     """
     text = str(url)
-    scheme, separator, rest = text.partition("://")
+    scheme, separator, _ = text.partition("://")
     if not separator:
         if text.startswith("s3:/"):  # what Path("s3://bucket") becomes
             raise ValueError(f"{text}: one slash was lost on the way; s3:// URLs are text, not paths")
         return LocalStore(text)
     if scheme == "file":
-        return LocalStore(rest)
+        return LocalStore(local_path(text))
     if scheme == "s3":
         from latte_scale.store.s3 import S3Store
 

@@ -53,7 +53,6 @@ class Cache:
 
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = Path(folder), limit_bytes
-        self.num_dropped = 0  # entries that were not what they should be
         self._paused_until, self._told = 0.0, set()
 
     def get(self, key: CacheKey) -> bytes | None:
@@ -150,7 +149,6 @@ class Cache:
 
     def _drop(self, path: Path, reason: str) -> None:
         """Remove an entry that is not what it should be. Its bytes stay in the total until the next count."""
-        self.num_dropped += 1
         self._tell("unsound", f"cache {self.folder}: entry {path.name} {reason}: dropped and read again")
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -13,11 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from latte_scale.store.base import ExistsError, MissingError, Store, StoreError, check_name, check_range, short_read
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}$")
 """Names of files that are still being written, or were left by a killed writer. Never listed."""
+
+
+def local_path(url: str) -> str:
+    """The path that a file:// URL means, where localhost is this machine and %20 a space; other text as it is."""
+    if not url.startswith("file://"):
+        return url
+    path = unquote(url.removeprefix("file://"))
+    return path.removeprefix("localhost") if path.startswith("localhost/") else path
 
 
 class LocalStore(Store):

@@ -15,12 +15,12 @@ class ValidationSettings:
     seed: int = 0  # of all noise here; runs that are to be compared have the same
     videos_every_steps: int = 0  # steps from one set of sample videos to the next; 0: none
     prompts: str | tuple[str, ...] = ()  # what they show: a list, or a file with one prompt a line
-    labels: tuple[int, ...] = ()  # the same for a model of classes
-    count: int = 0  # and, for an unconditional model, how many videos
+    labels: tuple[int, ...] = ()  # classes that they show, of a model of classes
+    count: int = 0  # how many they are, of an unconditional model
     negative: str = ""  # negative prompt
-    sampler: str | None = None  # none: the first that fits the objective (ddim, euler)
+    sampler: str | None = None  # null: the first that fits the objective (ddim, euler)
     sampling_steps: int = 50  # denoising steps
-    guidance: float | None = None  # none: 7.5 for text, 7 for classes
+    guidance: float | None = None  # null: 7.5 for text, 7 for classes
     batch_size: int = 4  # videos sampled at a time on a rank
     fps: int = 8  # frames per second of the files
 

@@ -1,6 +1,6 @@
 """What the train loop calls: the held-out loss and the sample videos when they are due, with averaged weights.
 
-In: a step and the engine. Out: a line of `RUN/validation.jsonl` ({"step", "loss", "loss_bands", "weights",
+In: a step and the engine. Out: a line of `RUN/validation.jsonl` ({"step", "loss", "loss_by_band", "weights",
 "num_samples", "seconds"}) and `RUN/samples/step-00001000/`. A line's step counts finished steps, as a checkpoint's name
 does, and it is written before the checkpoint of that step: a resumed run has each line once, but for one that was due
 as the run was asked to stop, for which there is no time.
@@ -123,14 +123,14 @@ class Validator:
         record = {
             "step": step,
             "loss": finite(loss.loss),
-            "loss_bands": finite(loss.bands),
+            "loss_by_band": finite(loss.bands),
             "weights": self._tree,
             "num_samples": self._settings.num_samples,
             "seconds": round(seconds, 3),
         }
         if self._ranks.rank == 0:
             self._file.append(record)
-            copied = {f"validation_{key}": record[key] for key in ("loss", "loss_bands")}
+            copied = {f"validation_{key}": record[key] for key in ("loss", "loss_by_band")}
             trackers.log({"step": step - 1, **copied})  # where the metrics of the last finished step go
         self._say(f"validation at step {step}: loss {loss.loss:.4f} of {self._tree}, {seconds:.1f} s")
 

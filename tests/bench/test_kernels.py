@@ -20,7 +20,8 @@ def test_one_command_times_all_of_them(tmp_path, capsys, monkeypatch) -> None:
         assert set(result[name]) == {"torch eager", "triton"} and result[name]["torch eager"] > 0
         assert "NVIDIA GPUs only" in result[name]["triton"]
     assert set(result["linear_ms"]) == {"32 -> 32", "32 -> 128", "128 -> 32"}
-    assert all(set(times) == {"float32", "fp8"} and min(times.values()) > 0 for times in result["linear_ms"].values())
+    for times in result["linear_ms"].values():
+        assert set(times) == {"float32", "fp8"} and times["float32"] > 0 and times["fp8"]  # or why this torch has none
     assert set(result["two_layers_ms"]) == {"torch, eager", "triton, eager"}
     assert "| norm | torch eager (fastest) |" in capsys.readouterr().out
 

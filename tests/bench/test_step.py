@@ -8,6 +8,7 @@ from latte_scale import cli
 from latte_scale.bench import main as bench
 from latte_scale.bench.table import COLUMNS
 from latte_scale.bench.table import main as print_table
+from latte_scale.bench.timing import Turns
 from tests.bench.test_subjects import CLASSES, CONFIGS, TINY
 
 CONFIG = str(CONFIGS / "tiny_cpu.yaml")
@@ -52,6 +53,26 @@ def test_a_class_model_sharded_and_checkpointed(step, tmp_path, capsys) -> None:
 def test_rounds_end_when_the_time_is_up(step) -> None:
     result, _ = step("--budget-s", "0", *TINY)
     assert result["subjects"]["latte_scale"]["num_steps"] == 1 and result["ratio"] is None
+
+
+@pytest.mark.parametrize("where", ["step.budget", "timing.Turns.turn"])
+def test_what_ends_a_measurement_leaves_what_it_had(where, tmp_path, capsys, monkeypatch) -> None:
+    """A profiler that fails, a time limit in the second round: the first one's figures are on the disk."""
+    whole = Turns.turn
+
+    def ends(self, subject, num_steps=None, *_) -> None:
+        if where == "step.budget" or len(self.measured[subject.name].steps) >= 1:
+            raise KeyboardInterrupt
+        whole(self, subject, num_steps)
+
+    monkeypatch.setattr(f"latte_scale.bench.{where}", ends)
+    out = tmp_path / "step.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench(["step", "--config", CONFIG, *SHORT, "--out", str(out), "--against", "plain", *TINY])
+    result = json.loads(out.read_text())
+    assert result["ratio"]["samples_per_s"] > 0 and result["device"] is None
+    assert result["subjects"]["plain"]["num_steps"] == (2 if where == "step.budget" else 1)
+    assert print_table([str(out)]) == 0 and "ended before its budget was known" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

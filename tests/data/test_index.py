@@ -67,7 +67,8 @@ def test_loading_holds_the_file_to_the_manifest(tmp_path):
     data[-3] ^= 1
     store.write(entry.index, bytes(data))
     with pytest.raises(
-        IndexFileError, match=r"shard-000000\.index\.safetensors: index_sha256: expected .*latte-data index"
+        IndexFileError,
+        match=r"shard-000000\.index\.safetensors: index_sha256: expected .*clips by .* latents by",
     ):
         load_index(store, entry)
 

@@ -140,6 +140,18 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mds" / MDS_INDEX).read_bytes() == (tmp_path / "whole" / MDS_INDEX).read_bytes()
 
 
+def test_a_damaged_index_is_made_again(tmp_path, capsys):
+    make_latents(tmp_path / "tar")
+    assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 0
+    before, path = contents(tmp_path / "mds"), next((tmp_path / "mds").glob("*.index.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 0
+    assert f"{path.name}: damaged, made again" in capsys.readouterr().err
+    assert contents(tmp_path / "mds") == before
+
+
 def test_a_damaged_sample_is_named_and_left_out(tmp_path, capsys):
     make_videos(tmp_path / "tar", num_samples=3, per_shard=3)
     row = open_dataset(str(tmp_path / "tar")).index(0).row(1)

@@ -251,6 +251,19 @@ def test_a_damaged_null_embedding_is_made_again(source: Path, latents: Path, tmp
         assert contents(folder) == contents(latents)
 
 
+def test_a_damaged_index_is_made_again(source: Path, latents: Path, tmp_path: Path, capsys) -> None:
+    """It was taken for the right one, and the manifest was written anew with its hash."""
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    data = bytearray((folder / "shard-000001.index.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "shard-000001.index.safetensors").write_bytes(data)
+    assert run(source, folder) == 0
+    out, err = capsys.readouterr()
+    assert "shard-000001.index.safetensors: damaged, made again" in err and "done 3, skipped 3" in out
+    assert contents(folder) == contents(latents)
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"encoders": 3}', b"\xff"])
 def test_a_damaged_header_is_named(source: Path, latents: Path, tmp_path: Path, capsys, damage: bytes) -> None:
     folder = tmp_path / "latents"

@@ -138,6 +138,7 @@ def test_wrong_shapes_and_numbers_are_found(tmp_path, capsys):
     with ShardFile(store, "shard-000000.tar", "latents") as shard:
         shard.add(good)
         shard.add(LatentSample("nan", "a", BUCKET, save({"mean": bad}), good.text))
+        shard.add(LatentSample("junk", "e", BUCKET, b"no arrays", b"nor these"))
         shard.add(LatentSample("small", "b", BUCKET, save({"mean": bad[:1, :, 1:]}), good.text))
         shard.add(LatentSample("wide", "c", BUCKET, good.latents, save({"embedding": np.ones((2, 9), np.float16)})))
         shard.add(LatentSample("long", "d", BUCKET, good.latents, save({"embedding": np.ones((7, 5), np.float16)})))
@@ -150,6 +151,7 @@ def test_wrong_shapes_and_numbers_are_found(tmp_path, capsys):
     err = capsys.readouterr().err
     for fault in (
         "sample 'nan': mean: 1 numbers are NaN or infinite",
+        "sample 'junk': not a safetensors file",
         "sample 'small': mean: expected shape (2, 4, 3, 3), came (1, 4, 2, 3)",
         "sample 'wide': embedding: expected [1 to 6, 5], came (2, 9)",
         "sample 'long': embedding: expected [1 to 6, 5], came (7, 5)",
@@ -157,6 +159,16 @@ def test_wrong_shapes_and_numbers_are_found(tmp_path, capsys):
     ):
         assert fault in err
     assert "good" not in err
+
+
+def test_a_null_embedding_that_is_none_is_found(tmp_path, capsys):
+    manifest = make_latents(tmp_path, num_samples=2)
+    for data in (b"no arrays", save({"other": np.zeros((6, 5), np.float16)})):
+        open_store(tmp_path).write(NULL_TEXT, data)
+        null_text = dataclasses.replace(manifest.null_text, sha256=hashlib.sha256(data).hexdigest())
+        save_manifest(open_store(tmp_path), dataclasses.replace(manifest, null_text=null_text))
+        assert run(tmp_path) == 1
+        assert f"fault {tmp_path}/{NULL_TEXT}: expected an embedding, came " in capsys.readouterr().err
 
 
 def test_files_that_nobody_names_are_listed_but_no_fault(tmp_path, capsys):

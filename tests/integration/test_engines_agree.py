@@ -3,7 +3,7 @@
 import pytest
 
 from latte_scale.config import load_config
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_fp8
 
 ZERO = {stage: ("engine.kind=zero", f"engine.zero_stage={stage}") for stage in (1, 2, 3)}
 CASES = [
@@ -72,6 +72,7 @@ def test_bf16_stays_within_its_stated_tolerance(train, reference):
     assert largest_difference(two.metrics, one.metrics) < BF16_TOLERANCE
 
 
+@needs_fp8
 @pytest.mark.parametrize("engine", [("engine.kind=fsdp2", "engine.activation_checkpointing=selective"), ZERO[3]])
 def test_fp8_does_not_depend_on_who_shares_a_micro_batch(train, engine):
     """So a run goes on with another number of ranks: one process with all 12 samples, two with micro-batches of 3."""

@@ -15,10 +15,10 @@ from latte_scale.encoders import EncoderSettings, load_encoders
 from latte_scale.model.transformer_folder import read_transformer
 from latte_scale.sampling.latents import Sampling, sample_latents
 from latte_scale.sampling.requests import requests_of
-from latte_scale.sampling.videos import read_about
 from latte_scale.weights import load_weights
 from tests import processes
 from tests.conftest import run_in_process
+from tests.sampling.about import read_about
 
 PROMPTS = ["a red circle moves left", "a yellow triangle moves up"]
 

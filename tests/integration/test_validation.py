@@ -10,8 +10,8 @@ from latte_scale import checkpoint, sample, train
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import read_clip
 from latte_scale.run.metrics import read_metrics
-from latte_scale.sampling.videos import read_about
 from tests.conftest import ROOT, run_in_process
+from tests.sampling.about import read_about
 
 SHORT = ("train.steps=6", "checkpoint.every_steps=3", "data.holdout=0.2")
 LOOK = ("validation.every_steps=2", "validation.num_samples=10")
@@ -47,7 +47,7 @@ def test_losses_and_weights_are_those_of_a_run_without_it(runs):
 def test_what_a_run_leaves(runs):
     records = lines(runs / "watched")
     assert [record["step"] for record in records] == [2, 4, 6]
-    assert all(record["loss"] == pytest.approx(1.0, abs=0.2) and len(record["loss_bands"]) == 4 for record in records)
+    assert all(record["loss"] == pytest.approx(1.0, abs=0.2) and len(record["loss_by_band"]) == 4 for record in records)
     assert len({record["loss"] for record in records}) == 3  # the weights moved, noise and timesteps did not
     folders = sorted(path.name for path in (runs / "watched" / "samples").iterdir())
     assert folders == ["step-00000003", "step-00000006"]
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_every_line_once(runs, data_sets, tmp_path):
     assert lines(folder) == lines(runs / "watched")
     assert not (folder / "samples" / "step-00000006" / "stale.mp4").exists()
     rewound = read_metrics(folder / "logs" / "rewound.jsonl")
-    assert [record["step"] for record in rewound if "loss_bands" in record] == [4, 6]
+    assert [record["step"] for record in rewound if "weights" in record] == [4, 6]
 
 
 def test_what_was_seen_at_the_step_of_the_checkpoint_stays(runs, data_sets, tmp_path):
@@ -92,7 +92,7 @@ def test_what_was_seen_at_the_step_of_the_checkpoint_stays(runs, data_sets, tmp_
     assert run_in_process(folder, data_sets.latents, *often) == 0
     assert lines(folder) == lines(runs / "watched")
     rewound = read_metrics(folder / "logs" / "rewound.jsonl")
-    assert [record["step"] for record in rewound if "loss_bands" in record] == [6]
+    assert [record["step"] for record in rewound if "weights" in record] == [6]
 
 
 def test_another_seed_or_batch_of_the_run_changes_nothing(runs, data_sets, tmp_path):

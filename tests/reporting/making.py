@@ -58,7 +58,7 @@ def make_run(folder: Path, height: float = 1.0, steps: int = 200, every: int = 1
     write_lines(folder / "logs" / "restarts.jsonl", [restart])
     bands = [{"step": step, "loss": height * (0.3 + 0.7 * math.exp(-step / 60))} for step in range(49, steps, 50)]
     extra = {"weights": "ema", "num_samples": 64, "seconds": 2.0}
-    validation = [{**r, "loss_bands": [r["loss"] * f for f in (2.4, 1.1, 0.5, 0.2)], **extra} for r in bands]
+    validation = [{**r, "loss_by_band": [r["loss"] * f for f in (2.4, 1.1, 0.5, 0.2)], **extra} for r in bands]
     write_lines(folder / "validation.jsonl", validation)
     (folder / "config.yaml").write_text(
         f"run: {{dir: <here>, seed: {seed}}}\ntrain: {{steps: {steps}, lr: {height}e-3}}\n"

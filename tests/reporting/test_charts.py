@@ -34,6 +34,13 @@ def test_one_run_has_a_line_a_band_and_several_have_a_chart_a_band(tmp_path: Pat
     assert "Skipped updates" not in charts and "Contrastive loss" not in charts
 
 
+def test_validation_files_of_before_name_their_bands_loss_bands(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "loss": 1.0}])
+    write_lines(tmp_path / "validation.jsonl", [{"step": 5, "loss": 2.0, "loss_bands": [1.0, 2.0, 3.0, 4.0]}])
+    (bands,) = [chart for chart in all_charts([read_run(tmp_path)]) if chart["title"] == "Validation loss by timestep"]
+    assert [line["points"] for line in bands["lines"]] == [[[5, 1.0]], [[5, 2.0]], [[5, 3.0]], [[5, 4.0]]]
+
+
 def test_what_was_never_logged_has_no_chart(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"step": 0, "loss": 0.0}, {"step": 1, "loss": -1.0, "num_skipped": 2}])
     titles = [chart["title"] for chart in all_charts([read_run(tmp_path)])]

@@ -29,6 +29,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_a_replay_that_differs_is_said_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     assert "16 of 16 losses are equal" in replay_verdict(read_run(folder))
+    with (folder / "logs" / "rewound.jsonl").open("a") as file:  # validation is run again, too
+        file.write('{"step": 100, "loss": 9.0, "weights": "ema"}\n')
+    assert "16 of 16 losses are equal" in replay_verdict(read_run(folder))
     write_lines(folder / "logs" / "rewound.jsonl", [{"step": step, "loss": 0.25} for step in range(100, 116)])
     assert "0 of 16 losses are equal" in replay_verdict(read_run(folder))
     write_lines(folder / "logs" / "rewound.jsonl", [])

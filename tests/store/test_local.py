@@ -130,7 +130,10 @@ def test_of_several_first_writers_one_wins(store):
 
 
 def test_urls(tmp_path):
-    assert open_store(f"file://{tmp_path}").url == str(tmp_path)
+    for url in (f"file://{tmp_path}/a b", f"file://localhost{tmp_path}/a b", f"file://{tmp_path}/a%20b"):
+        assert open_store(url).url == f"{tmp_path}/a b"
+    assert open_store(f"{tmp_path}/a%20b").url == f"{tmp_path}/a%20b"
+    assert open_store("file://localhosts/x").url.endswith("/localhosts/x")
     assert open_store(tmp_path).join("a/b") == f"{tmp_path}/a/b"
     with pytest.raises(ValueError, match="unknown scheme 'gs'"):
         open_store("gs://bucket")

@@ -78,14 +78,16 @@ def test_weights_are_put_back_to_the_bit_and_training_does_not_notice(outcomes, 
 @CASES
 def test_the_loss_is_that_of_one_process(outcomes, root, kind, size):
     record, wanted = record_of(root, kind, size), record_of(root, "single", 1)
-    assert list(record) == ["step", "loss", "loss_bands", "weights", "num_samples", "seconds"]
+    assert list(record) == ["step", "loss", "loss_by_band", "weights", "num_samples", "seconds"]
     assert (record["step"], record["weights"], record["num_samples"]) == (2, "ema/0.99", 26)
     print(f"{kind} on {size}: relative difference of the loss {record['loss'] / wanted['loss'] - 1:.1e}")  # RESULTS.md
     assert record["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     tracked = [outcome["tracked"] for outcome in outcomes[kind, size]]
-    assert tracked[0] == [{"step": 1, "validation_loss": record["loss"], "validation_loss_bands": record["loss_bands"]}]
+    assert tracked[0] == [
+        {"step": 1, "validation_loss": record["loss"], "validation_loss_by_band": record["loss_by_band"]}
+    ]
     assert not any(tracked[1:])
-    assert record["loss_bands"] == pytest.approx(wanted["loss_bands"], rel=1e-5)
+    assert record["loss_by_band"] == pytest.approx(wanted["loss_by_band"], rel=1e-5)
     raw = [outcome["raw"] for outcome in outcomes[kind, size]]
     assert raw == pytest.approx([outcomes["single", 1][0]["raw"]] * size, rel=1e-5)
     assert abs(raw[0] - record["loss"]) > 1e-3 * raw[0]  # the averages were really there
