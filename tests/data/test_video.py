@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import av
@@ -44,6 +45,14 @@ def test_a_path_reads_like_its_bytes(tmp_path):
     path.write_bytes(make_clip(6))
     video = VideoSettings(3, 16, 16, 2)
     np.testing.assert_array_equal(read_clip(path, video), read_clip(path.read_bytes(), video))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_reading_leaves_no_threads_behind():
+    data = make_clip(8, 128, 128)
+    before = set(os.listdir("/proc/self/task"))
+    read_clip(data, VideoSettings(2, 64, 64, 1))
+    assert set(os.listdir("/proc/self/task")) <= before  # loader workers are forked, and would wait for them
 
 
 def test_a_late_clip_starts_decoding_at_a_keyframe(monkeypatch):
