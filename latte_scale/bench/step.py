@@ -147,7 +147,7 @@ def figures_of(measured: Measured, name: str, work: dict[str, Any], peak: float 
     return summary | rates(summary["step_s"], work, peak, 0.0 if name == "eager" else work["recompute_share"])
 
 
-def write(result: dict[str, Any], ranks: Ranks, out: str | None) -> None:
+def write(result: dict[str, Any], ranks: Ranks, out: Path | None) -> None:
     """The JSON file, if one is wanted (rank 0)."""
     if out and ranks.rank == 0:
         write_json(out, result, indent=2)
