@@ -93,13 +93,22 @@ def size_of(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def folder_write(place: Path) -> tuple[float, float]:
+def place_of(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there, in which it will be made.
+
+    What lies in the way (a file, a link to nothing) is returned, too: to write into it fails, as training would. No
+    folder is made to be taken away again: other machines may be writing into it.
+    """
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+
+
+def folder_write(folder: Path) -> tuple[float, float]:
     """Write as a save does and take it away again: bytes a second, and seconds this clock is ahead of the disk's.
 
-    Raises OSError. Folders that were made for it are removed.
+    Raises OSError.
     """
-    missing = [parent for parent in (place, *place.parents) if not parent.exists()]
-    probe = place / f"doctor-{uuid.uuid4().hex}"
+    probe = place_of(folder) / f"doctor-{uuid.uuid4().hex}"
     try:
         began_s = time.monotonic()
         disk.make_folder(probe)
@@ -111,9 +120,6 @@ def folder_write(place: Path) -> tuple[float, float]:
         return rate, time.time() - (probe / "clock").stat().st_mtime
     finally:
         shutil.rmtree(probe, ignore_errors=True)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def store_write(url: str, config: Config) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from latte_scale.doctor.lines import Line
+from latte_scale.doctor.saving import place_of
 from latte_scale.engine import Ranks
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
@@ -136,8 +137,7 @@ def shared_lines(ranks: Ranks, folder: str, key: str) -> list[Line]:
     """Whether a file that rank 0 writes is seen by all ranks: in the folder, or where it will be made. A collective."""
     probe, problem = None, ""
     if ranks.rank == 0:
-        place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
-        probe = place / f"doctor-{uuid.uuid4().hex}"
+        probe = place_of(Path(folder)) / f"doctor-{uuid.uuid4().hex}"
         try:
             probe.touch()
         except OSError as error:

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from latte_scale import doctor
 from latte_scale.config import load_config
+from latte_scale.doctor import saving
 from latte_scale.doctor.stored import world_lines
 from latte_scale.engine import shutdown
 from tests.conftest import ROOT
@@ -99,6 +101,20 @@ def test_a_folder_that_cannot_be_written(ask, tmp_path):
     assert code == 1 and faults(lines) == ["writing"]
     assert f"{tmp_path / 'taken'}: " in of(lines, "writing")["found"]
     assert of(lines, "writing")["remedy"].endswith("or set another run.dir")
+
+
+def test_a_link_to_nothing_in_the_way(ask, tmp_path):
+    (tmp_path / "scratch").symlink_to(tmp_path / "gone")
+    code, lines = ask(f"checkpoint.dir={tmp_path / 'scratch' / 'checkpoints'}")
+    assert code == 1 and faults(lines) == ["writing"]
+    assert str(tmp_path / "scratch") in of(lines, "writing")["found"]
+
+
+def test_machines_that_write_into_one_new_folder_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "PROBE_BYTES", 1024)
+    with ThreadPoolExecutor(8) as machines:  # none may see a folder come and go under another's write
+        list(machines.map(saving.folder_write, [tmp_path / "run" / "checkpoints"] * 400))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of its own is a tmpfs, which root mounts")
