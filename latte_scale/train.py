@@ -18,16 +18,19 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from rich.console import Console
 
 from latte_scale.check_data import check_data
+from latte_scale.check_folders import check_folders
 from latte_scale.checkpoint import (
     Checkpoint,
     Checkpointer,
     CheckpointError,
+    NeverInReachError,
     OutOfReachError,
     find_newest_sound,
     part_of_copies,
@@ -54,6 +57,7 @@ from latte_scale.encoders import load_encoders
 from latte_scale.engine import Engine, Ranks, build_engine, init_distributed, leave, shutdown
 from latte_scale.engine.base import make_deterministic
 from latte_scale.engine.compiling import Compilations
+from latte_scale.engine.launch import AbsentRanksError
 from latte_scale.estimate.advice import explain_out_of_memory
 from latte_scale.estimate.budget import within_memory_of
 from latte_scale.estimate.choice import checkpointing_words
@@ -68,7 +72,7 @@ from latte_scale.optim import lr_at
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
-from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError
+from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError, has_trained
 from latte_scale.run.journal import Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, Readback
 from latte_scale.run.profile import Profile
@@ -80,8 +84,8 @@ from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
 from latte_scale.weights import check_init, load_weights
 
-NO_REQUEUE = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError)
-"""What another attempt would meet again: exit code 78 (but for an OutOfReachError, which is a CheckpointError)."""
+EXPECTED = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError, ValueError)
+"""Faults that a sentence explains. All else is a fault of the software, with a traceback."""
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
@@ -384,9 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.install()
     try:
         ranks = init_distributed(timeout_s=config.engine.timeout_s)
-    except ValueError as error:  # half a launch, a world of the wrong size, a rank without a GPU: no requeue mends it
+    except ValueError as error:  # half a launch, a world of the wrong size, a rank without a GPU
         console.print(f"error: {error}", markup=False)
-        return STOP
+        return exit_code_of(error, config.run.folder)
     folder = RunFolder(config.run.folder, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     profile = Profile(folder.path, ranks, args.profile, console)
@@ -395,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.open()
         fence = folder.take(ranks.broadcast_object)
         with Watchdog(folder.logs, ranks.rank, config.engine.timeout_s) as watchdog:
+            check_folders(config, ranks)
             config = within_memory_of(ranks.device, config, ranks.size)
             code = train(config, ranks, folder, fence, stop, watchdog, profile, args.allow_change)
         reason = "finished" if code == DONE else stop.reason()
@@ -402,11 +407,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
-    except OutOfReachError as error:  # 1: the store may answer the next attempt
-        code, reason = FAILED, str(error)
-        logger.exception("stopped")
-    except (*NO_REQUEUE, ValueError) as error:
-        code, reason = STOP, str(error)
+    except EXPECTED as error:
+        code, reason = exit_code_of(error, folder.path), str(error)
         if folder.has_log:
             logger.exception("stopped")
     except KeyboardInterrupt:
@@ -422,6 +424,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             fence.release()
     shutdown()
     return code
+
+
+def exit_code_of(error: Exception, folder: Path) -> int:
+    """STOP for what another attempt would meet again, FAILED for what it may find mended.
+
+    Ranks that do not come and a store that never answers are wrong settings at first, and not once the run has trained.
+    """
+    if isinstance(error, AbsentRanksError | NeverReachedError | NeverInReachError):
+        return FAILED if has_trained(folder) else STOP
+    return FAILED if isinstance(error, OutOfReachError) else STOP
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:

@@ -16,8 +16,8 @@ LATTE_SRUN_ARGS=()
 #   export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
 # The ranks meet at the name of the job's first node; where that is not the address for it:
 #   LATTE_MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)-ib
-# Seconds that the first rank waits for the last one. Raise it where a cold import from the shared disk takes longer.
-#   export LATTE_ROLL_CALL_S=35
+# Seconds that the first rank waits for the last one; else 35, or twice what its own start took, up to 300.
+#   export LATTE_ROLL_CALL_S=600
 
 # Caches go to the node's own disk: a home may be read-only or slow, and every rank would write the same files there.
 : "${LATTE_CACHE:=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/latte-$(id -u)}"

@@ -51,6 +51,7 @@ inside=() # a container's interpreter is not on this host
 [[ ${#LATTE_SRUN_ARGS[@]} -eq 0 ]] ||
     inside=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${LATTE_SRUN_ARGS[@]}" bash -c 'exec "$@"' inside)
 run=$(${inside[@]+"${inside[@]}"} "$LATTE_PYTHON" -m latte_scale.run "$config" "$@") || stop 78 "no run folder: see the line above"
+[[ $restart -eq 0 || -d $run/logs ]] || stop 1 "run.dir $run, which this job had made, is not there: is its disk mounted on $(hostname)?"
 mkdir -p "$run/logs" || stop 78 "run.dir $run cannot be made: set run.dir to a folder that every node may write"
 
 tasks_per_node=${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node, the number of GPUs of a node}
@@ -125,9 +126,9 @@ case $said in
 78) stop 78 "$reason" ;;
 esac
 [[ $code == 0 ]] && code=1
-if [[ -z $said ]] && ! grep -q "\"job_id\": \"$SLURM_JOB_ID\", \"restart\": $restart," "$run/lease.json" 2>/dev/null; then
+if [[ -z $said && $restart -eq 0 ]] && ! grep -q "\"job_id\": \"$SLURM_JOB_ID\", \"restart\": 0," "$run/lease.json" 2>/dev/null; then
     stop "$code" "the ranks ended before they held the run folder, or another attempt holds it: $reason"
-fi
+fi # a restart has been started well before: it is tried again, as after any other failure
 resumed_at=$(tail -n 1 "$run/logs/restarts.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p')
 echo "${resumed_at:-0}" >>"$run/logs/failures.txt" # the step from which the attempt that failed had started
 if [[ $(tail -n "$MAX_FAILURES" "$run/logs/failures.txt" | uniq -c | awk 'NR == 1 {print $1}') -ge $MAX_FAILURES ]]; then

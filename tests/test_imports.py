@@ -120,6 +120,7 @@ MAY_IMPORT = {
         "validation.settings",
     },
     "check_data": {"config", "data", "encoders"},
+    "check_folders": {"config", "engine.dist", "run.folder", "store"},
     # From a checkpoint back into a run. Only the trainer imports it.
     # weights: where the checkpoints of a run folder may lie, which a new checkpoint.dir must not hide.
     "resume": {"checkpoint", "config", "ema", "engine", "run", "settings", "store", "weights"},

@@ -37,14 +37,19 @@ class OutOfReachError(CheckpointError):
     """The store gave no whole answer for too long: no fault of what lies in it, and another attempt may get one."""
 
 
+class NeverInReachError(OutOfReachError):
+    """It has given this process no answer at all, which a wrong address does, too."""
+
+
 UNKNOWN = (TransientError, CredentialsError)
 """Errors of a store that say nothing about the checkpoint in it: it must not be taken for a broken one."""
 
 
 def kind_of(error: Exception) -> type[CheckpointError]:
     """Which error of checkpoints one of a store, a disk or a checkpoint is."""
-    may_pass = isinstance(error, TransientError) and not isinstance(error, NeverReachedError)
-    return OutOfReachError if may_pass or isinstance(error, OutOfReachError) else CheckpointError
+    if isinstance(error, NeverReachedError | NeverInReachError):
+        return NeverInReachError
+    return OutOfReachError if isinstance(error, TransientError | OutOfReachError) else CheckpointError
 
 
 class Piece(NamedTuple):

@@ -128,7 +128,7 @@ def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoi
 
     A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if there
     is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is sound, or if the store
-    does not let itself be read (OutOfReachError where it did before): what cannot be seen is not taken for broken.
+    does not let itself be read (OutOfReachError if it does not answer): what cannot be seen is not taken for broken.
     """
     problems: list[tuple[str, str]] = []
     for store in reversed(on_rank_0(ranks, lambda: open_depot(where).steps())):

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from latte_scale.arguments import output_file
+from latte_scale.check_folders import shared_folders
 from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
 from latte_scale.doctor.lines import LEVELS, Line, Pending, fault_of, joined, markup, run_all
@@ -29,7 +30,6 @@ from latte_scale.engine import Ranks, init_distributed, leave, shutdown
 from latte_scale.engine.dist import one_device
 from latte_scale.plain_json import write_json
 from latte_scale.settings import SettingsError
-from latte_scale.store import local_path
 
 LIMIT_S = 55.0
 ROLL_CALL_S, ALONE_S, TOGETHER_S = 20.0, 14.0, 8.0
@@ -166,13 +166,8 @@ def measurements(
         )
 
     def sharing() -> list[Line]:
-        places_of = {"run.dir": str(config.run.folder), "checkpoint.dir": local_path(config.checkpoint_dir)}
-        folders = {key: folder for key, folder in places_of.items() if "://" not in folder}
-        return [
-            line
-            for key, folder in folders.items()
-            for line in joined(gather(together.shared_lines(ranks, folder, key)), places)
-        ]
+        folders = shared_folders(config).items()
+        return [line for key, folder in folders for line in together.shared_lines(ranks, folder, key, places)]
 
     def slow() -> list[Line]:
         return together.gemm_lines(gather(together.gemm_time(ranks)), places, device_type)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from latte_scale.check_folders import place_of
 from latte_scale.checkpoint import disk
 from latte_scale.config import Config
 from latte_scale.doctor.lines import Line, fault_of
@@ -91,16 +92,6 @@ def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line
 def size_of(num_bytes: float) -> str:
     """In words: MiB, or GiB from one on."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def place_of(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there, in which it will be made.
-
-    What lies in the way (a file, a link to nothing) is returned, too: to write into it fails, as training would. No
-    folder is made to be taken away again: other machines may be writing into it.
-    """
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
 def folder_write(folder: Path) -> tuple[float, float]:

@@ -7,14 +7,13 @@ numbers, which is the same on all ranks and is tested without any.
 
 import statistics
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from latte_scale.check_folders import blind_ranks
 from latte_scale.doctor.lines import Line
-from latte_scale.doctor.saving import place_of
 from latte_scale.engine import Ranks
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
@@ -29,8 +28,6 @@ SLOW_LINK = 1.25e9
 """Bytes a second, 10 Gbit/s: between GPU machines a lower rate is a network that was not meant to be taken."""
 SKEW_S, BROKEN_SKEW_S = 5.0, 300.0
 """Clocks apart: logs mislead; Slurm refuses credentials five minutes off (slurm/README.md), S3 fifteen."""
-SEEN_S = 3.0
-"""Within which a file must be seen on the other machines (NFS keeps what it knows of a folder for some seconds)."""
 
 
 def gemm_time(ranks: Ranks) -> float:
@@ -133,25 +130,11 @@ def clock_lines(readings: Sequence[Sequence[float]], places: Sequence[str]) -> l
     return [Line(level, "clocks", found, "synchronize its clock (chrony, ntpd): credentials and logs depend on it")]
 
 
-def shared_lines(ranks: Ranks, folder: str, key: str) -> list[Line]:
-    """Whether a file that rank 0 writes is seen by all ranks: in the folder, or where it will be made. A collective."""
-    probe, problem = None, ""
-    if ranks.rank == 0:
-        probe = place_of(Path(folder)) / f"doctor-{uuid.uuid4().hex}"
-        try:
-            probe.touch()
-        except OSError as error:
-            problem = error.strerror or str(error)
-    probe, problem = ranks.broadcast_object((probe, problem))
-    if problem:
-        return []  # the write test says it
-    until_s = time.monotonic() + SEEN_S
-    while not (seen := probe.exists()) and time.monotonic() < until_s:
-        time.sleep(0.1)
-    ranks.barrier()
-    if ranks.rank == 0:
-        probe.unlink(missing_ok=True)
-    if not seen:
-        found = f"{key} {folder} here is not the folder that rank 0 writes"
-        return [Line("fault", "shared", found, f"set {key} to a folder on a disk that all machines share")]
-    return [Line("ok", "shared", f"all {ranks.size} ranks see what rank 0 writes into {key}")]
+def shared_lines(ranks: Ranks, folder: Path, key: str, places: Sequence[str]) -> list[Line]:
+    """Whether a file that rank 0 writes is seen by all ranks. A collective."""
+    blind = blind_ranks(ranks, folder)
+    if not blind:
+        return [Line("ok", "shared", f"all {ranks.size} ranks see what rank 0 writes into {key}")]
+    where = ", ".join(places[rank] for rank in blind[:4]) + (" ..." if len(blind) > 4 else "")
+    found = f"{key} {folder} of {where} is not the folder that rank 0 writes"
+    return [Line("fault", "shared", found, f"set {key} to a folder on a disk that all machines share")]

@@ -65,8 +65,8 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
         device: "cpu" or "cuda"; None: cuda where there is one.
         timeout_s: seconds after which a collective that waits for a lost rank raises.
 
-    Raises LaunchError for half a launcher environment, an address that cannot work, or ranks that do not come within
-    ROLL_CALL_S; ValueError for a local rank without a GPU.
+    Raises LaunchError for half a launcher environment, an address that cannot work, or ranks that make no
+    world (an AbsentRanksError, if some do not come in time); ValueError for a local rank without a GPU.
     """
     launch = launch or launch_from_env()
     local_rank = launch.local_rank if launch else 0

@@ -2,8 +2,9 @@
 
 In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, the deepspeed launcher and slurm/ set them.
 Out: `Launch` and the store that dist.py makes process groups of. The decision worth knowing: a roll call comes before
-the first collective, so that within a minute every rank either knows that the whole world is there, each rank once and
-of one job, or stops with what is wrong with it. A group would wait for a lost rank for as long as its timeout.
+the first collective, so that within a minute (more where processes start slowly) every rank either knows that the whole
+world is there, each rank once and of one job, or stops with what is wrong with it. A group would wait for a lost rank
+for as long as its timeout.
 """
 
 import ipaddress
@@ -14,16 +15,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-ROLL_CALL_S = 35.0
-"""Within which all ranks must have come after the first; LATTE_ROLL_CALL_S replaces it where imports are slow."""
+ROLL_CALL_S, SLOW_ROLL_CALL_S, TIMES_OWN_START = 35.0, 300.0, 2.0
+"""Within which all ranks must have come after the first: so long, or, where imports are slow (a cold shared disk), so
+many times what the own start has taken, up to five minutes; LATTE_ROLL_CALL_S replaces all three."""
 
 
 class LaunchError(ValueError):
     """The processes of a job do not make up one world; the message says who is missing or what to change."""
+
+
+class AbsentRanksError(LaunchError):
+    """Ranks did not come in time: too many were asked for, or a machine hangs or is slow today."""
 
 
 @dataclass(frozen=True)
@@ -133,33 +140,51 @@ def _card() -> Card:
 
 def meet(launch: Launch) -> dist.Store:
     """The store of the job, once every rank has been seen in it. Raises LaunchError on all ranks that came."""
-    limit_s = float(os.environ.get("LATTE_ROLL_CALL_S") or ROLL_CALL_S)
+    limit_s = roll_call_limit_s()
     try:
         store = _open_store(launch, timedelta(seconds=limit_s))
         store = dist.PrefixStore(f"roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         again = store.add(f"count/{launch.rank}", 1) > 1
         store.set(f"card/{launch.rank}", json.dumps(asdict(_card())))
         if launch.rank == 0:
+            store.set("limit_s", str(limit_s))
             cards, counts = _collect(store, launch.size, limit_s)
             problem = _problem(cards, counts, launch.size)
-            store.set("problem", problem)
+            are_absent = len(cards) < launch.size and not _came_twice(counts)
+            store.set("problem", json.dumps([problem, are_absent]))
             if problem:
                 _wait_for_readers(store, len(cards) - 1)
         else:
-            store.wait(["problem"], timedelta(seconds=limit_s + 5))
-            problem = store.get("problem").decode()
+            store.wait(["limit_s"], timedelta(seconds=limit_s))
+            store.wait(["problem"], timedelta(seconds=float(store.get("limit_s")) + 5))
+            problem, are_absent = json.loads(store.get("problem"))
             store.add("read", 1)
         if again and not problem:  # too late to be seen by rank 0: the others have met
-            problem = _twice([launch.rank])
+            problem, are_absent = _twice([launch.rank]), False
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise LaunchError(
+        raise AbsentRanksError(
             f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 at {place} within {limit_s:.0f} s: did "
             f"it start, and may the hosts talk on that port? ({str(error).splitlines()[0]})"
         ) from error
     if problem:
-        raise LaunchError(problem)
+        raise (AbsentRanksError if are_absent else LaunchError)(problem)
     return store
+
+
+def roll_call_limit_s() -> float:
+    """Seconds that this process waits for the others."""
+    given = os.environ.get("LATTE_ROLL_CALL_S")
+    return float(given) if given else min(max(ROLL_CALL_S, TIMES_OWN_START * _age_s()), SLOW_ROLL_CALL_S)
+
+
+def _age_s() -> float:
+    """Seconds since this process began; 0 where the kernel does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux
+        return 0.0
 
 
 def _open_store(launch: Launch, limit: timedelta) -> dist.Store:
@@ -188,8 +213,7 @@ def _problem(cards: Mapping[int, Card], counts: Mapping[int, int], size: int) ->
     """Why these ranks are not one world; empty if they are."""
     hosts = sorted({card.host for card in cards.values()})
     came = f"{len(cards)} of {size} ranks came, from {', '.join(hosts[:8])}{' ...' if len(hosts) > 8 else ''}"
-    twice = [rank for rank, count in counts.items() if count > 1]
-    if twice:
+    if twice := _came_twice(counts):
         return f"{came}; {_twice(twice)}"
     missing = [rank for rank in range(size) if rank not in cards]
     if missing:
@@ -204,6 +228,10 @@ def _problem(cards: Mapping[int, Card], counts: Mapping[int, int], size: int) ->
                 "cannot reach it; set GLOO_SOCKET_IFNAME to its network interface (slurm/env.sh), or correct /etc/hosts"
             )
     return ""
+
+
+def _came_twice(counts: Mapping[int, int]) -> list[int]:
+    return [rank for rank, count in counts.items() if count > 1]
 
 
 def _twice(ranks: list[int]) -> str:

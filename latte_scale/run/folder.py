@@ -180,6 +180,14 @@ class RunFolder:
             file.write(json.dumps(dataclasses.asdict(replacement)) + "\n")
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether an attempt has logged a step: its settings, stores and machines were right then."""
+    try:
+        return (folder / "metrics.jsonl").stat().st_size > 0
+    except OSError:
+        return False
+
+
 def read_exit(folder: Path) -> dict[str, Any]:
     """`exit.json` of a run folder; {} if there is none."""
     try:

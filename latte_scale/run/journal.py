@@ -206,7 +206,7 @@ class Journal:
             )
 
     def _warn(self, step: int, values: dict[str, float], bucket: str, sample_ids: list[str]) -> None:
-        """Log lines for what a person should look at; the same on all ranks, each with the samples of its own."""
+        """What a person should look at: in print, and in the log of every rank with the samples of its own."""
         loss = values["loss"] / values["samples"]
         height = self._spikes[bucket].look(loss)
         problem = None
@@ -216,14 +216,18 @@ class Journal:
             problem = f"loss spike: {loss:.4f} is {height:.0f} deviations above the median of the steps before"
         if problem is not None:
             logger.warning("step %d: %s; samples of this rank: %s", step, problem, ", ".join(sample_ids) or "not noted")
+            self._print(f"warning: step {step}: {problem}; logs/rank-*.log name the samples")
         if values["save_failed"] and not self._save_failed:
-            logger.error(
-                "step %d: the newest checkpoint was not saved (%d ranks failed; their logs say why); the next save is "
-                "tried as planned",
-                step,
-                values["save_failed"],
+            problem = (
+                f"the newest checkpoint was not saved ({int(values['save_failed'])} ranks failed; their logs say why)"
             )
+            logger.error("step %d: %s; the next save is tried as planned", step, problem)
+            self._print(f"warning: step {step}: {problem}; the next save is tried as planned")
         self._save_failed = values["save_failed"] > 0
+
+    def _print(self, line: str) -> None:
+        if self._file is not None:
+            self._console.print(line, markup=False)
 
     def _count(self, values: dict[str, float]) -> None:
         window = self.throughput

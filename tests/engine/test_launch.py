@@ -1,13 +1,26 @@
 """Launcher environments, and the roll call that comes before the first collective."""
 
 import socket
+import subprocess
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from latte_scale.engine import launch
-from latte_scale.engine.launch import Card, Launch, LaunchError, _problem, check_address, launch_from_env, meet
+from latte_scale.engine.launch import (
+    AbsentRanksError,
+    Card,
+    Launch,
+    LaunchError,
+    _problem,
+    check_address,
+    launch_from_env,
+    meet,
+    roll_call_limit_s,
+)
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
@@ -109,21 +122,55 @@ def test_a_host_that_gives_the_others_its_loopback_address_is_named(address: str
     assert _problem(alone, {0: 1, 1: 1}, 2) == ""  # one host talks to itself
 
 
-def join(monkeypatch: pytest.MonkeyPatch, *ranks: int, size: int = 2) -> list[str]:
+@pytest.mark.parametrize(("age_s", "limit_s"), [(4.0, 35.0), (60.0, 120.0), (1000.0, 300.0)])
+def test_who_started_slowly_waits_longer(monkeypatch: pytest.MonkeyPatch, age_s: float, limit_s: float) -> None:
+    monkeypatch.delenv("LATTE_ROLL_CALL_S", raising=False)
+    monkeypatch.setattr(launch, "_age_s", lambda: age_s)
+    assert roll_call_limit_s() == limit_s
+    monkeypatch.setenv("LATTE_ROLL_CALL_S", "7")
+    assert roll_call_limit_s() == 7.0
+
+
+def test_the_age_of_a_process() -> None:
+    code = "import time; time.sleep(1.5); from latte_scale.engine.launch import _age_s; print(_age_s())"
+    begun = time.monotonic()
+    age_s = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 1.5 <= age_s <= time.monotonic() - begun + 0.1
+
+
+def test_others_wait_as_long_as_rank_0_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {0: 4.0, 1: 1.0, 2: 1.0}  # rank 1 would have left long before rank 2 comes
+    said = join(monkeypatch, 0, 1, 2, size=3, limits_s=limits, delays_s={2: 7.0})
+    assert [type(error) for error in said] == [AbsentRanksError] * 3 and "missing are ranks [2]" in str(said[1])
+    said = join(monkeypatch, 0, 1, 2, size=3, limits_s=limits, delays_s={2: 2.5})
+    assert said == ["", "", ""]
+
+
+def join(
+    monkeypatch: pytest.MonkeyPatch,
+    *ranks: int,
+    size: int = 2,
+    limits_s: dict[int, float] | None = None,
+    delays_s: dict[int, float] | None = None,
+) -> list[LaunchError | str]:
     """What `meet` says to each of these ranks, a thread each: "" or the refusal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("LATTE_ROLL_CALL_S", "2")
-
+    here = threading.local()
+    if limits_s:
+        monkeypatch.setattr(launch, "roll_call_limit_s", lambda: limits_s[here.rank])
     over: list[int] = []
 
-    def one(rank: int) -> str:
+    def one(rank: int) -> LaunchError | str:
+        here.rank = rank
+        time.sleep((delays_s or {}).get(rank, 0.0))
         try:
             store = meet(Launch(rank, size, 0, "env://"))
         except LaunchError as error:
-            return str(error)
+            return error
         finally:
             over.append(rank)
         while store is not None and rank == 0 and len(over) < len(ranks):  # it holds the store for the others
@@ -140,21 +187,24 @@ def test_a_whole_world_meets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_that_never_comes_is_named_on_all_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
     for said in join(monkeypatch, 0, 2, size=3):
-        assert "2 of 3 ranks came" in said and "missing are ranks [1]" in said
+        assert "2 of 3 ranks came" in str(said) and "missing are ranks [1]" in str(said)
+        assert isinstance(said, AbsentRanksError)
 
 
 def test_rank_0_that_never_comes_is_said_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     (said,) = join(monkeypatch, 1)
-    assert f"rank 1 on {socket.gethostname()} did not reach rank 0 at 127.0.0.1:" in said and "within 2 s" in said
+    assert f"rank 1 on {socket.gethostname()} did not reach rank 0 at 127.0.0.1:" in str(said)
+    assert "within 2 s" in str(said) and isinstance(said, AbsentRanksError)
 
 
 def test_two_hosts_that_take_themselves_for_the_first_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for said in join(monkeypatch, 0, 0):
-        assert "came more than once" in said and "needs its own node rank" in said
+        assert "came more than once" in str(said) and "needs its own node rank" in str(said)
 
 
 def test_a_rank_that_comes_late_and_again_is_refused_and_the_world_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_collect", lambda store, size, limit_s: ({}, {}))  # the others have met already
     monkeypatch.setattr(launch, "_problem", lambda *_: "")
     said = join(monkeypatch, 0, 1, 1)
-    assert sorted(said[1:])[0] == said[0] == "" and "came more than once" in sorted(said[1:])[1]
+    second, first = sorted(said[1:], key=str, reverse=True)
+    assert first == said[0] == "" and "came more than once" in str(second) and not isinstance(second, AbsentRanksError)

@@ -120,6 +120,10 @@ def test_a_store_that_never_answers_ends_the_run_early_and_for_good(tmp_path, mo
     assert "cannot connect to http://127.0.0.1:9" in json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
     there = ("checkpoint.dir=s3://bucket/checkpoints", "store.first_answer_s=11.5")
     assert run_in_process(tmp_path / "other", "s3://bucket/latents", *there) == 78
+    for trained in ("run", "other"):  # with this address, as far as the run knows: the store may be back soon
+        (tmp_path / trained / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert run_in_process(tmp_path / "run", "s3://bucket/latents", "store.first_answer_s=11") == 1
+    assert run_in_process(tmp_path / "other", "s3://bucket/latents", *there) == 1
 
 
 def test_out_of_memory_ends_with_78_and_the_settings_that_help(data_sets, tmp_path, monkeypatch):

@@ -191,13 +191,15 @@ def test_the_samples_of_a_skipped_update_are_named_on_every_rank(tmp_path, caplo
 
 
 def test_a_failed_save_of_any_rank_is_told_once_and_recorded(tmp_path, caplog):
-    journal = journal_of(tmp_path)
+    screen = io.StringIO()
+    journal = journal_of(tmp_path, console=Console(file=screen, soft_wrap=True))
     for step, failed in enumerate([0.0, 3.0, 3.0, 0.0]):
         tally = Tally(CPU, DiffusionSettings())
         tally.host["save_failed"] = failed
         tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
         take(journal, step, tally.reduce(OneRank(), result_of()).tolist())
     assert caplog.text.count("the newest checkpoint was not saved (3 ranks failed") == 1
+    assert screen.getvalue().count("warning: step 1: the newest checkpoint was not saved (3 ranks failed") == 1
     assert [record["save_failed"] for record in read_metrics(tmp_path / "m.jsonl")] == [0, 3, 3, 0]
 
 

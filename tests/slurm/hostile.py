@@ -14,7 +14,7 @@ import pytest
 
 from latte_scale.store import open_store
 from tests.conftest import ROOT
-from tests.slurm.jobs import SITE, Job
+from tests.slurm.jobs import SITE, STEPS, Job, assert_same_losses
 from tests.store.service import ENVIRONMENT, Corner, make_corner
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -205,6 +205,25 @@ def test_a_rank_that_never_comes_is_named_within_a_minute(train, cluster, tmp_pa
     assert f"1 of 2 ranks came, from {node1}; missing are ranks [1]" in everything_said(job)
     assert seconds_of(job) <= 60
     print(f"\n| a rank that never starts | {seconds_of(job)} s | exit code {job.fields['ExitCode']}, not requeued |")
+
+
+def test_a_rank_that_does_not_come_back_is_waited_for_again(train, cluster, tmp_path, unbroken):
+    """A node hangs while a job that has trained is started again: a failure like others, and no wrong setting."""
+    python, bad, node2 = tmp_path / "python", tmp_path / "bad", cluster.hosts.names[1]
+    python.write_text(
+        f"#!/bin/bash\n[[ $(hostname) == {node2} && -e {bad} ]] && rm {bad} && exec sleep 300\n"
+        f'exec {SITE["LATTE_PYTHON"]} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = train("run", *ENDLESS, LATTE_PYTHON=str(python), LATTE_ROLL_CALL_S="10")
+    job.wait_step(60)
+    bad.touch()
+    cluster.call("scontrol", "requeue", job.id)
+    job.wait(lambda: job.restarts == 2 and job.state == "RUNNING", "the job to be started once more")
+    assert not bad.exists() and "failed: error: 1 of 2 ranks came" in job.log, job.story()
+    job.wait_step(STEPS + 10, 150)
+    assert_same_losses(job, unbroken.run)
+    print(f"\n| a rank that does not come back at a restart | {seconds_of(job)} s | requeued once more, goes on |")
 
 
 @pytest.mark.parametrize(
