@@ -12,7 +12,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,8 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 ROLL_CALL_S, SLOW_ROLL_CALL_S, TIMES_OWN_START = 35.0, 300.0, 2.0
 """Within which all ranks must have come after the first: so long, or, where imports are slow (a cold shared disk), so
 many times what the own start has taken, up to five minutes; LATTE_ROLL_CALL_S replaces all three."""
+ROOM_LOOK_S = 1.0
+"""How often a rank that waits looks whether rank 0 has started anew: a thousand of them ask one store."""
 
 
 class LaunchError(ValueError):
@@ -143,24 +146,10 @@ def meet(launch: Launch) -> dist.Store:
     limit_s = roll_call_limit_s()
     try:
         store = _open_store(launch, timedelta(seconds=limit_s))
-        store = dist.PrefixStore(f"roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        again = store.add(f"count/{launch.rank}", 1) > 1
-        store.set(f"card/{launch.rank}", json.dumps(asdict(_card())))
         if launch.rank == 0:
-            store.set("limit_s", str(limit_s))
-            cards, counts = _collect(store, launch.size, limit_s)
-            problem = _problem(cards, counts, launch.size)
-            are_absent = len(cards) < launch.size and not _came_twice(counts)
-            store.set("problem", json.dumps([problem, are_absent]))
-            if problem:
-                _wait_for_readers(store, len(cards) - 1)
+            room, problem, are_absent = _call_roll(store, launch.size, limit_s)
         else:
-            store.wait(["limit_s"], timedelta(seconds=limit_s))
-            store.wait(["problem"], timedelta(seconds=float(store.get("limit_s")) + 5))
-            problem, are_absent = json.loads(store.get("problem"))
-            store.add("read", 1)
-        if again and not problem:  # too late to be seen by rank 0: the others have met
-            problem, are_absent = _twice([launch.rank]), False
+            room, problem, are_absent = _answer(store, launch.rank, limit_s)
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise AbsentRanksError(
@@ -169,7 +158,74 @@ def meet(launch: Launch) -> dist.Store:
         ) from error
     if problem:
         raise (AbsentRanksError if are_absent else LaunchError)(problem)
-    return store
+    return room
+
+
+# A launcher's store may outlive an attempt (torchrun's, with its default settings), and nothing in the environment
+# counts attempts alike on all hosts: each of torchrun's agents counts its own failures, so a host that comes later
+# starts at 0. So rank 0 opens a room of a new name for each attempt and tells the name under "room"; a room that has a
+# verdict already is one of an earlier attempt, and who finds it waits for the next.
+
+
+def _room(store: dist.Store, name: str) -> dist.Store:
+    return dist.PrefixStore(f"roll-call/{name}", store)
+
+
+def _call_roll(store: dist.Store, size: int, limit_s: float) -> tuple[dist.Store, str, bool]:
+    """Rank 0's part: the room, what is wrong, and whether that is the absence of ranks."""
+    name = uuid.uuid4().hex
+    room = _room(store, name)
+    room.set("limit_s", str(limit_s))
+    _enter(room, 0)
+    store.set("room", name)
+    cards, counts = _collect(room, size, limit_s, is_over=lambda: store.get("room").decode() != name)
+    if (other := store.get("room").decode()) != name:  # of another that takes itself for rank 0
+        _room(store, other).add("count/0", 1)
+        counts[0] += 1
+    problem = _problem(cards, counts, size)
+    are_absent = len(cards) < size and not _came_twice(counts)
+    room.set("verdict", json.dumps([problem, are_absent]))
+    if problem:
+        _wait_for_readers(room, len(cards) - 1)
+    return room, problem, are_absent
+
+
+def _answer(store: dist.Store, rank: int, limit_s: float) -> tuple[dist.Store, str, bool]:
+    """The part of the others: the same. Raises dist.DistError if rank 0 does not come."""
+    name, room, is_over, again, until_s = "", store, True, False, time.monotonic() + limit_s
+    while True:
+        store.wait(["room"], timedelta(seconds=limit_s))
+        if (current := store.get("room").decode()) != name:
+            name, room = current, _room(store, current)
+            is_over = room.check(["verdict"])
+            if not is_over:
+                again = _enter(room, rank)
+                until_s = time.monotonic() + float(room.get("limit_s")) + 5
+        left_s = until_s - time.monotonic()
+        if is_over and left_s <= 0:
+            late = f"rank {rank} on {socket.gethostname()} came after the roll call, and no new one began"
+            return room, f"{late} within {limit_s:.0f} s: {_twice([rank])}", True
+        if is_over:
+            time.sleep(ROOM_LOOK_S)
+            continue
+        try:
+            room.wait(["verdict"], timedelta(seconds=min(ROOM_LOOK_S, max(left_s, 0.001))))
+        except dist.DistError:
+            if left_s <= 0:
+                raise
+            continue
+        problem, are_absent = json.loads(room.get("verdict"))
+        room.add("read", 1)
+        if again and not problem:  # too late to be seen by rank 0: the others have met
+            problem, are_absent = _twice([rank]), False
+        return room, problem, are_absent
+
+
+def _enter(room: dist.Store, rank: int) -> bool:
+    """Say that a rank is here; whether one of its number was before."""
+    again = room.add(f"count/{rank}", 1) > 1
+    room.set(f"card/{rank}", json.dumps(asdict(_card())))
+    return again
 
 
 def roll_call_limit_s() -> float:
@@ -197,10 +253,12 @@ def _open_store(launch: Launch, limit: timedelta) -> dist.Store:
     return dist.TCPStore(address, port, None, is_master, limit, wait_for_workers=False, multi_tenant=True)
 
 
-def _collect(store: dist.Store, size: int, limit_s: float) -> tuple[dict[int, Card], dict[int, int]]:
-    """The cards of the ranks that came in time, and how often each rank came."""
+def _collect(
+    store: dist.Store, size: int, limit_s: float, is_over: Callable[[], bool]
+) -> tuple[dict[int, Card], dict[int, int]]:
+    """The cards of the ranks that came in time, or before it `is_over`, and how often each rank came."""
     waiting, until_s = set(range(size)), time.monotonic() + limit_s
-    while waiting and time.monotonic() < until_s:
+    while waiting and time.monotonic() < until_s and not is_over():
         waiting = {rank for rank in waiting if not store.check([f"card/{rank}"])}
         if waiting:
             time.sleep(0.05)

@@ -98,7 +98,7 @@ class RunFolder:
         lease, refusal = None, None
         if self.rank == 0:
             try:
-                lease = Lease(self.path, this_process())
+                lease = Lease(self.path, this_process(), tell=lambda words: print(words, flush=True))
             except (LeaseError, OSError) as error:
                 refusal = str(error)
         identity = None if lease is None else (lease.holder, self._read_or_make_id())

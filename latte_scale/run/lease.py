@@ -2,7 +2,8 @@
 
 In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. A dead holder is
 taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
-same job wins over an older one; anybody else stops. The holder looks before it writes and stops once the lease names
+same job wins over an older one; torchrun's restarts, which have no common count, wait for a host that was lost to be
+SILENT_S silent; anybody else stops. The holder looks before it writes and stops once the lease names
 another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
 A host name is not enough to know a machine by: containers take that of their host, and whole clusters are "localhost".
 Signs of life come from a thread of their own: a first step that compiles, a large checkpoint that is verified or sample
@@ -13,17 +14,22 @@ another, never by this machine's clock, which may be hours off.
 """
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+logger = logging.getLogger("latte_scale")
+
 STALE_S = 180.0
 """Seconds without a sign of life after which a holder on another machine counts as dead."""
+SILENT_S = 60.0
+"""The same for a holder of the same job: its launcher has started us in its place, and would not wait for long."""
 TOUCH_EVERY_S = 10.0
 WATCH_S = 2 * TOUCH_EVERY_S
 """How long a holder that looks stale is watched: where machines stamp files themselves, its clock may be hours off. And
@@ -41,17 +47,21 @@ class Holder:
     host: str
     pid: int
     started: str  # start time of the process as the kernel counts it: a pid alone may be somebody else by now
-    job_id: str  # of the scheduler; "" without one
+    job_id: str  # of the scheduler or, without one, of torchrun's rendezvous; "" without either
     restart: int  # how often the scheduler has restarted the job
     token: str  # random, so that an attempt knows its own lease again
     machine: str = ""  # where `pid` means this process; "" in leases of earlier versions
 
 
 def this_process(environ: Mapping[str, str] | None = None) -> Holder:
-    """This attempt, with Slurm's job id and restart count where there are any."""
+    """This attempt, with Slurm's job id and restart count where there are any.
+
+    torchrun's restart count is left out: each of its agents counts for itself.
+    """
     environ = os.environ if environ is None else environ
-    pid = os.getpid()
-    job_id, restart = environ.get("SLURM_JOB_ID", ""), int(environ.get("SLURM_RESTART_COUNT") or 0)
+    pid, rendezvous = os.getpid(), environ.get("TORCHELASTIC_RUN_ID", "none")  # "none": not elastic
+    job_id = environ.get("SLURM_JOB_ID") or ("" if rendezvous == "none" else rendezvous)
+    restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
     started, token = process_start(pid) or "", uuid.uuid4().hex
     return Holder(socket.gethostname(), pid, started, job_id, restart, token, this_machine())
 
@@ -77,17 +87,18 @@ def process_start(pid: int) -> str | None:
 class Lease:
     """The lease of a run folder, taken on construction."""
 
-    def __init__(self, folder: str | Path, holder: Holder) -> None:
-        """Raises LeaseError if another attempt is alive and is not an older restart of the same job."""
+    def __init__(self, folder: str | Path, holder: Holder, tell: Callable[[str], None] = logger.warning) -> None:
+        """Raises LeaseError if another attempt is alive and is not an older restart of the same job.
+
+        `tell`: called with a line for a person if this has to wait.
+        """
         self.path, self.holder = Path(folder) / "lease.json", holder
         self._given_back = threading.Event()
         temporary = self.path.with_name(f"lease.{holder.token}.tmp")
         temporary.write_text(json.dumps(asdict(holder)) + "\n")
         try:
             if not self._put_first(temporary):
-                reason = self._refusal(now=temporary.stat().st_mtime)
-                if reason is not None:
-                    raise LeaseError(reason)
+                self._wait_for_holder(temporary, tell)
                 os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -116,6 +127,25 @@ class Lease:
             os.replace(temporary, self.path)
         return True
 
+    def _wait_for_holder(self, temporary: Path, tell: Callable[[str], None]) -> None:
+        """Return once nobody holds the folder. LeaseError at once, or where a holder of the same job does not die."""
+        mine, until_s, has_told = self.holder, time.monotonic() + SILENT_S + WATCH_S, False
+        while (reason := self._refusal(now=temporary.stat().st_mtime)) is not None:
+            current = self._read()
+            if current is None:  # given back in this moment
+                continue
+            is_peer = self._same_job(current) and current.restart == mine.restart and current.host != mine.host
+            if not is_peer or time.monotonic() > until_s:
+                raise LeaseError(reason)
+            if not has_told:
+                tell(
+                    f"{self.path.parent} is held by process {current.pid} on {current.host}, of this job too: waiting "
+                    f"until it has shown no sign of life for {SILENT_S:.0f} s"
+                )
+                has_told = True
+            time.sleep(WATCH_S / 20)
+            os.utime(temporary)  # `now`, by the folder's clock
+
     def check(self) -> None:
         """Call it before every write. Raises LeaseError if another attempt has taken over."""
         current = self._read()
@@ -138,7 +168,7 @@ class Lease:
         current, mine = self._read(), self.holder
         if current is None:  # released since, or cut by a full disk: nobody can hold with it
             return None
-        same_job = current.job_id and current.job_id == mine.job_id
+        same_job = self._same_job(current)
         if same_job and mine.restart > current.restart:
             return None
         if same_job and mine.restart < current.restart:
@@ -154,18 +184,22 @@ class Lease:
             except FileNotFoundError:  # released in this moment
                 return None
             namesake = current.host == mine.host  # restarted since, with new process ids, or another one of that name
-            if (namesake or silent_s > STALE_S) and not self._moves():
+            stale_s = SILENT_S if same_job else STALE_S
+            if (namesake or silent_s > stale_s) and not self._moves():
                 return None
-            seen = f"last seen {silent_s:.0f} s ago (given up for dead after {STALE_S:.0f} s)"
+            seen = f"last seen {silent_s:.0f} s ago (given up for dead after {stale_s:.0f} s)"
             if namesake:
                 seen = "which is alive, in another container or on another machine of that name"
-            elif silent_s > STALE_S or silent_s < -TOUCH_EVERY_S:
+            elif silent_s > stale_s or silent_s < -TOUCH_EVERY_S:
                 seen = f"which is alive, on a clock {abs(silent_s):.0f} s {'ahead' if silent_s < 0 else 'behind'}"
         job = f", job {current.job_id} restart {current.restart}" if current.job_id else ""
         return (
             f"{self.path.parent} is held by process {current.pid} on {current.host}{job}, {seen}; wait for it, stop it "
             "or choose another run.dir"
         )
+
+    def _same_job(self, current: Holder) -> bool:
+        return bool(current.job_id) and current.job_id == self.holder.job_id
 
     def _moves(self) -> bool:
         """Whether the holder shows a sign of life within WATCH_S."""

@@ -5,9 +5,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from latte_scale.engine import launch
 from latte_scale.engine.launch import (
@@ -139,10 +141,10 @@ def test_the_age_of_a_process() -> None:
 
 
 def test_others_wait_as_long_as_rank_0_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {0: 4.0, 1: 1.0, 2: 1.0}  # rank 1 would have left long before rank 2 comes
-    said = join(monkeypatch, 0, 1, 2, size=3, limits_s=limits, delays_s={2: 7.0})
+    limits = (4.0, 1.0, 1.0)  # rank 1 would have left long before rank 2 comes
+    said = join(monkeypatch, 0, 1, 2, size=3, limits_s=limits, delays_s=(0.0, 0.0, 7.0))
     assert [type(error) for error in said] == [AbsentRanksError] * 3 and "missing are ranks [2]" in str(said[1])
-    said = join(monkeypatch, 0, 1, 2, size=3, limits_s=limits, delays_s={2: 2.5})
+    said = join(monkeypatch, 0, 1, 2, size=3, limits_s=limits, delays_s=(0.0, 0.0, 2.5))
     assert said == ["", "", ""]
 
 
@@ -150,23 +152,24 @@ def join(
     monkeypatch: pytest.MonkeyPatch,
     *ranks: int,
     size: int = 2,
-    limits_s: dict[int, float] | None = None,
-    delays_s: dict[int, float] | None = None,
+    limits_s: Sequence[float] = (),
+    delays_s: Sequence[float] = (),
+    port: int | None = None,
 ) -> list[LaunchError | str]:
-    """What `meet` says to each of these ranks, a thread each: "" or the refusal."""
+    """What `meet` says to each of these ranks, a thread each: "" or the refusal. `port`: of a store that is there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        monkeypatch.setenv("MASTER_PORT", str(port or probe.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("LATTE_ROLL_CALL_S", "2")
     here = threading.local()
     if limits_s:
-        monkeypatch.setattr(launch, "roll_call_limit_s", lambda: limits_s[here.rank])
+        monkeypatch.setattr(launch, "roll_call_limit_s", lambda: limits_s[here.number])
     over: list[int] = []
 
-    def one(rank: int) -> LaunchError | str:
-        here.rank = rank
-        time.sleep((delays_s or {}).get(rank, 0.0))
+    def one(number: int) -> LaunchError | str:
+        here.number, rank = number, ranks[number]
+        time.sleep(delays_s[number] if delays_s else 0.0)
         try:
             store = meet(Launch(rank, size, 0, "env://"))
         except LaunchError as error:
@@ -178,7 +181,7 @@ def join(
         return ""
 
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(one, ranks))
+        return list(pool.map(one, range(len(ranks))))
 
 
 def test_a_whole_world_meets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +206,28 @@ def test_two_hosts_that_take_themselves_for_the_first_are_refused(monkeypatch: p
 
 
 def test_a_rank_that_comes_late_and_again_is_refused_and_the_world_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_collect", lambda store, size, limit_s: ({}, {}))  # the others have met already
-    monkeypatch.setattr(launch, "_problem", lambda *_: "")
-    said = join(monkeypatch, 0, 1, 1)
-    second, first = sorted(said[1:], key=str, reverse=True)
-    assert first == said[0] == "" and "came more than once" in str(second) and not isinstance(second, AbsentRanksError)
+    """Once right after rank 0 has counted, and once when the ranks have met."""
+    collect = launch._collect
+
+    def collect_and_dawdle(room, *rest, **names):
+        found = collect(room, *rest, **names)
+        while room.add("count/1", 0) < 2:
+            time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(launch, "_collect", collect_and_dawdle)
+    monkeypatch.setattr(launch, "ROOM_LOOK_S", 0.1)
+    said = join(monkeypatch, 0, 1, 1, 1, delays_s=(0.0, 0.0, 1.0, 2.0))
+    assert said[:2] == ["", ""] and "came more than once" in str(said[2]) and not isinstance(said[2], AbsentRanksError)
+    assert "came after the roll call, and no new one began" in str(said[3])
+
+
+def test_attempts_on_a_store_that_outlives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun's does."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(launch, "ROOM_LOOK_S", 0.1)
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for delays_s in ((0.0, 1.0), (1.0, 0.0), (1.0, 0.0)):  # from the second on, rank 1 finds the room of the one before
+        assert join(monkeypatch, 0, 1, port=agent.port, delays_s=delays_s) == ["", ""]
+    assert "missing are ranks [1]" in str(join(monkeypatch, 0, port=agent.port)[0])
+    assert "came after the roll call" in str(join(monkeypatch, 1, port=agent.port)[0])

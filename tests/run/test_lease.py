@@ -198,6 +198,39 @@ def test_a_newer_restart_of_the_same_job_wins_and_the_old_one_stops(tmp_path):
         Lease(tmp_path, this_process({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"}))
 
 
+def test_torchruns_next_attempt_waits_for_a_lost_host_and_not_for_a_living_one(tmp_path, monkeypatch):
+    """Its agents' restart counts say nothing: that of a host that came later starts at 0."""
+    monkeypatch.setattr(module, "SILENT_S", 1.5)
+    monkeypatch.setattr(module, "WATCH_S", 0.4)
+    mine = this_process({"TORCHELASTIC_RUN_ID": "t2v", "TORCHELASTIC_RESTART_COUNT": "0"})
+    lost, told = other_host(job_id="t2v"), []
+    write(tmp_path, lost)
+    begun = time.monotonic()
+    Lease(tmp_path, mine, tell=told.append).check()
+    assert 1.5 <= time.monotonic() - begun < 4
+    (line,) = told
+    assert "held by process 4242 on node7, of this job too" in line
+
+    write(tmp_path, lost)
+    stop = threading.Event()
+    alive = threading.Thread(
+        target=lambda: [os.utime(tmp_path / "lease.json") for _ in iter(lambda: stop.wait(0.1), True)]
+    )
+    alive.start()
+    try:
+        with pytest.raises(LeaseError, match="on node7, job t2v restart 0, last seen"):
+            Lease(tmp_path, mine)
+    finally:
+        stop.set()
+        alive.join()
+    for others in ("t2i", "none", ""):  # another rendezvous, or none of a name
+        write(tmp_path, other_host(job_id="t2v"))
+        begun = time.monotonic()
+        with pytest.raises(LeaseError, match="on node7"):
+            Lease(tmp_path, this_process({"TORCHELASTIC_RUN_ID": others}))
+        assert time.monotonic() - begun < 1
+
+
 def test_a_released_or_unreadable_lease_holds_nobody(tmp_path):
     lease = Lease(tmp_path, this_process())
     lease.release()

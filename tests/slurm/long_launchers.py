@@ -1,5 +1,6 @@
 """Launchers over two hosts, the long form (`make test-slurm`): torchrun's own restarts, and deepspeed's own ssh."""
 
+import json
 import os
 import shutil
 import signal
@@ -50,6 +51,46 @@ def test_a_host_that_comes_later_joins_the_run(two_hosts, data_sets, tmp_path):
     assert run.code == 0, run.output
     assert "fsdp2 on 1 x cpu" in run.output and "fsdp2 on 2 x cpu" in run.output and "resumed at step" in run.output
     assert [record["step"] for record in run.metrics] == list(range(400))
+
+
+@pytest.mark.timeout(480)
+def test_the_host_of_rank_0_loses_power_and_another_takes_its_place(two_hosts, data_sets, tmp_path):
+    """The other goes on alone, though the lease names a host that nobody hears of; its agent has counted a failure,
+    that of the host that comes later has not."""
+    node1, node2 = two_hosts.names
+    longer = ("engine.kind=fsdp2", "train.steps=1200", "checkpoint.every_steps=20", "log.every_steps=1")
+    words = ["-m", "latte_scale.train", "--config", "configs/tiny_cpu.yaml", f"data.url={data_sets.latents}"]
+    words = [*elastic(0, tmp_path)[:-1], "--nnodes=1:2", "--max-restarts=3", *words, f"run.dir={tmp_path / 'run'}"]
+    words[words.index(f"--rdzv-endpoint=node1:{PORT}")] = f"--rdzv-endpoint={node2}:{PORT}"  # which has to live
+
+    def start(name: str) -> subprocess.Popen:
+        joined = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return processes.start(two_hosts.command(name, [*words, *longer]), joined)
+
+    def wait_records(number: int) -> float:
+        began_s = time.monotonic()
+        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < number and time.monotonic() < began_s + 150:
+            time.sleep(0.01)
+        return time.monotonic() - began_s
+
+    started = [start(node2), start(node1)]
+    wait_records(60)
+    assert json.loads((tmp_path / "run" / "lease.json").read_text())["host"] == node1
+    two_hosts.kill(node1)
+    done = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    back_s = wait_records(done + 60)
+    assert json.loads((tmp_path / "run" / "lease.json").read_text())["host"] == node2
+    again = start(node1)
+    run, outputs = wait_for([started[0], again], tmp_path)
+    processes.finish(started[1:])
+    assert run.code == 0, run.output
+    assert [record["step"] for record in run.metrics] == list(range(1200))
+    assert "of this job too: waiting until it has shown no sign of life" in outputs[0]
+    restarts = read_metrics(run.folder / "logs" / "restarts.jsonl")
+    assert len(restarts) == 2 and restarts[0]["replayed_steps"]
+    print(
+        f"\n| torchrun, the host of rank 0 loses power | the other trains alone after {back_s:.0f} s; a third joins |"
+    )
 
 
 @pytest.fixture
