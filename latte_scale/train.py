@@ -30,8 +30,8 @@ from latte_scale.checkpoint import (
     Checkpoint,
     Checkpointer,
     CheckpointError,
-    NeverInReachError,
     OutOfReachError,
+    UnusableStoreError,
     find_newest_sound,
     part_of_copies,
     state_trees,
@@ -429,9 +429,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_code_of(error: Exception, folder: Path) -> int:
     """STOP for what another attempt would meet again, FAILED for what it may find mended.
 
-    Ranks that do not come and a store that never answers are wrong settings at first, and not once the run has trained.
+    Ranks that do not come and a store that never answers or allows nothing are wrong settings at first, and no more
+    once the run has trained.
     """
-    if isinstance(error, AbsentRanksError | NeverReachedError | NeverInReachError):
+    if isinstance(error, AbsentRanksError | NeverReachedError | NeverAllowedError | UnusableStoreError):
         return FAILED if has_trained(folder) else STOP
     return FAILED if isinstance(error, OutOfReachError) else STOP
 

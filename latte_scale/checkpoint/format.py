@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from latte_scale.engine.base import LocalShard
-from latte_scale.store import CredentialsError, MissingError, NeverReachedError, Store, StoreError, TransientError
+from latte_scale.store import (
+    CredentialsError,
+    MissingError,
+    NeverReachedError,
+    Store,
+    StoreError,
+    TransientError,
+)
 
 FORMAT = "latte_scale checkpoint"
 FORMAT_VERSION = 1
@@ -37,8 +44,9 @@ class OutOfReachError(CheckpointError):
     """The store gave no whole answer for too long: no fault of what lies in it, and another attempt may get one."""
 
 
-class NeverInReachError(OutOfReachError):
-    """It has given this process no answer at all, which a wrong address does, too."""
+class UnusableStoreError(OutOfReachError):
+    """It has never answered this process, or does not allow what is asked: its address or the credentials are wrong, if
+    they were not right for an earlier attempt."""
 
 
 UNKNOWN = (TransientError, CredentialsError)
@@ -47,8 +55,8 @@ UNKNOWN = (TransientError, CredentialsError)
 
 def kind_of(error: Exception) -> type[CheckpointError]:
     """Which error of checkpoints one of a store, a disk or a checkpoint is."""
-    if isinstance(error, NeverReachedError | NeverInReachError):
-        return NeverInReachError
+    if isinstance(error, NeverReachedError | CredentialsError | UnusableStoreError):
+        return UnusableStoreError
     return OutOfReachError if isinstance(error, TransientError | OutOfReachError) else CheckpointError
 
 

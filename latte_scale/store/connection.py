@@ -20,6 +20,9 @@ from latte_scale.store.settings import StoreSettings, check_endpoint
 from latte_scale.store.threads import Threads
 
 T = TypeVar("T")
+METADATA_SERVICE = {"metadata_service_num_attempts": 3, "metadata_service_timeout": 2}
+"""Where a machine's role gives the credentials: botocore asks once, for 1 s, and says that there are none if the
+service is busy, as it is when all ranks and loader workers of a machine start at once."""
 LOUD_WAIT_S = 1.0  # waits from here on are told as warnings, shorter ones as information
 
 log = logging.getLogger(__name__)
@@ -153,6 +156,9 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
         if logging.getLogger(name).level == logging.NOTSET:
             logging.getLogger(name).setLevel(logging.WARNING)
     session = botocore.session.get_session()
+    for name, value in METADATA_SERVICE.items():
+        if session.get_config_variable(name) == 1:  # botocore's own
+            session.set_config_variable(name, value)
     boto = boto3.session.Session(botocore_session=session)
 
     def make(addressing: str) -> Any:

@@ -276,4 +276,15 @@ def test_a_bucket_that_is_down_as_a_run_starts_or_ends_asks_for_another_attempt(
         ended = Run(0, "", folder).exit
         assert ended["code"] == 1 and reason in ended["reason"] and "503 SlowDown" in ended["reason"]
         s3.proxy.reset()
+    expired = {"match": "PUT .*optim", "status": 400, "code": "ExpiredToken", "times": 9999}
+    s3.fail("answer", **expired)
+    assert run_in_process(folder, data_sets.latents, *options, "train.steps=4") == 1  # the next may have new ones
+    assert "credentials have expired" in Run(0, "", folder).exit["reason"]
+    s3.proxy.reset()
     assert run_in_process(folder, data_sets.latents, *options, "train.steps=4") == 0
+
+    s3.fail("answer", match="(PUT|POST) .*checkpoints", status=403, code="AccessDenied", times=9999)
+    assert (
+        run_in_process(tmp_path / "new", data_sets.latents, *options, "train.steps=4") == 78
+    )  # of a run's first start
+    assert "access is denied" in Run(0, "", tmp_path / "new").exit["reason"]

@@ -1,13 +1,16 @@
 """What a process shares: one client, and nothing that gives credentials away."""
 
+import json
 import logging
 import multiprocessing
+import threading
 import time
 import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from latte_scale.store import NeverReachedError, StoreError, StoreSettings, UnreachableError, open_store
+from latte_scale.store import NeverReachedError, StoreError, StoreSettings, UnreachableError, connection, open_store
 from latte_scale.store.connection import connection_for
 
 pytest.importorskip("boto3")
@@ -21,6 +24,45 @@ def test_stores_share_a_connection_and_children_make_their_own():
     assert connection_for(StoreSettings(endpoint_url="http://127.0.0.1:2")) is not mine
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(has_connections) is False
+
+
+class MetadataService(BaseHTTPRequestHandler):
+    """That of a machine in the cloud, where a role gives the credentials; too busy for the first requests."""
+
+    busy = 0
+
+    def do_PUT(self) -> None:
+        self.answer(b"token")
+
+    def do_GET(self) -> None:
+        role = {"Code": "Success", "AccessKeyId": "key", "SecretAccessKey": SECRET, "Token": TOKEN}
+        is_list = self.path.endswith("security-credentials/")
+        self.answer(b"trainer" if is_list else json.dumps(role | {"Expiration": "2099-01-01T00:00:00Z"}).encode())
+
+    def answer(self, body: bytes) -> None:
+        cls = type(self)
+        cls.busy -= 1
+        self.send_response(503 if cls.busy >= 0 else 200)
+        self.end_headers()
+        self.wfile.write(b"" if cls.busy >= 0 else body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_a_metadata_service_that_is_busy_is_asked_again(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nowhere")
+    MetadataService.busy = 2
+    with ThreadingHTTPServer(("127.0.0.1", 0), MetadataService) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        _, client = connection._client(StoreSettings(endpoint_url="http://127.0.0.1:1", region="x"))
+        credentials = client._request_signer._credentials  # asked for when it was made
+        server.shutdown()
+    assert credentials is not None and credentials.access_key == "key"
 
 
 def has_connections() -> bool:
