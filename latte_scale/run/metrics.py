@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -125,6 +125,10 @@ class SpikeDetector:
         return height if self._is_high and not was_high else None
 
 
+TAIL_BYTES = 2**20
+"""How much of the end of a metrics file is looked at when it is rewound: about 800 lines, more where these are too few."""
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, appended and flushed, rewound to the step a run resumes from."""
 
@@ -143,27 +147,31 @@ class MetricsFile:
     def rewind(self, step: int, keep_in: str | Path) -> list[int]:
         """Move every line of a step >= `step` to the file `keep_in`; returns those steps.
 
-        They were logged by an attempt that ended before its next checkpoint and will be logged again.
+        They were logged by an attempt that ended before its next checkpoint and will be logged again. Of a long file
+        only the end is looked at, for lines stand in the order of steps, but for one that a dead attempt wrote late.
         """
         if not self.path.exists():
             return []
-        text = self.path.read_text(errors="replace")
-        kept, moved, steps = [], [], []
-        for line in text.splitlines():
-            record = _parse_or_none(line)
-            if record is not None and isinstance(record.get("step"), int):
-                if record["step"] < step:
+        with open(self.path, "rb") as file:
+            begin, lines = _tail(file, step)
+            kept, moved, steps = [], [], []
+            for line in lines:
+                of = _step_of(line)
+                if of is not None and of < step:
                     kept.append(line)
                     continue
-                steps.append(record["step"])
-            moved.append(line)  # also one that was cut by a kill: its step is logged again, or is lost already
-        if moved:
-            with open(keep_in, "a") as file:
-                file.writelines(line + "\n" for line in moved)
-        if moved or (text and not text.endswith("\n")):  # else the next line would be appended to the last one
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self.path)
+                steps += [] if of is None else [of]
+                moved.append(line)  # also one that was cut by a kill: its step is logged again, or is lost already
+            if moved:
+                with open(keep_in, "ab") as keep:
+                    keep.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
+            if moved or not all(line.endswith(b"\n") for line in lines):  # the next would be appended to the last one
+                temporary = self.path.with_suffix(".tmp")
+                with open(temporary, "wb") as new:
+                    file.seek(0)
+                    _copy(file, new, begin)
+                    new.writelines(line.rstrip(b"\n") + b"\n" for line in kept)
+                os.replace(temporary, self.path)
         return steps
 
     def append(self, record: dict[str, Any]) -> None:
@@ -176,6 +184,31 @@ class MetricsFile:
         except OSError as error:  # of a full disk it does not say which
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._then(record)
+
+
+def _tail(file: BinaryIO, step: int) -> tuple[int, list[bytes]]:
+    """The last lines of a file, TAIL_BYTES of them and from before `step` on, and the offset at which they begin."""
+    size, length = file.seek(0, os.SEEK_END), TAIL_BYTES
+    while True:
+        file.seek(max(0, size - length))
+        if size > length:
+            file.readline()  # the rest of a line
+        begin, lines = file.tell(), file.readlines()
+        first = next((of for line in lines if (of := _step_of(line)) is not None), step)
+        if begin == 0 or first < step:
+            return begin, lines
+        length *= 4
+
+
+def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
+    while num_bytes and (block := source.read(min(num_bytes, TAIL_BYTES))):
+        target.write(block)
+        num_bytes -= len(block)
+
+
+def _step_of(line: bytes) -> int | None:
+    record = _parse_or_none(line.decode(errors="replace"))
+    return record["step"] if record is not None and isinstance(record.get("step"), int) else None
 
 
 def _parse_or_none(line: str) -> dict[str, Any] | None:
