@@ -126,7 +126,7 @@ class SpikeDetector:
 
 
 TAIL_BYTES = 2**20
-"""How much of the end of a metrics file is looked at when it is rewound: about 800 lines, more where these are too few."""
+"""How much of the end of a file is looked at when it is rewound: about 800 lines, more where these are too few."""
 
 
 class MetricsFile:
