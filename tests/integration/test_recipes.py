@@ -74,6 +74,19 @@ def test_stages_image_video_larger_longer(data_sets, tmp_path):
         before = folder
 
 
+def test_the_contrastive_loss_begins_and_ends_with_a_stage(data_sets, tmp_path, capsys):
+    contrastive = ("contrastive.weight=0.1", "contrastive.group=2", "model.contrastive_width=4")
+    run("t2v_256", tmp_path / "plain", data_sets.latents, *SMALL_T2V)
+    record = run(
+        "t2v_256", tmp_path / "with", data_sets.latents, *SMALL_T2V, *contrastive, f"model.init={tmp_path}/plain",
+        "log.every_steps=1",
+    )  # fmt: skip
+    assert record["contrastive_loss"] > 0
+    assert "new and random: contrastive.condition.weight, contrastive.video.weight" in capsys.readouterr().out
+    run("t2v_256", tmp_path / "without", data_sets.latents, *SMALL_T2V, f"model.init={tmp_path}/with")
+    assert "dropped contrastive.condition.weight, contrastive.video.weight" in capsys.readouterr().out
+
+
 def weights_of(folder, tree):
     return checkpoint.load_full(checkpoint.list_steps(folder / "checkpoints")[-1], tree)
 
