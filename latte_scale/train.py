@@ -216,8 +216,7 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
     """
     manifest, vae, text = datasets[0].manifest, None, None
     if manifest.kind == "video":
-        read = config.encoders if config.model.kind == "latte_t2v" else replace(config.encoders, text=None)
-        vae, text = load_encoders(read, device)
+        vae, text = load_encoders(config.read_encoders, device)
     scaled_by = vae or manifest.latents
     return Conditioner(
         config.run.seed,
