@@ -17,7 +17,8 @@ from latte_scale.encoders import CAPTION_CLEANING, EncoderFacts, are_local, enco
 def check_data(config: Config, datasets: Sequence[Dataset]) -> None:
     """Refuse data or encoders that do not fit the model: ManifestError lists every difference."""
     kind = datasets[0].manifest.kind
-    facts = encoder_facts(config.encoders) if kind == "video" or are_local(config.encoders) else None
+    encoders = config.read_encoders
+    facts = encoder_facts(encoders) if kind == "video" or are_local(encoders) else None
     text_dim = config.model.caption_channels if config.model.kind == "latte_t2v" else None
     if facts is not None:
         check_widths(config, facts, text_dim)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from latte_scale import rng
+from latte_scale.data.index import caption_hash
 from latte_scale.data.loader import MicroBatch
-from latte_scale.encoders import TextEncoder, VideoAutoencoder
+from latte_scale.encoders import TextEncoder, VideoAutoencoder, clean_caption
 
 logger = logging.getLogger("latte_scale")
 
@@ -131,7 +132,7 @@ class Conditioner:
             noise_BCFHW=noise_BCFHW,
             uniform_B=uniform_B,
             weight_B=weight_B,
-            condition_B=self._to_device(micro_batch.condition_B),
+            condition_B=self._to_device(self._condition_ids(micro_batch)),
             num_samples=sum(index >= 0 for index in indices),
             num_tokens_B=num_tokens_B,
             digest=self._digest(micro_batch, step, indices),
@@ -184,6 +185,18 @@ class Conditioner:
         if self.text_length is not None:
             text, mask = _lengthen(text, -2, self.text_length), _lengthen(mask, -1, self.text_length)
         return {"text": text.float(), "mask": self._mask(mask)}, lengths_B.tolist()
+
+    def _condition_ids(self, micro_batch: MicroBatch) -> Tensor:
+        """int64 [B]: equal for what is one condition to this model, whatever else the data say; -1 for no condition.
+
+        A model of classes has classes, whatever the captions; one of text has captions as its encoder is given them.
+        """
+        if self.num_classes is not None:
+            condition_B = micro_batch.label_B
+        else:
+            hashes = [caption_hash(clean_caption(caption)) >> 1 for caption in micro_batch.captions]
+            condition_B = torch.tensor(hashes, dtype=torch.int64)
+        return torch.where(micro_batch.dropped_B | (micro_batch.index_B < 0), -1, condition_B)
 
     def _mask(self, mask: Tensor) -> Tensor | None:
         """A mask [..., L] of the host on the device; None if every token is real: no padding to step over then."""

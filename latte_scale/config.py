@@ -244,6 +244,11 @@ class Config:
         return self.contrastive.group if self.contrastive.weight else 1
 
     @property
+    def read_encoders(self) -> EncoderSettings:
+        """The encoders that the model can read: a model of classes has no use for a text encoder that is named."""
+        return self.encoders if self.model.kind == "latte_t2v" else replace(self.encoders, text=None)
+
+    @property
     def checkpoint_dir(self) -> str:
         """The folder or s3:// prefix that holds the step-XXXXXXXX/."""
         return os.path.expanduser(self.checkpoint.dir or "") or str(self.run.folder / "checkpoints")

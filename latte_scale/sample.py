@@ -11,8 +11,9 @@ which says in its metadata how it was made, and `prompts.jsonl`, which says what
     torchrun --nproc_per_node 8 -m latte_scale.sample --checkpoint runs/NAME --prompts prompts.txt --out DIR
 
 A video can start from another one: `--init-video F --strength 0.6` noises F and denoises it again, `--init-video F
---known-frames 4` continues its first four frames. Video i has the noise of --seed plus i, from a CPU generator of its
-own: neither the batch size nor the number of ranks changes it.
+--known-frames 4` continues its first four frames, and need not have more than those; an image is a clip of one. Video i
+has the noise of --seed plus i, from a CPU generator of its own: neither the batch size nor the number of ranks changes
+it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -68,7 +70,7 @@ class Setup:
     text: TextEncoder | None
     decoder: VideoAutoencoder | TemporalDecoder
     shape: tuple[int, ...]  # C, F, H, W of the latents
-    clip_CFHW: Tensor | None  # latents to start from or to continue
+    clip_CFHW: Tensor | None  # latents to start from or to continue; of a clip to continue perhaps the known ones only
     device: torch.device
 
 
@@ -87,20 +89,34 @@ def how_to_sample(args: argparse.Namespace, loaded: Loaded, records: Sequence[di
     return Sampling(sampler, args.steps, guidance, strength, args.known_frames)
 
 
-def read_init_video(path: Path | None, video: VideoSettings, vae: VideoAutoencoder) -> Tensor | None:
-    """Latents [C, F, h, w] in model units of the first clip of a file, in the frame policy of the run."""
+def read_init_video(
+    path: Path | None, video: VideoSettings, vae: VideoAutoencoder, num_known: int = 0
+) -> Tensor | None:
+    """Latents [C, F, h, w] in model units of the first clip of a file, in the frame policy of the run.
+
+    num_known: where only the first frames are asked for, so many; of a file too short for a clip come these alone.
+    """
     if path is None:
         return None
     if not path.is_file():
         raise ValueError(f"--init-video {path}: expected a video; there is no such file")
     try:
-        pixels_FCHW = torch.from_numpy(read_clip(path, video))
+        pixels_FCHW = torch.from_numpy(_read_clip(path, video, num_known))
     except TooShortError as error:
         raise ValueError(f"--init-video {path}: {error}; give a longer one, or another --config") from error
     except VideoError as error:
         raise ValueError(f"--init-video {path}: {error}") from error
     mean_BFChw, _ = vae.encode(pixels_FCHW[None])
     return vae.to_model_units(mean_BFChw)[0].transpose(0, 1)
+
+
+def _read_clip(path: Path, video: VideoSettings, num_known: int) -> np.ndarray:
+    try:
+        return read_clip(path, video)
+    except TooShortError:
+        if not num_known:
+            raise
+        return read_clip(path, video.beginning(num_known))
 
 
 def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dict[str, Any]]:
@@ -135,7 +151,8 @@ def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str
         decoder = TemporalDecoder(args.temporal_decoder, ranks.device)
         decoder.check_fits(vae)
     shape = (vae.channels, video.frames, video.height // vae.downscale, video.width // vae.downscale)
-    return Setup(loaded, how, video, text, decoder, shape, read_init_video(args.init_video, video, vae), ranks.device)
+    clip_CFHW = read_init_video(args.init_video, video, vae, how.num_known if how.strength == 1.0 else 0)
+    return Setup(loaded, how, video, text, decoder, shape, clip_CFHW, ranks.device)
 
 
 def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:

@@ -82,7 +82,7 @@ from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
-from latte_scale.weights import check_init, load_weights
+from latte_scale.weights import check_init, fit_contrastive, load_weights
 
 EXPECTED = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError, ValueError)
 """Faults that a sentence explains. All else is a fault of the software, with a traceback."""
@@ -216,8 +216,7 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
     """
     manifest, vae, text = datasets[0].manifest, None, None
     if manifest.kind == "video":
-        read = config.encoders if config.model.kind == "latte_t2v" else replace(config.encoders, text=None)
-        vae, text = load_encoders(read, device)
+        vae, text = load_encoders(config.read_encoders, device)
     scaled_by = vae or manifest.latents
     return Conditioner(
         config.run.seed,
@@ -241,7 +240,9 @@ def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if is_new and config.model.init is not None:
         weights = load_weights(config.model.init)
-        changes = check_init(weights, config.model, config.diffusion)
+        state, told = fit_contrastive(weights, config.model.contrastive_width, model.state_dict())
+        weights = replace(weights, state_dict=state)
+        changes = check_init(weights, config.model, config.diffusion) + told
         if changes and rank == 0:
             console.print(f"model.init {weights.source}: {'; '.join(changes)}", markup=False)
         model.load_state_dict(weights.state_dict, strict=True)

@@ -8,6 +8,7 @@ never comes here.
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -21,7 +22,13 @@ from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
-from latte_scale.model.transformer_folder import check_state, read_json, read_transformer
+from latte_scale.model.transformer_folder import (
+    CONTRASTIVE,
+    check_state,
+    read_json,
+    read_transformer,
+    without_contrastive,
+)
 from latte_scale.store import Store, StoreSettings, open_store
 
 logger = logging.getLogger("latte_scale")
@@ -109,6 +116,22 @@ def check_init(
     pairs += [(f"diffusion.{name}", weights.diffusion, diffusion, name) for name in _DIFFUSION_CHANGES]
     values = [(key, getattr(old, name), getattr(new, name)) for key, old, new, name in pairs]
     return [f"{key} was {old!r}, is {new!r}" for key, old, new in values if old != new]
+
+
+def fit_contrastive(weights: Weights, width: int, first: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights' tensors with the contrastive projections of a run that is to start from them, and what is told.
+
+    Only the contrastive loss reads them and no released weights have any, so a run may begin or end that loss at any
+    stage: projections that it has no use for go, and those that are missing, or of another width, are the run's own
+    first ones. width: the run's model.contrastive_width. first: the state dict of its model as it was drawn.
+    """
+    if weights.architecture.contrastive_width == width:
+        return weights.state_dict, []
+    _, kept, dropped = without_contrastive(weights.architecture, weights.state_dict)
+    new = {name: tensor for name, tensor in first.items() if name.startswith(CONTRASTIVE)}
+    words = [f"dropped {', '.join(sorted(dropped))}"] if dropped else []
+    words += [f"new and random: {', '.join(sorted(new))}"] if new else []
+    return kept | new, words
 
 
 def find_stored(source: str, tree: str | None = None) -> Stored | None:

@@ -186,6 +186,18 @@ def test_labels_are_dropped_to_the_null_class_clip_and_images_apart():
     assert (unconditional.label_B, unconditional.text, unconditional.num_tokens_B) == (None, None, [0, 0, 0])
 
 
+def test_conditions_are_told_apart_by_what_the_model_is_given_whatever_else_the_data_say():
+    """Clips with captions and classes: a model of classes must not take two captions of a class for two conditions."""
+    batch = micro_batch([3, 4, 5, 6, -1])
+    batch.captions = ["a dog", "a cat", "A dog ", "a cat", ""]
+    batch.label_B, batch.dropped_B[3] = torch.tensor([1, 1, 0, 0, -1]), True
+    of_classes = Conditioner(7, CPU, 2.0, 0.5, num_classes=2)(batch, step=5).condition_B
+    assert of_classes.dtype == torch.int64 and of_classes.tolist() == [1, 1, 0, -1, -1]
+    of_text = Conditioner(7, CPU, 2.0, 0.5)(batch, step=5).condition_B
+    assert of_text.dtype == torch.int64 and of_text[3:].tolist() == [-1, -1]
+    assert of_text[0] == of_text[2] != of_text[1] and (of_text[:3] >= 0).all()
+
+
 def test_known_frames_come_first_in_the_asked_share_and_never_all():
     indices = list(range(400))
     settings = KnownFramesSettings(share=0.25)

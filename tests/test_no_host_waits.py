@@ -131,7 +131,6 @@ def micro_batch(config: Config, raw: bool = False) -> MicroBatch:
         dropped_B=torch.tensor([False, True, False, False]),
         sample_ids=["a", "b", "c", ""],
         captions=["a red circle", "a blue square moves left", "green", ""],
-        condition_B=torch.tensor([3, -1, 5, -1]),
         **fields,
     )
 

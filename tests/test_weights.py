@@ -15,7 +15,7 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import write_transformer
 from latte_scale.settings import to_mapping
-from latte_scale.weights import check_init, load_weights
+from latte_scale.weights import check_init, fit_contrastive, load_weights
 from tests.weight_files import randomise, save_run
 
 CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, temporal_position="learnable")
@@ -152,3 +152,22 @@ def test_a_stage_says_what_it_changes_and_does_not_take_other_heads(tmp_path, ar
         check_init(weights, dataclasses.replace(architecture, **heads), same)
     with pytest.raises(ValueError, match="do not fit"):
         check_init(weights, dataclasses.replace(architecture, in_channels=8, out_channels=8), same)
+
+
+@KINDS
+@pytest.mark.parametrize(("before", "now"), [(0, 6), (6, 0), (6, 4), (6, 6), (0, 0)])
+def test_a_stage_begins_or_ends_the_contrastive_loss(tmp_path, architecture, before, now):
+    """No released weights have its projections, and nothing but that loss reads them."""
+    old = randomise(build_model(dataclasses.replace(architecture, contrastive_width=before))).state_dict()
+    save_run(tmp_path, {"model": to_mapping(architecture) | {"contrastive_width": before}, "diffusion": {}}, old)
+    wanted = dataclasses.replace(architecture, contrastive_width=now)
+    first = build_model(wanted, torch.Generator().manual_seed(0)).state_dict()
+    weights = load_weights(f"{tmp_path}#model")
+    state, told = fit_contrastive(weights, now, first)
+    assert check_init(dataclasses.replace(weights, state_dict=state), wanted, DiffusionSettings()) == []
+    for name, tensor in state.items():
+        source = first if name.startswith("contrastive.") and before != now else old
+        assert torch.equal(tensor, source[name]), name
+    names, changed = ", ".join(sorted(f"contrastive.{of}.weight" for of in ("video", "condition"))), before != now
+    dropped, new = [f"dropped {names}"], [f"new and random: {names}"]
+    assert told == (dropped if changed and before else []) + (new if changed and now else [])

@@ -198,7 +198,9 @@ def load_into(checkpoint: Checkpoint, trees: Trees) -> None:
     if missing:
         raise CheckpointError(
             f"{checkpoint.url} has no {', '.join(missing)}; it has {', '.join(manifest.trees)}. Set ema.decays to what "
-            "is there, or begin averages at the weights: latte-scale ckpt convert --ema-from-weights"
+            "is there, or begin averages at the weights: write ema.decays into a copy of the run's config.yaml, then "
+            f"latte-scale ckpt convert {checkpoint.url} PLACE --to latte --config COPY --ema-from-weights, and go on "
+            "with checkpoint.dir=PLACE"
         )
     reader = Reader(checkpoint)
     for tree, pieces in trees.items():

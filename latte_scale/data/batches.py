@@ -55,7 +55,6 @@ class MicroBatch:
     mask_BL: Tensor | None = None  # bool, True for real tokens
     pixels_BFCHW: Tensor | None = None  # uint8 ("video" data)
     label_B: Tensor | None = None  # int64 class, -1 for an empty slot or data without labels; not given: all -1
-    condition_B: Tensor | None = None  # int64, equal for equal conditions, -1 where dropped or empty; not given: all -1
     # Images of joint training, n a clip.
     image_ids: list[list[str]] = field(default_factory=list)  # as sample_ids; "ID#3" is frame 3 of a clip
     image_mean_BNCHW: Tensor | None = None  # as mean_BFCHW
@@ -71,8 +70,6 @@ class MicroBatch:
     def __post_init__(self) -> None:
         if self.label_B is None:
             self.label_B = torch.full_like(self.index_B, -1)
-        if self.condition_B is None:
-            self.condition_B = torch.full_like(self.index_B, -1)
 
     def pin_memory(self) -> Self:
         """Copy all tensors to page-locked memory; called by the DataLoader's pinning thread."""
@@ -161,7 +158,6 @@ class MicroBatches(torch.utils.data.Dataset):
             captions=["" if item is None else item.caption for item in items],
             replaced=replaced,
             label_B=_labels(items),
-            condition_B=_conditions(items, dropped),
         )
         self._add_clips(batch, items, room)
         if batch.mean_BFCHW is not None and self.datasets[0].manifest.text is not None:
@@ -287,11 +283,6 @@ class MicroBatches(torch.utils.data.Dataset):
         if url not in self._null_texts:
             self._null_texts[url] = dataset.null_text()
         return self._null_texts[url]
-
-
-def _conditions(items: list[Item | None], dropped: list[bool]) -> Tensor:
-    pairs = zip(items, dropped, strict=True)
-    return torch.tensor([-1 if item is None or drop else item.condition for item, drop in pairs])
 
 
 def _labels(items: list[Item | None]) -> Tensor:

@@ -78,7 +78,7 @@ def _video_differences(expected: VideoSettings, came: VideoSettings) -> Iterator
         for name in ("frames", "height", "width"):
             if getattr(expected, name) != getattr(came, name):
                 yield Difference(f"video.{name}", getattr(expected, name), getattr(came, name))
-    are_images = expected.more_sizes and all(size.frames == 1 for size in stored)
+    are_images = all(size.frames == 1 for size in stored)
     for name in () if are_images else CHOICE_OF_FRAMES:
         if getattr(expected, name) != getattr(came, name):
             yield Difference(f"video.{name}", getattr(expected, name), getattr(came, name))

@@ -16,7 +16,7 @@ import numpy as np
 
 from latte_scale import rng
 from latte_scale.data.arrays import read_arrays
-from latte_scale.data.index import Side, caption_hash
+from latte_scale.data.index import Side
 from latte_scale.data.latents import unpack_latents, unpack_text
 from latte_scale.data.plan import Plan, SampleId
 from latte_scale.data.samples import DamagedError, Dataset, Sample
@@ -59,7 +59,6 @@ class Item:
     id: str
     caption: str  # of several the one that was drawn
     label: int  # -1: data without labels
-    condition: int  # >= 0, equal for equal conditions
     mean_FCHW: np.ndarray | None = None
     std_FCHW: np.ndarray | None = None
     text_LD: np.ndarray | None = None
@@ -146,7 +145,6 @@ class ItemReader:
             id=f"{self.names[sample_id.dataset]}/{entry.name.removesuffix('.tar')}/{sample.key}",
             caption=caption,
             label=-1 if label is None else label,
-            condition=_condition(dataset, caption, label),
         )
         mirrored = self.video.hflip and rng.uniform(self.seed, "flip", *draw) < 0.5
         if dataset.manifest.kind == "latents":
@@ -179,13 +177,6 @@ class ItemReader:
         key = dataset.index(sample_id.shard).key(int(self._positions(sample_id, bucket)[sample_id.row]))
         shard = dataset.manifest.shards[sample_id.shard].name.removesuffix(".tar")
         return f"{self.names[sample_id.dataset]}/{shard}/{key}"
-
-
-def _condition(dataset: Dataset, caption: str, label: int | None) -> int:
-    """What tells conditions apart, >= 0: the class, where there is one and no stored text, else the caption's hash."""
-    if label is not None and dataset.manifest.text is None:
-        return label
-    return caption_hash(caption) >> 1
 
 
 def _add_arrays(item: Item, sample: Sample, dataset: Dataset, bucket: str, mirrored: bool) -> None:

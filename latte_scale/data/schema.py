@@ -107,6 +107,14 @@ class VideoSettings:
         content = {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
         return content | ({"more_sizes": list(content["more_sizes"])} if self.more_sizes else {})
 
+    def beginning(self, num_frames: int) -> "VideoSettings":
+        """The policy of the first `num_frames` frames of a clip alone, which a shorter file has, too."""
+        interval = self.frame_interval
+        if self.sampling == "linspace" and self.frames > 1:
+            interval = (self._window_frames - 1) // (self.frames - 1)
+        own = {"frames": num_frames, "frame_interval": interval}
+        return dataclasses.replace(self, **own, window=None, sampling="stride", more_sizes=())
+
     @property
     def span(self) -> int:
         """Neighbouring frames from the first frame of a clip to its last: (frames - 1) * frame_interval + 1."""

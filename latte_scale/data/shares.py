@@ -63,10 +63,11 @@ def check_ranks(plan: Plan, size: int, group: int = 1) -> None:
 def check_bucket(bucket: str, cost: Fraction, global_batch: int, size: int, group: int = 1) -> None:
     """The same of one bucket, whose samples cost so much."""
     if (batch := samples_for(global_batch, cost, group)) < size * group:
+        enough = math.ceil(cost * size) * group
         raise ValueError(
             f"bucket {bucket}: {batch} samples cost as much as train.global_batch {global_batch} of the main size, "
             f"which is fewer than {size * group} for the {size} data-parallel ranks; use a global_batch of "
-            f"{math.ceil(cost * size * group)} or more, or fewer ranks"
+            f"{enough} or more, or fewer ranks"
         )
 
 

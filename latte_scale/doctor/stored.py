@@ -93,7 +93,7 @@ def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[L
 
 def local_folders(config: Config) -> list[Path]:
     """Of the encoders, those whose folder is named."""
-    names = (config.encoders.vae, config.encoders.text)
+    names = (config.read_encoders.vae, config.read_encoders.text)
     return [Path(name) for name in names if name is not None and Path(name).is_dir()]
 
 
@@ -101,17 +101,18 @@ def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:
     """Encoders that training would load and that are not here: where shards hold pixels, each rank needs them."""
     if dataset.manifest.kind != "video":
         return [Line("ok", "encoders", "not needed: the shards hold latents")]
+    encoders = config.read_encoders
     try:
-        if config.encoders.text is None:
-            find_vae(config.encoders.vae)
+        if encoders.text is None:
+            find_vae(encoders.vae)
         else:
-            encoder_folders(config.encoders)
+            encoder_folders(encoders)
     except EncoderError as error:
-        found = f"encoders.vae={config.encoders.vae}, encoders.text={config.encoders.text}: {error}"
+        found = f"encoders.vae={encoders.vae}, encoders.text={encoders.text}: {error}"
         remedy = "fetch them on a machine with a network and give the folders, or train from latents"
         return [Line("fault", "encoders", found, remedy)]
-    where = "local" if are_local(config.encoders) else "in the hub's cache or fetched from it"
-    return [Line("ok", "encoders", f"{config.encoders.vae}, {config.encoders.text}: {where}")]
+    where = "local" if are_local(encoders) else "in the hub's cache or fetched from it"
+    return [Line("ok", "encoders", f"{encoders.vae}, {encoders.text}: {where}")]
 
 
 def sound_lines(dataset: Dataset, rank: int, size: int) -> list[Line]:

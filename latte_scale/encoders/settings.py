@@ -5,7 +5,7 @@ latent, folders to copy. The decision worth knowing: facts are what config.json 
 model is built for them, so a machine without the memory for an encoder can still hold data to a config.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latte_scale.encoders.files import (
@@ -78,7 +78,7 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
 
 def vae_downscale(settings: EncoderSettings) -> int:
     """Pixels a latent, from the VAE's config alone; that of the SD VAE where the files are not at hand."""
-    if not are_local(settings):
+    if not are_local(replace(settings, text=None)):
         return SD_DOWNSCALE
     return 2 ** (len(read_config(find_vae(settings.vae)).get("block_out_channels", (64,))) - 1)
 

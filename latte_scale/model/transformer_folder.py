@@ -58,6 +58,8 @@ _FIXED: dict[str, tuple[Any, Any]] = {
 }
 # Checkpoints older than the diffusers port hold this unused table (the null caption's); it is the one key we drop.
 UNUSED = "caption_projection.y_embedding"
+CONTRASTIVE = "contrastive."
+"""How the names of the projections begin that only the contrastive loss reads."""
 
 
 @contextmanager
@@ -192,7 +194,7 @@ def without_contrastive(
     settings: LatteSettings | LatteT2VSettings, state: dict[str, Tensor]
 ) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor], list[str]]:
     """The same model without the projections that only its training used, and the names of what was taken off."""
-    dropped = [name for name in state if name.startswith("contrastive.")]
+    dropped = [name for name in state if name.startswith(CONTRASTIVE)]
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     return replace(settings, contrastive_width=0), kept, dropped
 

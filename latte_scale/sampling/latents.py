@@ -87,12 +87,13 @@ def sample_latents(
     """Latents in model units [B, C, F, H, W] of a batch of requests; `shape` is (C, F, H, W).
 
     model: the module of `architecture`, or an engine's stand-in for it. clip_CFHW: latents in model units to start from
-    or to continue. progress: called as progress(model calls done, all), after each call.
+    or to continue; of one to continue its known frames will do. progress: called as progress(model calls done, all),
+    after each call.
     """
     model_fn = conditioned(model, architecture, requests, how.guidance > 1, device)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     noise_BCFHW = torch.stack([initial_noise(shape, generator) for generator in generators]).to(device)
-    given = None if clip_CFHW is None else clip_CFHW.to(device).expand_as(noise_BCFHW)
+    given = None if clip_CFHW is None else clip_CFHW.to(device).expand(len(requests), *clip_CFHW.shape)
     return sample(
         model_fn,
         noise_BCFHW,

@@ -177,7 +177,7 @@ def test_an_existing_step_is_never_overwritten(tmp_path: Path) -> None:
 def test_another_model_or_a_missing_tree_is_refused(tmp_path: Path) -> None:
     save(saver(tmp_path), 1)
     checkpoint = open_checkpoint(tmp_path / "step-00000001")
-    with pytest.raises(CheckpointError, match=r"has no ema/0\.5; it has .*ema/0\.9999.*--ema-from-weights"):
+    with pytest.raises(CheckpointError, match=r"has no ema/0\.5; it has .*ema/0\.9999.*PLACE --to latte --config COPY"):
         load_into(checkpoint, {"ema/0.5": []})
     with pytest.raises(CheckpointError, match=r"has no tree 'ema/0\.5'"):
         load_full(checkpoint.url, "ema/0.5")

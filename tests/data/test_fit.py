@@ -94,6 +94,13 @@ def test_a_config_of_several_sizes_takes_data_of_any_of_them(manifest):
         check_manifest(of(manifest, more_sizes=(WIDE,)), fitting(manifest))
 
 
+def test_an_image_has_no_interval_in_a_config_of_images_alone(manifest):
+    still = dataclasses.replace(VIDEO, frames=1, frame_interval=4, window=9)
+    check_manifest(of(manifest, frames=1, frame_interval=1), dataclasses.replace(fitting(manifest), video=still))
+    with pytest.raises(ManifestError, match=r"1 differences.*\n  video\.frames: expected 2, came 1\n"):
+        check_manifest(of(manifest, frames=1, frame_interval=7), fitting(manifest))
+
+
 def test_data_of_other_sizes_may_be_mixed_and_images_with_anything(manifest):
     for other in ({"width": 48}, {"more_sizes": (WIDE, STILL)}, {"frames": 1, "frame_interval": 5}):
         assert not list(mixture_differences(manifest, of(manifest, **other)))

@@ -212,6 +212,16 @@ def test_every_window_that_may_be_drawn_lies_in_the_file(frames, interval, extra
         assert places[-1] - start < (video.window or 10**6)
 
 
+@pytest.mark.parametrize("video", [
+    VideoSettings(16, 8, 8, 3), VideoSettings(16, 8, 8, 3, window=48),
+    VideoSettings(16, 8, 8, 3, sampling="linspace"), VideoSettings(5, 8, 8, 1, window=41, sampling="linspace"),
+])  # fmt: skip
+def test_the_beginning_of_a_clip_is_the_first_of_its_frames(video):
+    wanted = video.places(0, 48)
+    for num_frames in (1, 2, 4):
+        assert video.beginning(num_frames).places(0, wanted[num_frames - 1] + 1) == wanted[:num_frames]
+
+
 def test_without_a_window_a_clip_may_end_with_the_last_frame():
     video = VideoSettings(4, frame_interval=3)
     assert video.last_start(20) == 10 and video.places(10, 20) == [10, 13, 16, 19]

@@ -58,6 +58,13 @@ def test_sizes_of_different_cost_are_elastic_too(size, micro_batch, step):
     assert most * COSTS[whole.bucket] <= micro_batch or most == 1
 
 
+def test_the_global_batch_that_is_named_is_made_of_whole_groups_and_is_enough():
+    plan = Plan([PlanData(BUCKETS, "x")], 3, 12, costs=COSTS, group=4)
+    with pytest.raises(ValueError, match=r"bucket 4x16x24: 8 samples cost .* fewer than 12 for the 3 .* 20 or more"):
+        check_ranks(plan, 3, 4)
+    check_ranks(Plan([PlanData(BUCKETS, "x")], 3, 20, costs=COSTS, group=4), 3, 4)
+
+
 def test_a_bucket_with_fewer_samples_than_ranks_is_named():
     plan = Plan([PlanData(BUCKETS, "x")], 3, 12, costs=COSTS)
     with pytest.raises(ValueError, match=r"bucket 4x16x24: 8 samples cost .* fewer than 9 for the 9 .* 14 or more"):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, encoder_facts
+from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, encoder_facts, vae_downscale
 
 
 def test_settings_refuse_no_tokens() -> None:
@@ -22,6 +22,12 @@ def test_facts_need_no_loading_and_agree(vae: VideoAutoencoder, text: TextEncode
         vae.shift,
     )
     assert (facts.vae_sha256, facts.text_sha256, facts.text_dim) == (vae.sha256, text.sha256, text.dim)
+
+
+def test_pixels_a_latent_are_the_vaes_affair_alone(vae: VideoAutoencoder) -> None:
+    for text in ("tiny", None, "somebody/t5-that-is-not-here"):
+        assert vae_downscale(EncoderSettings("tiny", text)) == vae.downscale
+    assert vae_downscale(EncoderSettings("somebody/vae-that-is-not-here", "tiny")) == 8  # the SD VAE's
 
 
 def test_importing_the_package_loads_neither_library() -> None:

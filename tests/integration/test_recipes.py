@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from data_tools.cli import main as latte_data
-from latte_scale import checkpoint, sample, train
+from latte_scale import checkpoint, export, sample, train
+from latte_scale.config import load_config
+from latte_scale.data.samples import open_dataset
+from latte_scale.doctor.stored import encoder_lines
 from tests.conftest import ROOT
 
 SMALL = (
@@ -74,8 +78,33 @@ def test_stages_image_video_larger_longer(data_sets, tmp_path):
         before = folder
 
 
+def test_the_contrastive_loss_begins_and_ends_with_a_stage(data_sets, tmp_path, capsys):
+    contrastive = ("contrastive.weight=0.1", "contrastive.group=2", "model.contrastive_width=4")
+    run("t2v_256", tmp_path / "plain", data_sets.latents, *SMALL_T2V)
+    record = run(
+        "t2v_256", tmp_path / "with", data_sets.latents, *SMALL_T2V, *contrastive, f"model.init={tmp_path}/plain",
+        "log.every_steps=1",
+    )  # fmt: skip
+    assert record["contrastive_loss"] > 0
+    assert "new and random: contrastive.condition.weight, contrastive.video.weight" in capsys.readouterr().out
+    run("t2v_256", tmp_path / "without", data_sets.latents, *SMALL_T2V, f"model.init={tmp_path}/with")
+    assert "dropped contrastive.condition.weight, contrastive.video.weight" in capsys.readouterr().out
+
+
 def weights_of(folder, tree):
     return checkpoint.load_full(checkpoint.list_steps(folder / "checkpoints")[-1], tree)
+
+
+def test_a_class_model_asks_for_no_text_encoder(classes, tmp_path):
+    """Not even where its config names one: it may be 19 GB of weights, to fetch and to hash."""
+    named = (*SMALL_LATTE, "model.num_classes=2", "encoders.text=somebody/t5-that-is-not-here")
+    run("ucf101", tmp_path / "run", classes, *named)
+    options = [f"data.url={classes}", f"run.dir={tmp_path}/run", *SMALL, *named]
+    lines = encoder_lines(load_config(ROOT / "configs" / "ucf101.yaml", options), open_dataset(str(classes)))
+    assert [line.level for line in lines] == ["ok"]
+    assert export.main(["--checkpoint", f"{tmp_path}/run", "--format", "official", "--out", f"{tmp_path}/x.pt"]) == 0
+    official = torch.load(tmp_path / "x.pt", weights_only=True)["ema"]
+    assert official["pos_embed"].shape[1] == (32 // 2 // 2) ** 2  # pixels, by the VAE and by the patch
 
 
 def test_a_class_model_samples_its_classes(classes, tmp_path, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, LattePipeline
+from PIL import Image
 
 from latte_scale import checkpoint, export, import_weights, sample
 from latte_scale.data.schema import VideoSettings
@@ -321,6 +322,26 @@ def test_a_video_can_start_from_another_one(run, data_sets, tmp_path):
     difference = {name: abs(video - original).mean(axis=(1, 2, 3)) for name, video in frames.items()}
     assert difference["near"].mean() < 0.5 * difference["far"].mean()
     assert difference["continued"][:2].max() < 10 < difference["continued"][2:].min()  # the VAE's and H.264's loss
+
+
+def test_a_clip_to_continue_needs_its_known_frames_only(run, data_sets, tmp_path, capsys):
+    """The rest is what is asked for: a beginning of another film, or a still, has none."""
+    whole, short, still = data_sets.clips / "000000.mp4", tmp_path / "short.mp4", tmp_path / "still.png"
+    frames_FHWC = read_clip(whole, VideoSettings(5, 64, 64, 1)).transpose(0, 2, 3, 1)  # the run takes every fourth
+    write_mp4(short, frames_FHWC, 8)
+    Image.fromarray(frames_FHWC[0]).save(still)
+    command = ["--checkpoint", str(run), "--prompt", PROMPTS[0], "--steps", "2"]
+    seen = {}
+    for name, source, known in (("whole", whole, 2), ("short", short, 2), ("still", still, 1)):
+        out = ["--init-video", str(source), "--known-frames", str(known), "--out", str(tmp_path / name)]
+        assert sample.main([*command, *out]) == 0, name
+        seen[name] = read_clip(tmp_path / name / "00000.mp4", VideoSettings(4, 32, 32, 1)).astype(float)
+    assert abs(seen["short"] - seen["whole"]).mean() < 3  # H.264 has been at the short one twice
+    assert abs(seen["still"] - seen["whole"])[0].mean() < 3
+    assert sample.main([*command, "--init-video", str(short), "--out", str(tmp_path / "noised")]) == 2
+    assert "too short: expected 13 frames" in capsys.readouterr().err
+    assert sample.main([*command, "--init-video", str(short), "--known-frames", "3", "--out", str(tmp_path / "n")]) == 2
+    assert "too short: expected 9 frames (3 frames, one in 4), came 5" in capsys.readouterr().err
 
 
 def test_a_clip_needs_to_be_there_for_what_is_done_with_it(run, tmp_path, capsys):
