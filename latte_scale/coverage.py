@@ -75,3 +75,7 @@ def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
         for number, slots in [step_shape(plan, bucket, size, config.train.micro_batch, group)]
     ]
     return lines + idle_lines(plan, config.train.micro_batch, size, group)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

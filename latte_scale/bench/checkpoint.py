@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -336,3 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         write_json(args.out, {"size_bytes": size_bytes, "runs": results})
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
