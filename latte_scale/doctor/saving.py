@@ -23,7 +23,7 @@ from latte_scale.config import Config
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.model.build import build_model
 from latte_scale.run.folder import read_exit
-from latte_scale.run.lease import holder_of, process_start
+from latte_scale.run.lease import holder_of, process_start, this_machine
 from latte_scale.store import StoreError, local_path, open_store
 
 PROBE_BYTES = 32 * 2**20
@@ -136,12 +136,12 @@ def clock_lines(ahead_s: float, place: str) -> list[Line]:
 
 
 def holder_lines(run: Path) -> list[Line]:
-    """Who holds the run folder: training would wait for nobody and stop."""
+    """Whether another attempt holds the run folder, which training would refuse to share (run/lease.py)."""
     holder = holder_of(run)
     if holder is None:
         return []
     mine = os.environ.get("SLURM_JOB_ID", "")
-    if holder.host == socket.gethostname():
+    if holder.host == socket.gethostname() and holder.machine in ("", this_machine()):
         if process_start(holder.pid) != holder.started:
             return []  # dead: taken over at once
         found = f"{run} is held by process {holder.pid} on this machine, which is alive"
