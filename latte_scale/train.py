@@ -72,11 +72,11 @@ from latte_scale.optim import lr_at
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
-from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError, has_trained
+from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRunError, has_trained
 from latte_scale.run.journal import Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, Readback
 from latte_scale.run.profile import Profile
-from latte_scale.run.stopping import StopSources
+from latte_scale.run.stopping import StopSignals, StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
-    signals = StopRequest()
+    signals = StopSignals()
     signals.install()
     try:
         ranks = init_distributed(timeout_s=config.engine.timeout_s)

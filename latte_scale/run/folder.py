@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves beside its checkpoints, and how it is asked to stop.
+"""The run folder: what a run leaves beside its checkpoints, and whether this attempt may still write there.
 
 `run_id` (this run among all, made by its first attempt), `config.yaml` (resolved, written before step 0), `facts.json`
 (how it was made), `coverage.json` (what it sees of its data), `choices.json` (what was chosen by measurement),
@@ -13,14 +13,12 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from latte_scale import settings
@@ -29,10 +27,6 @@ from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_pro
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-INTERRUPTED = (
-    "\nCtrl-C: the step is finished and saved, the same command goes on from there; Ctrl-C again ends at once\n"
-)
 PROBE_BYTES = 1 << 16
 """Written and removed at the start: a full disk is found before the first step, not at the first log line."""
 
@@ -239,41 +233,6 @@ class Fence:
         """Give the folder back."""
         if self._lease is not None:
             self._lease.release()
-
-
-class StopRequest:
-    """Set by a signal, read at step boundaries: the handler itself touches nothing else.
-
-    Ctrl-C asks like any other signal and says so; a second one means it, and is the usual KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._asked_at_s = 0.0
-
-    def install(self) -> None:
-        """Listen for SIGTERM, SIGUSR1, SIGUSR2, and for SIGINT unless it is ignored (`nohup`, a script's `&`)."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name is None:
-            self._asked_at_s = time.monotonic()
-        self.signal_name = signal.Signals(number).name
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._on_signal(number, frame)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), INTERRUPTED.encode())  # not print: a handler may interrupt another one
-
-    def reason(self) -> str:
-        """What `exit.json` says of a stop that was saved: how long it took tells how early the signal has to come."""
-        if self.signal_name is None:
-            return "stopped by a signal on another rank, saved"
-        return f"stopped by {self.signal_name}, saved {time.monotonic() - self._asked_at_s:.1f} s after it"
 
 
 def folder_of(config: str | Path, overrides: Sequence[str]) -> str:

@@ -1,20 +1,17 @@
-"""The run folder's files, the fence and the stop request."""
+"""The run folder's files and the fence."""
 
 import errno
 import json
 import os
-import re
 import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from latte_scale.data.batches import Replacement
-from latte_scale.run.folder import STOP_SIGNALS, Fence, RunFolder, StopRequest, StopRunError, main
+from latte_scale.run.folder import Fence, RunFolder, StopRunError, main
 from latte_scale.run.lease import Lease, this_process
 from latte_scale.run.metrics import MetricsFile, read_metrics
 
@@ -155,41 +152,6 @@ def test_the_fence_falls_when_the_launcher_is_gone(monkeypatch):
     assert fence.is_lost()
     monkeypatch.delenv("RANK")
     assert not Fence(None).is_lost()  # without a launcher, a parent may leave (nohup)
-
-
-def test_a_signal_only_sets_a_flag():
-    stop, before = StopRequest(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-    try:
-        stop.install()
-        assert stop.signal_name is None
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert stop.signal_name == "SIGUSR2"
-        assert re.fullmatch(r"stopped by SIGUSR2, saved 0\.\d s after it", stop.reason())
-        assert StopRequest().reason() == "stopped by a signal on another rank, saved"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_ctrl_c_asks_for_a_stop_and_a_second_one_means_it(monkeypatch, capfd):
-    monkeypatch.delenv("RANK", raising=False)
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, *STOP_SIGNALS)}
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run with it ignored
-        stop = StopRequest()
-        stop.install()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal_name == "SIGINT"
-        assert "Ctrl-C again ends at once" in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup
-        StopRequest().install()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path, capsys):
