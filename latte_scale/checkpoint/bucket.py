@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from latte_scale.checkpoint.format import (
+    INCONCLUSIVE,
     MANIFEST,
     STEP_FOLDER,
-    UNKNOWN,
     Checkpoint,
     CheckpointError,
     Manifest,
@@ -155,7 +155,7 @@ class Bucket:
         """The prefixes that a step's manifest names, its own among them; None if it is damaged."""
         try:
             return _named(read_manifest(self.store.below(step))) | {""}
-        except UNKNOWN:
+        except INCONCLUSIVE:
             raise
         except CheckpointError:
             return None

@@ -23,7 +23,7 @@ from latte_scale.checkpoint import disk
 from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.format import CheckpointError, Manifest, TensorFile, file_name, folder_name
 from latte_scale.checkpoint.load import Reader, open_checkpoint, verify
-from latte_scale.checkpoint.write import give_back, not_saved
+from latte_scale.checkpoint.write import discard_draft, save_error
 from latte_scale.store import Store
 
 FACTS = "latte_scale.json"
@@ -99,9 +99,9 @@ def write_native(content: Content, where: str | Path | Store) -> str:
         draft.commit(manifest, lambda: None)
     except BaseException as error:
         if draft is not None:
-            give_back(draft)
+            discard_draft(draft)
         if isinstance(error, OSError):
-            raise not_saved(depot, error, url, needed) from error
+            raise save_error(depot, error, url, needed) from error
         raise
     return draft.url
 

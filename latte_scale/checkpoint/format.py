@@ -34,19 +34,19 @@ class CheckpointError(RuntimeError):
 
 
 class OutOfReachError(CheckpointError):
-    """The store gave no whole answer for too long: no fault of what lies in it, and another attempt may get one."""
+    """The store did not answer completely in time. Its content is not at fault, and another attempt may succeed."""
 
 
 class NeverInReachError(OutOfReachError):
-    """It has given this process no answer at all, which a wrong address does, too."""
+    """The store has never answered this process, which is also what a wrong address looks like."""
 
 
-UNKNOWN = (TransientError, CredentialsError)
-"""Errors of a store that say nothing about the checkpoint in it: it must not be taken for a broken one."""
+INCONCLUSIVE = (TransientError, CredentialsError)
+"""Errors of a store that say nothing about the checkpoint in it, which must not be taken for broken because of them."""
 
 
-def kind_of(error: Exception) -> type[CheckpointError]:
-    """Which error of checkpoints one of a store, a disk or a checkpoint is."""
+def error_class_of(error: Exception) -> type[CheckpointError]:
+    """The class of the CheckpointError that an error of a store, a disk or a checkpoint is to be raised as."""
     if isinstance(error, NeverReachedError | NeverInReachError):
         return NeverInReachError
     return OutOfReachError if isinstance(error, TransientError | OutOfReachError) else CheckpointError
@@ -148,13 +148,13 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest of a checkpoint. CheckpointError that says what is wrong with it, or one of UNKNOWN."""
+    """The manifest of a checkpoint. CheckpointError that says what is wrong with it, or one of INCONCLUSIVE."""
     where = store.join(MANIFEST)
     try:
         content = json.loads(store.read(MANIFEST))
     except MissingError as error:
         raise CheckpointError(f"{store.url} has no {MANIFEST}: it was never completed, or is no checkpoint") from error
-    except UNKNOWN:
+    except INCONCLUSIVE:
         raise
     except StoreError as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from latte_scale.checkpoint.depot import Depot, open_depot
 from latte_scale.checkpoint.format import (
-    UNKNOWN,
+    INCONCLUSIVE,
     Checkpoint,
     CheckpointError,
     OutOfReachError,
     Piece,
     Trees,
     check_tiling,
+    error_class_of,
     file_name,
-    kind_of,
     read_manifest,
 )
 from latte_scale.engine.base import Ranks
@@ -60,7 +60,7 @@ def crc32c_of(store: Store, name: str) -> int:
 def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
     """What is wrong with these files of a checkpoint; empty if their sizes and checksums fit the manifest.
 
-    Raises one of UNKNOWN where a store cannot be reached: that is no fault of the checkpoint.
+    Raises one of INCONCLUSIVE where a store cannot be reached: that is no fault of the checkpoint.
     """
     store, problems = checkpoint.store, []
     for name in names:
@@ -71,7 +71,7 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
                 problems.append(f"{name} has {size} bytes, expected {expected['size_bytes']}: truncated or replaced")
             elif crc32c_of(store, name) != expected["crc32c"]:
                 problems.append(f"{name} is damaged: its checksum does not fit the manifest")
-        except UNKNOWN:
+        except INCONCLUSIVE:
             raise
         except StoreError as error:
             problems.append(f"{name} cannot be read: {error}")
@@ -79,7 +79,7 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
 
 
 def verify(where: str | Path | Store) -> list[str]:
-    """Everything that is wrong with a checkpoint, every byte read; empty if it is sound. Raises one of UNKNOWN."""
+    """Everything that is wrong with a checkpoint, every byte read; empty if it is sound. Raises one of INCONCLUSIVE."""
     try:
         checkpoint = open_checkpoint(where)
     except CheckpointError as error:
@@ -90,7 +90,7 @@ def verify(where: str | Path | Store) -> list[str]:
 def open_checkpoint(where: str | Path | Store) -> Checkpoint:
     """A checkpoint (`.../step-00001000`) by its manifest; its files are not read.
 
-    Raises CheckpointError if it is not a complete one, one of UNKNOWN if that cannot be told.
+    Raises CheckpointError if it is not a complete one, one of INCONCLUSIVE if that cannot be told.
     """
     store = where if isinstance(where, Store) else open_store(where)
     manifest = read_manifest(store)
@@ -165,7 +165,7 @@ def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[st
     """(what is wrong with the files, why that could not be told)."""
     try:
         return verify_files(checkpoint, names), ""
-    except UNKNOWN as error:
+    except INCONCLUSIVE as error:
         return [], str(error)
 
 
@@ -177,7 +177,7 @@ def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
         try:
             result = function()
         except (CheckpointError, OSError) as raised:
-            error = kind_of(raised)(str(raised))
+            error = error_class_of(raised)(str(raised))
     result, error = ranks.broadcast_object((result, error))
     if error is not None:
         raise error

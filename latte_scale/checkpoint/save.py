@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from latte_scale.checkpoint.depot import Draft, open_depot
-from latte_scale.checkpoint.format import CheckpointError, Manifest, OutOfReachError, Trees, folder_name, kind_of
+from latte_scale.checkpoint.format import CheckpointError, Manifest, OutOfReachError, Trees, error_class_of, folder_name
 from latte_scale.checkpoint.load import on_rank_0
 from latte_scale.checkpoint.settings import CheckpointSettings
-from latte_scale.checkpoint.write import Job, give_back, not_saved
+from latte_scale.checkpoint.write import Job, discard_draft, save_error
 from latte_scale.engine.base import Ranks
 from latte_scale.store import MissingError, Store
 
@@ -74,7 +74,7 @@ class Checkpointer:
             try:
                 self._depot.check(needed)
             except OSError as error:
-                raise not_saved(self._depot, error, self._depot.url, needed) from error
+                raise save_error(self._depot, error, self._depot.url, needed) from error
 
         on_rank_0(self._ranks, look)
 
@@ -197,7 +197,7 @@ class Checkpointer:
             self._failures = []
             return
         if self._ranks.rank == 0:
-            give_back(job.draft)  # no rank writes there any more
+            discard_draft(job.draft)  # no rank writes there any more
         may_pass = all(isinstance(error, OutOfReachError) for error in found.values())
         message = "\n".join(f"rank {rank}: {error}" for rank, error in found.items())
         self._note_failure((OutOfReachError if may_pass else CheckpointError)(message))
@@ -207,7 +207,7 @@ class Checkpointer:
         self._failures.append(error)
         logger.error("%s", error)
         if len(self._failures) > self._settings.max_failed:
-            raise kind_of(error)(
+            raise error_class_of(error)(
                 f"{error}\n{len(self._failures)} saves in a row failed (checkpoint.max_failed is "
                 f"{self._settings.max_failed}), so the run stops"
             )
@@ -218,7 +218,7 @@ class Checkpointer:
             return self._depot.begin(step, needed)
         except OSError as error:
             url = f"{self._depot.url}/{folder_name(step)}"
-            return not_saved(self._depot, error, url, needed)
+            return save_error(self._depot, error, url, needed)
 
     def _copy(self, trees: Trees) -> Trees:
         """The trees in host memory of our own, complete on return."""

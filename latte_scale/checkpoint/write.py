@@ -22,8 +22,8 @@ from latte_scale.checkpoint.format import (
     Trees,
     check_files,
     check_tiling,
+    error_class_of,
     file_name,
-    kind_of,
     pieces_file,
 )
 from latte_scale.checkpoint.load import list_checkpoints, verify_files
@@ -79,7 +79,7 @@ class Job:
                 self._commit()
                 self._retain()
         except Exception as error:  # whatever it is, it must reach the main thread, and the depot its space back
-            self.error = not_saved(self._depot, error, self.draft.url, self._needed)
+            self.error = save_error(self._depot, error, self.draft.url, self._needed)
         finally:
             self._trees = {}
             trim_freed_memory()
@@ -132,19 +132,19 @@ class Job:
             logger.warning("old checkpoints in %s were not removed: %r", self._depot.url, error)
 
 
-def give_back(draft: Draft) -> None:
-    """Remove what was written of a failed save; what cannot be removed now is removed at the next start, with a log."""
+def discard_draft(draft: Draft) -> None:
+    """Remove what a failed save has written. What cannot be removed is logged, and removed by the next start."""
     try:
         draft.discard()
     except (OSError, CheckpointError) as error:
         logger.warning("what was written of %s was not removed: %r", draft.url, error)
 
 
-def not_saved(depot: Depot, error: Exception, url: str, needed: int) -> CheckpointError:
-    """Why a checkpoint of so many bytes was not saved, and what to do where that is known."""
+def save_error(depot: Depot, error: Exception, url: str, needed: int) -> CheckpointError:
+    """The error that says why a checkpoint of `needed` bytes was not saved, and what to do where that is known."""
     said = str(error) if isinstance(error, CheckpointError | StoreError) else repr(error)
     why = depot.advice(error, needed) or said
-    return kind_of(error)(f"{url} was not saved, older checkpoints are untouched: {why}")
+    return error_class_of(error)(f"{url} was not saved, older checkpoints are untouched: {why}")
 
 
 def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None], hurry: threading.Event) -> list[int]:
