@@ -60,7 +60,7 @@ from latte_scale.engine.compiling import Compilations
 from latte_scale.engine.launch import AbsentRanksError
 from latte_scale.estimate.advice import explain_out_of_memory
 from latte_scale.estimate.budget import within_memory_of
-from latte_scale.estimate.choice import checkpointing_words
+from latte_scale.estimate.estimate import checkpointing_words
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.blocks import use_norm

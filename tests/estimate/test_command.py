@@ -8,8 +8,8 @@ import torch
 
 from latte_scale.config import load_config
 from latte_scale.estimate.advice import explain_out_of_memory, out_of_memory, remedies
-from latte_scale.estimate.choice import examine
 from latte_scale.estimate.command import FITS, STOP, TOO_BIG, main
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, Cluster
 
 TINY = "configs/tiny_cpu.yaml"
@@ -102,7 +102,7 @@ def test_out_of_memory_names_settings_that_help_and_by_how_much():
     saved = {override: saved for override, saved, _ in remedies(config, cluster)}
     full = replace(config, engine=replace(config.engine, activation_checkpointing="full"))
     assert saved["engine.activation_checkpointing=full"] == pytest.approx(
-        examine(config, cluster).memory.needed - examine(full, cluster).memory.needed
+        estimate_of(config, cluster).memory.needed - estimate_of(full, cluster).memory.needed
     )
     text = out_of_memory(config, cluster)
     assert "train.micro_batch=2048: " in text and "GiB less" in text and "engine.activation_checkpointing=full" in text
