@@ -130,7 +130,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Seq
     failed |= run_rounds(subjects, turns, ranks, args, keep)
     result["compile"] |= {
         "graphs_while_measured": compilations.note("a step", 1)[0],
-        "reasons": [f"{each.function}: {each.reason}" for each in compilations.again],
+        "reasons": [f"{each.function}: {each.reason}" for each in compilations.recompiled],
     }
     keep()
     for name, subject in subjects.items():

@@ -1,4 +1,4 @@
-"""What every engine is: a model and its sharded optimizer behind one seam, and this rank's pieces of their state.
+"""The interface of every engine: a model with its sharded optimizer, and this rank's pieces of their state.
 
 In: a plain fp32 nn.Module, equal on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train loop
 calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it.
@@ -23,10 +23,10 @@ from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import is_decayed
 
 Precision = Literal["fp32", "bf16", "fp8"]
-"""fp8 is bf16 to an engine: which layers compute in 8 bits is told to the model (model/fp8.py) before it gets here."""
+"""fp8 is bf16 to an engine: the layers that compute in 8 bits were set in the model (model/fp8.py) before."""
 
 LONGEST_TIMEOUT_S = 1e7
-"""Four months: what is longer is a mistake, and torch cannot count it."""
+"""Four months: anything longer is a mistake, and overflows in torch."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class EngineSettings:
 
 
 class StepResult(NamedTuple):
-    """What a step did, as 0-d fp32 tensors: read them a step later and no host waits for the device."""
+    """What a step did, as 0-d fp32 tensors: read one step later, they make no host wait for the device."""
 
     grad_norm: Tensor  # global L2 norm before clipping; not finite when nothing was applied
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite: then weights, moments and counters did not move
@@ -126,12 +126,12 @@ class Engine(Protocol):
     sequence: SequenceGroup  # the ranks that hold each clip together, this one among them: they share their samples
     dp_rank: int  # which share of the global batch is this rank's and its group's
     dp_size: int
-    replica: int  # of which copy of the weights this rank holds its pieces; every copy tiles all parameters
+    replica: int  # the copy of the weights of which this rank holds pieces; every copy tiles all parameters
     num_replicas: int
 
     @property
     def model(self) -> Callable[..., Any]:
-        """What to call for the forward pass, in place of the module."""
+        """The callable for the forward pass; call it instead of the module."""
         ...
 
     @property
@@ -165,14 +165,14 @@ class Engine(Protocol):
 def make_deterministic() -> None:
     """Ask torch for deterministic kernels; bitwise resume on a GPU needs them.
 
-    Must run before the first product of the process: torch looks at the variable then, and never again.
+    Must run before the first matrix product of the process: torch reads the variable then, and never again.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for what no engine can train and save exactly, naming the tensor."""
+    """Raise ValueError, naming the tensor, for a model that no engine could train and save exactly."""
     names = [name for name, _ in model.named_parameters()]
     if not names:
         raise ValueError("the model has no parameters: nothing to train")
@@ -242,11 +242,9 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
 def prepare(
     model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, precision: Precision, device_type: str
 ) -> None:
-    """What all engines do to the model before sharding it, in the order in which the wrappers must nest."""
+    """Prepare the model as all engines do before sharding it, in the order in which the wrappers must nest."""
     check_model(model)
-    assert settings.activation_checkpointing != "auto", (
-        "estimate/budget.py says what that is, before an engine is built"
-    )
+    assert settings.activation_checkpointing != "auto", "estimate/budget.py replaces it before an engine is built"
     count = round(settings.checkpointed_share * len(blocks))
     chosen, others = blocks[:count], blocks[count:]
     if settings.activation_checkpointing == "full":

@@ -1,10 +1,10 @@
-"""From a launcher's environment to a store in which every rank of the job has been seen.
+"""From a launcher's environment to a rendezvous store in which every rank of the job has registered.
 
 In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, the deepspeed launcher and slurm/ set them.
-Out: `Launch` and the store that dist.py makes process groups of. The decision worth knowing: a roll call comes before
-the first collective, so that within a minute (more where processes start slowly) every rank either knows that the whole
-world is there, each rank once and of one job, or stops with what is wrong with it. A group would wait for a lost rank
-for as long as its timeout.
+Out: `Launch`, and the store from which dist.py makes process groups. The decision worth knowing: a roll call comes
+before the first collective, so that within a minute (more where processes start slowly) every rank either knows that
+the whole world is there, each rank once and all of one job, or stops and says what is wrong. A process group would wait
+for a lost rank until its timeout.
 """
 
 import ipaddress
@@ -21,12 +21,12 @@ import torch.distributed as dist
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ROLL_CALL_S, SLOW_ROLL_CALL_S, TIMES_OWN_START = 35.0, 300.0, 2.0
-"""Within which all ranks must have come after the first: so long, or, where imports are slow (a cold shared disk), so
-many times what the own start has taken, up to five minutes; LATTE_ROLL_CALL_S replaces all three."""
+"""How long a rank waits for the others: ROLL_CALL_S or, where imports are slow (a cold shared disk), TIMES_OWN_START
+times its own start-up time, at most SLOW_ROLL_CALL_S. LATTE_ROLL_CALL_S replaces all three."""
 
 
 class LaunchError(ValueError):
-    """The processes of a job do not make up one world; the message says who is missing or what to change."""
+    """The processes of a job do not form one world; the message says who is missing or what to change."""
 
 
 class AbsentRanksError(LaunchError):
@@ -120,7 +120,7 @@ def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> N
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank says of itself."""
+    """What a rank registers with."""
 
     host: str
     host_address: str  # to which the host resolves its own name: what gloo tells the others to connect to
@@ -138,8 +138,8 @@ def _card() -> Card:
     return Card(host, address, environ.get("GLOO_SOCKET_IFNAME", ""), job)
 
 
-def meet(launch: Launch) -> dist.Store:
-    """The store of the job, once every rank has been seen in it. Raises LaunchError on all ranks that came."""
+def rendezvous(launch: Launch) -> dist.Store:
+    """The store of the job, once every rank has registered in it. Raises LaunchError on all ranks that came."""
     limit_s = roll_call_limit_s()
     try:
         store = _open_store(launch, timedelta(seconds=limit_s))
@@ -159,7 +159,7 @@ def meet(launch: Launch) -> dist.Store:
             store.wait(["problem"], timedelta(seconds=float(store.get("limit_s")) + 5))
             problem, are_absent = json.loads(store.get("problem"))
             store.add("read", 1)
-        if again and not problem:  # too late to be seen by rank 0: the others have met
+        if again and not problem:  # registered too late for rank 0 to see it: the others go on
             problem, are_absent = _twice([launch.rank]), False
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -239,7 +239,7 @@ def _twice(ranks: list[int]) -> str:
 
 
 def _wait_for_readers(store: dist.Store, num_ranks: int) -> None:
-    """Rank 0 holds the store: it stays until the others have read why the world was refused, for 5 s at most."""
+    """Keep rank 0, which hosts the store, until the others have read why the world was refused; for 5 s at most."""
     until_s = time.monotonic() + 5.0
     while store.add("read", 0) < num_ranks and time.monotonic() < until_s:
         time.sleep(0.05)

@@ -18,7 +18,7 @@ from latte_scale.engine.launch import (
     _problem,
     check_address,
     launch_from_env,
-    meet,
+    rendezvous,
     roll_call_limit_s,
 )
 
@@ -153,7 +153,7 @@ def join(
     limits_s: dict[int, float] | None = None,
     delays_s: dict[int, float] | None = None,
 ) -> list[LaunchError | str]:
-    """What `meet` says to each of these ranks, a thread each: "" or the refusal."""
+    """What `rendezvous` says to each of these ranks, a thread each: "" or the refusal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
@@ -168,7 +168,7 @@ def join(
         here.rank = rank
         time.sleep((delays_s or {}).get(rank, 0.0))
         try:
-            store = meet(Launch(rank, size, 0, "env://"))
+            store = rendezvous(Launch(rank, size, 0, "env://"))
         except LaunchError as error:
             return error
         finally:
