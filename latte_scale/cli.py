@@ -34,9 +34,9 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb, as long as somebody reads its output (`| head`).
+    """Run one verb, as long as somebody reads its output (`| head`), and return its exit code.
 
-    A user's mistake is one line on stderr and exit code 78 (train) or 2, Ctrl-C is 130.
+    Each verb's manual says what its codes mean; 2 is a verb that there is not, 130 is Ctrl-C.
     """
     return until_reader_leaves(lambda: _main(sys.argv[1:] if argv is None else argv))
 

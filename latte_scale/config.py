@@ -65,7 +65,7 @@ class RunSettings:
 
     @property
     def folder(self) -> Path:
-        """Where `dir` is on this machine's disks."""
+        """`dir` as a path on this machine."""
         return path_of(self.dir)
 
 
@@ -174,7 +174,10 @@ class Config:
         self._check_sequence_parallel()
 
     def _check_unread_schedule(self) -> None:
-        """What the objective does not look at must be as it is by default: here, so that old checkpoints still open."""
+        """Settings that the objective does not read must have their defaults.
+
+        Checked here and not in DiffusionSettings, so that old checkpoints still open.
+        """
         unread = ("beta_start", "beta_end") if self.diffusion.objective == "flow" else ("flow_shift",)
         for name in unread:
             value, default = getattr(self.diffusion, name), getattr(DiffusionSettings, name)
@@ -212,7 +215,7 @@ class Config:
                 )
 
     def _check_sequence_parallel(self) -> None:
-        """What needs all frames of a clip on one rank, by name."""
+        """Refuse settings that need all frames of a clip on one rank, by name."""
         size, rows = self.engine.sequence_parallel, self.video.frames // self.model.frames_per_token
         if size == 1:
             return
@@ -250,7 +253,7 @@ class Config:
 
     @property
     def checkpoint_store(self) -> Store:
-        """The same, reached as the `store` section says, but never through its cache: a checkpoint is read once."""
+        """The store at `checkpoint_dir`, as `store` says but without its cache: a checkpoint is read only once."""
         return open_store(self.checkpoint_dir, replace(self.store, cache_dir=None))
 
 
@@ -266,9 +269,9 @@ def latent_sides(config: Config, video: VideoSettings | None = None) -> tuple[in
 
 
 def unread_settings(config: Config) -> list[str]:
-    """What a config says and its run does not look at: a line each, with what to do behind a semicolon.
+    """Settings that have no effect in this run: a line for each, with what to do after a semicolon.
 
-    Told at the start of a run and not refused: it harms nothing, and a run that was started with it must go on.
+    Printed at the start of a run and not refused: they do no harm, and a run that was started with them must go on.
     """
     engine, model, optim, train = config.engine, config.model, config.optim, config.train
     is_classes = model.kind == "latte"

@@ -4,9 +4,9 @@
 
 In: a training config. Out: for every bucket of every data set its clips, the batch of its steps, and how many clips
 train.steps use and leave over; the trainer prints the same table and writes it to RUN/coverage.json. With --ranks also
-the micro-batches of a step on each rank, which sizes leave ranks idle and what to set, or why so many cannot train it.
-Nothing but manifests is read, and with data.holdout, or for whole clips of several sizes, the indices. Exit codes: 0,
-or 2 with what is wrong.
+the micro-batches of a step on each rank, which sizes leave ranks idle and what to set, or why that many ranks cannot
+train it. Only manifests are read; with data.holdout, or for whole clips of several sizes, also the indices. Exit codes:
+0, or 2 with what is wrong.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
-    """A line a bucket: the micro-batches of a step on each rank; then what is idle of them.
+    """A line for each bucket: the micro-batches of a step on each rank; then which of their slots are idle.
 
-    Raises ValueError where ranks would have nothing.
+    Raises ValueError where some ranks would have nothing to do.
     """
     size, rest = divmod(num_ranks, config.engine.sequence_parallel)
     if rest or size < 1:

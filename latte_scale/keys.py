@@ -4,8 +4,8 @@
     latte-scale keys train engine.zero   those that begin so
 
 In: nothing but the dataclasses of config.py. Out: the keys that a YAML file and `key.sub=value` may set; a star marks
-those that may change when a run goes on. Exit code 2 for a beginning that no key has. The meaning is the comment beside
-the field in the source, so it is the one that whoever changes the field reads.
+those that may change on resume. Exit code 2 if no key begins as asked. The printed meaning is the comment beside the
+field in the source, so whoever changes a field sees what it says.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def keys_of(cls: type, prefix: str = "", kind: str = "") -> Iterator[Key]:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field -> the comment on its lines, or on the lines of comment right above it; of fields that have one."""
+    """Field -> the comment on its line or on the lines right above it, for fields that have one."""
     found: dict[str, str] = {}
     for base in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
         source = textwrap.dedent(inspect.getsource(base))

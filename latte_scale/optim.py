@@ -1,7 +1,7 @@
 """AdamW on this rank's pieces of the weights, gradient clipping, and the learning rate as a function of the update.
 
 In: the pieces of every parameter that this rank owns (1-D fp32 tensors), their gradients and a learning rate. Out: the
-pieces and their moments moved in place, the global gradient norm, and whether anything was applied.
+pieces and their moments updated in place, the global gradient norm, and whether anything was applied.
 The decision worth knowing: a non-finite gradient norm leaves weights, moments and step counters untouched, and that is
 decided on the device: fused AdamW takes `found_inf` and `grad_scale` as tensors, so no host waits for the norm.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Schedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OptimSettings:
             raise ValueError(f"optim.clip_from_update must be 0 or more, came {self.clip_from_update}")
 
 
-def lr_at(update: int, *, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
+def lr_at(update: int, *, lr: float, schedule: LrSchedule, warmup_steps: int, total_steps: int) -> float:
     """The learning rate of one update.
 
     Args:
@@ -103,7 +103,7 @@ class GuardedAdamW:
         self.pieces = list(pieces)
         self.clip_norm = settings.clip_norm
         self.device = device
-        self._held = [piece for piece in self.pieces if piece.numel()]  # kernels need not see empty pieces
+        self._held = [piece for piece in self.pieces if piece.numel()]  # AdamW and the norm skip empty pieces
         self._adamw = make_adamw(
             [(piece, is_matrix) for piece, is_matrix in zip(pieces, decayed, strict=True) if piece.numel()], settings
         )

@@ -2,9 +2,9 @@
 
 Settings are plain frozen dataclasses that live beside the code that reads them; this module imports none of them and
 they import nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
-is an error that says what was expected and what came, and `__post_init__` of a dataclass judges what one section can.
-Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in several kinds
-is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
+is an error that says what was expected and what came, and `__post_init__` of a dataclass checks what concerns its own
+section. Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in
+several kinds is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
 """
 
 import copy
@@ -144,7 +144,7 @@ def dump_yaml(settings: Any) -> str:
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; what differences between two configs are taken over."""
+    """{"a": {"b": 1}} -> {"a.b": 1}, the form in which two configs are compared."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict) and value:
@@ -219,7 +219,7 @@ def _nested(cls: type) -> list[str]:
 
 
 def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: list[str]) -> str:
-    """`nested`: keys of the sections below; one of them may have been named without its section."""
+    """The message for a key that no field has. `nested`: keys of inner sections, one of which may have been meant."""
     without_section = sorted({each for each in nested if each.rpartition(".")[2] == key})
     near = without_section[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     hint = f"did you mean {' or '.join(f'{prefix}{each}' for each in near)}? " if near else ""
@@ -227,7 +227,7 @@ def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: li
 
 
 def type_name(hint: Any) -> str:
-    """A type in the words of an error or of `latte-scale keys`."""
+    """A type as error messages and `latte-scale keys` call it."""
     if typing.get_origin(hint) is typing.Literal:
         values = ", ".join(map(str, typing.get_args(hint)))
         return f"one of {values}" if len(typing.get_args(hint)) > 1 else values

@@ -27,7 +27,8 @@ from latte_scale.store import Store, StoreSettings, open_store
 logger = logging.getLogger("latte_scale")
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
-# What a stage may change and no tensor's shape shows: positions and blocks of the model, what is predicted from what.
+# What may differ from the weights that a run starts from without any tensor's shape showing it: positions and order of
+# the blocks, objective and noise schedule.
 _MODEL_CHANGES = {"latte": ("variant", "temporal_position"), "latte_t2v": ("sample_size",)}
 _DIFFUSION_CHANGES = ("objective", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
@@ -52,7 +53,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tree of a run's checkpoint and what it is of; the tensors have not been read."""
+    """One tree of a run's checkpoint and its model; the tensors have not been read."""
 
     source: str  # for messages: the path and the tree
     checkpoint: checkpoint.Checkpoint
@@ -92,10 +93,10 @@ def split_tree(source: str) -> tuple[str, str]:
 def check_init(
     weights: Weights, architecture: LatteSettings | LatteT2VSettings, diffusion: DiffusionSettings
 ) -> list[str]:
-    """Hold weights to a run that is to start from them; returns what it trains otherwise than they were trained.
+    """Check that a run can start from these weights; returns the settings in which it differs from their training.
 
-    Raises ValueError when tensors do not fit, or when the heads are others, which no shape shows: the same numbers cut
-    into other heads are another function, and no stage means that.
+    Raises ValueError when tensors do not fit, or when the number of heads differs, which no shape shows: the same
+    weights split into other heads are another function, which is never meant.
     """
     check_state(architecture, weights.state_dict, weights.source)
     before = weights.architecture
@@ -163,7 +164,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
 def find_step(where: str) -> Store | None:
     """The checkpoint that `where` is, or the newest sound one of a run or a place with checkpoints; None without any.
 
-    A newer one that is not sound is told. Raises CheckpointError if checkpoints are there and none is sound.
+    Newer ones that are not sound are logged. Raises CheckpointError if there are checkpoints and none is sound.
     """
     problems = []
     for place in places(where):
