@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=disk_path,
         action="append",
         default=[],
-        help="file of latte-scale evaluate; may stand several times",
+        help="file of latte-scale evaluate; repeatable",
     )
     parser.add_argument("--title", default="latte_scale run")
     return parser.parse_args(argv)

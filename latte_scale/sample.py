@@ -269,7 +269,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, checkpoint, folder of weights or its .safetensors; PATH#TREE for one")
-    add("--prompt", action="append", default=[], help="text of one video; may stand several times")
+    add("--prompt", action="append", default=[], help="text of one video; repeatable")
     add(
         "--prompts",
         type=disk_path,

@@ -1,4 +1,4 @@
-"""`latte-scale bench VERB`: what this machine makes of a config. Each verb is a module with its own manual."""
+"""`latte-scale bench VERB`: how fast a config runs on this machine. Each verb is a module with its own manual."""
 
 import importlib
 import sys

@@ -6,10 +6,10 @@
 In: a training config, or nothing. Its state (weights, two moments, its averages) as random fp32 tensors on the CPU, on
 one rank; without a config four trees of --gib in all. Out: a table; every figure is the median of `--repeats` runs,
 with the lowest and the highest. The ways take turns, so that a slow minute of the machine hurts all of them. Exit code
-0, 2 where folder, bucket or memory will not do, or 78 for a config that cannot be.
+0, 2 if folder, bucket or memory do not suffice, or 78 for a config that is impossible.
 stall: seconds until training goes on. complete: until the checkpoint is there and flushed. load: from the files to
-filled tensors. resume: the same with every byte held to its checksum first, which the others have no way to do. Files
-are in the page cache when they are read. slower meanwhile: by how much the background slows matrix products beside it.
+filled tensors. resume: load after every byte was checked against its checksum, which the other ways cannot do. Files
+are in the page cache when they are read. slower meanwhile: how much the save in the background slows matrix products.
 """
 
 import argparse
@@ -52,7 +52,8 @@ AVERAGE = "ema/0.9999"
 ELEMENTS = 1152 * 4608  # of a tensor: an MLP weight of the released model
 ALONE_S = 3.0  # for which matrix products run with nothing beside them
 COPIES_IN_MEMORY, COPIES_ON_DISK = 3, 2
-"""Of the state, at most: itself, the copy that is written in the background, what it is loaded into; and two saves."""
+"""Copies of the state at a time, at most: in memory itself, the copy that a background save writes, and what is loaded;
+on the disk two saves."""
 
 State = dict[str, dict[str, Tensor]]
 Figures = dict[str, float]
@@ -66,14 +67,14 @@ def trees_of_size(size_bytes: int) -> dict[str, dict[str, int]]:
 
 
 def trees_of_config(config: Config) -> dict[str, dict[str, int]]:
-    """The same of a run: its weights, their moments and averages."""
+    """Tree -> tensor -> its elements, of a run: its weights, their moments and averages."""
     with torch.device("meta"):
         elements = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
     return dict.fromkeys((*TREES, *(f"ema/{decay}" for decay in config.ema.decays)), elements)
 
 
 def bytes_of(trees: Mapping[str, Mapping[str, int]]) -> int:
-    """Of all trees, fp32."""
+    """Bytes of all trees, fp32."""
     return sum(4 * numel for tensors in trees.values() for numel in tensors.values())
 
 
@@ -135,21 +136,21 @@ def flat(state: State) -> dict[str, Tensor]:
 
 
 def check_equal(state: State, loaded: State) -> None:
-    """A way that loads something else is not measured."""
+    """Raise RuntimeError if something else was loaded than was saved."""
     for name, tensor in flat(loaded).items():
         if not torch.equal(tensor, flat(state)[name]):
             raise RuntimeError(f"{name} came back as something else")
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """That one call takes."""
+    """Seconds of one call."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
 
 
 class Work:
-    """Matrix products for a while: what training does meanwhile."""
+    """Runs matrix products, in place of training, beside a save in the background."""
 
     def __init__(self) -> None:
         self.a, self.b = torch.randn(512, 512), torch.randn(512, 512)
@@ -157,7 +158,7 @@ class Work:
         self.alone = self._rate(lambda: time.perf_counter() > until_s)
 
     def slower_until(self, done: Callable[[], bool]) -> float:
-        """By which share products are slower than alone, until `done`."""
+        """The share by which products are slower than alone; runs them until `done()`."""
         return 1 - self._rate(done) / self.alone
 
     def _rate(self, done: Callable[[], bool]) -> float:
@@ -174,7 +175,7 @@ class Work:
 
 
 def ours(state: State, where: str, ranks: Ranks, work: Work, asynchronous: bool) -> Figures:
-    """This project's checkpoints; a second save is measured in the background, for a run makes host buffers once."""
+    """This project's checkpoints. In the background the second save is measured: a run allocates host buffers once."""
     saver, trees = Checkpointer(where, CheckpointSettings(asynchronous=asynchronous), ranks), pieces_of(state)
     if asynchronous:
         saver.save(1, trees, {}, {}, "")
@@ -277,7 +278,7 @@ def table(results: dict[str, list[Figures]], size_bytes: int) -> str:
 
 
 def span(runs: list[Figures], key: str) -> str:
-    """median (lowest to highest)"""
+    """ "median (lowest to highest)"."""
     values = [run[key] for run in runs if key in run]
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
 

@@ -1,8 +1,8 @@
 """Synthetic micro-batches of a config's shapes, ready on the device: a step is measured without its data.
 
 In: a Config and a device. Out: the micro-batches of one rank's step as ModelInputs, of standard normal numbers. The
-decision worth knowing: captions are full length unless asked otherwise, so that no side of a comparison gains by
-skipping padding that real captions would have.
+decision worth knowing: captions have full length unless asked otherwise, so that no side of a comparison gains by
+skipping padding.
 """
 
 from typing import Literal

@@ -5,9 +5,9 @@
 In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: median and spread of the
 step, samples/s, TFLOP/s, MFU and HFU, memory, the step's budget by kind of kernel, the rate of the model's own matrix
 products and of copies, and all of it for the rival. `train.global_batch` says how many samples a step has (over all
-ranks: the command runs under torchrun too, then without a rival), `train.micro_batch` how many at a time. subjects.py
-tells the rivals; they take turns with ours. A rival that does not fit into memory is reported as such.
-Exit code 0, or 78 for a config or a comparison that cannot be.
+ranks: the command runs under torchrun too, then without a rival), `train.micro_batch` how many at a time. The rivals
+are described in subjects.py; they take turns with ours. A rival that does not fit into memory is reported as such.
+Exit code 0, or 78 for a config or a comparison that is impossible.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
-    """Everything that the JSON holds. It is written after every round: what ends a measurement leaves what it had."""
+    """Everything that the JSON holds. It is written after every round, so what is cut short leaves its results."""
     if config.train.deterministic:
         make_deterministic()
     device = ranks.device
@@ -142,7 +142,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Seq
 
 
 def figures_of(measured: Measured, name: str, work: dict[str, Any], peak: float | None) -> dict[str, Any]:
-    """What one subject came to."""
+    """The figures of one subject."""
     summary = measured.summary()
     return summary | rates(summary["step_s"], work, peak, 0.0 if name == "eager" else work["recompute_share"])
 
@@ -185,8 +185,10 @@ def drop(subjects: dict[str, Subject], name: str) -> dict[str, str]:
 
 
 def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_shares: int) -> dict[str, Any]:
-    """What one step is; samples, tokens and FLOPs are those of one of `num_shares` shares of the global batch, each of
-    which `share_ranks` ranks work on. FLOPs are 3 x forward, without recompute."""
+    """The work of one step: samples, tokens and FLOPs of one of `num_shares` shares of the global batch.
+
+    `share_ranks` ranks work on each share. FLOPs are 3 x forward, without recompute.
+    """
     tokens, flops = map(sum, zip(*(cost_of(config, inputs) for inputs in micro_batches), strict=True))
     samples = sum(inputs.num_samples for inputs in micro_batches)
     return {
@@ -222,7 +224,7 @@ def ratio(results: dict[str, dict[str, Any]], against: str | None) -> dict[str, 
 
 
 def ceiling(config: Config, device: torch.device, peak: float | None) -> dict[str, Any]:
-    """What the device does at best, and the MFU that the matrix products at their measured rate allow."""
+    """The best rates of the device, and the MFU that its matrix products at their measured rate allow."""
     gemm = gemm_rates(config, device)
     share = None if peak is None else gemm["tflops_per_s"] * 1e12 / peak
     peak_tflops = None if peak is None else peak / 1e12
@@ -230,7 +232,7 @@ def ceiling(config: Config, device: torch.device, peak: float | None) -> dict[st
 
 
 def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """What the figures were made with."""
+    """Device, software and commit of the measurement."""
     return {
         "device": device_name(device),
         "num_ranks": num_ranks,

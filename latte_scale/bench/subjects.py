@@ -1,4 +1,4 @@
-"""What is measured: this project's step, and the same work done by others. Each is three calls that make one step.
+"""The subjects of a measurement: this project's step, and the same work done otherwise, each as three calls.
 
 In: a Config and the micro-batches. Out: objects with `forward_backward`, `update` and `average`, in that order one
 optimizer step: losses and gradients of all micro-batches, clipping and AdamW, the averages of the weights.
@@ -96,7 +96,7 @@ class Ours:
 
 
 class Plain:
-    """A loop as one writes it by hand: backward, clip_grad_norm_, AdamW, a foreach EMA."""
+    """A training loop as written by hand: backward, clip_grad_norm_, AdamW, a foreach EMA."""
 
     def __init__(
         self,

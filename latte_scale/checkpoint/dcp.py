@@ -33,7 +33,7 @@ TYPES = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""All that a metadata file may name."""
+"""The only types that a metadata file may name."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -46,7 +46,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, with metadata that was read once and by the list."""
+    """DCP's reader, with metadata that is read once, through `_Unpickler`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

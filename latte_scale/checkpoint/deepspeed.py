@@ -3,8 +3,8 @@
 In and out: `Content`. What DeepSpeed writes by itself is cut for one number of ranks; its universal layout, a folder a
 parameter, is loaded by DeepSpeed at any stage and on any number of ranks (`"checkpoint": {"load_universal": true}`), so
 that is what is written.
-The decision worth knowing: the files are pickles. They are read by torch's weights-only reader, in which the three
-DeepSpeed types that they name are stood in for by inert ones: nothing of a file is run, and DeepSpeed need not be here.
+The decision worth knowing: the files are pickles. They are read by torch's weights-only reader, with inert stand-ins
+for the DeepSpeed types that they name: nothing in a file is run, and DeepSpeed need not be installed.
 """
 
 import io
@@ -23,13 +23,13 @@ OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_stat
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # stages 1 and 2, stage 3
 KEYS = {"model": "fp32", **{f"optim/{moment}": moment for moment in MOMENTS}}  # tree -> file of the universal layout
 FORMAT_VERSION = "0.19.8"
-"""DeepSpeed release whose loader the universal layout was held to, by test."""
+"""DeepSpeed release with whose loader the universal layout is tested."""
 MOST_GROUPS = 64
 """Parameter groups that a loading optimizer may have: it reads as many entries as it has groups."""
 
 
 class _Inert:
-    """Stands for an object of DeepSpeed's: keeps its attributes and does nothing."""
+    """Stands in for an object of DeepSpeed: keeps its attributes and does nothing."""
 
 
 ALLOWED = [

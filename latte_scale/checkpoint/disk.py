@@ -1,8 +1,8 @@
 """Every change that checkpoints make to a disk, complete and durable when a call returns.
 
 In: paths and buffers. Out: files and folders. The decision worth knowing: whatever changes the disk is one of the
-functions in CHANGES, called through this module, so that tests kill or fail the process before, after and in the middle
-of each of them in turn.
+functions in CHANGES, called through this module, so that tests can kill the process, or make the call fail, before,
+after and in the middle of each of them.
 """
 
 import os

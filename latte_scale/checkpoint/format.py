@@ -90,7 +90,7 @@ class Checkpoint:
 
     @property
     def url(self) -> str:
-        """Where it is, for people and for `open_checkpoint`."""
+        """Its URL or path, for messages and for `open_checkpoint`."""
         return self.store.url
 
 
@@ -110,9 +110,9 @@ def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[T
 
 
 def part_of_copies(trees: Trees, replica: int, num_replicas: int) -> Trees:
-    """What this rank saves where one rank of each replica holds the same piece: its part, so that all is saved once.
+    """The part of each piece that this rank saves where a rank of every replica holds the same piece.
 
-    Views, as in `trees`. The replicas share the writing: their parts of a piece tile it.
+    Views, as in `trees`. The parts of the replicas tile the piece, so that everything is saved exactly once.
     """
 
     def part(piece: Piece) -> Piece:
@@ -190,7 +190,7 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], pieces: Mapping[str, Seque
 
 
 def check_files(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless every file of the manifest is there at its size. Looks at no content."""
+    """Raise CheckpointError unless every file of the manifest exists with its size. Reads no content."""
     sizes = checkpoint.store.sizes()
     for name, expected in checkpoint.manifest.files.items():
         if sizes.get(name) != expected["size_bytes"]:
@@ -201,7 +201,7 @@ def check_files(checkpoint: Checkpoint) -> None:
 
 
 class TensorFile:
-    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range; nothing of them is kept here."""
+    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range, made anew whenever asked for."""
 
     def __init__(
         self, sizes: Sequence[tuple[str, int]], array: Callable[[str], Any], metadata: Mapping[str, str]
@@ -209,7 +209,7 @@ class TensorFile:
         """
         Args:
             sizes: name and number of elements of each tensor, in the order of the file; none is empty.
-            array: a buffer of that many float32, by name; asked for again whenever it is needed.
+            array: name -> a buffer of that many float32; called whenever its bytes are needed, not only once.
             metadata: strings kept in the file's header.
         """
         ends = list(itertools.accumulate((4 * size for _, size in sizes), initial=0))

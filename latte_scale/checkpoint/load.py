@@ -39,13 +39,13 @@ NEAR_CHUNK_BYTES = 4 * 2**20
 FAR_CHUNK_BYTES = 64 * 2**20
 """From an object store, which is asked for its parts side by side."""
 GAP_BYTES = 2**18
-"""Bytes between two wanted ranges that are read along rather than asked for apart."""
+"""Two wanted ranges with at most this many bytes between them are read as one."""
 
 # ------------------------------------------------------------------------------------------- verifying and finding
 
 
 def chunk_bytes(store: Store) -> int:
-    """How much to read at a time."""
+    """Bytes to read from this store at a time."""
     return FAR_CHUNK_BYTES if store.is_far else NEAR_CHUNK_BYTES
 
 
@@ -108,7 +108,7 @@ def verify_in_shares(checkpoint: Checkpoint, ranks: Ranks, tree: str) -> None:
 
 
 def list_steps(where: str | Path | Store) -> list[Store]:
-    """What is named as a checkpoint in a place, oldest first, sound or not; nothing if the place is not there."""
+    """Everything named like a checkpoint in a place, oldest first, sound or not; empty if the place does not exist."""
     return open_depot(where).steps()
 
 
@@ -128,7 +128,7 @@ def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoi
 
     A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if there
     is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is sound, or if the store
-    does not let itself be read (OutOfReachError if it does not answer): what cannot be seen is not taken for broken.
+    cannot be read (OutOfReachError if it does not answer): a checkpoint that cannot be read is not taken for broken.
     """
     problems: list[tuple[str, str]] = []
     for store in reversed(on_rank_0(ranks, lambda: open_depot(where).steps())):
@@ -162,7 +162,7 @@ def _open_or_problem(store: Store) -> tuple[Checkpoint | None, str]:
 
 
 def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[str], str]:
-    """(what is wrong with the files, why that could not be told)."""
+    """(what is wrong with the files, why that could not be found out)."""
     try:
         return verify_files(checkpoint, names), ""
     except INCONCLUSIVE as error:

@@ -2,7 +2,7 @@
 
 In: a draft of the depot and this rank's pieces in host memory. Out: a checkpoint. Each rank writes its files and then a
 small report; when all reports are there, rank 0 joins them into the manifest and commits.
-The decision worth knowing: nothing old is removed before one checkpoint that stays was read back whole and fits its
+The decision worth knowing: no old checkpoint is removed before one that stays was read back completely and fits its
 checksums, so that the last sound one is never deleted.
 """
 
@@ -38,17 +38,17 @@ logger = logging.getLogger("latte_scale")
 
 
 def trim_freed_memory() -> None:
-    """Give the system what was freed (glibc; elsewhere nothing is done): some milliseconds, in which others run.
+    """Return freed memory to the system (glibc; elsewhere nothing is done). Takes milliseconds, without the GIL.
 
-    glibc keeps the parts that an upload's threads had, some 250 MB a rank after each save (benchmarks/RESULTS.md,
-    checkpoints in a bucket). Having it map them instead, as `latte-scale ckpt` does, would slow down training itself.
+    glibc keeps the buffers that an upload's threads freed, some 250 MB a rank after each save (benchmarks/RESULTS.md,
+    checkpoints in a bucket). Having it map such buffers instead, as `latte-scale ckpt` does, would slow down training.
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Job:
-    """One checkpoint on its way, in a thread of its own that makes no collective."""
+    """Writes one checkpoint, in a thread of its own that makes no collective."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Job:
             if self._ranks.rank == 0 and self._wait_for_reports():
                 self._commit()
                 self._retain()
-        except Exception as error:  # whatever it is, it must reach the main thread, and the depot its space back
+        except Exception as error:  # whatever it is, the main thread must learn of it
             self.error = save_error(self._depot, error, self.draft.url, self._needed)
         finally:
             self._trees = {}
@@ -158,7 +158,7 @@ def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None]
         try:
             check_files(checkpoint)
         except CheckpointError:
-            continue  # broken: neither kept for nor counted, and left for the user to look at
+            continue  # broken: not counted among those to keep, and left for the user to look at
         complete.append(checkpoint)
     while len(complete) > settings.keep_last:
         sound = _is_sound(complete[-1], hurry)

@@ -75,7 +75,7 @@ class LossTerms(NamedTuple):
 
 
 def schedule_of(settings: DiffusionSettings, device: torch.device | str = "cpu") -> Schedule:
-    """The noise schedule of the settings (flow does not look at it), with its tables on `device`."""
+    """The noise schedule of the settings (flow does not use it), with its tables on `device`."""
     betas_S = linear_betas(settings.num_timesteps, settings.beta_start, settings.beta_end)
     if settings.zero_terminal_snr:
         betas_S = with_zero_terminal_snr(betas_S)
@@ -148,8 +148,9 @@ def min_snr_weight(signal_B: Tensor, sigma_B: Tensor, settings: DiffusionSetting
     """Min-SNR-gamma's weight of the squared error [B] (arXiv 2303.09556, section 3.4).
 
     An error in x_0 weighs min(SNR, gamma), with SNR = signal^2 / sigma^2, so an error in what the model predicts weighs
-    that times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. Flow is not in
-    it; x_0 = x_t - sigma u gives sigma^2 there as well. The bound has no weight: it trains the variance only.
+    that times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. The paper does
+    not treat flow; x_0 = x_t - sigma u gives sigma^2 there as well. The variational bound is not weighted: it trains
+    the variance only.
     """
     capped_B = torch.minimum(signal_B**2, settings.min_snr_gamma * sigma_B**2)  # min(SNR, gamma) sigma^2
     return capped_B / signal_B**2 if settings.objective == "epsilon" else capped_B

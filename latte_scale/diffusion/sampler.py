@@ -27,9 +27,10 @@ SAMPLERS: dict[str, tuple[Sampler, ...]] = {  # by objective; the first is the d
 }
 
 
-LEAST_WALKED = 0.8
-"""Of the schedule, by ddim: its first input is pure noise, and at half of the timesteps 28 % of x_t is not. With 600
-steps of 1000 the mean of a known distribution came out 8 % too small, with 400 it was 2 %."""
+MIN_COVERED = 0.8
+"""Share of the schedule that ddim's whole strides must cover. Sampling starts from pure noise, but a walk that covers
+only half of the timesteps starts where 28 % of x_t is signal. With 600 steps of 1000 (which cover 60 %) the mean of a
+known distribution came out 8 % too small, with 400 (which cover 80 %) 2 %."""
 
 
 def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_variance: bool = False) -> Any:
@@ -82,7 +83,7 @@ def _flow_scheduler(settings: DiffusionSettings, sampler: Sampler) -> Any:
 
 
 def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -> None:
-    """Raise ValueError for a number of steps that this sampler cannot lay over the schedule."""
+    """Raise ValueError for a number of steps that this sampler cannot spread over the schedule."""
     if not 1 <= num_steps <= settings.num_timesteps:
         raise ValueError(
             f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), came {num_steps}"
@@ -94,7 +95,7 @@ def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -
         )
     stride = settings.num_timesteps // num_steps
     walked = stride * num_steps
-    if sampler == "ddim" and walked < LEAST_WALKED * settings.num_timesteps:
+    if sampler == "ddim" and walked < MIN_COVERED * settings.num_timesteps:
         fewer, more = (settings.num_timesteps // each for each in (stride + 1, stride))
         raise ValueError(
             f"sampling steps: ddim at {num_steps}, in whole strides of {stride}, walks {walked} of "
@@ -138,7 +139,7 @@ def sample(
     that ddpm adds, so that it does not depend on the batch (None: torch's global one).
     init_BCFHW, strength: begin from this clip, noised, and walk the last `strength` of the steps (at least one).
     known_BCFHW, num_known: its first `num_known` frames are given clean: the model sees them so at every call, with a
-    timestep for each frame (timestep_NF, 0 there), and they stand in the result.
+    timestep for each frame (timestep_NF, 0 there), and they are part of the result.
     progress: called as progress(model calls done, all). Raises ValueError for arguments that do not fit.
     """
     check_steps(settings, sampler, num_steps)
@@ -170,7 +171,7 @@ def sample(
 
 
 def _lay_steps(scheduler: Any, settings: DiffusionSettings, sampler: Sampler, num_steps: int, strength: float) -> int:
-    """Lay `num_steps` steps over the schedule, as the sampler's own paper or LattePipeline does.
+    """Choose the scheduler's `num_steps` timesteps, as the sampler's own paper or LattePipeline does.
 
     Returns the model call at which the last `strength` of the steps begin.
     """
@@ -225,7 +226,7 @@ def _guide(out: Tensor, guidance: float, channels: int) -> Tensor:
 
 
 def check_start(strength: float, has_clip: bool, num_known: int | None, num_frames: int) -> None:
-    """Raise ValueError for a strength, or a number of known frames, that no walk to a clip of so many frames has.
+    """Raise ValueError for a strength or a number of known frames that does not fit a clip of `num_frames` frames.
 
     num_known: None where no frames are given.
     """
@@ -251,7 +252,7 @@ def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Ten
 def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettings:
     """The inverse of `make_scheduler`: what a pipeline's scheduler_config.json says the model was trained with.
 
-    Raises ValueError, beginning with `where`, for a schedule or prediction that DiffusionSettings has no word for.
+    Raises ValueError, beginning with `where`, for a schedule or prediction that DiffusionSettings cannot express.
     """
     num_timesteps = config.get("num_train_timesteps", 1000)
     prediction = config.get("prediction_type", "epsilon")

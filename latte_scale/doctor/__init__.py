@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 8 -m latte_scale.doctor --config ...                          as all ranks of a job
     srun ... -m latte_scale.doctor --config ...                                             inside a Slurm job
 
-It takes the trainer's arguments, changes nothing that lasts, and prints a line a check: ok, warning or fault, with what
-was found and what to do. Exit code 0: sound, or warnings; 1: a fault. `--json FILE` keeps the lines.
-The decision worth knowing: no check can hold up the others (lines.py), and what each rank can find alone is gathered
-before the first measurement that a sick rank could hang. It is over within LIMIT_S.
+It takes the trainer's arguments, leaves nothing behind, and prints a line for each check: ok, warning or fault, with
+what was found and what to do. Exit code 0: sound, or warnings; 1: a fault. `--json FILE` writes the lines to a file.
+The decision worth knowing: no check can hold up the others (lines.py), and what each rank finds alone is gathered
+before the first measurement of all ranks, which a faulty rank could hang. It ends within LIMIT_S.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from latte_scale.settings import SettingsError
 
 LIMIT_S = 55.0
 ROLL_CALL_S, ALONE_S, TOGETHER_S = 20.0, 14.0, 8.0
-"""Waited for all ranks to come, for what each finds alone, and for each measurement of all. LATTE_ROLL_CALL_S wins."""
+"""Time limits: for all ranks to come (unless LATTE_ROLL_CALL_S is set), for the checks of each rank, and for each
+measurement of all ranks together."""
 SOUND, FAULT = 0, 1
 
 console = Console(soft_wrap=True, highlight=False)
@@ -75,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="keep the lines here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the lines to this file")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
@@ -87,14 +88,14 @@ def launched() -> tuple[list[Line], Ranks | None]:
         return lines, None
     os.environ.setdefault("LATTE_ROLL_CALL_S", str(ROLL_CALL_S))
     try:
-        # The longest that a collective may hang: longer than we wait for it, or nccl would end the process first.
+        # A collective may hang longer than we wait for it: otherwise NCCL would end the process first.
         return lines, init_distributed(timeout_s=2 * LIMIT_S)
     except (ValueError, RuntimeError, OSError) as error:  # torch's own words where ours did not come first
         return [fault_of("launch", error)], None
 
 
 def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Line]]]:
-    """What a rank can find without the others, by the name under which an overrun is told."""
+    """The checks that a rank makes without the others, by the name in the line of one that does not answer."""
     environ, local_size = os.environ, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     several_hosts, first_here = ranks.size > local_size, ranks.local_rank == 0
     has_gpu = ranks.device.type == "cuda"
@@ -124,7 +125,7 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
 def all_ranks_lines(config: Config, ranks: Ranks, mine: list[Line], until_s: float) -> tuple[list[Line], list[str]]:
     """The lines of all ranks and of what they measure together, and the hosts. A collective.
 
-    A measurement that does not come back is the last: what follows would be out of step.
+    After a measurement that does not return no other is made: the ranks would be out of step.
     """
     host = socket.gethostname()
     gathered = bounded("together", lambda: ranks.all_gather_object((host, mine, software.versions_here())), until_s)
@@ -144,14 +145,14 @@ def all_ranks_lines(config: Config, ranks: Ranks, mine: list[Line], until_s: flo
 
 
 def can_read(lines: Sequence[Line]) -> bool:
-    """Whether the data sets opened on every rank: one that hangs need not be asked how fast it is."""
+    """Whether the data sets opened on every rank; if not, their speed is not measured."""
     return not any(line.check == "data" and line.level == "fault" for line in lines)
 
 
 def measurements(
     config: Config, ranks: Ranks, hosts: list[str], places: list[str], has_data: bool
 ) -> list[Callable[[], list[Line]]]:
-    """What is measured by all ranks at once, in this order; each ends with lines that all ranks agree on."""
+    """The measurements of all ranks together, in this order; each returns the same lines on all ranks."""
     device_type, gather = ranks.device.type, ranks.all_gather_object
 
     def reading() -> list[Line]:
@@ -179,7 +180,7 @@ def measurements(
 
 
 def bounded(name: str, call: Callable[[], Any], until_s: float) -> Any:
-    """What `call`, which all ranks make, returns; the Line of a fault if it fails or takes longer than it may."""
+    """What `call`, which all ranks make, returns; the Line of a fault if it fails or takes too long."""
     box: list[Any] = []
 
     def run() -> list[Line]:
@@ -194,7 +195,7 @@ def bounded(name: str, call: Callable[[], Any], until_s: float) -> Any:
 
 
 def report(lines: Sequence[Line], args: argparse.Namespace, began_s: float, hosts: Sequence[str], rank: int) -> int:
-    """Print the screen and keep it (rank 0); the exit code, the same on all ranks that know the same."""
+    """Print the lines, and write them to --json (rank 0); returns the exit code, which follows from the lines."""
     counts = {level: sum(line.level == level for line in lines) for level in LEVELS}
     code = FAULT if counts["fault"] else SOUND
     if rank != 0:
@@ -214,5 +215,5 @@ def report(lines: Sequence[Line], args: argparse.Namespace, began_s: float, host
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
-    """This process as one rank: `main`, and out with its code without waiting for a check that hangs."""
+    """Run this process as one rank, and exit with the code of `main` without waiting for a check that hangs."""
     leave(main(argv))

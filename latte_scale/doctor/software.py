@@ -26,7 +26,7 @@ from latte_scale.model.fp8 import why_no_fp8
 from latte_scale.run.facts import git_commit
 
 BUSY_BYTES = 2**30
-"""Device memory that others hold from which a rank is told of it."""
+"""Device memory held by other processes from which a warning is printed."""
 
 
 def device_lines(device: torch.device, local_size: int, environ: Mapping[str, str]) -> list[Line]:
@@ -160,7 +160,7 @@ def versions_here() -> dict[str, str]:
 
 
 def short(versions: Mapping[str, str]) -> str:
-    """The versions that a person looks for first."""
+    """The versions of the most important libraries."""
     return ", ".join(f"{name} {versions[name]}" for name in ("torch", "deepspeed", "flash-attn") if name in versions)
 
 

@@ -86,10 +86,9 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def after_load(self, num_updates: int) -> None:
-        self.module.reshard()  # weights still gathered from before the load would be stale
-        for block in self.module.modules():
-            if isinstance(block, FSDPModule):
-                block.reshard()
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # weights that are still gathered would be those from before the load
         self._optimizer.set_num_updates(num_updates)
 
     def _sum(self, tensor: Tensor) -> None:

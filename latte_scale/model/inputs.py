@@ -1,4 +1,4 @@
-"""Checks of what a model is called with, the same words for both models.
+"""Checks of a model's arguments, shared by both models.
 
 Shapes only: nothing here reads a value of a tensor, so nothing waits for the device. Each function raises ValueError
 that names the argument, what was expected, what came and what to do.
@@ -51,7 +51,7 @@ def check_contrastive(features: bool, contrastive_width: int) -> None:
 
 
 def check_out_channels(in_channels: int, out_channels: int) -> None:
-    """As many as in, or twice that: predicted noise and its variance."""
+    """The output has as many channels as the input, or twice as many: predicted noise and its variance."""
     if out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
             f"out_channels: expected in_channels ({in_channels}) or twice that, came {out_channels}; "
@@ -68,7 +68,7 @@ def check_positive(settings: object, names: Sequence[str]) -> None:
 
 
 def check_cut(one_condition: bool, features: bool) -> None:
-    """What a `reshard` other than the identity allows: a rank then holds some frames of a clip, not knowing which."""
+    """Check the arguments beside a `reshard`: a rank then holds some frames of a clip and does not know which."""
     if not one_condition or features:
         raise ValueError(
             "reshard: expected one timestep and one caption or label a clip and no features, because a rank that holds "

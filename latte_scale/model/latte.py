@@ -6,8 +6,8 @@ kinds of temporal position, images trained beside the video (latte_settings.py).
 whose state-dict keys these are; their fixed tables `pos_embed` and `temp_embed` are computed here and not state.
 
 Two decisions worth knowing. Compression patches need no 3-D convolution: the frames of a patch are stacked on the
-channel axis, going in and coming out, which is the same linear map. And tokens keep the layout [B, F, T, D] throughout;
-what a block attends over is the block's own affair (blocks.py).
+channel axis, at the input and at the output, which is the same linear map. And tokens keep the layout [B, F, T, D]
+throughout; each block knows what it attends over (blocks.py).
 
 Shape legend: B batch, F frames (video, then n images; frames of patches between the first and the last layer),
 C channels, H W latent height and width, T tokens of a frame, D width, G rows of conditions (blocks.py), E width of a
@@ -116,7 +116,7 @@ class Latte(nn.Module):
 
         for index, block in enumerate(self.blocks):
             x_BFTD = reshard(x_BFTD, "time" if block.layout == "time" else "space")
-            if index == self.positions_before:  # here, and not before, the frames are whole under any reshard
+            if index == self.positions_before:  # the first place at which a rank has all frames under any reshard
                 rotary_2FE = self._rotary(x_BFTD, num_images)
                 if rotary_2FE is None:
                     x_BFTD = on_video(x_BFTD, num_images, self._add_frame_positions)

@@ -1,4 +1,4 @@
-"""From runs to one HTML file: what stands in which section, rendered with assets/report; the page fetches nothing.
+"""From runs to one HTML file: the content of each section, rendered with assets/report; the page fetches nothing.
 
 The template escapes every text; only the style sheet, the script and the charts' numbers go in as they are.
 """

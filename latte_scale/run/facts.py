@@ -1,8 +1,8 @@
-"""How a run was made: `RUN/facts.json` of the newest attempt, and all of them in `RUN/logs/facts.jsonl`.
+"""How a run was started: `RUN/facts.json` for the newest attempt, and `RUN/logs/facts.jsonl` for all of them.
 
 In: the process and its environment. Out: command, commit, versions of everything installed, hosts and devices, the
-environment variables that change what a run does, and the fingerprint of the data. Variables are taken by name from a
-list, so that no key or token ends up in a run folder.
+environment variables that change what a run does, and the fingerprint of the data. Variables are selected by a list of
+names, so that no key or token ends up in a run folder.
 """
 
 import importlib.metadata
@@ -57,7 +57,7 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change what a run does; none whose name speaks of a secret."""
+    """The variables that change what a run does, except those whose name suggests a secret."""
     return {
         name: value
         for name, value in sorted(variables.items())

@@ -25,7 +25,7 @@ from latte_scale import settings
 from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_process
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
-"""Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
+"""Exit codes of a rank: finished; any failure; stopped and saved, requeue; do not requeue without a change."""
 
 PROBE_BYTES = 1 << 16
 """Written and removed at the start: a full disk is found before the first step, not at the first log line."""
@@ -57,8 +57,7 @@ class RunFolder:
     def open(self) -> None:
         """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written.
 
-        So it does for a folder in the place of one of FILES: found at the first line of metrics, it would be a failure
-        that is requeued.
+        Also raises it if a folder has the name of one of FILES: the first write to it would fail, and be requeued.
         """
         for name in FILES:
             if (self.path / name).is_dir():
@@ -123,10 +122,10 @@ class RunFolder:
     def write_exit(self, code: int, reason: str) -> bool:
         """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
 
-        Rank 0 writes it, and a rank that fails, so that its reason stands there and not "connection closed by peer":
-        of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
-        attempt holds the folder. False where nothing can be written any more: then the code of the process says it,
-        and the lease should stay, by which scripts know that the folder was held.
+        Rank 0 writes it, and so does a rank that fails, so that the file has its reason and not rank 0's "connection
+        closed by peer". Of several failures the first one stays, unless a later one forbids a requeue. Nothing is
+        written once another attempt holds the folder. Returns False if writing failed: then only the exit code of the
+        process tells, and the caller should keep the lease, which shows scripts that the folder was held.
         """
         try:
             self._write_exit(code, reason)
@@ -200,10 +199,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 class Fence:
-    """Whether this attempt may still write: its launcher lives and, on rank 0, the lease of the folder is its own.
+    """Whether this attempt may still write: its launcher is alive and, on rank 0, it holds the lease of the folder.
 
     A rank does not die with its launcher (torchrun starts ranks in sessions of their own), and must not go on beside
-    the attempt that takes its place.
+    the attempt that replaces it.
     """
 
     def __init__(self, lease: Lease | None) -> None:
@@ -211,7 +210,7 @@ class Fence:
         self._launcher = os.getppid() if "RANK" in os.environ else None
 
     def check(self) -> None:
-        """Raise StopRunError unless this attempt may still write. One look at the parent and at most one small file."""
+        """Raise StopRunError unless this attempt may still write. Reads at most one small file."""
         if self._launcher is not None and os.getppid() != self._launcher:
             raise StopRunError(f"the launcher of this rank (process {self._launcher}) is gone: it writes nothing more")
         try:

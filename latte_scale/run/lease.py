@@ -1,15 +1,16 @@
 """Who may write into a run folder: `lease.json`, held by one attempt of the run at a time.
 
-In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. A dead holder is
-taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
-same job wins over an older one; anybody else stops. The holder looks before it writes and stops once the lease names
-another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
-A host name is not enough to know a machine by: containers take that of their host, and whole clusters are "localhost".
-Signs of life come from a thread of their own: a first step that compiles, a large checkpoint that is verified or sample
-videos may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended
-by its watchdog.
-The decision worth knowing: the age of a sign of life is told by the clock of the shared folder and then by watching for
-another, never by this machine's clock, which may be hours off.
+In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. The lease of a
+dead holder is taken over: at once if it ran on this machine, otherwise after STALE_S without a heartbeat. A newer
+restart of the same job wins over an older one; any other attempt stops. The holder checks the lease before it writes,
+and stops once it names another holder, because a process that was given up for dead may live on (a frozen machine, a
+rank whose launcher was killed). A host name does not identify a machine: containers take that of their host, and whole
+clusters are "localhost".
+Heartbeats come from a thread of their own: a first step that compiles, verifying a large checkpoint or sampling videos
+may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended by its
+watchdog.
+The decision worth knowing: the age of a heartbeat is measured by the clock of the shared folder, and then by watching
+for the next one, never by this machine's clock, which may be hours off.
 """
 
 import json
@@ -23,11 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 STALE_S = 180.0
-"""Seconds without a sign of life after which a holder on another machine counts as dead."""
+"""Seconds without a heartbeat after which a holder on another machine counts as dead."""
 TOUCH_EVERY_S = 10.0
 WATCH_S = 2 * TOUCH_EVERY_S
-"""How long a holder that looks stale is watched: where machines stamp files themselves, its clock may be hours off. And
-one of another machine of our own name, which most often is a container that was restarted."""
+"""How long a holder that looks stale is watched, because where machines stamp files themselves its clock may be hours
+off. Also how long a holder on another machine with our host name is watched: most often that is a container that was
+restarted."""
 
 
 class LeaseError(RuntimeError):
@@ -57,7 +59,7 @@ def this_process(environ: Mapping[str, str] | None = None) -> Holder:
 
 
 def this_machine() -> str:
-    """The running kernel and the process ids that this process sees, which a container may have for itself."""
+    """Identifies the running kernel and the pid namespace of this process, which a container has for itself."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -94,18 +96,18 @@ class Lease:
         threading.Thread(target=self._live, name="lease", daemon=True).start()
 
     def _live(self) -> None:
-        """Show a sign of life now and then, as long as the lease is ours."""
+        """Send heartbeats (touch the file) as long as the lease is ours."""
         while not self._given_back.wait(TOUCH_EVERY_S):
             try:
                 current = self._read()
                 if current is None or current.token != self.holder.token:
-                    return  # `check` says so to who is about to write
+                    return  # `check` raises before the next write
                 os.utime(self.path)
-            except OSError:  # a shared folder that does not answer for a moment; the next sign may arrive
+            except OSError:  # a shared folder that does not answer for a moment; the next heartbeat may arrive
                 continue
 
     def _put_first(self, temporary: Path) -> bool:
-        """Put the lease where there is none. Of two attempts that start in the same moment, one finds the other's."""
+        """Create the lease if there is none. Of two attempts that start at the same moment, one finds the other's."""
         try:
             os.link(temporary, self.path)
         except FileExistsError:
@@ -136,7 +138,7 @@ class Lease:
     def _refusal(self, now: float) -> str | None:
         """Why the holder in the file keeps the folder; None if it does not. `now`: the folder's clock."""
         current, mine = self._read(), self.holder
-        if current is None:  # released since, or cut by a full disk: nobody can hold with it
+        if current is None:  # released since, or cut by a full disk: it holds nothing
             return None
         same_job = current.job_id and current.job_id == mine.job_id
         if same_job and mine.restart > current.restart:
@@ -168,7 +170,7 @@ class Lease:
         )
 
     def _moves(self) -> bool:
-        """Whether the holder shows a sign of life within WATCH_S."""
+        """Whether the holder sends a heartbeat within WATCH_S."""
         until_s = time.monotonic() + WATCH_S
         try:
             before = self._touched_ns()
@@ -181,13 +183,13 @@ class Lease:
         return False
 
     def _touched_ns(self) -> int:
-        """Time of the last sign of life; of an opened file, as NFS answers others from memory, for up to a minute."""
+        """Time of the last heartbeat. Opens the file, because otherwise NFS may answer from a cache a minute old."""
         with open(self.path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
 
 def holder_of(folder: str | Path) -> Holder | None:
-    """Who holds a run folder; None if nobody does, or nobody can: a lease cut by a full disk, or of another version."""
+    """Who holds a run folder; None if nobody does, or if the lease is cut (by a full disk) or of another version."""
     try:
         return Holder(**json.loads((Path(folder) / "lease.json").read_text()))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):

@@ -17,7 +17,7 @@ INTERRUPTED = (
 )
 STOP_FILE = "stop"
 LOOK_EVERY_S = 1.0
-"""Between looks for the file, on rank 0 alone: a shared disk is not asked by every rank at every step."""
+"""Rank 0 alone looks for the file, at most this often: every rank at every step would be too much for a shared disk."""
 
 
 class StopSignals:
@@ -49,7 +49,7 @@ class StopSignals:
             os.write(sys.stderr.fileno(), INTERRUPTED.encode())  # not print: a handler may interrupt another one
 
     def reason(self) -> str:
-        """What `exit.json` says of a stop that was saved: how long it took tells how early the signal has to come."""
+        """The reason that `exit.json` gives; the seconds in it tell how early a scheduler has to send its signal."""
         if self.signal_name is None:
             return "stopped by a signal on another rank, saved"
         return f"stopped by {self.signal_name}, saved {time.monotonic() - self._asked_at_s:.1f} s after it"
@@ -69,7 +69,7 @@ class StopSources:
         self._cause: str | None = None
 
     def asked(self) -> bool:
-        """Whether this rank wants the run to stop. A look at a clock and, now and then, for a file."""
+        """Whether this rank was asked to stop the run. Cheap enough for every step."""
         if self._signals.signal_name is not None or self._cause is not None:
             return True
         now_s = time.monotonic()
@@ -82,7 +82,7 @@ class StopSources:
         return self._cause is not None
 
     def reason(self) -> str:
-        """What `exit.json` says of a stop that was saved."""
+        """The reason that `exit.json` gives for a stop after a save."""
         return self._signals.reason() if self._cause is None else f"stopped by {self._cause}, saved"
 
     def clear(self) -> None:

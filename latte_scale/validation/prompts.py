@@ -3,8 +3,8 @@
 In: the prompts of the `validation` section, and the model to call. Out: `RUN/samples/step-00001000/00-a-red-circle.mp4`
 and, last, `samples.json`. Prompt i has the noise of validation.seed + i, as with `latte-scale sample --seed`, so the
 videos of two steps, two runs or two world sizes differ by the weights alone.
-The decision worth knowing: the text encoder, by far the largest model of all, is loaded on rank 0 only, before training
-begins, and let go again: what stays are the embeddings of the prompts.
+The decision worth knowing: the text encoder, by far the largest model, is loaded on rank 0 only, before training
+begins, and freed again: only the embeddings of the prompts are kept.
 
 Shapes: B samples, C channels, F frames, H W latent height and width.
 """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latte_scale.model.layers import NORM_EPS
 
-NUM_PROGRAMS = 1024  # about so many a launch: several for each multiprocessor of a large GPU. Fixed, and so are bits
+NUM_PROGRAMS = 1024  # a launch, about: several for each SM of a large GPU; fixed, so that sums have the same bits
 MAX_WIDTH = 8192  # a row is held in registers
 
 
