@@ -62,7 +62,7 @@ def image_bucket(bucket: str) -> str:
 
 
 def image_sizes(sizes: Sizes) -> Sizes:
-    """Of the images that go with clips of these sizes."""
+    """The sizes of the images that go with clips of these sizes."""
     still = {"frames": 1, "window": None, "sampling": "stride"}
     return Sizes({image_bucket(bucket): replace(policy, **still) for bucket, policy in sizes.policies.items()})
 

@@ -185,7 +185,7 @@ class ShardIndex:
 
     @functools.cached_property
     def shared_texts(self) -> frozenset[int]:
-        """Where the embeddings that several captions of the tar use begin."""
+        """Offsets of the embeddings that several captions of the tar share."""
         columns = [self._columns[f"{name}.offset"] for name in self._fields if is_text(name)]
         offsets, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *columns]), return_counts=True)
         return frozenset(offsets[(counts > 1) & (offsets >= 0)].tolist())

@@ -45,7 +45,7 @@ class Replacement:
 
 
 class Draw(NamedTuple):
-    """Whose random numbers: sample `index` of the global batch (sub 0), or its image number sub - 1."""
+    """The key of random numbers: that of sample `index` of the global batch (sub 0), or of its image number sub - 1."""
 
     step: int
     index: int
@@ -116,7 +116,8 @@ class ItemReader:
             return
 
     def _caption_at(self, sample_id: SampleId, position: int, draw: Draw) -> float:
-        """Which of several captions, in [0, 1). A draw costs a third of reading a sample, so one caption has none."""
+        """The draw in [0, 1) that chooses one of several captions; 0 for one caption, because a draw costs a third of
+        reading a sample."""
         if self.datasets[sample_id.dataset].index(sample_id.shard).num_texts(position) == 1:
             return 0.0
         return rng.uniform(self.seed, "caption", *draw)

@@ -269,7 +269,7 @@ class Loader:
 
 
 def _unpacked(made: MicroBatch | Packed | Failed) -> MicroBatch:
-    """What a worker made. Raises what kept it from it."""
+    """The micro-batch that a worker made; raises its error if it failed."""
     if isinstance(made, Failed):
         raise made.error
     return made.unpack() if isinstance(made, Packed) else made

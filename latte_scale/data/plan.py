@@ -6,14 +6,14 @@ same in every process: there is no state, so the position in the data is the ste
 and micro-batches cannot change it.
 
 Three questions, each answered in closed form:
-1. Which bucket has step k, and which data set has place p of a bucket's stream? Each stream's events are spread evenly
-   over time, stream i having the j-th at (2j + 1) / (2 w_i), and all are merged in order of time (`interleave`). After
-   any number of events each of n streams is within n / 2 of its exact share (streams of one rare weight come one after
-   the other). A bucket's share of the steps is its share of the samples over its batch: batches of equal cost
-   (`samples_for`) leave shares of samples as they are.
-2. Which place of an epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
+1. Which bucket does step k take, and from which data set is sample p of a bucket's stream? Each stream's events are
+   spread evenly over time, stream i having its j-th at (2j + 1) / (2 w_i), and all are merged in order of time
+   (`interleave`). After any number of events each of n streams is within n / 2 of its exact share (streams with the
+   same small weight come one after the other). A bucket's share of the steps is its share of the samples over its
+   batch: batches of equal cost (`samples_for`) leave shares of samples as they are.
+2. Which place in which epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
    bucket's stream runs on over epochs, so nothing is left over and each sample comes once an epoch.
-3. Which sample has that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
+3. Which sample is at that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
    of about `shuffle_window`; inside a window a Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite
    domains") permutes the places. Memory is O(shards) for any number of samples, and the shards open at one time are
    those of one window: the buckets of a data set go through the same shards together, each with its share of a window.
@@ -35,7 +35,7 @@ from latte_scale.rng import generator, hash64
 PLAN_VERSION = 1
 DEFAULT_SHUFFLE_WINDOW = 65_536
 MIN_WINDOW = 256
-"""Samples that a bucket's share of a window has at least, where it has as many: rare sizes are shuffled, too."""
+"""Least samples in a bucket's share of a window, if the bucket has as many: so rare sizes are shuffled, too."""
 
 
 class SampleId(NamedTuple):
@@ -272,7 +272,7 @@ def resolve_shuffle_window(window: int | None, num_samples: int) -> int:
 
 
 def samples_for(budget: int, cost: Fraction, group: int = 1) -> int:
-    """As many samples of this cost as `budget` samples of cost 1, rounded down to whole groups; one group at least."""
+    """Samples of this cost worth `budget` samples of cost 1, rounded down to whole groups; at least one group."""
     return budget if cost == 1 else max(1, int(budget / cost) // group) * group
 
 

@@ -105,7 +105,7 @@ class Dataset:
         return 0 if self.sizes is None else int(self._counted(0.0)["train"][TOO_SHORT].sum())
 
     def policy(self, bucket: str, video: VideoSettings) -> VideoSettings:
-        """By which whole clips of a bucket are decoded: `video`, or that of their size."""
+        """The frame policy by which whole clips of a bucket are decoded: `video`, or that of their size."""
         return video if self.sizes is None else self.sizes.policies[bucket]
 
     def index(self, shard: int) -> ShardIndex:

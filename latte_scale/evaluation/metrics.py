@@ -165,7 +165,7 @@ class Scorer:
         return self._real_set.fingerprint()
 
     def _real_fingerprint(self) -> str | None:
-        """Of the real set; rank 0 alone reads the files, and alone writes the record."""
+        """Fingerprint of the real set; only on rank 0, which alone reads the files and writes the record."""
         return self._fingerprint if self._ranks.rank == 0 else None
 
 

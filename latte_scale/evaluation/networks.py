@@ -185,7 +185,7 @@ def _load_clip(path: Path, device: torch.device) -> Network:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or of the weights and configuration in a folder."""
+    """sha256 of a file, or of the weights and configuration in a folder."""
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

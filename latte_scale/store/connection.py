@@ -112,7 +112,8 @@ class Tries:
         return error
 
     def _left_s(self) -> float:
-        """Seconds in which the next try must begin; a connection that does not come up takes its whole time."""
+        """Seconds within which the next try must begin. Before the first answer, a try may take its whole connect
+        timeout without an answer, so that time is taken off."""
         if self.connection.reached:
             return self.budget.left_s
         settings = self.connection.settings

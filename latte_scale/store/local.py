@@ -59,9 +59,9 @@ class LocalStore(Store):
         return self._path(name).is_file()
 
     def list(self, prefix: str = "") -> list[str]:
-        """As every store's. Links to folders are followed, but not back into a folder that the way here leads through.
+        """As in Store. Links to folders are followed, unless they lead back into a folder above them.
 
-        Pipes and devices, whose reading might never end, are no names. A link to nothing is one: reading it says so.
+        Pipes and devices are not listed, because reading them might never end. Dangling links are: reading one fails.
         """
         names, ways = [], [("", frozenset())]
         while ways:

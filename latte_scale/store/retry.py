@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 MIN_BYTES_PER_S = 256 << 10
-"""What the slowest useful connection brings: every limit grows by a second for so many bytes."""
+"""Rate of the slowest useful connection: every time limit grows by a second for so many bytes."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 
 _random = random.SystemRandom()
