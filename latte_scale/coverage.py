@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from latte_scale.arguments import output_file
+from latte_scale.atomic import write_text
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(coverage_table(rows, config.train.steps))
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(coverage_json(rows, config.train.steps))
+            write_text(args.out, coverage_json(rows, config.train.steps))
         if args.ranks is not None:
             print("\n".join(shapes(config, plan, args.ranks)))
     except (ValueError, StoreError, OSError) as error:

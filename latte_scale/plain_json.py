@@ -8,11 +8,12 @@ meets one must be able to log it.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from latte_scale.atomic import write_text
 
 
 def finite(value: Any) -> Any:
@@ -37,6 +38,4 @@ def write_json(path: str | Path, value: Any, indent: int = 1) -> None:
     """`json_text(value)` as a file, complete or not there; its folder is made where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json_text(value, indent) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json_text(value, indent) + "\n")

@@ -17,7 +17,6 @@ own: neither the batch size nor the number of ranks changes it.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from latte_scale.arguments import disk_path
+from latte_scale.atomic import write_text
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import TooShortError, VideoError, read_clip
@@ -180,9 +180,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     ranks.barrier()  # all files are there
     if ranks.rank == 0:
         lines = [json.dumps({**record, **about, **record, "video": setup.video.stored()}) for record in records]
-        temporary = args.out / f"prompts.jsonl.tmp-{os.getpid()}"
-        temporary.write_text("\n".join(lines) + "\n")
-        os.replace(temporary, args.out / "prompts.jsonl")
+        write_text(args.out / "prompts.jsonl", "\n".join(lines) + "\n")
         print(f"sampled {len(records)} videos with {setup.loaded.source} into {args.out}")
     return 0
 

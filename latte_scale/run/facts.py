@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latte_scale.atomic import write_text
+
 VARIABLES = re.compile(
     r"(SLURM|NCCL|GLOO|CUDA|TORCH|TORCHELASTIC|PYTORCH|OMP|MKL|DS|LATTE|TRITON|UCX|FI)_\w+"
     r"|MASTER_(ADDR|PORT)|(LOCAL_|NODE_)?(RANK|WORLD_SIZE)|HF_HUB_OFFLINE|AWS_ENDPOINT_URL(_S3)?|AWS_REGION"
@@ -49,9 +51,7 @@ def collect_facts(ranks: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Replace `facts.json` and add a line to `logs/facts.jsonl`."""
-    temporary = folder / "facts.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, folder / "facts.json")
+    write_text(folder / "facts.json", json.dumps(facts, indent=1) + "\n")
     with open(folder / "logs" / "facts.jsonl", "a") as file:
         file.write(json.dumps(facts) + "\n")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from latte_scale import settings
+from latte_scale.atomic import write_text
 from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_process
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
@@ -107,17 +108,17 @@ class RunFolder:
         """The run's id; called by who holds the lease."""
         path = self.path / "run_id"
         if not path.exists():
-            _replace(path, uuid.uuid4().hex[:12])
+            write_text(path, uuid.uuid4().hex[:12])
         return path.read_text()
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config (rank 0)."""
         if self.rank == 0:
-            _replace(self.path / "config.yaml", settings.dump_yaml(config))
+            write_text(self.path / "config.yaml", settings.dump_yaml(config))
 
     def write_coverage(self, text: str) -> None:
         """Write what the run sees of its data (rank 0)."""
-        _replace(self.path / "coverage.json", text)
+        write_text(self.path / "coverage.json", text)
 
     def write_exit(self, code: int, reason: str) -> bool:
         """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
@@ -152,7 +153,7 @@ class RunFolder:
             "attempt": self._attempt.token,
             "time": time.time(),
         }
-        _replace(self.path / "exit.json", json.dumps(record) + "\n")
+        write_text(self.path / "exit.json", json.dumps(record) + "\n")
 
     def note_restart(self, step: int, checkpoint: str, replayed_steps: Iterable[int], problems: list[str]) -> None:
         """Add a line to `logs/restarts.jsonl`."""
@@ -187,15 +188,6 @@ def read_exit(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "exit.json").read_text())
     except (FileNotFoundError, ValueError):
         return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 class Fence:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import re
 import statistics
 from collections import Counter, deque
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latte_scale.atomic import write_text
 from latte_scale.plain_json import finite, json_text
 
 logger = logging.getLogger("latte_scale")
@@ -161,9 +161,7 @@ class MetricsFile:
             with open(keep_in, "a") as file:
                 file.writelines(line + "\n" for line in moved)
         if moved or (text and not text.endswith("\n")):  # else the next line would be appended to the last one
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(line + "\n" for line in kept))
         return steps
 
     def append(self, record: dict[str, Any]) -> None:
