@@ -31,7 +31,7 @@ from latte_scale.run.tracking import LogSettings
 from latte_scale.store import Store, StoreSettings, open_store
 from latte_scale.validation.settings import ValidationSettings
 
-# Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
+# Keys that a resumed run may change without --allow-change. A trailing dot means the whole section.
 FREE_ON_RESUME = (
     "engine.",
     "log.",

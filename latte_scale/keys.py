@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 def keys_of(cls: type, prefix: str = "", kind: str = "") -> Iterator[Key]:
     """The keys of a settings dataclass and of the sections in it, in the order of its fields."""
-    hints, told = typing.get_type_hints(cls), meanings(cls)
+    hints, comments = typing.get_type_hints(cls), meanings(cls)
     for field in dataclasses.fields(cls):
         name, sections = f"{prefix}{field.name}", sections_of(hints[field.name])
         for section in sections:
@@ -50,7 +50,7 @@ def keys_of(cls: type, prefix: str = "", kind: str = "") -> Iterator[Key]:
             yield from keys_of(section, f"{name}.", its_kind)
         if not sections:
             type_text = re.sub(r"\b[a-z_]+\.(?=\w)", "", type_name(hints[field.name]))
-            yield Key(name, kind, type_text, _default(field), told.get(field.name, ""))
+            yield Key(name, kind, type_text, _default(field), comments.get(field.name, ""))
 
 
 def meanings(cls: type) -> dict[str, str]:

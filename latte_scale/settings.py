@@ -43,7 +43,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise SettingsError(f"key {key!r} stands twice{node.start_mark}; keep one of the two")
+            raise SettingsError(f"key {key!r} appears twice{node.start_mark}; keep one of the two")
     return loader.construct_mapping(node, deep=True)
 
 

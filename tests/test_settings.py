@@ -96,7 +96,7 @@ def test_missing_required_key_and_missing_file(tmp_path):
 
 
 def test_a_key_that_stands_twice_and_broken_yaml_are_refused(tmp_path):
-    with pytest.raises(settings.SettingsError, match="stands twice"):
+    with pytest.raises(settings.SettingsError, match="appears twice"):
         read(tmp_path, "inner: {lr: 1.0}\ncount: 1\ncount: 2")
     with pytest.raises(settings.SettingsError, match="is not YAML"):
         read(tmp_path, "inner: {lr: 1.0")

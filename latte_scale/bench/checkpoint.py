@@ -60,7 +60,7 @@ Figures = dict[str, float]
 
 
 def trees_of_size(size_bytes: int) -> dict[str, dict[str, int]]:
-    """Tree -> tensor -> its elements: equal tensors of about so many bytes in all, at least one a tree."""
+    """Tree -> tensor -> its elements: equal tensors of about `size_bytes` in all, at least one for each tree."""
     names = (*TREES, AVERAGE)
     count = max(1, round(size_bytes / (4 * len(names) * ELEMENTS)))
     return {tree: {f"block.{number}.weight": ELEMENTS for number in range(count)} for tree in names}
@@ -79,7 +79,7 @@ def bytes_of(trees: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def check_room(size_bytes: int, folder: Path) -> None:
-    """Raise OSError where a state of so many bytes does not fit into memory or onto the disk as often as it is made."""
+    """Raise OSError if memory or disk cannot hold the copies of a state of `size_bytes` that are made."""
     for what, free, copies in (
         ("memory", free_memory_bytes(), COPIES_IN_MEMORY),
         (f"the disk of {folder}", disk.free_bytes(folder.absolute()), COPIES_ON_DISK),
@@ -109,7 +109,7 @@ def check_bucket(bucket: str) -> None:
 
 
 def make_state(trees: Mapping[str, Mapping[str, int]]) -> State:
-    """Random tensors of so many elements."""
+    """Random tensors with these numbers of elements."""
     draw = torch.Generator().manual_seed(0)
     return {
         tree: {name: torch.randn(numel, generator=draw) for name, numel in tensors.items()}

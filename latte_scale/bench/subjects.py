@@ -154,7 +154,7 @@ def rival(
 def seeded_model(
     config: Config, device: torch.device, backends: Backends | None = None, norm: NormBackend = "torch"
 ) -> nn.Module:
-    """The model of step 0, equal for every subject, told how to compute on `device`; it lies on the CPU."""
+    """The model of step 0 on the CPU, equal for every subject, with the back ends set that it will use on `device`."""
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if backends is not None:
         use_backends(model, backends)

@@ -55,7 +55,7 @@ class Depot(Protocol):
         """Everything named like a checkpoint, oldest step first, sound or not; empty if the place does not exist."""
 
     def check(self, needed: int) -> None:
-        """Raise OSError if a checkpoint of so many bytes cannot be written now."""
+        """Raise OSError if a checkpoint of `needed` bytes cannot be written now."""
 
     def begin(self, step: int, needed: int) -> Draft:
         """A draft for a step. CheckpointError if the step is there already; OSError if it cannot be written."""

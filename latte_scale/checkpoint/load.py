@@ -90,7 +90,7 @@ def verify(where: str | Path | Store) -> list[str]:
 def open_checkpoint(where: str | Path | Store) -> Checkpoint:
     """A checkpoint (`.../step-00001000`) by its manifest; its files are not read.
 
-    Raises CheckpointError if it is not a complete one, one of INCONCLUSIVE if that cannot be told.
+    Raises CheckpointError if it is not a complete one, one of INCONCLUSIVE if the store cannot tell.
     """
     store = where if isinstance(where, Store) else open_store(where)
     manifest = read_manifest(store)

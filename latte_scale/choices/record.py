@@ -67,12 +67,12 @@ def rank_0_chooses(ranks: Ranks, choose: Callable[[], T]) -> T:
             chosen = choose()
         except Exception as raised:
             error = raised
-    told = None if error is None else (isinstance(error, ValueError), f"rank 0: {error}")
-    chosen, told = ranks.broadcast_object((chosen, told))
+    failure = None if error is None else (isinstance(error, ValueError), f"rank 0: {error}")
+    chosen, failure = ranks.broadcast_object((chosen, failure))
     if error is not None:
         raise error
-    if told is not None:
-        is_value_error, message = told
+    if failure is not None:
+        is_value_error, message = failure
         raise (ValueError if is_value_error else RuntimeError)(message)
     return chosen
 

@@ -105,7 +105,7 @@ class IndexBuilder:
     def add(self, row: Row, caption: str) -> None:
         """Append a sample; `caption` is hashed. Raises ValueError for a key that is already there."""
         if row.key in self._keys:
-            raise ValueError(f"sample key {row.key!r} stands twice in one shard; keys must differ")
+            raise ValueError(f"sample key {row.key!r} appears twice in one shard; keys must differ")
         self._keys.add(row.key)
         self._rows.append(row)
         self._captions.append(caption_hash(caption))

@@ -85,7 +85,7 @@ class VideoSettings:
         sizes = [policy.size for policy in self.policies()]
         if len(set(sizes)) < len(sizes):
             twice = next(size for size in sizes if sizes.count(size) > 1)
-            raise ValueError(f"more_sizes: {twice} stands twice, or is the size of the policy itself; keep one")
+            raise ValueError(f"more_sizes: {twice} appears twice, or is the size of the policy itself; keep one")
 
     @property
     def size(self) -> ClipSize:

@@ -199,7 +199,7 @@ def rate_lines(rates: dict[str, tuple[float, float]], config: Config) -> list[Li
 
 
 def world_lines(config: Config, size: int, num_hosts: int) -> list[Line]:
-    """Whether this number of ranks, on so many hosts, can train this config."""
+    """Whether `size` ranks on `num_hosts` hosts can train this config."""
     engine, group = config.engine, config.sample_group
     if engine.kind == "single" and size > 1:
         remedy = "set engine.kind to fsdp2 or zero, or start one rank"

@@ -56,7 +56,7 @@ def _turn_time(a: torch.Tensor, b: torch.Tensor, ranks: Ranks) -> float:
 
 
 def gemm_lines(times_s: Sequence[float], places: Sequence[str], device_type: str) -> list[Line]:
-    """The ranks that take much longer than the others. One rank is only told its rate."""
+    """The ranks that take much longer than the others; else, or with one rank, the rate."""
     flops = 2.0 * GEMM_SIDE[device_type] ** 3
     lines = []
     for rank, time_s in enumerate(times_s):

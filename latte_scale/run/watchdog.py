@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 SLOW_FACTOR = 5.0
-"""The first step of an attempt, which compiles and fills queues, and a save may take so many times longer."""
+"""The first step of an attempt, which compiles and fills queues, and a save may take this many times timeout_s."""
 
 
 class Watchdog:

@@ -20,7 +20,7 @@ from latte_scale.store.settings import StoreSettings, check_endpoint
 from latte_scale.store.threads import Threads
 
 T = TypeVar("T")
-LOUD_WAIT_S = 1.0  # waits from here on are told as warnings, shorter ones as information
+LOUD_WAIT_S = 1.0  # waits of at least this length are logged as warnings, shorter ones as information
 
 log = logging.getLogger(__name__)
 

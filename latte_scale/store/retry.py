@@ -39,7 +39,7 @@ class Budget:
 
 
 def wait_s(failures: int, draw: Callable[[float, float], float] = _random.uniform) -> float:
-    """How long to wait after so many failures in a row (at least 1): doubling, capped, between half and all of it."""
+    """Seconds to wait after `failures` (>= 1) in a row: random in the upper half of a limit that doubles, capped."""
     longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
     return draw(longest / 2, longest)
 

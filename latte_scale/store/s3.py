@@ -287,7 +287,7 @@ class S3Store(Store):
         return parts, facts
 
     def _head(self, name: str, doing: str) -> tuple[Facts, dict[str, str]]:
-        """(facts, metadata) as the service tells them now. Raises MissingError."""
+        """(facts, metadata) of the object as it is now. Raises MissingError."""
         answer = self._call(name, doing, lambda client: client.head_object(**self._object(name)))
         metadata = answer.get("Metadata", {})
         facts = Facts(answer["ContentLength"], answer["ETag"], metadata.get("crc32c"))

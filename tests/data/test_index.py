@@ -55,7 +55,7 @@ def test_rows_come_back_as_they_were_added(rows):
 
 
 def test_a_key_cannot_stand_twice():
-    with pytest.raises(ValueError, match="'a' stands twice"):
+    with pytest.raises(ValueError, match="'a' appears twice"):
         build([Row("a", "b", 0, 1, {}), Row("a", "b", 1, 2, {})])
 
 

@@ -112,7 +112,7 @@ def test_a_policy_of_several_sizes_is_one_for_each():
     assert own == dataclasses.replace(SEVERAL, more_sizes=()) and own.policies() == (own,)
     assert wide == dataclasses.replace(own, width=48)
     assert still == VideoSettings(1, 64, 64, 2, hflip=True) and still.min_frames == 1
-    with pytest.raises(ValueError, match=r"more_sizes: 4 x 32 x 32 stands twice, or is the size of the policy itself"):
+    with pytest.raises(ValueError, match=r"more_sizes: 4 x 32 x 32 appears twice, or is the size of the policy itself"):
         VideoSettings(4, 32, 32, 2, more_sizes=(ClipSize(4, 32, 32),))
     with pytest.raises(ValueError, match="width must be at least 1, came 0"):
         VideoSettings(4, 32, 32, 2, more_sizes=(ClipSize(4, 32, 0),))

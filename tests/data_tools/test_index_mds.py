@@ -180,7 +180,7 @@ def test_a_cut_damaged_or_repeated_shard_is_named(tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / MANIFEST).exists()
     write_mds(tmp_path, [keyed("a"), keyed("a")], KEYED)
     assert index(tmp_path) == 2
-    assert "sample key 'a' stands twice in one shard" in capsys.readouterr().err
+    assert "sample key 'a' appears twice in one shard" in capsys.readouterr().err
 
 
 def test_names_that_leave_the_folder_are_refused(tmp_path, capsys):
