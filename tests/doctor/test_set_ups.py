@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from latte_scale import doctor
 from latte_scale.config import load_config
+from latte_scale.doctor import command as doctor
 from latte_scale.doctor import saving
 from latte_scale.doctor.stored import world_lines
 from latte_scale.engine import shutdown
@@ -194,7 +194,7 @@ def test_an_interface_that_is_not_there(ask, monkeypatch):
 
 READY = """
 import pathlib, sys, time
-from latte_scale.doctor import command
+from latte_scale.doctor.command import command
 ready, go = map(pathlib.Path, sys.argv[1:3])
 ready.touch()
 while not go.exists():
