@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from latte_scale import settings
 from latte_scale.checkpoint import CheckpointSettings
@@ -25,7 +24,7 @@ from latte_scale.model.attention_backends import AttentionSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.norm_backends import NormSettings
-from latte_scale.optim import OptimSettings
+from latte_scale.optim import LrSchedule, OptimSettings
 from latte_scale.run.folder import path_of
 from latte_scale.run.tracking import LogSettings
 from latte_scale.store import Store, StoreSettings, open_store
@@ -96,7 +95,7 @@ class TrainSettings:
     # of a size of video.more_sizes as many more or fewer are taken as cost the same.
     batch_budget: BatchBudget = "samples"
     lr: float = 1e-4  # peak learning rate (Latte: 1e-4)
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0 at train.steps
+    lr_schedule: LrSchedule = "constant"  # after the warm-up; cosine ends at 0 at train.steps
     warmup_steps: int = 0  # linear from 0, in applied updates
     # bf16: fp32 master weights, autocast, fp32 reduction; fp8: the same, with the blocks' products in 8-bit floats.
     precision: Precision = "fp32"
@@ -333,7 +332,7 @@ def is_free_on_resume(key: str) -> bool:
 
 
 def _completed(saved: dict) -> dict:
-    """A saved config with the defaults of keys that came later; as it is where this version cannot read it."""
+    """A saved config with the defaults of newer keys filled in; unchanged if this version cannot read it."""
     try:
         return settings.to_mapping(settings.from_mapping(Config, saved, "the checkpoint"))
     except settings.SettingsError:

@@ -54,7 +54,7 @@ from latte_scale.sampling.videos import FORMATS, write_video
 MADE_BY = (
     "sampler", "steps", "guidance", "weights", "temporal_decoder", "init_video", "strength", "known_frames", "video"
 )  # fmt: skip
-"""What prompts.jsonl says of how its videos were made: passed as --prompts, it says nothing of the next ones."""
+"""Keys by which prompts.jsonl records how its videos were made; ignored when such a file is passed as --prompts."""
 DEFAULT_STRENGTH = 0.6  # of --init-video: enough to change what is seen, little enough to keep where it moves
 
 
@@ -186,9 +186,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def forget_listing(listing: Path, prompts: Path | None) -> None:
-    """Remove the prompts.jsonl of an earlier sampling: it must not stand beside videos of this one, if that is stopped.
+    """Remove the prompts.jsonl of an earlier sampling, which would describe the wrong videos if this one is
+    interrupted.
 
-    Not where it is read for this one: its lines are then what the new videos show.
+    It stays if this sampling reads it: its lines then describe the new videos.
     """
     if listing.exists() and not (prompts is not None and listing.samefile(prompts)):
         listing.unlink()

@@ -152,7 +152,7 @@ def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings
 
 
 def _diffusion_of(root: Path) -> DiffusionSettings:
-    """What a pipeline's scheduler says; Latte's own settings for a transformer folder that has none beside it."""
+    """The settings of a pipeline's scheduler; Latte's own settings for a transformer folder without one."""
     root = root.parent if root.is_file() else root
     for folder in (root, root.parent):
         path = folder / "scheduler" / "scheduler_config.json"
@@ -183,7 +183,7 @@ def find_step(where: str) -> Store | None:
 
 
 def places(where: str) -> list[Store]:
-    """Where the checkpoints of `where` may lie: there, below it and, for a run's folder, where its config says."""
+    """Where `where` may have its checkpoints: itself, its checkpoints/, and where the config of a run folder says."""
     root = open_store(where)
     found, config = [root, root.below("checkpoints")], Path(where) / "config.yaml"
     section = settings.read_mapping(config) if "://" not in where and config.is_file() else {}

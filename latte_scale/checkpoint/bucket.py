@@ -33,7 +33,7 @@ from latte_scale.store.listing import Found
 from latte_scale.store.s3 import S3Store
 
 ORPHAN_AGE_S = 24 * 3600.0
-"""After so long without a new object, the files of a save that was never committed have lost their writer."""
+"""Age of the newest file at which a save that was not committed counts as abandoned by its writer."""
 BROKEN = "manifest.broken-"
 """A manifest that was set aside begins with this; the files of its step are left for a person to look at."""
 _REPORT = re.compile(r"rank-(\d+)\.json")

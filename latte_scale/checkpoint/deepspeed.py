@@ -38,7 +38,7 @@ ALLOWED = [
     (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-"""All that a file may name beside what torch's weights-only reader knows."""
+"""The only types that a file may name beside those that torch's weights-only reader knows."""
 
 
 def is_deepspeed(path: Path) -> bool:
@@ -131,7 +131,7 @@ class _Partitions:
         return [found[rank] for rank in range(count)]
 
     def _pieces_of_stage_1_and_2(self) -> dict[str, list[_Piece]]:
-        """A group's parameters lie one behind the other, and the ranks cut the whole into equal lengths."""
+        """A group's parameters are laid end to end, and the whole is cut into equal lengths, one for each rank."""
         pieces = {}
         for group, shapes in enumerate(self.groups):
             paddings = self.states[0].get("param_alignment_paddings")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 CHUNK_BYTES = 2**20
-"""Written and checksummed at a time. Larger ones are slower (fresh memory each) and hold the interpreter for longer."""
+"""Size of a write. Larger ones are slower (new memory for each) and hold the GIL for longer."""
 
 
 def make_folder(path: Path) -> None:
@@ -50,7 +50,7 @@ def remove_folder(path: Path) -> None:
 
 
 CHANGES = ("make_folder", "append", "flush", "rename", "remove_file", "remove_folder")
-"""All that changes the disk. Everything below is made of these."""
+"""The only functions that change the disk; all others below use them."""
 
 
 def write_file(path: Path, blobs: Iterable[Any]) -> dict[str, int]:

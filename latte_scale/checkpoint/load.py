@@ -35,9 +35,9 @@ from latte_scale.store import Store, StoreError, open_store
 T = TypeVar("T")
 
 NEAR_CHUNK_BYTES = 4 * 2**20
-"""Read and checksummed at a time from a disk."""
+"""Bytes read and checksummed at a time from a disk."""
 FAR_CHUNK_BYTES = 64 * 2**20
-"""From an object store, which is asked for its parts side by side."""
+"""The same for an object store, whose parts are requested in parallel."""
 GAP_BYTES = 2**18
 """Two wanted ranges with at most this many bytes between them are read as one."""
 

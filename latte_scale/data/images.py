@@ -94,7 +94,7 @@ def image_set(
 
 
 def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
-    """Refuse an image set that cannot stand beside the clips: ManifestError says what differs and what to do."""
+    """Raise ManifestError, with what differs and what to do, for an image set that does not fit the clips."""
     mine, its = clips[0].manifest, images.manifest
     pairs: list[tuple[str, object, object]] = [("kind", mine.kind, its.kind)]
     if mine.class_names is not None:

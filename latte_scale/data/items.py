@@ -25,7 +25,7 @@ from latte_scale.data.video import VideoError, read_random_clip
 from latte_scale.store import StoreError
 
 MAX_REPLACEMENTS = 32
-"""Tries before a run stops: with half of a data set damaged, all of them fail once in 4e9 samples."""
+"""Replacements tried before a run stops: with half of a data set damaged, all fail for one of 4e9 samples."""
 
 
 class LoaderError(RuntimeError):

@@ -20,7 +20,7 @@ from latte_scale.data.schema import VideoSettings
 NUM_GRADES = 20
 """Shares of the picture are told apart in twentieths: 16:9 and 1.75 are one shape, 16:9 and 4:3 are two."""
 TOO_SHORT = "too short"
-"""Where a bucket is named: clips that are too short for every size."""
+"""The name, in place of a bucket's, for clips that are too short for every size."""
 
 
 @dataclass(frozen=True)

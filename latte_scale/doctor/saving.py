@@ -27,9 +27,9 @@ from latte_scale.run.lease import holder_of, process_start, this_machine
 from latte_scale.store import StoreError, local_path, open_store
 
 PROBE_BYTES = 32 * 2**20
-"""Written, flushed, renamed and removed: enough to see a rate, small enough for a quota that is nearly used up."""
+"""Size of the test write: enough to measure a rate, small enough for a quota that is nearly used up."""
 CLOCK_S = 5.0
-"""Between this machine's clock and the disk's: lease ages and log times are compared across machines."""
+"""Allowed difference between this machine's clock and the disk's: ages of leases and logs depend on both."""
 
 
 def state_bytes(config: Config) -> int:

@@ -18,8 +18,8 @@ from torch import nn
 logger = logging.getLogger("latte_scale")
 
 MOST_GRAPHS = 128
-"""Of one function. torch gives up after 8 and leaves the function uncompiled from then on: three sizes of clips with
-two kinds of block reach that as soon as validation runs them without gradients, too."""
+"""Limit of graphs for one function. torch's own limit is 8, beyond which the function runs uncompiled: three sizes of
+clips with two kinds of block reach that as soon as validation runs them without gradients, too."""
 
 
 class Compilation(NamedTuple):

@@ -64,7 +64,7 @@ class Cluster:
         return -(-self.num_gpus // self.device.per_node)
 
     def ranks(self, count: int, stride: int = 1) -> "Span":
-        """A process group of `count` ranks, each `stride` ranks behind the last: how it lies over the nodes."""
+        """How a process group of `count` ranks, with `stride` from one rank to the next, is spread over the nodes."""
         inside = max(1, min(count, self.device.per_node // stride))
         return Span(self.device, count, inside)
 

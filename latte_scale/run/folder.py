@@ -29,13 +29,13 @@ DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; any failure; stopped and saved, requeue; do not requeue without a change."""
 
 PROBE_BYTES = 1 << 16
-"""Written and removed at the start: a full disk is found before the first step, not at the first log line."""
+"""Size of a test write at the start, so that a full disk is found before the first step, not at the first log line."""
 
 FILES = (
     *("run_id", "lease.json", "config.yaml", "choices.json", "facts.json", "coverage.json"),
     *("metrics.jsonl", "validation.jsonl", "exit.json"),
 )
-"""What attempts read and replace in the folder, as files."""
+"""Names in the folder that attempts read and replace, and that must be files."""
 
 logger = logging.getLogger("latte_scale")
 

@@ -1,4 +1,4 @@
-"""Where the lines of `metrics.jsonl` go besides: Weights & Biases and TensorBoard, when the `log` section asks.
+"""Copies of the lines of `metrics.jsonl` for Weights & Biases and TensorBoard, when the `log` section asks for them.
 
 In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
 of wandb lasts over all attempts of a run: it has the run's own id.
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 logger = logging.getLogger("latte_scale")
 
 START_TIMEOUT_S, FINISH_TIMEOUT_S = 30.0, 30.0
-"""How long wandb may take to begin and to end: the nodes of a job wait for it, and a grace time is short."""
+"""How long wandb may take to start and to finish: all nodes of a job wait for it, and grace times are short."""
 
 
 @dataclass(frozen=True)

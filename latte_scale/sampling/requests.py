@@ -71,9 +71,9 @@ def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any
 def check_records(
     records: Sequence[dict[str, Any]], architecture: Architecture, asked_by: tuple[str, str, str] = OPTIONS
 ) -> None:
-    """Hold what was asked for to what the model can be asked. Raises ValueError.
+    """Raise ValueError for a record that the model cannot sample.
 
-    asked_by: what a message tells to pass for texts, for labels and for a mere number of videos.
+    asked_by: the options that a message names for texts, for labels and for a number of videos.
     """
     texts, labels, count = asked_by
     if isinstance(architecture, LatteT2VSettings):
@@ -99,7 +99,7 @@ def check_records(
 def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
     """Records with a "seed" as requests; captions go through the text encoder (None: there are none).
 
-    A record's own "negative" stands before the one given here. Captions that are cut are told in a warning.
+    A record's own "negative" takes precedence over the one given here. Captions that are cut are named in a warning.
     """
     if text is None:
         return [Request(record["seed"], label=record.get("label")) for record in records]

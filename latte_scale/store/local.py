@@ -153,7 +153,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _kind(entry: os.DirEntry) -> Literal["folder", "file", "other"]:
-    """What a listing takes an entry for; asks the disk about links only."""
+    """The kind of a folder entry; follows links, the only entries for which the disk is asked again."""
     if not entry.is_symlink():
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     if os.path.isdir(entry.path):
