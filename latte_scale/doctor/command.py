@@ -88,7 +88,7 @@ def launched() -> tuple[list[Line], Ranks | None]:
         return lines, None
     os.environ.setdefault("LATTE_ROLL_CALL_S", str(ROLL_CALL_S))
     try:
-        # A collective may hang longer than we wait for it: otherwise NCCL would end the process first.
+        # Longer than doctor waits for a collective: otherwise NCCL would end the process before the lines are printed.
         return lines, init_distributed(timeout_s=2 * LIMIT_S)
     except (ValueError, RuntimeError, OSError) as error:  # torch's own words where ours did not come first
         return [fault_of("launch", error)], None
