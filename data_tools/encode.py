@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     """
     for name in ("workers", "decode_threads"):
         if (number := getattr(args, name)) is not None and number < 1:
-            raise EncodeError(f"--{name.replace('_', '-')} must be at least 1, came {number}")
+            raise EncodeError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
     settings = load(EncodeSettings, args.config, args.overrides)
     source = open_dataset(args.input).manifest
     if source.kind != "video":

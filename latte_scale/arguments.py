@@ -12,7 +12,7 @@ from pathlib import Path
 def disk_path(text: str) -> Path:
     """A path on a disk. Expands `~`, which no shell does in `--out=~/x`; refuses a URL and an empty text."""
     if not text or "://" in text:
-        raise argparse.ArgumentTypeError(f"expected a path on a disk, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a path on a disk, got {text!r}")
     return Path(os.path.expanduser(text))
 
 
@@ -20,7 +20,7 @@ def output_file(text: str) -> Path:
     """A path on a disk for a file to write. Refuses, before any work is done, a folder and a path below a file."""
     path = disk_path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file to write, came the folder {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a file to write, got the folder {text!r}")
     if above := next((parent for parent in path.parents if parent.is_file()), None):
-        raise argparse.ArgumentTypeError(f"expected a file to write, came {text!r}, and {above} is no folder")
+        raise argparse.ArgumentTypeError(f"expected a file to write, got {text!r}, and {above} is no folder")
     return path

@@ -92,6 +92,6 @@ def check_names(config: Config, dataset: Dataset) -> None:
     ):
         if wanted is not None and (info is None or info.name != wanted):
             raise ManifestError(
-                f"{dataset.store.url}: encoders.{key}: expected {wanted}, came {info and info.name}; set it to what "
+                f"{dataset.store.url}: encoders.{key}: expected {wanted}, got {info and info.name}; set it to what "
                 "encoded the data, or to a folder with the same weights"
             )

@@ -129,7 +129,7 @@ def convert(args: argparse.Namespace) -> int:
 
     if args.to != "latte" and "://" in args.target:  # before the source is read
         raise ValueError(
-            f"{args.target}: a folder of --to {args.to} is written to a disk, came a URL; pass a folder, and copy it "
+            f"{args.target}: a folder of --to {args.to} is written to a disk, got a URL; pass a folder, and copy it "
             "from there"
         )
     return_freed_memory()

@@ -33,9 +33,9 @@ class KnownFramesSettings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"share must lie in [0, 1], came {self.share}")
+            raise ValueError(f"share must lie in [0, 1], got {self.share}")
         if self.most is not None and self.most < 1:
-            raise ValueError(f"most must be at least 1 frame, came {self.most}")
+            raise ValueError(f"most must be at least 1 frame, got {self.most}")
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         path_of(self.dir)
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must lie in [0, 2**64), came {self.seed}")
+            raise ValueError(f"seed must lie in [0, 2**64), got {self.seed}")
         if self.time_budget_s is not None and self.time_budget_s <= 0:
-            raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
+            raise ValueError(f"time_budget_s must be positive, got {self.time_budget_s}; null for no budget")
 
     @property
     def folder(self) -> Path:
@@ -108,17 +108,17 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, came {getattr(self, name)}")
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.caption_drop <= 1:
-            raise ValueError(f"train.caption_drop must lie in [0, 1], came {self.caption_drop}")
+            raise ValueError(f"train.caption_drop must lie in [0, 1], got {self.caption_drop}")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"train.warmup_steps must lie in [0, train.steps={self.steps}], came {self.warmup_steps}")
+            raise ValueError(f"train.warmup_steps must lie in [0, train.steps={self.steps}], got {self.warmup_steps}")
         if self.lr <= 0:
-            raise ValueError(f"train.lr must be positive, came {self.lr}")
+            raise ValueError(f"train.lr must be positive, got {self.lr}")
         if self.max_skipped < 0:
-            raise ValueError(f"train.max_skipped must be >= 0, came {self.max_skipped}")
+            raise ValueError(f"train.max_skipped must be >= 0, got {self.max_skipped}")
         if self.joint_images < 0:
-            raise ValueError(f"train.joint_images must be 0 or more, came {self.joint_images}")
+            raise ValueError(f"train.joint_images must be 0 or more, got {self.joint_images}")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
     if rest or size < 1:
         raise ValueError(
             f"--ranks: expected a multiple of engine.sequence_parallel={config.engine.sequence_parallel}, 1 or more, "
-            f"came {num_ranks}"
+            f"got {num_ranks}"
         )
     group = config.sample_group
     check_ranks(plan, size, group)

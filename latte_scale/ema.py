@@ -28,7 +28,7 @@ class EmaSettings:
 
     def __post_init__(self) -> None:
         if not all(0.0 < decay < 1.0 for decay in self.decays):
-            raise ValueError(f"ema.decays must lie between 0 and 1, came {self.decays}; the usual value is 0.9999")
+            raise ValueError(f"ema.decays must lie between 0 and 1, got {self.decays}; the usual value is 0.9999")
         if len(set(self.decays)) != len(self.decays):
             raise ValueError(f"ema.decays names a value twice: {self.decays}; drop one")
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name in ("num_heads", "num_frames", "sample_size"):
         if given.get(name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, came {given[name]}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {given[name]}")
     is_folder = args.source.is_dir() or args.source.suffix in (".safetensors", ".json")
     source = (read_folder if is_folder else read_file)(args.source, given)
     print(f"read {source.what} from {args.source}")

@@ -86,7 +86,7 @@ def check_changes(
     for key in allow_change:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-            raise StopRunError(f"--allow-change: expected a key of the config or {DATA!r}, came {key!r}; is it {near}?")
+            raise StopRunError(f"--allow-change: expected a key of the config or {DATA!r}, got {key!r}; is it {near}?")
     changed = guarded_differences(saved, current)
     refused = {key: values for key, values in changed.items() if key not in allow_change}
     for key in changed.keys() - refused.keys():
@@ -98,7 +98,7 @@ def check_changes(
     if is_other_data and DATA not in allow_change:
         if not refused:
             raise StopRunError(
-                f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, came "
+                f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, got "
                 f"{plans[1][:16]}. Restore the data set (latte-data verify), start a new run with "
                 f"model.init={checkpoint_url}, or pass --allow-change {DATA} to go on with it"
             )

@@ -237,9 +237,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for a number that no sampling has or a place that takes no videos, before anything is loaded."""
     for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
         if (came := getattr(args, name)) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, came {came}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {came}")
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: expected a folder for the videos, came a file")
+        raise ValueError(f"--out {args.out}: expected a folder for the videos, got a file")
 
 
 def formats_of(text: str) -> list[str]:
@@ -247,7 +247,7 @@ def formats_of(text: str) -> list[str]:
     formats = [each.strip() for each in text.split(",")]
     for each in formats:
         if each not in FORMATS:
-            raise ValueError(f"--formats: expected some of {', '.join(FORMATS)}, came {each!r}")
+            raise ValueError(f"--formats: expected some of {', '.join(FORMATS)}, got {each!r}")
     return formats
 
 

@@ -62,7 +62,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a YAML file (empty file: empty mapping)."""
     path = Path(path)
     if path.is_dir():
-        raise SettingsError(f"{path}: expected a configuration file, came a folder; name a .yaml in it")
+        raise SettingsError(f"{path}: expected a configuration file, got a folder; name a .yaml in it")
     if not path.is_file():
         raise SettingsError(f"no configuration file at {path}; see configs/ for ready ones")
     try:
@@ -73,7 +73,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):
-        raise SettingsError(f"{path}: expected a mapping of sections, came {type(mapping).__name__}")
+        raise SettingsError(f"{path}: expected a mapping of sections, got {type(mapping).__name__}")
     return mapping
 
 
@@ -105,7 +105,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
     Raises SettingsError naming the file, the dotted key, what was expected and what came.
     """
     if not isinstance(mapping, dict):
-        raise SettingsError(f"{where}: {prefix or 'top level'}: expected a section with keys, came {mapping!r}")
+        raise SettingsError(f"{where}: {prefix or 'top level'}: expected a section with keys, got {mapping!r}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in mapping:
@@ -171,7 +171,7 @@ def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted:
         return sections[0]
     by_kind = {_kind(section): section for section in sections}
     if value["kind"] not in by_kind:
-        raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, came {value['kind']!r}")
+        raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, got {value['kind']!r}")
     return by_kind[value["kind"]]
 
 
@@ -185,16 +185,16 @@ def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
         return pydantic.TypeAdapter(hint).validate_json(_json(value), strict=True)
     except pydantic.ValidationError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected {type_name(hint)}, came {value!r} ({error.errors()[0]['msg']})"
+            f"{where}: {dotted}: expected {type_name(hint)}, got {value!r} ({error.errors()[0]['msg']})"
         ) from error
     except TypeError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected {type_name(hint)}, came {value!r}; put text that looks like something else "
+            f"{where}: {dotted}: expected {type_name(hint)}, got {value!r}; put text that looks like something else "
             "in quotes"
         ) from error
     except OverflowError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected finite numbers, came {value!r}: no checkpoint could keep it; null stands for "
+            f"{where}: {dotted}: expected finite numbers, got {value!r}: no checkpoint could keep it; null stands for "
             "no limit where a key takes it"
         ) from error
 

@@ -372,7 +372,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _number_of_steps(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of steps, 0 for none, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of steps, 0 for none, got {text!r}")
     return int(text)
 
 

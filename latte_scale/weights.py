@@ -76,7 +76,7 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
         root, wanted = Path(path), tree or named or "ema"
         if wanted != "ema":
             raise ValueError(
-                f"{root}: a folder of weights holds one set of them, came a wish for {wanted!r}; leave it out"
+                f"{root}: a folder of weights holds one set of them, got a wish for {wanted!r}; leave it out"
             )
         architecture, state_dict = read_transformer(root)
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
@@ -103,7 +103,7 @@ def check_init(
     if before.num_heads != architecture.num_heads:
         head_dim = f" model.head_dim={before.head_dim}" if before.kind == "latte_t2v" else ""
         raise ValueError(
-            f"{weights.source}: expected weights of {architecture.num_heads} heads, came {before.num_heads} in the "
+            f"{weights.source}: expected weights of {architecture.num_heads} heads, got {before.num_heads} in the "
             f"same width; set model.num_heads={before.num_heads}{head_dim}"
         )
     pairs = [(f"model.{name}", before, architecture, name) for name in _MODEL_CHANGES[before.kind]]
@@ -119,7 +119,7 @@ def find_stored(source: str, tree: str | None = None) -> Stored | None:
     if root.suffix in (".safetensors", ".json") and root.is_file():
         return None
     if "://" not in path and root.is_file():
-        raise ValueError(f"{root}: expected a folder, came a file; bring it in with latte-scale import --source {root}")
+        raise ValueError(f"{root}: expected a folder, got a file; bring it in with latte-scale import --source {root}")
     if "://" not in path and not root.is_dir():
         raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
     step = find_step(path)
@@ -146,7 +146,7 @@ def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings
     """The architecture in a run's model section, which may hold more; runs older than the kinds are text-to-video."""
     kind = section.get("kind", "latte_t2v")
     if kind not in KINDS:
-        raise ValueError(f"{where}: model.kind: expected one of {', '.join(KINDS)}, came {kind!r}; use a newer version")
+        raise ValueError(f"{where}: model.kind: expected one of {', '.join(KINDS)}, got {kind!r}; use a newer version")
     known = {field.name for field in fields(KINDS[kind])}
     return settings.from_mapping(KINDS[kind], {k: v for k, v in section.items() if k in known}, where, "model.")
 
@@ -189,7 +189,7 @@ def places(where: str) -> list[Store]:
     section = settings.read_mapping(config) if "://" not in where and config.is_file() else {}
     saving = section.get("checkpoint") or {}
     if not isinstance(saving, dict):
-        raise ValueError(f"{config}: checkpoint: expected a section with keys, came {saving!r}; mend it or remove it")
+        raise ValueError(f"{config}: checkpoint: expected a section with keys, got {saving!r}; mend it or remove it")
     if folder := saving.get("dir"):
         reached = settings.from_mapping(StoreSettings, section.get("store") or {}, str(config), "store.")
         found.append(open_store(folder, replace(reached, cache_dir=None)))

@@ -103,7 +103,7 @@ def free_memory_bytes() -> float:
 def check_bucket(bucket: str) -> None:
     """Raise ValueError for what is no bucket, or holds something, and StoreError for one that cannot be reached."""
     if not bucket.startswith("s3://"):
-        raise ValueError(f"--bucket: expected s3://BUCKET/PREFIX, came {bucket}; --folder names the disk")
+        raise ValueError(f"--bucket: expected s3://BUCKET/PREFIX, got {bucket}; --folder names the disk")
     if open_store(bucket).list():
         raise ValueError(f"{bucket} is not empty, and would be emptied; choose another --bucket")
 
@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.repeats < 1 or not 0 < args.gib < math.inf:
-            raise ValueError(f"expected --repeats of 1 or more and --gib above 0, came {args.repeats} and {args.gib:g}")
+            raise ValueError(f"expected --repeats of 1 or more and --gib above 0, got {args.repeats} and {args.gib:g}")
         trees = None if args.config is None else trees_of_config(load_config(args.config, args.overrides))
     except ValueError as error:
         print(f"error: {error}")

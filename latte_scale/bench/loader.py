@@ -85,7 +85,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the JSON holds."""
     if min(args.steps, args.ranks) < 1 or args.start_step < 0 or not args.step_s >= 0:
         raise ValueError(
-            "expected --steps and --ranks of 1 or more, and --start-step and --step-s of 0 or more; came "
+            "expected --steps and --ranks of 1 or more, and --start-step and --step-s of 0 or more; got "
             f"{args.steps}, {args.ranks}, {args.start_step} and {args.step_s:g}"
         )
     share = {"rank": 0, "size": data_ranks(config, args.ranks), "start_step": args.start_step, "pin_memory": False}

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if min(args.rounds, args.steps) < 1 or args.warm_up < 0:
             raise ValueError(
-                "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, came "
+                "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, got "
                 f"{args.rounds}, {args.steps} and {args.warm_up}"
             )
         config = load_config(args.config, args.overrides)

@@ -142,7 +142,7 @@ def _keys_by_shape(path: Path, sizes: dict[str, tuple[int, ...]]) -> dict[str, d
         whole = ["model."]
     if len(whole) != 1:
         raise CheckpointError(
-            f"{path}: expected the weights of the {len(names)} tensors that have moments under one prefix, came "
+            f"{path}: expected the weights of the {len(names)} tensors that have moments under one prefix, got "
             f"{', '.join(repr(prefix) for prefix in whole or prefixes) or 'none'}"
         )
     return {"model": {name: whole[0] + name for name in names}} | keys

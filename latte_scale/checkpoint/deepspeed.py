@@ -83,7 +83,7 @@ def _optimizer_state(file: Path) -> dict[str, Any]:
     loaded = load_file(file)
     state = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or "partition_count" not in state:
-        raise CheckpointError(f"{file}: expected the state of a ZeRO optimizer, came another file")
+        raise CheckpointError(f"{file}: expected the state of a ZeRO optimizer, got another file")
     return state
 
 
@@ -109,7 +109,7 @@ class _Partitions:
         self.model_state = load_file(model_file)
         if not isinstance(self.model_state, dict) or "param_shapes" not in self.model_state:
             raise CheckpointError(
-                f"{model_file}: expected param_shapes, as DeepSpeed's ZeRO saves them; came another file"
+                f"{model_file}: expected param_shapes, as DeepSpeed's ZeRO saves them; got another file"
             )
         self.groups = [
             {name: tuple(shape) for name, shape in group.items()} for group in self.model_state["param_shapes"]
@@ -127,7 +127,7 @@ class _Partitions:
         count = _optimizer_state(found[0])["partition_count"] if 0 in found else len(found)
         count = max(count) if isinstance(count, list) else count
         if sorted(found) != list(range(count)):
-            raise CheckpointError(f"{self.tag}: expected files of {count} ranks, came those of {sorted(found)}")
+            raise CheckpointError(f"{self.tag}: expected files of {count} ranks, got those of {sorted(found)}")
         return [found[rank] for rank in range(count)]
 
     def _pieces_of_stage_1_and_2(self) -> dict[str, list[_Piece]]:

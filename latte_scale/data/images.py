@@ -111,7 +111,7 @@ def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
         if expected != came:
             raise ManifestError(
                 f"data.images: {images.store.url} does not fit the clips of {clips[0].store.url}: {name}: expected "
-                f"{expected}, came {came}; make the images as the clips were made, with video.frames=1"
+                f"{expected}, got {came}; make the images as the clips were made, with video.frames=1"
             )
 
 

@@ -91,7 +91,7 @@ class Plan:
         group: int = 1,
     ) -> None:
         if global_batch < 1:
-            raise ValueError(f"train.global_batch must be at least 1, came {global_batch}")
+            raise ValueError(f"train.global_batch must be at least 1, got {global_batch}")
         self.datasets, self.seed, self.global_batch = tuple(datasets), seed, global_batch
         self._num_samples = [dataset.num_samples for dataset in datasets]
         self.num_samples = sum(self._num_samples)
@@ -267,7 +267,7 @@ def resolve_shuffle_window(window: int | None, num_samples: int) -> int:
     if num_samples < 1:
         raise ValueError("the data has no sample to train on: check data.url and data.holdout")
     if window is not None and window < 1:
-        raise ValueError(f"data.shuffle_window must be at least 1 sample, came {window}")
+        raise ValueError(f"data.shuffle_window must be at least 1 sample, got {window}")
     return min(window or DEFAULT_SHUFFLE_WINDOW, num_samples)
 
 
@@ -286,12 +286,12 @@ def _shares(datasets: Sequence[PlanData]) -> dict[tuple[int, str], Fraction]:
     """(data set, bucket) -> share of all samples, unnormalised; empty ones left out."""
     weights = [dataset.weight for dataset in datasets]
     if None in weights and any(weight is not None for weight in weights):
-        raise ValueError(f"data.url: give every data set a weight or none of them; came {weights}")
+        raise ValueError(f"data.url: give every data set a weight or none of them; got {weights}")
     shares = {}
     for number, dataset in enumerate(datasets):
         weight = Fraction(str(dataset.weight)) if dataset.weight is not None else Fraction(dataset.num_samples)
         if dataset.num_samples and not weight > 0:
-            raise ValueError(f"data.url: the weight of a data set must be above 0, came {dataset.weight}")
+            raise ValueError(f"data.url: the weight of a data set must be above 0, got {dataset.weight}")
         if not dataset.num_samples and dataset.weight is not None:
             raise ValueError(f"data.url: data set {number} has a weight of {dataset.weight} but no sample to give")
         for bucket, counts in dataset.counts.items():

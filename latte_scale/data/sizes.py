@@ -40,7 +40,7 @@ def best_fit(policies: Sequence[VideoSettings], num_frames: int, height: Fractio
     long_enough = [policy for policy in policies if policy.min_frames <= num_frames]
     if not long_enough:
         least = min(policy.min_frames for policy in policies)
-        raise ValueError(f"too short: expected {least} frames, the least of all sizes, came {num_frames}")
+        raise ValueError(f"too short: expected {least} frames, the least of all sizes, got {num_frames}")
     fits = [_fit(policy, Fraction(height), Fraction(width)) for policy in long_enough]
     return min(fits, key=_rank)
 

@@ -44,7 +44,7 @@ def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_varian
     if sampler not in SAMPLERS[settings.objective]:
         raise ValueError(
             f"sampler: objective {settings.objective} expects one of {', '.join(SAMPLERS[settings.objective])}, "
-            f"came {sampler!r}"
+            f"got {sampler!r}"
         )
     import diffusers
 
@@ -86,12 +86,12 @@ def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -
     """Raise ValueError for a number of steps that this sampler cannot spread over the schedule."""
     if not 1 <= num_steps <= settings.num_timesteps:
         raise ValueError(
-            f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), came {num_steps}"
+            f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), got {num_steps}"
         )
     if sampler == "ddim" and settings.zero_terminal_snr and settings.num_timesteps % num_steps:
         raise ValueError(
             f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
-            f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
+            f"(diffusion.num_timesteps), got {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
         )
     stride = settings.num_timesteps // num_steps
     walked = stride * num_steps
@@ -105,7 +105,7 @@ def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -
     is_rounded = settings.objective != "flow" and not settings.zero_terminal_snr
     if sampler == "dpm++" and is_rounded and num_steps == settings.num_timesteps:
         raise ValueError(
-            f"sampling steps: dpm++ expects at most {settings.num_timesteps - 1}, came {num_steps}: two of diffusers' "
+            f"sampling steps: dpm++ expects at most {settings.num_timesteps - 1}, got {num_steps}: two of diffusers' "
             "timesteps would be one, and its step between them is not a number"
         )
 
@@ -144,7 +144,7 @@ def sample(
     """
     check_steps(settings, sampler, num_steps)
     if generators is not None and len(generators) != len(noise_BCFHW):
-        raise ValueError(f"generators: expected one for each of {len(noise_BCFHW)} clips, came {len(generators)}")
+        raise ValueError(f"generators: expected one for each of {len(noise_BCFHW)} clips, got {len(generators)}")
     _check_clips(noise_BCFHW, init_BCFHW, strength, known_BCFHW, num_known)
     scheduler = make_scheduler(settings, sampler, learned_variance)
     begin = _lay_steps(scheduler, settings, sampler, num_steps, strength)
@@ -231,22 +231,22 @@ def check_start(strength: float, has_clip: bool, num_known: int | None, num_fram
     num_known: None where no frames are given.
     """
     if not 0 < strength <= 1 or (not has_clip and strength != 1):
-        raise ValueError(f"strength: expected above 0 and at most 1, and 1 without an input video, came {strength}")
+        raise ValueError(f"strength: expected above 0 and at most 1, and 1 without an input video, got {strength}")
     if num_known is not None and not 1 <= num_known < num_frames:
-        raise ValueError(f"known frames: expected 1 to {num_frames - 1} of the clip's {num_frames}, came {num_known}")
+        raise ValueError(f"known frames: expected 1 to {num_frames - 1} of the clip's {num_frames}, got {num_known}")
 
 
 def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Tensor | None, num_known: int) -> None:
     given = None if known is None and not num_known else num_known
     check_start(strength, init is not None, given, noise.shape[2])
     if init is not None and init.shape != noise.shape:
-        raise ValueError(f"input video: expected the noise's shape {list(noise.shape)}, came {list(init.shape)}")
+        raise ValueError(f"input video: expected the noise's shape {list(noise.shape)}, got {list(init.shape)}")
     if given is None:
         return
     wanted = [*noise.shape[:2], num_known, *noise.shape[3:]]
     if known is None or list(known[:, :, :num_known].shape) != wanted:
         came = "none" if known is None else list(known.shape)
-        raise ValueError(f"known frames: expected latents of shape {wanted} or with more frames, came {came}")
+        raise ValueError(f"known frames: expected latents of shape {wanted} or with more frames, got {came}")
 
 
 def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettings:
@@ -262,7 +262,7 @@ def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettin
     if prediction not in ("epsilon", "v_prediction") or config.get("beta_schedule") != "linear":
         raise ValueError(
             f"{where}: expected prediction_type epsilon, v_prediction or flow_prediction and a linear beta_schedule, "
-            f"came {prediction} and {config.get('beta_schedule')}"
+            f"got {prediction} and {config.get('beta_schedule')}"
         )
     try:
         return DiffusionSettings(

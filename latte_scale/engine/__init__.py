@@ -56,5 +56,5 @@ def build_engine(
     elif settings.kind == "zero":
         from latte_scale.engine.zero import ZeroEngine as engine
     else:
-        raise ValueError(f"engine.kind must be single, fsdp2 or zero, came {settings.kind!r}")
+        raise ValueError(f"engine.kind must be single, fsdp2 or zero, got {settings.kind!r}")
     return engine(settings, optim, precision, model, blocks, ranks)

@@ -57,28 +57,28 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.checkpointed_share <= 1.0:
-            raise ValueError(f"engine.checkpointed_share must lie in [0, 1], came {self.checkpointed_share}")
+            raise ValueError(f"engine.checkpointed_share must lie in [0, 1], got {self.checkpointed_share}")
         if self.memory_budget_gib is not None and self.activation_checkpointing != "auto":
             raise ValueError(
-                f"engine.memory_budget_gib={self.memory_budget_gib} is for engine.activation_checkpointing=auto, came "
+                f"engine.memory_budget_gib={self.memory_budget_gib} is for engine.activation_checkpointing=auto, got "
                 f"{self.activation_checkpointing}; set that or drop the key"
             )
         if self.activation_checkpointing == "auto" and (self.checkpointed_share, self.other_blocks) != (1.0, "none"):
             raise ValueError(
-                f"engine.activation_checkpointing=auto chooses checkpointed_share and other_blocks itself, came "
+                f"engine.activation_checkpointing=auto chooses checkpointed_share and other_blocks itself, got "
                 f"{self.checkpointed_share} and {self.other_blocks}; drop these two keys, or choose another kind"
             )
         if self.memory_budget_gib is not None and not self.memory_budget_gib > 0.0:
-            raise ValueError(f"engine.memory_budget_gib must be positive, came {self.memory_budget_gib}")
+            raise ValueError(f"engine.memory_budget_gib must be positive, got {self.memory_budget_gib}")
         if self.cpu_offload and self.kind != "zero":
-            raise ValueError(f"engine.cpu_offload needs engine.kind=zero, came {self.kind}; set kind or drop the key")
+            raise ValueError(f"engine.cpu_offload needs engine.kind=zero, got {self.kind}; set kind or drop the key")
         if self.compile and self.kind == "zero" and self.zero_stage == 3:
             raise ValueError(
                 "engine.compile does not work with ZeRO stage 3, whose hooks gather weights inside the blocks; "
                 "use zero_stage 1 or 2, or engine.kind=fsdp2"
             )
         if self.sequence_parallel < 1:
-            raise ValueError(f"engine.sequence_parallel must be 1 or more ranks, came {self.sequence_parallel}")
+            raise ValueError(f"engine.sequence_parallel must be 1 or more ranks, got {self.sequence_parallel}")
         if self.sequence_parallel > 1 and self.kind == "single":
             raise ValueError(
                 f"engine.sequence_parallel={self.sequence_parallel} needs several ranks, and engine.kind=single runs "
@@ -86,17 +86,17 @@ class EngineSettings:
             )
         self._check_counts()
         if not 0.0 < self.timeout_s <= LONGEST_TIMEOUT_S:
-            raise ValueError(f"engine.timeout_s must lie in (0, {LONGEST_TIMEOUT_S:g}] seconds, came {self.timeout_s}")
+            raise ValueError(f"engine.timeout_s must lie in (0, {LONGEST_TIMEOUT_S:g}] seconds, got {self.timeout_s}")
 
     def _check_counts(self) -> None:
         least = {"blocks_per_unit": 1, "prefetch_units": 0, "zero_bucket_elements": 1, "zero_prefetch_elements": 0}
         for name, least_value in (least | {"zero_persistent_elements": 0}).items():
             if getattr(self, name) < least_value:
-                raise ValueError(f"engine.{name} must be {least_value} or more, came {getattr(self, name)}")
+                raise ValueError(f"engine.{name} must be {least_value} or more, got {getattr(self, name)}")
         if self.replicate != "node" and self.replicate < 1:
-            raise ValueError(f"engine.replicate must be node, or 1 copy or more, came {self.replicate}")
+            raise ValueError(f"engine.replicate must be node, or 1 copy or more, got {self.replicate}")
         if self.replicate != 1 and self.kind != "fsdp2":
-            raise ValueError(f"engine.replicate={self.replicate} needs engine.kind=fsdp2, came {self.kind}; set kind")
+            raise ValueError(f"engine.replicate={self.replicate} needs engine.kind=fsdp2, got {self.kind}; set kind")
 
 
 class StepResult(NamedTuple):
@@ -228,7 +228,7 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
     if precision == "fp32":
         return
     if precision not in get_args(Precision):
-        raise ValueError(f"train.precision must be one of {', '.join(get_args(Precision))}, came {precision!r}")
+        raise ValueError(f"train.precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     forward = model.forward
 
     @functools.wraps(forward)

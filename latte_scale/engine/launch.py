@@ -74,7 +74,7 @@ def _parse(environ: Mapping[str, str]) -> Launch:
         raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
     if not 0 <= rank < size or local_rank < 0:
         raise LaunchError(
-            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, came {rank} {size} {local_rank}"
+            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, got {rank} {size} {local_rank}"
         )
     return launch
 

@@ -47,11 +47,11 @@ def buckets_of(config: Config, data_ranks: int = 1, steps: Mapping[str, int] | N
     if steps is None:  # as many clips of each: the larger a batch, the fewer steps they make
         weights = [1 / each.train.global_batch for each in configs]
     elif unknown := sorted(steps.keys() - set(names)):
-        raise ValueError(f"expected steps of the sizes {', '.join(names)}, came {', '.join(unknown)}")
+        raise ValueError(f"expected steps of the sizes {', '.join(names)}, got {', '.join(unknown)}")
     else:
         weights = [float(steps.get(name, 0)) for name in names]
     if not sum(weights):
-        raise ValueError(f"expected steps of the sizes {', '.join(names)}, came none")
+        raise ValueError(f"expected steps of the sizes {', '.join(names)}, got none")
     return [
         Bucket(name, each, weight / sum(weights)) for name, each, weight in zip(names, configs, weights, strict=True)
     ]

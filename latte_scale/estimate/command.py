@@ -81,11 +81,11 @@ def check_numbers(args: argparse.Namespace) -> None:
     """ValueError for numbers of devices, a share of the peak and a price that cannot be."""
     for name in ("gpus", "per_node"):
         if (came := getattr(args, name)) is not None and came < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, came {came}")
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {came}")
     if args.efficiency is not None and not 0.0 < args.efficiency <= 1.0:
-        raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], came {args.efficiency:g}")
+        raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], got {args.efficiency:g}")
     if args.price is not None and not 0.0 <= args.price < math.inf:
-        raise ValueError(f"--price must be 0 or more, came {args.price:g}")
+        raise ValueError(f"--price must be 0 or more, got {args.price:g}")
 
 
 def counted_steps(path: Path) -> dict[str, int]:

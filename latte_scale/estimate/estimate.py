@@ -85,7 +85,7 @@ def estimate_of(
     steps: how many of a run's steps each bucket has, as for `buckets_of`.
     """
     if config.engine.kind == "single" and cluster.num_gpus > 1:
-        raise ValueError(f"engine.kind=single runs on one GPU, came {cluster.num_gpus}; use fsdp2 or zero, or --gpus 1")
+        raise ValueError(f"engine.kind=single runs on one GPU, got {cluster.num_gpus}; use fsdp2 or zero, or --gpus 1")
     micro_batches(config, cluster.num_gpus)  # the main size's: says what does not go together in the config's own words
     buckets = buckets_of(config, data_ranks(config, cluster.num_gpus), steps)
     return Estimate(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))

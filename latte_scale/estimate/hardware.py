@@ -93,7 +93,7 @@ def find_device(name: str, per_node: int | None = None) -> Device:
     """The device of that name. ValueError lists those that there are."""
     key = name.lower()
     if key not in DEVICES:
-        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, came {name!r}")
+        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, got {name!r}")
     return DEVICES[key] if per_node is None else replace(DEVICES[key], per_node=per_node)
 
 

@@ -58,7 +58,7 @@ def use_fp8(model: nn.Module, device: torch.device) -> int:
     if not fit:
         sides = sorted({(layer.in_features, layer.out_features) for layer in layers})
         raise ValueError(
-            f"train.precision=fp8: expected linear layers with sides of multiples of {SIDES}, came {sides}; "
+            f"train.precision=fp8: expected linear layers with sides of multiples of {SIDES}, got {sides}; "
             "choose the model's width so, or train.precision=bf16"
         )
     for layer in fit:

@@ -162,7 +162,7 @@ class Latte(nn.Module):
         if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != settings.in_channels:
             raise ValueError(
                 f"latents: expected [batch, frames, {settings.in_channels}, height, width], "
-                f"came {list(latents_BFCHW.shape)}; permute [B, C, F, H, W] with .transpose(1, 2)"
+                f"got {list(latents_BFCHW.shape)}; permute [B, C, F, H, W] with .transpose(1, 2)"
             )
         batch, frames, _, height, width = latents_BFCHW.shape
         check_sides(height, width, settings.patch_size)
@@ -183,17 +183,15 @@ class Latte(nn.Module):
         """What compression patches cannot do: they mix the frames of a patch."""
         size = self.settings.tubelet_size
         if frames % size:
-            raise ValueError(
-                f"latents: expected a multiple of tubelet_size {size} frames, came {frames}; cut the clips"
-            )
+            raise ValueError(f"latents: expected a multiple of tubelet_size {size} frames, got {frames}; cut the clips")
         if num_images:
             raise ValueError(
-                f"num_images: a compression patch holds {size} frames and an image is one, came {num_images} images; "
+                f"num_images: a compression patch holds {size} frames and an image is one, got {num_images} images; "
                 f"set model.tubelet_size=1 for joint training"
             )
         if timestep.ndim == 2:
             raise ValueError(
-                f"timestep: a compression patch of {size} frames has one timestep, came {list(timestep.shape)}; "
+                f"timestep: a compression patch of {size} frames has one timestep, got {list(timestep.shape)}; "
                 f"set model.tubelet_size=1 to give single frames"
             )
 
@@ -201,12 +199,12 @@ class Latte(nn.Module):
         num_classes = self.settings.num_classes
         if num_classes and label_B is None:
             raise ValueError(
-                f"label: expected integers [{batch}], 0 .. {num_classes - 1}, or {num_classes} for no class, came None"
+                f"label: expected integers [{batch}], 0 .. {num_classes - 1}, or {num_classes} for no class, got None"
             )
         for name, label, shape in (("label", label_B, (batch,)), ("image_label", image_label_BN, (batch, num_images))):
             if label is not None and not num_classes:
                 raise ValueError(
-                    f"{name}: expected None in an unconditional model, came {list(label.shape)}; set model.num_classes"
+                    f"{name}: expected None in an unconditional model, got {list(label.shape)}; set model.num_classes"
                 )
             if label is not None:
                 _check_label(name, label, shape, num_classes)
@@ -218,11 +216,11 @@ def _check_label(name: str, label: Tensor, shape: tuple[int, ...], num_classes: 
     Subclasses of a tensor, such as the fake ones of an estimate, may have no values to read.
     """
     if label.shape != shape or label.is_floating_point():
-        raise ValueError(f"{name}: expected integers {list(shape)}, came {label.dtype} {list(label.shape)}")
+        raise ValueError(f"{name}: expected integers {list(shape)}, got {label.dtype} {list(label.shape)}")
     has_values = type(label) is Tensor and label.device.type == "cpu" and label.numel()
     if has_values and not 0 <= label.min() <= label.max() <= num_classes:
         raise ValueError(
-            f"{name}: expected 0 .. {num_classes - 1}, or {num_classes} for no class, came {int(label.min())} .. "
+            f"{name}: expected 0 .. {num_classes - 1}, or {num_classes} for no class, got {int(label.min())} .. "
             f"{int(label.max())}; fix the labels or set model.num_classes"
         )
 

@@ -126,7 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error}); remove the file, or write it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, came {str(content)[:80]}; remove it, or write it again")
+        raise ValueError(f"{path}: expected a JSON object, got {str(content)[:80]}; remove it, or write it again")
     return content
 
 

@@ -63,7 +63,7 @@ class RunFolder:
         for name in FILES:
             if (self.path / name).is_dir():
                 raise StopRunError(
-                    f"{self.path / name}: expected a file of the run, came a folder; move it away, or choose another "
+                    f"{self.path / name}: expected a file of the run, got a folder; move it away, or choose another "
                     "run.dir"
                 )
         probe = self.logs / f"rank-{self.rank:05d}.probe"
@@ -238,7 +238,7 @@ def path_of(run_dir: str) -> Path:
     """run.dir as a path; `~` is the home directory, which no shell puts into key=value. SettingsError for a URL."""
     if not run_dir or "://" in run_dir:
         raise settings.SettingsError(
-            f"run.dir: expected a folder that every node may write, came {run_dir!r}; only checkpoints go to an "
+            f"run.dir: expected a folder that every node may write, got {run_dir!r}; only checkpoints go to an "
             "object store: set checkpoint.dir=s3://BUCKET/PREFIX beside it"
         )
     return Path(os.path.expanduser(run_dir))

@@ -32,7 +32,7 @@ class LogSettings:
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
-            raise ValueError(f"log.every_steps must be at least 1, came {self.every_steps}")
+            raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
 
 
 class Tracker(Protocol):

@@ -46,7 +46,7 @@ class S3Store(Store):
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not _BUCKET.fullmatch(bucket):
             is_secret = "@" in url or ":" in bucket
-            came = "came one with credentials, which are no part of it" if is_secret else f"came {bucket!r}"
+            came = "got one with credentials, which are no part of it" if is_secret else f"got {bucket!r}"
             raise ValueError(
                 "expected s3://BUCKET/PREFIX with a bucket name of two or more letters, digits, '.', '-' or '_', "
                 + came

@@ -58,9 +58,9 @@ def test_a_size_of_fewer_frames_is_a_config_of_its_own() -> None:
 def test_what_cannot_be_is_named() -> None:
     with pytest.raises(ValueError, match=r"bucket 4x16x24: 8 samples .* fewer than 9 .*; use a global_batch of 14"):
         buckets_of(sizes(), 9)
-    with pytest.raises(ValueError, match=r"expected steps of the sizes 4x16x16, .*, came 4x8x8"):
+    with pytest.raises(ValueError, match=r"expected steps of the sizes 4x16x16, .*, got 4x8x8"):
         buckets_of(sizes(), 1, {"4x8x8": 3})
-    with pytest.raises(ValueError, match="came none"):
+    with pytest.raises(ValueError, match="got none"):
         buckets_of(sizes(), 1, {})
 
 

@@ -110,10 +110,10 @@ def test_what_cannot_fit_says_what_it_needs_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("engine.memory_budget_gib=20",), "is for engine.activation_checkpointing=auto, came full"),
-        (("engine.activation_checkpointing=auto", "engine.memory_budget_gib=0"), "must be positive, came 0"),
-        (("engine.activation_checkpointing=auto", "engine.checkpointed_share=0.5"), "came 0.5 and none; drop"),
-        (("engine.activation_checkpointing=auto", "engine.other_blocks=selective"), "came 1.0 and selective; drop"),
+        (("engine.memory_budget_gib=20",), "is for engine.activation_checkpointing=auto, got full"),
+        (("engine.activation_checkpointing=auto", "engine.memory_budget_gib=0"), "must be positive, got 0"),
+        (("engine.activation_checkpointing=auto", "engine.checkpointed_share=0.5"), "got 0.5 and none; drop"),
+        (("engine.activation_checkpointing=auto", "engine.other_blocks=selective"), "got 1.0 and selective; drop"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, words) -> None:

@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, block
 @pytest.mark.parametrize("name", ["run_id", "config.yaml", "metrics.jsonl", "exit.json"])
 def test_a_folder_in_the_place_of_a_file_is_refused_at_the_start(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(StopRunError, match=rf"{name}: expected a file of the run, came a folder; move it away"):
+    with pytest.raises(StopRunError, match=rf"{name}: expected a file of the run, got a folder; move it away"):
         RunFolder(tmp_path, rank=1).open()
 
 
@@ -162,7 +162,7 @@ def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path,
     assert main([str(config), "run.dir=~/y"]) == 0
     assert capsys.readouterr().out == f"runs/x\n/scratch/y\n{Path.home()}/y\n"
     assert main([str(config), "run.dir=s3://bucket/y"]) == 78
-    assert "run.dir: expected a folder that every node may write, came 's3://bucket/y'" in capsys.readouterr().err
+    assert "run.dir: expected a folder that every node may write, got 's3://bucket/y'" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml")]) == 78
     assert "no configuration file at" in capsys.readouterr().err
     config.write_text("run: {}\n")

@@ -56,7 +56,7 @@ def _num_hosts(ranks: Ranks) -> int:
     if hosts != alike:
         counts = ", ".join(f"{host}: {hosts.count(host)}" for host in sorted(set(hosts)))
         raise ValueError(
-            f"engine.replicate=node needs as many consecutive ranks on every machine, came {counts}; start as many on "
+            f"engine.replicate=node needs as many consecutive ranks on every machine, got {counts}; start as many on "
             "each, or give engine.replicate a number"
         )
     return num_hosts

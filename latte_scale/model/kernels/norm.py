@@ -49,7 +49,7 @@ def groups_of(x: Tensor, rows: Tensor) -> Groups:
     if rows.ndim != 4 or (rows.shape[0], rows.shape[3]) != (batch, width) or tuple(rows.shape[1:3]) not in known:
         raise ValueError(
             f"modulation: expected [{batch}, 1, 1, {width}], [{batch}, {size_r}, 1, {width}] or "
-            f"[{batch}, 1, {size_s}, {width}] for x {list(x.shape)}, came {list(rows.shape)}; set norm.backend=torch"
+            f"[{batch}, 1, {size_s}, {width}] for x {list(x.shape)}, got {list(rows.shape)}; set norm.backend=torch"
         )
     if width > MAX_WIDTH:
         raise ValueError(f"width {width}: the kernels take up to {MAX_WIDTH}; set norm.backend=torch")
