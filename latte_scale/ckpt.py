@@ -201,7 +201,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what = "what differs between two checkpoints"
     verb = verbs.add_parser("diff", help=what, description=f"{what}; exit code 1 if anything does")
     verb.add_argument("first", metavar="A", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
-    verb.add_argument("second", metavar="B", help="the same")
+    verb.add_argument("second", metavar="B", help="what A may be")
     verb.set_defaults(run=diff)
     what = "to and from DeepSpeed's and torch's folders"
     verb = verbs.add_parser("convert", help=what, description=f"{what}: runs/NAME TARGET --to dcp")
@@ -209,7 +209,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
     verb.add_argument("--to", choices=FORMATS, required=True, help="format of TARGET")
     verb.add_argument("--config", type=disk_path, help="the run's config, for a source that does not hold it")
-    verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
+    verb.add_argument(
+        "--ema-from-weights", action="store_true", help="start EMA trees that SOURCE lacks from its weights"
+    )
     verb.set_defaults(run=convert)
     return parser.parse_args(argv)
 

@@ -31,8 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
-    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table for programs")
+    parser.add_argument("--ranks", type=int, metavar="N", help="also list each of N ranks' micro-batches per step")
+    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table as JSON")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

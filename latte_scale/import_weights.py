@@ -77,7 +77,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("same", "twice"),
         help="DiT: block i into block i (default), or into the spatial blocks, with temporal ones that add 0 at first",
     )
-    parser.add_argument("--num-classes", type=int, help="DiT: another number of labels, each starting as the null one")
+    parser.add_argument(
+        "--num-classes", type=int, help="DiT: a new number of classes; each starts from the null label's row"
+    )
     parser.add_argument(
         "--learned-positions", action="store_true", default=None, help="class model: keep temp_embed as a trained table"
     )

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="latte-scale keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or how one begins")
+    parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or the first letters of either")
     args = parser.parse_args(argv)
     keys = list(keys_of(Config))
     for beginning in args.beginnings:

@@ -339,7 +339,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder for everything it makes; emptied first, if it is an earlier one's",
     )
     parser.add_argument("--clips", type=disk_path, help="folder of real clips with captions.jsonl, instead of shapes")
-    parser.add_argument("--full", action="store_true", help="train until shape and direction are right, too")
+    parser.add_argument("--full", action="store_true", help="train until shapes and directions are right as well")
     args = parser.parse_args(argv)
     if args.full and args.clips:
         parser.error("--full is about the moving shapes; drop it, or drop --clips")

@@ -293,12 +293,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--folder",
         type=disk_path,
         default=Path(),
-        help="on the disk to measure (default: here); bench/ in it must be free",
+        help="folder on the disk to measure (default: here); it must not contain a folder bench/",
     )
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the state without a config (default 1)")
+    parser.add_argument("--gib", type=float, default=1.0, help="without --config: GiB of state to save (default 1)")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=output_file, help="every single figure as JSON")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement (default 5)")
+    parser.add_argument("--out", type=output_file, help="JSON file for every measurement")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

@@ -77,11 +77,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--against", choices=get_args(Rival), help="the same work done otherwise, in the same run")
-    parser.add_argument("--captions", choices=get_args(Captions), default="full", help="full length, or of all lengths")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn (default 4)")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that are not counted (default 3)")
+    parser.add_argument("--against", choices=get_args(Rival), help="another way to do the work, timed by turns")
+    parser.add_argument(
+        "--captions", choices=get_args(Captions), default="full", help="all of the maximum length, or of mixed lengths"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured (default 5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds (default 4)")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand (default 3)")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options

@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--coverage", type=disk_path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
     )
-    parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+    parser.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
