@@ -21,7 +21,7 @@ from latte_scale.data.buckets import bucket_name, relative_cost
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.shares import step_shape
 from latte_scale.encoders import vae_downscale
-from latte_scale.estimate.choice import examine
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, Cluster
 
 MOST = 0.05  # largest error that is allowed, of the total and of each part
@@ -149,7 +149,7 @@ def check(case: Case) -> Row:
     """Track and estimate one case."""
     config = load_config(case.config, ["data.url=none", *case.overrides])
     planned = as_planned(config, case.bucket, case.num_gpus) if case.bucket else config
-    steps = {step.bucket.name: step for step in examine(config, Cluster(DEVICES["h100"], case.num_gpus)).steps}
+    steps = {step.bucket.name: step for step in estimate_of(config, Cluster(DEVICES["h100"], case.num_gpus)).steps}
     step = steps[case.bucket] if case.bucket else next(iter(steps.values()))
     found = step.memory.parts
     return Row(case, tracked(planned, case.num_gpus), {part: value for part, value in found.items() if value})

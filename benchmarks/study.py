@@ -45,7 +45,7 @@ class Study:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise ValueError("rows: expected at least one, came none; the first is what the others are compared with")
+            raise ValueError("rows: expected at least one, got none; the first is what the others are compared with")
 
 
 def command_of(study: Study, row: str, launch: str) -> list[str]:

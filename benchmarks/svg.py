@@ -16,7 +16,7 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], log_y: 
     drawn = {name: [(x, y) for x, y in line if not log_y or y > 0] for name, line in series.items()}
     points = [point for line in drawn.values() for point in line]
     if not points or len(drawn) > len(COLOURS):
-        raise ValueError(f"{title}: expected 1 to {len(COLOURS)} series with points, came {len(drawn)}")
+        raise ValueError(f"{title}: expected 1 to {len(COLOURS)} series with points, got {len(drawn)}")
     ys = [math.log10(y) if log_y else y for _, y in points]
     x0, y0 = min(x for x, _ in points), min(ys) if log_y else min(0.0, *ys)
     x1, y1 = max(x0 + 1, *(x for x, _ in points)), max(y0 + 1e-9, *ys)

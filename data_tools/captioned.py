@@ -130,7 +130,7 @@ def _in_tars(store: Store, tars: list[str], others: list[str]) -> Found:
                     continue
                 if names is not None and (label is None or not 0 <= label < len(names)):
                     found.failed.append(
-                        f"{source}: {MANIFEST} has {len(names)} classes: expected such a label in the .json, came "
+                        f"{source}: {MANIFEST} has {len(names)} classes: expected such a label in the .json, got "
                         f"{label}; away from {MANIFEST} tars are taken without classes"
                     )
                     continue

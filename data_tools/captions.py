@@ -98,7 +98,7 @@ def _json_rows(data: bytes, where: str) -> Iterator[Row]:
         place = f"{where}, line {number}"
         expected = (
             f'{place}: expected {{"file": "clip.mp4", "text": "a caption"}} ("text" may be a list of captions; '
-            f'"label", the name of a class, may follow), came {text[:80]!r}'
+            f'"label", the name of a class, may follow), got {text[:80]!r}'
         )
         try:
             content = json.loads(text)
@@ -135,7 +135,7 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
     if file_column is None or text_column is None:
         raise ValueError(
             f"{where}: expected a column of files ({', '.join(FILE_COLUMNS)}) and one of captions "
-            f"({', '.join(TEXT_COLUMNS)}), came {', '.join(map(str, columns)) or 'none'}"
+            f"({', '.join(TEXT_COLUMNS)}), got {', '.join(map(str, columns)) or 'none'}"
         )
     for name in (file_column, text_column, "label"):
         if columns.count(name) > 1:
@@ -150,7 +150,7 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
         file, line = _parse(content)
         if file is None or line is None:
             raise ValueError(
-                f"{place}: expected a file, a caption and, if there is one, a label, each of them text; came "
+                f"{place}: expected a file, a caption and, if there is one, a label, each of them text; got "
                 f"{str(content)[:80]}"
             )
         yield place, file, line

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, came {args.workers}")
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
     source, store = open_dataset(args.input), open_store(args.output)
     _check_source(source, store, args.to)
     _check_folder(store, source.manifest.fingerprint(), args.force)

@@ -41,7 +41,7 @@ class CutSettings:
 
     def __post_init__(self) -> None:
         if (self.seconds is not None and self.seconds <= 0) or self.min_seconds < 0:
-            raise ValueError(f"seconds and min_seconds must be above 0, came {self.seconds} and {self.min_seconds}")
+            raise ValueError(f"seconds and min_seconds must be above 0, got {self.seconds} and {self.min_seconds}")
 
     @property
     def is_on(self) -> bool:

@@ -79,14 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data encode`."""
     parser.add_argument("--input", required=True, metavar="URL", help="data set of clips, with its manifest")
     parser.add_argument("--output", required=True, metavar="URL", help="folder of the latents data set to write")
-    parser.add_argument("--config", required=True, metavar="X.yaml", help="as configs/encode_tiny.yaml")
+    parser.add_argument("--config", required=True, metavar="X.yaml", help="YAML such as configs/encode_tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the config, as video.frames=8")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one shard each (default 1)")
     parser.add_argument(
         "--decode-threads", type=int, metavar="N", help="a worker's (default 1; with GPUs its share of the cores)"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and count, encode nothing")
-    parser.add_argument("--retry-failed", action="store_true", help="make the shards again that lack a clip")
+    parser.add_argument("--retry-failed", action="store_true", help="encode the shards again in which a clip failed")
     parser.add_argument("--force", action="store_true", help="start over in a folder that other settings began")
 
 
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     """
     for name in ("workers", "decode_threads"):
         if (number := getattr(args, name)) is not None and number < 1:
-            raise EncodeError(f"--{name.replace('_', '-')} must be at least 1, came {number}")
+            raise EncodeError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
     settings = load(EncodeSettings, args.config, args.overrides)
     source = open_dataset(args.input).manifest
     if source.kind != "video":

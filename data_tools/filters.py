@@ -40,7 +40,7 @@ class FilterSettings:
 
     def __post_init__(self) -> None:
         if self.duplicates is not None and not 0 <= self.duplicates < NUM_BANDS:
-            raise ValueError(f"duplicates must lie between 0 and {NUM_BANDS - 1} bits, came {self.duplicates}")
+            raise ValueError(f"duplicates must lie between 0 and {NUM_BANDS - 1} bits, got {self.duplicates}")
         for name in ("fps", "seconds", "aspect", "motion", "caption"):
             least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if least is not None and most is not None and least > most:
@@ -73,7 +73,7 @@ def rejection(measures: Measures, filters: FilterSettings) -> tuple[str, str] | 
         if limit is None or came is None:
             continue
         if came < limit if bound == "min" else came > limit:
-            return field.name, f"filters.{field.name}: expected {_WORDS[bound]} {limit:g}, came {came:g}"
+            return field.name, f"filters.{field.name}: expected {_WORDS[bound]} {limit:g}, got {came:g}"
     return None
 
 

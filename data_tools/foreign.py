@@ -157,5 +157,5 @@ def _label(sample: Sample, class_names: tuple[str, ...] | None) -> int | None:
         label = class_names.index(label) if label in class_names else label
         label = int(label) if isinstance(label, str) and re.fullmatch(r"[0-9]{1,9}", label) else label
     if type(label) is not int or not 0 <= label < len(class_names):
-        raise _LabelError(f"label: expected a number from 0 to {len(class_names) - 1} or a class name, came {label!r}")
+        raise _LabelError(f"label: expected a number from 0 to {len(class_names) - 1} or a class name, got {label!r}")
     return label

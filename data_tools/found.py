@@ -69,7 +69,7 @@ def too_short(num_frames: int, min_frames: int) -> str | None:
     """Why a clip of `num_frames` is left out, or None."""
     if num_frames >= min_frames:
         return None
-    return f"too short: expected {min_frames} frames or more (--min-frames), came {num_frames}"
+    return f"too short: expected {min_frames} frames or more (--min-frames), got {num_frames}"
 
 
 def extension_of(name: str) -> str:

@@ -106,13 +106,13 @@ def class_names(given: str) -> tuple[str, ...]:
     """The names of --classes. Raises ValueError for a file without names, or with one twice, StoreError for no file."""
     if given.isdecimal():
         if not int(given):
-            raise ValueError("--classes: expected a number of classes of 1 or more, or the file of their names, came 0")
+            raise ValueError("--classes: expected a number of classes of 1 or more, or the file of their names, got 0")
         return tuple(map(str, range(int(given))))
     with explained(given, "reading the names of the classes"):
         data = Path(given).read_bytes()
     names = [line.strip() for line in decoded(data).splitlines() if line.strip()]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"{given}: expected the names of the classes, one a line, each once; came {len(names)} lines")
+        raise ValueError(f"{given}: expected the names of the classes, one a line, each once; got {len(names)} lines")
     return tuple(names)
 
 

@@ -40,7 +40,7 @@ def index_mds(store: Store, shard: MdsShard, outcome: Outcome) -> ShardEntry | N
     stream, builder = FileStream(store, shard.name), IndexBuilder("video")
     where, roles = stream.where, roles_of(shard, stream.where, outcome)
     if stream.size_bytes != shard.size_bytes:
-        raise MdsError(f"{where}: expected {shard.size_bytes} bytes, came {stream.size_bytes}; copy the file again")
+        raise MdsError(f"{where}: expected {shard.size_bytes} bytes, got {stream.size_bytes}; copy the file again")
     offsets = read_offsets(stream.read(0, head_bytes(shard.count)), shard, where)
     for number in range(shard.count):
         begin, end = int(offsets[number]), int(offsets[number + 1])
@@ -65,7 +65,7 @@ def roles_of(shard: MdsShard, where: str, outcome: Outcome) -> dict[str, Column]
     if "video" not in roles:
         came = ", ".join(f"{column.name} ({column.encoding})" for column in shard.columns)
         raise MdsError(
-            f"{where}: expected a column of clips (video or mp4 of encoding bytes, or image), came {came}. Latents of "
+            f"{where}: expected a column of clips (video or mp4 of encoding bytes, or image), got {came}. Latents of "
             "another tool say nothing of their encoders: encode the clips with `latte-data encode`"
         )
     return roles

@@ -101,7 +101,7 @@ def _look_at_piece(
         caption=min(map(len, clip.captions)) if any(clip.captions) or clip.label is None else None,
     )
     if is_piece and seconds is not None and seconds < settings.cut.min_seconds:
-        reason = f"cut.min_seconds: expected at least {settings.cut.min_seconds:g}, came {seconds:.2f}"
+        reason = f"cut.min_seconds: expected at least {settings.cut.min_seconds:g}, got {seconds:.2f}"
         return Look(name, source, **known, left_out_by="cut", reason=reason)
     if is_piece and stop - start < clip.min_frames:
         return Look(name, source, **known, left_out_by=SHORT, reason=too_short(stop - start, clip.min_frames))

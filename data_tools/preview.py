@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the command; 0, or 1 if nothing could be shown. Raises ManifestError, ValueError or EncoderError."""
     if args.height < 16:
-        raise ValueError(f"--height: expected 16 pixels or more, came {args.height}")
+        raise ValueError(f"--height: expected 16 pixels or more, got {args.height}")
     dataset = open_dataset(args.url)
     if args.vae is not None and dataset.manifest.kind == "video":
         raise ValueError(f"--vae {args.vae}: {dataset.store.url} holds clips, which no VAE decodes; leave it out")
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
 def chosen(dataset: Dataset, count: int, match: str | None) -> Iterator[tuple[str, Sample | Exception, str]]:
     """(name, sample or the error instead, bucket) of `count` samples; with `match`, out of the whole data set."""
     if count < 1:
-        raise ValueError(f"--count: expected 1 or more clips, came {count}")
+        raise ValueError(f"--count: expected 1 or more clips, got {count}")
     left = count
     for shard, position in spread(dataset, count if match is None else dataset.manifest.count):
         row = dataset.index(shard).row(position)
@@ -117,7 +117,7 @@ def latents_shower(dataset: Dataset, name: str | None) -> Shower:
     vae = VideoAutoencoder(name or made_by.name)
     if vae.sha256 != made_by.sha256:
         raise ValueError(
-            f"{dataset.store.url}: expected latents of VAE {vae.name} ({vae.sha256[:16]}), came those of "
+            f"{dataset.store.url}: expected latents of VAE {vae.name} ({vae.sha256[:16]}), got those of "
             f"{made_by.name} ({made_by.sha256[:16]}); give the folder of that one with --vae"
         )
 

@@ -143,7 +143,7 @@ def write_shapes(
     or where `output` is a file, StoreError where it cannot be written.
     """
     if count < 1:
-        raise ValueError(f"--count must be at least 1, came {count}")
+        raise ValueError(f"--count must be at least 1, got {count}")
     if labels and scenes:
         raise ValueError("--labels is of plain shapes: scenes have more combinations than classes; leave one out")
     if output.exists() and not output.is_dir():

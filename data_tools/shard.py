@@ -68,15 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data shard`."""
     parser.add_argument("--input", required=True, help="folder or s3:// prefix of clips or tars, or a list of captions")
     parser.add_argument("--output", required=True, help="folder or URL of the data set to write")
-    parser.add_argument("--config", metavar="X.yaml", help="with the sections filters and cut")
+    parser.add_argument("--config", metavar="X.yaml", help="YAML with the sections filters and cut")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as filters.min_side=256")
     parser.add_argument("--layout", choices=LAYOUTS, default="clips", help="how --input is laid out (default clips)")
     parser.add_argument(
         "--min-frames", type=int, metavar="N", help="leave out clips with fewer frames (default 1; sky: 49)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores, where it pays)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="most files in a tar (default 1000)")
-    parser.add_argument("--bytes-per-shard", type=int, default=1 << 30, help="most file bytes in a tar (default 1 GiB)")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=1000, help="maximum input files per tar (default 1000)"
+    )
+    parser.add_argument("--bytes-per-shard", type=int, default=1 << 30, help="maximum bytes per tar (default 1 GiB)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be kept and why not, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a finished data set made of other clips")
 

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 def spread(dataset: Dataset, limit: int) -> Iterator[tuple[int, int]]:
     """(shard, position) of at most `limit` samples, evenly over the data set in its order. ValueError below 1."""
     if limit < 1:
-        raise ValueError(f"--limit: expected 1 or more samples, came {limit}")
+        raise ValueError(f"--limit: expected 1 or more samples, got {limit}")
     counts = [shard.count for shard in dataset.manifest.shards]
     total, shard, before = sum(counts), 0, 0
     for n in range(min(limit, total)):

@@ -85,7 +85,7 @@ def null_text_faults(dataset: Dataset) -> Iterator[str]:
         yield str(error)
         return
     if text is not None and null.shape != (text.max_length, text.dim):
-        yield f"null embedding: expected shape {(text.max_length, text.dim)}, came {null.shape}"
+        yield f"null embedding: expected shape {(text.max_length, text.dim)}, got {null.shape}"
 
 
 def unnamed_files(dataset: Dataset) -> list[str]:
@@ -103,12 +103,12 @@ def unnamed_files(dataset: Dataset) -> list[str]:
 def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
     size_bytes = store.size(entry.name)
     if size_bytes != entry.size_bytes:
-        yield f"{store.join(entry.name)}: size: expected {entry.size_bytes} bytes, came {size_bytes}"
+        yield f"{store.join(entry.name)}: size: expected {entry.size_bytes} bytes, got {size_bytes}"
     found = _sha256(store, entry.name, size_bytes)
     if found != entry.sha256:
         found = _sha256(store, entry.name, size_bytes)  # it may have been damaged on its way
     if found != entry.sha256:
-        yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., came {found[:16]}..."
+        yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., got {found[:16]}..."
 
 
 def _sha256(store: Store, name: str, size_bytes: int) -> str:

@@ -1,7 +1,7 @@
 """Types of command-line arguments that several verbs share.
 
-The decision worth knowing: a path of an option that only reads or writes a disk is not `Path`, which takes a URL for a
-folder named "s3:", and so would "write" results to a bucket.
+The decision worth knowing: options that take a path on a disk do not have the type `Path`, which turns a URL into a
+folder named "s3:": results meant for a bucket would be written there.
 """
 
 import argparse
@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 def disk_path(text: str) -> Path:
-    """A path on a disk, `~` as the home directory: no shell puts it into `--out=~/x`. Refused: a URL, an empty text."""
+    """A path on a disk. Expands `~`, which no shell does in `--out=~/x`; refuses a URL and an empty text."""
     if not text or "://" in text:
-        raise argparse.ArgumentTypeError(f"expected a path on a disk, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a path on a disk, got {text!r}")
     return Path(os.path.expanduser(text))
 
 
 def output_file(text: str) -> Path:
-    """The same for a file to write. Refused before the work, not after it: a folder, and what lies below a file."""
+    """A path on a disk for a file to write. Refuses, before any work is done, a folder and a path below a file."""
     path = disk_path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file to write, came the folder {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a file to write, got the folder {text!r}")
     if above := next((parent for parent in path.parents if parent.is_file()), None):
-        raise argparse.ArgumentTypeError(f"expected a file to write, came {text!r}, and {above} is no folder")
+        raise argparse.ArgumentTypeError(f"expected a file to write, got {text!r}, and {above} is no folder")
     return path

@@ -1,8 +1,8 @@
-"""What reads a command's output may leave, as in `latte-data verify DIR | head`: the command then ends quietly.
+"""A command ends quietly when the reader of its output is gone, as in `latte-data verify DIR | head`.
 
 In: a command as a function. Out: its exit code, or that of a process that SIGPIPE ended. The signal itself stays
-ignored, because a store's or a peer's broken connection would end the process, too; a BrokenPipeError is an OSError,
-which every verb reports as its user's mistake. So the streams raise what no verb catches.
+ignored, because it would also end the process when a store or a peer closes a connection. And a BrokenPipeError is an
+OSError, which every verb reports as its user's mistake. So the output streams raise an exception that no verb catches.
 """
 
 import os
@@ -16,7 +16,7 @@ SIGPIPE_CODE = 128 + 13
 
 
 class _ReaderLeft(BaseException):
-    """Nobody reads the output any more. As Ctrl-C it is no error of the command, so it passes by its handlers."""
+    """Nobody reads the output any more. Like Ctrl-C this is no error of the command, so its handlers do not see it."""
 
 
 class _Stream:
@@ -29,14 +29,14 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As the stream's own."""
-        return self._told(self._stream.write, text)
+        """Like TextIO.write."""
+        return self._or_reader_left(self._stream.write, text)
 
     def flush(self) -> None:
-        """As the stream's own."""
-        self._told(self._stream.flush)
+        """Like TextIO.flush."""
+        self._or_reader_left(self._stream.flush)
 
-    def _told(self, call: Callable[..., Any], *args: str) -> Any:
+    def _or_reader_left(self, call: Callable[..., Any], *args: str) -> Any:
         try:
             return call(*args)
         except BrokenPipeError:

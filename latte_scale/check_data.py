@@ -1,8 +1,8 @@
 """Does this data fit this config? Asked before anything is built, answered with every difference.
 
 In: a config and its open data sets. Out: nothing, or a ManifestError that says what was expected, what came and what to
-do. Latents are held to the files of the config's encoders where these lie on this machine, else to their names: a node
-that trains from latents needs no encoder.
+do. Latents are compared with the files of the config's encoders where these are on this machine, else with their names:
+a node that trains from latents needs no encoder.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def check_sizes(config: Config, kind: str, downscale: int) -> None:
 
 
 def check_widths(config: Config, facts: EncoderFacts, text_dim: int | None) -> None:
-    """Hold the model's channels to those that the encoders give."""
+    """Check the model's channels against those of the encoders."""
     if facts.channels != config.model.in_channels:
         raise ManifestError(
             f"the VAE gives latents of {facts.channels} channels, but model.in_channels is {config.model.in_channels}; "
@@ -86,13 +86,13 @@ def check_classes(config: Config, dataset: Dataset) -> None:
 
 
 def check_names(config: Config, dataset: Dataset) -> None:
-    """Hold a latents data set to the names of encoders whose files are not here."""
+    """Check a latents data set against the names of encoders whose files are not on this machine."""
     for key, wanted, info in (
         ("vae", config.encoders.vae, dataset.manifest.vae),
         ("text", config.encoders.text if config.model.kind == "latte_t2v" else None, dataset.manifest.text),
     ):
         if wanted is not None and (info is None or info.name != wanted):
             raise ManifestError(
-                f"{dataset.store.url}: encoders.{key}: expected {wanted}, came {info and info.name}; set it to what "
+                f"{dataset.store.url}: encoders.{key}: expected {wanted}, got {info and info.name}; set it to what "
                 "encoded the data, or to a folder with the same weights"
             )

@@ -15,7 +15,7 @@ from latte_scale.run.folder import StopRunError
 from latte_scale.store import local_path
 
 SEEN_S = 3.0
-"""Within which a file must be seen on the other machines (NFS keeps what it knows of a folder for some seconds)."""
+"""How long the other machines may take to see a new file (NFS caches a folder's entries for some seconds)."""
 
 
 def check_folders(config: Config, ranks: Ranks) -> None:
@@ -39,9 +39,9 @@ def shared_folders(config: Config) -> dict[str, Path]:
 
 
 def blind_ranks(ranks: Ranks, folder: Path) -> list[int]:
-    """The ranks that do not see a file of rank 0 in a folder, or where it will be made. A collective.
+    """The ranks that do not see a file of rank 0 in a folder, or in the parent where it will be made. A collective.
 
-    None where rank 0 cannot write there: who has to write says so.
+    An empty list if rank 0 cannot write there: whoever has to write there reports that.
     """
     probe = None
     if ranks.rank == 0 and ranks.size > 1:
@@ -63,10 +63,10 @@ def blind_ranks(ranks: Ranks, folder: Path) -> list[int]:
 
 
 def place_of(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there, in which it will be made.
+    """The folder, or the nearest existing parent, in which it will be made.
 
-    What lies in the way (a file, a link to nothing) is returned, too: to write into it fails, as training would. No
-    folder is made to be taken away again: other machines may be writing into it.
+    A file or a dangling link in the way is returned, too: writing into it fails, as training would. The folder itself
+    is not made and removed again for the check: other machines may be writing into it.
     """
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))

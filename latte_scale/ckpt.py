@@ -1,15 +1,15 @@
 """Look at checkpoints, compare and convert them: `latte-scale ckpt ls|verify|diff|convert PATH...`.
 
     latte-scale ckpt ls runs/NAME                       one line a checkpoint, from its manifest
-    latte-scale ckpt verify runs/NAME                   every byte read and held to its checksum
+    latte-scale ckpt verify runs/NAME                   every byte read and checked against its checksum
     latte-scale ckpt diff A B                           configuration, counters and tensors that differ
     latte-scale ckpt convert A TARGET --to deepspeed    also --to dcp and --to latte
 
 PATH is a run folder, its checkpoints folder or one step, on a disk or as s3://BUCKET/PREFIX; `diff` and `convert` also
 take a folder of DeepSpeed's save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. With
---to latte, TARGET is a place of checkpoints, on a disk or s3://, and the new one is there when its manifest is, as one
-that a run saved. Folders of the other formats lie on a disk. One tensor is held at a time, of an upload one part a
-connection. A bucket is reached as boto3's environment says (AWS_ENDPOINT_URL, AWS_PROFILE).
+--to latte, TARGET is a folder or s3:// prefix for checkpoints, and the new one exists once its manifest does, like one
+that a run saved. Folders of the other formats must be on a disk. One tensor is in memory at a time; of an upload, one
+part for each connection. A bucket is reached as boto3's environment says (AWS_ENDPOINT_URL, AWS_PROFILE).
 Exit code 1 if something is not sound or differs, 2 if there is nothing to look at or it cannot be converted.
 """
 
@@ -19,6 +19,8 @@ import ctypes
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from latte_scale import checkpoint
 from latte_scale.arguments import disk_path
@@ -66,7 +68,7 @@ def name_of(step: Store) -> str:
 
 
 def look(args: argparse.Namespace) -> int:
-    """Print one line a checkpoint; of several places below the name of each."""
+    """Print one line for each checkpoint; with several places, below the name of each."""
     line_of = {"ls": describe, "verify": verify}[args.verb]
     all_sound = True
     for path in args.paths:
@@ -127,7 +129,7 @@ def convert(args: argparse.Namespace) -> int:
 
     if args.to != "latte" and "://" in args.target:  # before the source is read
         raise ValueError(
-            f"{args.target}: a folder of --to {args.to} is written to a disk, came a URL; pass a folder, and copy it "
+            f"{args.target}: a folder of --to {args.to} is written to a disk, got a URL; pass a folder, and copy it "
             "from there"
         )
     return_freed_memory()
@@ -144,9 +146,9 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def return_freed_memory() -> None:
-    """Have this process give every large buffer back when it is freed (glibc; elsewhere nothing is done).
+    """Make this process return every large buffer to the system when it is freed (glibc; elsewhere nothing is done).
 
-    glibc keeps freed buffers of up to 32 MB for the thread that had them: with the sixteen threads of an upload a
+    glibc keeps freed buffers of up to 32 MB for the thread that used them: with the sixteen threads of an upload, a
     conversion that holds one tensor at a time grew by 2.5 GB (benchmarks/RESULTS.md, checkpoints in a bucket).
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc
@@ -179,7 +181,7 @@ def with_averages(content: Content, from_weights: bool) -> Content:
             "begin the averages at the weights, or a config without ema.decays"
         )
 
-    def read(tree: str, name: str):
+    def read(tree: str, name: str) -> Tensor:
         return content.read("model" if tree in missing else tree, name)
 
     return replace(content, trees=(*content.trees, *missing), read=read)
@@ -199,7 +201,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what = "what differs between two checkpoints"
     verb = verbs.add_parser("diff", help=what, description=f"{what}; exit code 1 if anything does")
     verb.add_argument("first", metavar="A", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
-    verb.add_argument("second", metavar="B", help="the same")
+    verb.add_argument("second", metavar="B", help="what A may be")
     verb.set_defaults(run=diff)
     what = "to and from DeepSpeed's and torch's folders"
     verb = verbs.add_parser("convert", help=what, description=f"{what}: runs/NAME TARGET --to dcp")
@@ -207,7 +209,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
     verb.add_argument("--to", choices=FORMATS, required=True, help="format of TARGET")
     verb.add_argument("--config", type=disk_path, help="the run's config, for a source that does not hold it")
-    verb.add_argument("--ema-from-weights", action="store_true", help="begin averages that are missing at the weights")
+    verb.add_argument(
+        "--ema-from-weights", action="store_true", help="start EMA trees that SOURCE lacks from its weights"
+    )
     verb.set_defaults(run=convert)
     return parser.parse_args(argv)
 

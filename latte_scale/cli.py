@@ -13,7 +13,7 @@ VERBS = {  # verb -> (module:function, what it does)
     "coverage": ("latte_scale.coverage:main", "what a run would see of its data: clips used and left over"),
     "keys": ("latte_scale.keys:main", "every setting of a run: type, default, meaning"),
     "train": ("latte_scale.train:command", "train, or go on where the run stopped"),
-    "doctor": ("latte_scale.doctor:command", "look at machine, network, data and disks before a launch"),
+    "doctor": ("latte_scale.doctor.command:command", "look at machine, network, data and disks before a launch"),
     "sample": ("latte_scale.sample:main", "videos for prompts or classes, from a run or a folder of weights"),
     "evaluate": ("latte_scale.evaluate:main", "score sampled videos"),
     "serve": ("latte_scale.serve:main", "a page in the browser: prompt in, video out"),
@@ -34,9 +34,9 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb, as long as somebody reads its output (`| head`).
+    """Run one verb, as long as somebody reads its output (`| head`), and return its exit code.
 
-    A user's mistake is one line on stderr and exit code 78 (train) or 2, Ctrl-C is 130.
+    Each verb's manual says what its codes mean; 2 is a verb that there is not, 130 is Ctrl-C.
     """
     return until_reader_leaves(lambda: _main(sys.argv[1:] if argv is None else argv))
 

@@ -1,9 +1,9 @@
-"""From a micro-batch as the loader hands it over to what the loss takes: latents, condition, noise and time.
+"""From a micro-batch of the loader to the inputs of the loss: latents, condition, noise and timestep.
 
 In: a MicroBatch (stored latents and text embeddings or labels, or pixels and captions) of one rank. Out: ModelInputs on
 the training device. Every random number is drawn here or in the loader from latte_scale/rng.py, keyed by the sample's
 place in the global batch, so no rank, world size or micro-batch changes what a sample sees. Frozen encoders run only
-where the shards hold pixels or raw text. Images of joint training ride behind the video on the frame axis.
+where the shards hold pixels or raw text. Images of joint training follow the video on the frame axis.
 Shapes: B micro-batch, F frames (video, then images), n images a clip, N = 1 + n captions a clip, C channels, H W latent
 height and width, L text length, D text width, O output channels.
 """
@@ -34,9 +34,9 @@ class KnownFramesSettings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"share must lie in [0, 1], came {self.share}")
+            raise ValueError(f"share must lie in [0, 1], got {self.share}")
         if self.most is not None and self.most < 1:
-            raise ValueError(f"most must be at least 1 frame, came {self.most}")
+            raise ValueError(f"most must be at least 1 frame, got {self.most}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelInputs:
 
     latents_BCFHW: Tensor  # model units, fp32
     noise_BCFHW: Tensor  # standard normal, fp32
-    uniform_B: np.ndarray  # [0, 1): what each sample's timestep is made of
+    uniform_B: np.ndarray  # uniform numbers in [0, 1), from which the timesteps are drawn
     weight_B: Tensor  # 1 for a sample, 0 for an empty slot
     condition_B: Tensor  # int64: equal for equal conditions, -1 where dropped or empty
     num_samples: int  # slots that hold a sample
@@ -53,9 +53,9 @@ class ModelInputs:
     digest: int  # sum over the samples of hash64(id that was read, key of its noise), modulo 2**62
     num_images: int = 0  # how many of the F frames are images
     text: Tensor | None = None  # [B, L, D], or [B, N, L, D] where images have captions of their own
-    mask: Tensor | None = None  # bool, True for real tokens: [B, L] or [B, N, L]; none: all are real
+    mask: Tensor | None = None  # bool, True for real tokens: [B, L] or [B, N, L]; None: all are real
     label_B: Tensor | None = None  # int64 classes, the null class where dropped
-    image_label_BN: Tensor | None = None  # [B, n] int64; none: the clip's label
+    image_label_BN: Tensor | None = None  # [B, n] int64; None: the clip's label
     known_BF: Tensor | None = None  # bool: frames given clean
 
     @property
@@ -112,10 +112,10 @@ class Conditioner:
         self.num_classes, self.text_length = num_classes, text_length
         self.known_frames = known_frames or KnownFramesSettings()
         self._null_LD = text.null() if text is not None else None
-        self._has_told_of_cuts = False
+        self._has_warned_of_cuts = False
 
     def __call__(self, micro_batch: MicroBatch, step: int) -> ModelInputs:
-        """Draw the sample's randomness and move everything to the device."""
+        """Draw each sample's random numbers and move everything to the device."""
         indices = micro_batch.index_B.tolist()
         raw_BFCHW = self._clips(micro_batch, step, indices)
         images_BNCHW = self._images(micro_batch, step, indices)
@@ -199,7 +199,7 @@ class Conditioner:
         return torch.where(micro_batch.dropped_B | (micro_batch.index_B < 0), -1, condition_B)
 
     def _mask(self, mask: Tensor) -> Tensor | None:
-        """A mask [..., L] of the host on the device; None if every token is real: no padding to step over then."""
+        """The mask [..., L] on the device; None if every token is real, unless captions have one length for compile."""
         return None if self.text_length is None and bool(mask.all()) else self._to_device(mask)
 
     def _text(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -224,9 +224,9 @@ class Conditioner:
         """Raw captions through the text encoder; a dropped one becomes the empty one, cut to its length."""
         embeddings = self.text.encode(captions)
         full = [caption for caption, e in zip(captions, embeddings, strict=True) if len(e) == self.text.max_length]
-        if not self._has_told_of_cuts and (cut := self.text.what_is_cut(full)):
-            logger.warning("%s; further ones are cut without a word", cut)
-            self._has_told_of_cuts = True
+        if not self._has_warned_of_cuts and (cut := self.text.what_is_cut(full)):
+            logger.warning("%s; further ones are cut without a warning", cut)
+            self._has_warned_of_cuts = True
         embeddings = [self._null_LD[: len(e)] if drop else e for e, drop in zip(embeddings, dropped, strict=True)]
         text_BLD = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
         lengths_B = torch.tensor([len(e) for e in embeddings])
@@ -244,7 +244,7 @@ class Conditioner:
         return {name: self._to_device(label) for name, label in labels.items()}
 
     def _known(self, step: int, indices: list[int], num_frames: int, num_images: int) -> Tensor | None:
-        """Which frames each sample is given clean: none, or the first 1 to `most`."""
+        """Which frames each sample is given clean: none, or the first k, with k drawn from 1 to `most`."""
         if self.known_frames.share == 0.0 or num_frames == 1:
             return None
         most = min(self.known_frames.most or num_frames, num_frames - 1)
@@ -266,8 +266,11 @@ class Conditioner:
         return self._to_device(draws)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """As the loader pinned it, before anything is computed of it: what the host computes lies in pageable memory,
-        and for a copy from there, if it is not small, the host waits until the device has come to it."""
+        """The tensor on the device, without waiting for it. Call it on what the loader pinned, before any computation.
+
+        Results that the host computes are in pageable memory. For a copy from there, unless it is small, the host waits
+        until the device has reached it.
+        """
         return tensor.to(self.device, non_blocking=True)
 
     def _digest(self, micro_batch: MicroBatch, step: int, indices: list[int]) -> int:
@@ -291,7 +294,7 @@ def _join_captions(
 
 
 def _lengthen(tensor: Tensor, axis: int, length: int) -> Tensor:
-    """Zeros behind what there is along an axis, up to `length`; as it is where it is that long."""
+    """The tensor padded with zeros at the end of an axis, up to `length`; unchanged if it has that length."""
     padding = list(tensor.shape)
     padding[axis] = max(0, length - tensor.shape[axis])
     return torch.cat([tensor, tensor.new_zeros(padding)], dim=axis)

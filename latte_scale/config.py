@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from latte_scale import settings
 from latte_scale.checkpoint import CheckpointSettings
@@ -25,13 +24,13 @@ from latte_scale.model.attention_backends import AttentionSettings
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.norm_backends import NormSettings
-from latte_scale.optim import OptimSettings
+from latte_scale.optim import LrSchedule, OptimSettings
 from latte_scale.run.folder import path_of
 from latte_scale.run.tracking import LogSettings
 from latte_scale.store import Store, StoreSettings, open_store
 from latte_scale.validation.settings import ValidationSettings
 
-# Keys a resumed run may change without asking (design.md, Resume). A trailing dot means the whole section.
+# Keys that a resumed run may change without --allow-change. A trailing dot means the whole section.
 FREE_ON_RESUME = (
     "engine.",
     "log.",
@@ -59,13 +58,13 @@ class RunSettings:
     def __post_init__(self) -> None:
         path_of(self.dir)
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must lie in [0, 2**64), came {self.seed}")
+            raise ValueError(f"seed must lie in [0, 2**64), got {self.seed}")
         if self.time_budget_s is not None and self.time_budget_s <= 0:
-            raise ValueError(f"time_budget_s must be positive, came {self.time_budget_s}; null for no budget")
+            raise ValueError(f"time_budget_s must be positive, got {self.time_budget_s}; null for no budget")
 
     @property
     def folder(self) -> Path:
-        """Where `dir` is on this machine's disks."""
+        """`dir` as a path on this machine."""
         return path_of(self.dir)
 
 
@@ -96,7 +95,7 @@ class TrainSettings:
     # of a size of video.more_sizes as many more or fewer are taken as cost the same.
     batch_budget: BatchBudget = "samples"
     lr: float = 1e-4  # peak learning rate (Latte: 1e-4)
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0 at train.steps
+    lr_schedule: LrSchedule = "constant"  # after the warm-up; cosine ends at 0 at train.steps
     warmup_steps: int = 0  # linear from 0, in applied updates
     # bf16: fp32 master weights, autocast, fp32 reduction; fp8: the same, with the blocks' products in 8-bit floats.
     precision: Precision = "fp32"
@@ -109,17 +108,17 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, came {getattr(self, name)}")
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.caption_drop <= 1:
-            raise ValueError(f"train.caption_drop must lie in [0, 1], came {self.caption_drop}")
+            raise ValueError(f"train.caption_drop must lie in [0, 1], got {self.caption_drop}")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"train.warmup_steps must lie in [0, train.steps={self.steps}], came {self.warmup_steps}")
+            raise ValueError(f"train.warmup_steps must lie in [0, train.steps={self.steps}], got {self.warmup_steps}")
         if self.lr <= 0:
-            raise ValueError(f"train.lr must be positive, came {self.lr}")
+            raise ValueError(f"train.lr must be positive, got {self.lr}")
         if self.max_skipped < 0:
-            raise ValueError(f"train.max_skipped must be >= 0, came {self.max_skipped}")
+            raise ValueError(f"train.max_skipped must be >= 0, got {self.max_skipped}")
         if self.joint_images < 0:
-            raise ValueError(f"train.joint_images must be 0 or more, came {self.joint_images}")
+            raise ValueError(f"train.joint_images must be 0 or more, got {self.joint_images}")
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,10 @@ class Config:
         self._check_sequence_parallel()
 
     def _check_unread_schedule(self) -> None:
-        """What the objective does not look at must be as it is by default: here, so that old checkpoints still open."""
+        """Settings that the objective does not read must have their defaults.
+
+        Checked here and not in DiffusionSettings, so that old checkpoints still open.
+        """
         unread = ("beta_start", "beta_end") if self.diffusion.objective == "flow" else ("flow_shift",)
         for name in unread:
             value, default = getattr(self.diffusion, name), getattr(DiffusionSettings, name)
@@ -212,7 +214,7 @@ class Config:
                 )
 
     def _check_sequence_parallel(self) -> None:
-        """What needs all frames of a clip on one rank, by name."""
+        """Refuse settings that need all frames of a clip on one rank, by name."""
         size, rows = self.engine.sequence_parallel, self.video.frames // self.model.frames_per_token
         if size == 1:
             return
@@ -255,7 +257,7 @@ class Config:
 
     @property
     def checkpoint_store(self) -> Store:
-        """The same, reached as the `store` section says, but never through its cache: a checkpoint is read once."""
+        """The store at `checkpoint_dir`, as `store` says but without its cache: a checkpoint is read only once."""
         return open_store(self.checkpoint_dir, replace(self.store, cache_dir=None))
 
 
@@ -271,9 +273,9 @@ def latent_sides(config: Config, video: VideoSettings | None = None) -> tuple[in
 
 
 def unread_settings(config: Config) -> list[str]:
-    """What a config says and its run does not look at: a line each, with what to do behind a semicolon.
+    """Settings that have no effect in this run: a line for each, with what to do after a semicolon.
 
-    Told at the start of a run and not refused: it harms nothing, and a run that was started with it must go on.
+    Printed at the start of a run and not refused: they do no harm, and a run that was started with them must go on.
     """
     engine, model, optim, train = config.engine, config.model, config.optim, config.train
     is_classes = model.kind == "latte"
@@ -335,7 +337,7 @@ def is_free_on_resume(key: str) -> bool:
 
 
 def _completed(saved: dict) -> dict:
-    """A saved config with the defaults of keys that came later; as it is where this version cannot read it."""
+    """A saved config with the defaults of newer keys filled in; unchanged if this version cannot read it."""
     try:
         return settings.to_mapping(settings.from_mapping(Config, saved, "the checkpoint"))
     except settings.SettingsError:

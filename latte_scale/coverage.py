@@ -4,9 +4,9 @@
 
 In: a training config. Out: for every bucket of every data set its clips, the batch of its steps, and how many clips
 train.steps use and leave over; the trainer prints the same table and writes it to RUN/coverage.json. With --ranks also
-the micro-batches of a step on each rank, which sizes leave ranks idle and what to set, or why so many cannot train it.
-Nothing but manifests is read, and with data.holdout, or for whole clips of several sizes, the indices. Exit codes: 0,
-or 2 with what is wrong.
+the micro-batches of a step on each rank, which sizes leave ranks idle and what to set, or why that many ranks cannot
+train it. Only manifests are read; with data.holdout, or for whole clips of several sizes, also the indices. Exit codes:
+0, or 2 with what is wrong.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from latte_scale.arguments import output_file
+from latte_scale.atomic import write_text
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.coverage import coverage, coverage_json, coverage_table
@@ -30,8 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--ranks", type=int, metavar="N", help="also the micro-batches of a step on each of N ranks")
-    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table for programs")
+    parser.add_argument("--ranks", type=int, metavar="N", help="also list each of N ranks' micro-batches per step")
+    parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table as JSON")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(coverage_table(rows, config.train.steps))
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(coverage_json(rows, config.train.steps))
+            write_text(args.out, coverage_json(rows, config.train.steps))
         if args.ranks is not None:
             print("\n".join(shapes(config, plan, args.ranks)))
     except (ValueError, StoreError, OSError) as error:
@@ -57,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
-    """A line a bucket: the micro-batches of a step on each rank; then what is idle of them.
+    """A line for each bucket: the micro-batches of a step on each rank; then which of their slots are idle.
 
-    Raises ValueError where ranks would have nothing.
+    Raises ValueError where some ranks would have nothing to do.
     """
     size, rest = divmod(num_ranks, config.engine.sequence_parallel)
     if rest or size < 1:
         raise ValueError(
             f"--ranks: expected a multiple of engine.sequence_parallel={config.engine.sequence_parallel}, 1 or more, "
-            f"came {num_ranks}"
+            f"got {num_ranks}"
         )
     group = config.sample_group
     check_ranks(plan, size, group)
@@ -75,3 +76,7 @@ def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
         for number, slots in [step_shape(plan, bucket, size, config.train.micro_batch, group)]
     ]
     return lines + idle_lines(plan, config.train.micro_batch, size, group)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

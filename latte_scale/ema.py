@@ -2,8 +2,8 @@
 
 In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors,
 one a shard.
-The decision worth knowing: the average moves by subtract, multiply, add, three roundings without a fused multiply-add,
-so its bits do not depend on where the shards are cut and equal those computed on regathered weights.
+The decision worth knowing: the average is updated by subtract, multiply, add: three roundings, without a fused
+multiply-add. So its bits do not depend on how the weights are sharded, and equal those computed on gathered weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from latte_scale.engine.base import Engine, LocalShard
 
 CHUNK_BYTES = 256 * 2**20
-"""Weights updated at a time: what the temporary difference may take."""
+"""Size of the weights that are updated at a time, and so of the temporary difference."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EmaSettings:
 
     def __post_init__(self) -> None:
         if not all(0.0 < decay < 1.0 for decay in self.decays):
-            raise ValueError(f"ema.decays must lie between 0 and 1, came {self.decays}; the usual value is 0.9999")
+            raise ValueError(f"ema.decays must lie between 0 and 1, got {self.decays}; the usual value is 0.9999")
         if len(set(self.decays)) != len(self.decays):
             raise ValueError(f"ema.decays names a value twice: {self.decays}; drop one")
 
@@ -85,11 +85,11 @@ class Ema:
 
 @contextmanager
 def swapped_in(engine: Engine, averages: Sequence[Tensor] | None) -> Iterator[None]:
-    """The engine's model with averaged weights for the length of a block: weights and averages change places.
+    """Exchange the engine's weights for one of their averages inside a `with` block.
 
-    averages: one of `Ema.trees`; None leaves the model as it is. Nothing is copied but one piece at a time, and at the
-    end all is as it was, bit for bit. A collective at both ends, but not where the block raises: then the weights are
-    put back into the shards alone, because other ranks may be gone.
+    averages: one of `Ema.trees`; None leaves the model as it is. One piece is copied at a time, and at the end
+    everything is as before, bit for bit. A collective at both ends, except where the block raises: then only the shards
+    are restored, and the model does not follow them, because other ranks may be gone.
     """
     if averages is None:
         yield

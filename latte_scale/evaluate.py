@@ -50,12 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="frames of a clip (default: of the samples, else 16)")
     parser.add_argument("--frame-interval", type=int, help="of real clips (default: of the samples, else 3)")
     parser.add_argument("--size", type=int, help="pixels a side (default: those of the first sampled clip)")
-    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="of each side (default 2048)")
+    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="clips of either set (default 2048)")
     parser.add_argument(
         "--resamples", type=int, default=default.num_resamples, help="for intervals (default 200); 0: none"
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help="chooses clips, windows and resamples")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="clips at a time (memory only)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="draws clips, windows and resamples")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="clips embedded at a time")
     return parser.parse_args(argv)
 
 

@@ -194,12 +194,12 @@ def run_export(args: argparse.Namespace) -> int:
 def _export_pipeline(out: Path, weights: Weights) -> None:
     if isinstance(weights.architecture, LatteSettings):
         raise ValueError(
-            f"{weights.source}: expected a text-to-video model, came a class model, which LattePipeline cannot drive; "
+            f"{weights.source}: expected a text-to-video model, got a class model, which LattePipeline cannot drive; "
             f"write it with --format official --out FILE.pt"
         )
     if weights.config is None:
         raise ValueError(
-            f"{weights.source}: expected a run or its checkpoint, came a folder of weights; "
+            f"{weights.source}: expected a run or its checkpoint, got a folder of weights; "
             f"copy it, or bring it into the form that model.init takes with latte-scale import"
         )
     encoders = settings.from_mapping(EncoderSettings, weights.config["encoders"], weights.source, "encoders.")
@@ -211,7 +211,7 @@ def _export_pipeline(out: Path, weights: Weights) -> None:
 def _export_official(args: argparse.Namespace, weights: Weights) -> None:
     if not isinstance(weights.architecture, LatteSettings):
         raise ValueError(
-            f"{weights.source}: expected a class model, came a text-to-video model, which others read as a pipeline; "
+            f"{weights.source}: expected a class model, got a text-to-video model, which others read as a pipeline; "
             f"leave --format out"
         )
     part = "model" if weights.source.endswith("#model") else "ema"
@@ -233,7 +233,7 @@ def _latent_side(weights: Weights) -> int:
     height, width = (weights.config["video"][side] for side in ("height", "width"))
     if height != width:
         raise ValueError(
-            f"{weights.source}: expected square clips, which the official code makes, came {height} x {width}; pass "
+            f"{weights.source}: expected square clips, which the official code makes, got {height} x {width}; pass "
             f"--latent-side with that of the clips to make"
         )
     encoders = settings.from_mapping(EncoderSettings, weights.config["encoders"], weights.source, "encoders.")
@@ -247,3 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -77,7 +77,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("same", "twice"),
         help="DiT: block i into block i (default), or into the spatial blocks, with temporal ones that add 0 at first",
     )
-    parser.add_argument("--num-classes", type=int, help="DiT: another number of labels, each starting as the null one")
+    parser.add_argument(
+        "--num-classes", type=int, help="DiT: a new number of classes; each starts from the null label's row"
+    )
     parser.add_argument(
         "--learned-positions", action="store_true", default=None, help="class model: keep temp_embed as a trained table"
     )
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name in ("num_heads", "num_frames", "sample_size"):
         if given.get(name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, came {given[name]}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {given[name]}")
     is_folder = args.source.is_dir() or args.source.suffix in (".safetensors", ".json")
     source = (read_folder if is_folder else read_file)(args.source, given)
     print(f"read {source.what} from {args.source}")

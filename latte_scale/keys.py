@@ -4,8 +4,8 @@
     latte-scale keys train engine.zero   those that begin so
 
 In: nothing but the dataclasses of config.py. Out: the keys that a YAML file and `key.sub=value` may set; a star marks
-those that may change when a run goes on. Exit code 2 for a beginning that no key has. The meaning is the comment beside
-the field in the source, so it is the one that whoever changes the field reads.
+those that may change on resume. Exit code 2 if no key begins as asked. The printed meaning is the comment beside the
+field in the source, so whoever changes a field sees what it says.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 def keys_of(cls: type, prefix: str = "", kind: str = "") -> Iterator[Key]:
     """The keys of a settings dataclass and of the sections in it, in the order of its fields."""
-    hints, told = typing.get_type_hints(cls), meanings(cls)
+    hints, comments = typing.get_type_hints(cls), meanings(cls)
     for field in dataclasses.fields(cls):
         name, sections = f"{prefix}{field.name}", sections_of(hints[field.name])
         for section in sections:
@@ -50,11 +50,11 @@ def keys_of(cls: type, prefix: str = "", kind: str = "") -> Iterator[Key]:
             yield from keys_of(section, f"{name}.", its_kind)
         if not sections:
             type_text = re.sub(r"\b[a-z_]+\.(?=\w)", "", type_name(hints[field.name]))
-            yield Key(name, kind, type_text, _default(field), told.get(field.name, ""))
+            yield Key(name, kind, type_text, _default(field), comments.get(field.name, ""))
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Field -> the comment on its lines, or on the lines of comment right above it; of fields that have one."""
+    """Field -> the comment on its line or on the lines right above it, for fields that have one."""
     found: dict[str, str] = {}
     for base in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
         source = textwrap.dedent(inspect.getsource(base))
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="latte-scale keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or how one begins")
+    parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or the first letters of either")
     args = parser.parse_args(argv)
     keys = list(keys_of(Config))
     for beginning in args.beginnings:

@@ -1,7 +1,7 @@
-"""From a micro-batch that is ready to what a step is made of: its losses, and the work that they took.
+"""From a micro-batch on the device to its losses, and to the tokens and FLOPs that it counts for.
 
-In: a Config, the model to call, ModelInputs on its device. Out: a loss a slot, and FLOPs. The decision worth knowing:
-the trainer and `latte-scale bench step` call the same functions, so what is measured is what trains.
+In: a Config, the model to call, ModelInputs on its device. Out: a loss for each slot, and FLOPs. The decision worth
+knowing: the trainer and `latte-scale bench step` call the same functions, so what is measured is what trains.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def losses_of(
     inputs: ModelInputs,
     sequence: SequenceGroup = ALONE,
 ) -> tuple[Tensor, Tensor | None]:
-    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive one where it is asked for.
+    """The diffusion loss of every slot of a micro-batch, [B] fp32, and the contrastive loss; None if it is off.
 
     Ranks of a sequence group pass the same inputs and get the same losses; each runs the model on a part of each clip.
     """
@@ -58,9 +58,9 @@ def share_of(
     contrastive_B: Tensor | None,
     batch_size: int | None = None,
 ) -> Tensor:
-    """What a micro-batch adds to the step's loss, 0-d: the weighted sum of its slots over the samples of the step.
+    """What a micro-batch adds to the step's loss, 0-d: the weighted sum of its slots, divided by the step's samples.
 
-    `batch_size`: these, over all ranks; None: train.global_batch.
+    `batch_size`: the samples of the step over all ranks; None: train.global_batch.
     """
     total_B = loss_B if contrastive_B is None else loss_B + config.contrastive.weight * contrastive_B
     return (total_B * inputs.weight_B).sum() / (batch_size or config.train.global_batch)
@@ -78,10 +78,10 @@ def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
 
 
 def recompute_share(config: Config) -> float:
-    """FLOPs that activation checkpointing runs again, over the 3 x forward of `cost_of`: what HFU adds to MFU.
+    """FLOPs that activation checkpointing recomputes, over the 3 x forward of `cost_of`: by how much HFU exceeds MFU.
 
-    full and offload run every block's forward a second time; selective keeps the results of all matrix products, so
-    what it repeats is not counted as FLOPs at all. For clips of the config's size, with captions of full length.
+    full and offload recompute every block's forward; selective keeps the results of all matrix products, and what it
+    does recompute is not counted as FLOPs at all. For clips of the config's size, with captions of full length.
     """
     if config.engine.activation_checkpointing not in ("full", "offload"):
         return 0.0

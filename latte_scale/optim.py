@@ -1,7 +1,7 @@
 """AdamW on this rank's pieces of the weights, gradient clipping, and the learning rate as a function of the update.
 
 In: the pieces of every parameter that this rank owns (1-D fp32 tensors), their gradients and a learning rate. Out: the
-pieces and their moments moved in place, the global gradient norm, and whether anything was applied.
+pieces and their moments updated in place, the global gradient norm, and whether anything was applied.
 The decision worth knowing: a non-finite gradient norm leaves weights, moments and step counters untouched, and that is
 decided on the device: fused AdamW takes `found_inf` and `grad_scale` as tensors, so no host waits for the norm.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Schedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"optim.betas must lie in [0, 1), came {self.betas}; the usual pair is (0.9, 0.999)")
+            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}; the usual pair is (0.9, 0.999)")
         if not self.eps > 0.0:
-            raise ValueError(f"optim.eps must be positive, came {self.eps}; the usual value is 1e-8")
+            raise ValueError(f"optim.eps must be positive, got {self.eps}; the usual value is 1e-8")
         if self.weight_decay < 0.0:
-            raise ValueError(f"optim.weight_decay must be 0 or more, came {self.weight_decay}")
+            raise ValueError(f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
         if self.clip_norm is not None and not self.clip_norm > 0.0:
-            raise ValueError(f"optim.clip_norm must be positive, came {self.clip_norm}; use null for no clipping")
+            raise ValueError(f"optim.clip_norm must be positive, got {self.clip_norm}; use null for no clipping")
         if self.clip_from_update < 0:
-            raise ValueError(f"optim.clip_from_update must be 0 or more, came {self.clip_from_update}")
+            raise ValueError(f"optim.clip_from_update must be 0 or more, got {self.clip_from_update}")
 
 
-def lr_at(update: int, *, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
+def lr_at(update: int, *, lr: float, schedule: LrSchedule, warmup_steps: int, total_steps: int) -> float:
     """The learning rate of one update.
 
     Args:
@@ -52,7 +52,7 @@ def lr_at(update: int, *, lr: float, schedule: Schedule, warmup_steps: int, tota
         total_steps: updates of the whole run, warm-up included.
     """
     if update < 0:
-        raise ValueError(f"update must be 0 or more, came {update}")
+        raise ValueError(f"update must be 0 or more, got {update}")
     if update < warmup_steps:
         return lr * (update + 1) / warmup_steps
     if schedule == "constant":
@@ -60,7 +60,7 @@ def lr_at(update: int, *, lr: float, schedule: Schedule, warmup_steps: int, tota
     if schedule == "cosine":
         progress = (update - warmup_steps) / max(1, total_steps - warmup_steps)
         return lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    raise ValueError(f"lr_schedule must be constant or cosine, came {schedule!r}")
+    raise ValueError(f"lr_schedule must be constant or cosine, got {schedule!r}")
 
 
 def is_decayed(shape: Sequence[int]) -> bool:
@@ -103,7 +103,7 @@ class GuardedAdamW:
         self.pieces = list(pieces)
         self.clip_norm = settings.clip_norm
         self.device = device
-        self._held = [piece for piece in self.pieces if piece.numel()]  # kernels need not see empty pieces
+        self._held = [piece for piece in self.pieces if piece.numel()]  # AdamW and the norm skip empty pieces
         self._adamw = make_adamw(
             [(piece, is_matrix) for piece, is_matrix in zip(pieces, decayed, strict=True) if piece.numel()], settings
         )

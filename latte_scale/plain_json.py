@@ -1,22 +1,23 @@
-"""Measured figures as JSON that every program reads: a number that is not finite becomes null.
+"""Measured figures as JSON that every program can read: a number that is not finite becomes null.
 
 In: plain values, lists, mappings and dataclasses. Out: one text without NaN and Infinity, which Python's own json would
 write although JSON has neither. The decision worth knowing: null says "there is no such number" and nothing more, so a
-writer for whom it has a meaning says that beside it ("identical" beside a PSNR); a file never fails over a NaN, because
-a run that meets one must be able to log it.
+writer for whom it has a meaning adds that ("identical" beside a PSNR). Writing never fails because of a NaN: a run that
+meets one must be able to log it.
 """
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from latte_scale.atomic import write_text
+
 
 def finite(value: Any) -> Any:
-    """The same with None for each float that is not finite, at any depth; tuples become lists, dataclasses mappings."""
+    """The value, at any depth with None for floats that are not finite; tuples become lists, dataclasses mappings."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if is_dataclass(value) and not isinstance(value, type):
@@ -37,6 +38,4 @@ def write_json(path: str | Path, value: Any, indent: int = 1) -> None:
     """`json_text(value)` as a file, complete or not there; its folder is made where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json_text(value, indent) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json_text(value, indent) + "\n")

@@ -1,4 +1,4 @@
-"""A run's data as its config says: data sets, the plan of which samples form which step, and a loader of one rank.
+"""A run's data as its config describes it: data sets, the plan (step -> samples), and the loader of one rank.
 
 The trainer, `latte-scale coverage` and `latte-scale bench loader` call the same functions, so what is printed or
 measured before a run is what it does.
@@ -43,7 +43,7 @@ def loader_of(
     start_step: int,
     pin_memory: bool,
 ) -> Loader:
-    """What rank `rank` of `size` reads from a step on; ranks of a sequence group are one such rank together."""
+    """The loader of data-parallel rank `rank` of `size`, from `start_step` on; a sequence group counts as one rank."""
     return Loader(
         config.data,
         datasets,

@@ -27,7 +27,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from latte_scale import settings
 from latte_scale.arguments import disk_path
@@ -116,17 +116,24 @@ class Stages:
                 task = bar.add_task("starting", total=total_steps)
                 while process.poll() is None:
                     time.sleep(0.05)
-                    records = read_metrics(run / "metrics.jsonl")
-                    if records:
-                        step = records[-1]["step"] + 1
-                        bar.update(task, completed=step, description=loss_words(records[-1]))
-                        if kill_after is not None and step >= kill_after and list_steps(run):
-                            kill_all(process)
+                    step = show_progress(bar, task, run)
+                    if kill_after is not None and step >= kill_after and list_steps(run):
+                        kill_all(process)
                 if process.returncode == 0:
                     bar.update(task, completed=total_steps)
         finally:
             kill_all(process)
         return process.returncode
+
+
+def show_progress(bar: Progress, task: TaskID, run: Path) -> int:
+    """Move the bar to the last logged step of a run, and return the number of finished steps; 0 before the first."""
+    records = read_metrics(run / "metrics.jsonl")
+    if not records:
+        return 0
+    step = records[-1]["step"] + 1
+    bar.update(task, completed=step, description=loss_words(records[-1]))
+    return step
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -163,7 +170,7 @@ def environment() -> dict[str, str]:
 
 
 def words_of(command: str) -> list[str]:
-    """The words of a command line, its program the one installed beside this Python."""
+    """The words of a command line; its program is the one that is installed beside this Python."""
     program, *arguments = shlex.split(command)
     path = Path(sys.executable).with_name(program)
     if not path.exists():
@@ -332,7 +339,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder for everything it makes; emptied first, if it is an earlier one's",
     )
     parser.add_argument("--clips", type=disk_path, help="folder of real clips with captions.jsonl, instead of shapes")
-    parser.add_argument("--full", action="store_true", help="train until shape and direction are right, too")
+    parser.add_argument("--full", action="store_true", help="train until shapes and directions are right as well")
     args = parser.parse_args(argv)
     if args.full and args.clips:
         parser.error("--full is about the moving shapes; drop it, or drop --clips")

@@ -10,10 +10,10 @@ videos are inside. Several runs stand side by side.
 """
 
 import argparse
-import os
 import sys
 
 from latte_scale.arguments import disk_path, output_file
+from latte_scale.atomic import write_text
 from latte_scale.reporting.page import render
 from latte_scale.reporting.runs import read_evaluation, read_runs
 
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=disk_path,
         action="append",
         default=[],
-        help="file of latte-scale evaluate; may stand several times",
+        help="file of latte-scale evaluate; repeatable",
     )
     parser.add_argument("--title", default="latte_scale run")
     return parser.parse_args(argv)
@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     evaluations = [read_evaluation(path) for path in args.scores]
     page = render(read_runs(args.runs), args.title, args.samples, evaluations)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f"{args.out.name}.tmp-{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, args.out)
+    write_text(args.out, page)
     print(f"wrote {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
     return 0
 

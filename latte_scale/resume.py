@@ -1,8 +1,8 @@
-"""From a checkpoint back into a run: what may have changed since, what is loaded, which logged steps are taken back.
+"""Resuming: which settings may have changed since the checkpoint, what is loaded, which logged steps are taken back.
 
 In: the newest sound checkpoint, or none, and this attempt's config and data. Out: `Progress`, from which everything
 else follows, with weights, moments and averages in this rank's shards; or StopRunError, which names each difference
-that would make it another run and how to let it through.
+that would make it another run, and how to allow it.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from latte_scale.store import Store
 from latte_scale.weights import places
 
 DATA = "data"
-"""What `--allow-change` calls the data plan, which is no key of the config."""
+"""The name of the data plan in `--allow-change`: it is not a key of the config."""
 
 logger = logging.getLogger("latte_scale")
 
@@ -32,9 +32,9 @@ logger = logging.getLogger("latte_scale")
 def check_start(config: Config, where: Store, ranks: Ranks) -> None:
     """Refuse to begin at step 0, with no checkpoint in `where`, a run that has some elsewhere. A collective.
 
-    checkpoint.dir may change when a run goes on, and a new place is empty: without this a run of a month would begin
-    again. Looked at are RUN/checkpoints and where RUN/config.yaml says that the attempt before kept its own. Raises
-    CheckpointError on all ranks.
+    checkpoint.dir may change on resume, and a new place is empty: without this check a month of training would start
+    over. Looks into RUN/checkpoints, and where the previous attempt kept its checkpoints according to RUN/config.yaml.
+    Raises CheckpointError on all ranks.
     """
 
     def look() -> None:
@@ -79,14 +79,14 @@ def check_changes(
 ) -> None:
     """Refuse what would make this another run: a changed config key, another data plan (`plans`: saved, current).
 
-    `--allow-change KEY` lets one through, logged. A refusal names all of them at once, for a key as data.url changes
-    the plan as well. Also refuses a KEY that no config has.
+    `--allow-change KEY` allows one, and logs it. A refusal names all of them at once, because a key such as data.url
+    changes the plan as well. Also refuses a KEY that no config has.
     """
     known = {DATA, *flatten(saved), *flatten(current)}
     for key in allow_change:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-            raise StopRunError(f"--allow-change: expected a key of the config or {DATA!r}, came {key!r}; is it {near}?")
+            raise StopRunError(f"--allow-change: expected a key of the config or {DATA!r}, got {key!r}; is it {near}?")
     changed = guarded_differences(saved, current)
     refused = {key: values for key, values in changed.items() if key not in allow_change}
     for key in changed.keys() - refused.keys():
@@ -98,7 +98,7 @@ def check_changes(
     if is_other_data and DATA not in allow_change:
         if not refused:
             raise StopRunError(
-                f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, came "
+                f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, got "
                 f"{plans[1][:16]}. Restore the data set (latte-data verify), start a new run with "
                 f"model.init={checkpoint_url}, or pass --allow-change {DATA} to go on with it"
             )

@@ -27,7 +27,7 @@ def generator(seed: int, stream: str, step: int, index: int, sub: int = 0) -> np
     `sub` tells apart several draws of one stream for one sample (the images of a joint batch). All three are >= 0.
     """
     if min(step, index, sub) < 0:
-        raise ValueError(f"step, index and sub must be >= 0, came {step}, {index}, {sub}")
+        raise ValueError(f"step, index and sub must be >= 0, got {step}, {index}, {sub}")
     key = np.array([hash64(seed, stream), hash64(stream, seed)], dtype=np.uint64)
     counter = np.array([0, sub, index, step], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

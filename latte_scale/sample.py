@@ -18,7 +18,6 @@ it.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from latte_scale.arguments import disk_path
+from latte_scale.atomic import write_text
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import TooShortError, VideoError, read_clip
@@ -56,7 +56,7 @@ from latte_scale.sampling.videos import FORMATS, write_video
 MADE_BY = (
     "sampler", "steps", "guidance", "weights", "temporal_decoder", "init_video", "strength", "known_frames", "video"
 )  # fmt: skip
-"""What prompts.jsonl says of how its videos were made: passed as --prompts, it says nothing of the next ones."""
+"""Keys by which prompts.jsonl records how its videos were made; ignored when such a file is passed as --prompts."""
 DEFAULT_STRENGTH = 0.6  # of --init-video: enough to change what is seen, little enough to keep where it moves
 
 
@@ -197,17 +197,16 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     ranks.barrier()  # all files are there
     if ranks.rank == 0:
         lines = [json.dumps({**record, **about, **record, "video": setup.video.stored()}) for record in records]
-        temporary = args.out / f"prompts.jsonl.tmp-{os.getpid()}"
-        temporary.write_text("\n".join(lines) + "\n")
-        os.replace(temporary, args.out / "prompts.jsonl")
+        write_text(args.out / "prompts.jsonl", "\n".join(lines) + "\n")
         print(f"sampled {len(records)} videos with {setup.loaded.source} into {args.out}")
     return 0
 
 
 def forget_listing(listing: Path, prompts: Path | None) -> None:
-    """Remove the prompts.jsonl of an earlier sampling: it must not stand beside videos of this one, if that is stopped.
+    """Remove the prompts.jsonl of an earlier sampling, which would describe the wrong videos if this one is
+    interrupted.
 
-    Not where it is read for this one: its lines are then what the new videos show.
+    It stays if this sampling reads it: its lines then describe the new videos.
     """
     if listing.exists() and not (prompts is not None and listing.samefile(prompts)):
         listing.unlink()
@@ -255,9 +254,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for a number that no sampling has or a place that takes no videos, before anything is loaded."""
     for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
         if (came := getattr(args, name)) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, came {came}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {came}")
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: expected a folder for the videos, came a file")
+        raise ValueError(f"--out {args.out}: expected a folder for the videos, got a file")
 
 
 def formats_of(text: str) -> list[str]:
@@ -265,7 +264,7 @@ def formats_of(text: str) -> list[str]:
     formats = [each.strip() for each in text.split(",")]
     for each in formats:
         if each not in FORMATS:
-            raise ValueError(f"--formats: expected some of {', '.join(FORMATS)}, came {each!r}")
+            raise ValueError(f"--formats: expected some of {', '.join(FORMATS)}, got {each!r}")
     return formats
 
 
@@ -286,7 +285,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, checkpoint, folder of weights or its .safetensors; PATH#TREE for one")
-    add("--prompt", action="append", default=[], help="text of one video; may stand several times")
+    add("--prompt", action="append", default=[], help="text of one video; repeatable")
     add(
         "--prompts",
         type=disk_path,

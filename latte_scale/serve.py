@@ -55,7 +55,7 @@ class Demo:
         check_records([record], architecture)
         check_guidance(guidance, architecture, record.get("negative"))
         if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"steps: expected 1 to {MAX_STEPS}, came {steps}")
+            raise ValueError(f"steps: expected 1 to {MAX_STEPS}, got {steps}")
         how = Sampling(SAMPLERS[self.loaded.diffusion.objective][0], steps, guidance)
         side = self.vae.downscale
         shape = (self.vae.channels, self.video.frames, self.video.height // side, self.video.width // side)
@@ -73,9 +73,9 @@ class Demo:
 def load_demo(args: argparse.Namespace, folder: Path) -> Demo:
     """Everything the page needs. Raises ValueError with what to do."""
     if args.fps < 1:
-        raise ValueError(f"--fps: expected 1 or more, came {args.fps}")
+        raise ValueError(f"--fps: expected 1 or more, got {args.fps}")
     if not 1 <= args.port <= 65535:
-        raise ValueError(f"--port: expected 1 to 65535, came {args.port}")
+        raise ValueError(f"--port: expected 1 to 65535, got {args.port}")
     device = one_device()
     loaded = load_model(args.checkpoint, args.weights, device)
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
@@ -149,7 +149,7 @@ def open_page(page: Any, host: str, port: int | None) -> str:
         )
     except OSError as error:  # gradio's words for it are of options that this command has not
         raise ValueError(
-            f"{host}:{port}: expected a free port of this machine, came one that is taken, or an address of another; "
+            f"{host}:{port}: expected a free port of this machine, got one that is taken, or an address of another; "
             "pass another --port or --host"
         ) from error
     return address

@@ -2,9 +2,9 @@
 
 Settings are plain frozen dataclasses that live beside the code that reads them; this module imports none of them and
 they import nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
-is an error that says what was expected and what came, and `__post_init__` of a dataclass judges what one section can.
-Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in several kinds
-is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
+is an error that says what was expected and what came, and `__post_init__` of a dataclass checks what concerns its own
+section. Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in
+several kinds is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
 """
 
 import copy
@@ -43,7 +43,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise SettingsError(f"key {key!r} stands twice{node.start_mark}; keep one of the two")
+            raise SettingsError(f"key {key!r} appears twice{node.start_mark}; keep one of the two")
     return loader.construct_mapping(node, deep=True)
 
 
@@ -62,7 +62,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """The top-level mapping of a YAML file (empty file: empty mapping)."""
     path = Path(path)
     if path.is_dir():
-        raise SettingsError(f"{path}: expected a configuration file, came a folder; name a .yaml in it")
+        raise SettingsError(f"{path}: expected a configuration file, got a folder; name a .yaml in it")
     if not path.is_file():
         raise SettingsError(f"no configuration file at {path}; see configs/ for ready ones")
     try:
@@ -73,7 +73,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):
-        raise SettingsError(f"{path}: expected a mapping of sections, came {type(mapping).__name__}")
+        raise SettingsError(f"{path}: expected a mapping of sections, got {type(mapping).__name__}")
     return mapping
 
 
@@ -105,7 +105,7 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", p
     Raises SettingsError naming the file, the dotted key, what was expected and what came.
     """
     if not isinstance(mapping, dict):
-        raise SettingsError(f"{where}: {prefix or 'top level'}: expected a section with keys, came {mapping!r}")
+        raise SettingsError(f"{where}: {prefix or 'top level'}: expected a section with keys, got {mapping!r}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in mapping:
@@ -144,7 +144,7 @@ def dump_yaml(settings: Any) -> str:
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; what differences between two configs are taken over."""
+    """{"a": {"b": 1}} -> {"a.b": 1}, the form in which two configs are compared."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict) and value:
@@ -171,7 +171,7 @@ def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted:
         return sections[0]
     by_kind = {_kind(section): section for section in sections}
     if value["kind"] not in by_kind:
-        raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, came {value['kind']!r}")
+        raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, got {value['kind']!r}")
     return by_kind[value["kind"]]
 
 
@@ -185,16 +185,16 @@ def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
         return pydantic.TypeAdapter(hint).validate_json(_json(value), strict=True)
     except pydantic.ValidationError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected {type_name(hint)}, came {value!r} ({error.errors()[0]['msg']})"
+            f"{where}: {dotted}: expected {type_name(hint)}, got {value!r} ({error.errors()[0]['msg']})"
         ) from error
     except TypeError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected {type_name(hint)}, came {value!r}; put text that looks like something else "
+            f"{where}: {dotted}: expected {type_name(hint)}, got {value!r}; put text that looks like something else "
             "in quotes"
         ) from error
     except OverflowError as error:
         raise SettingsError(
-            f"{where}: {dotted}: expected finite numbers, came {value!r}: no checkpoint could keep it; null stands for "
+            f"{where}: {dotted}: expected finite numbers, got {value!r}: no checkpoint could keep it; null stands for "
             "no limit where a key takes it"
         ) from error
 
@@ -219,7 +219,7 @@ def _nested(cls: type) -> list[str]:
 
 
 def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: list[str]) -> str:
-    """`nested`: keys of the sections below; one of them may have been named without its section."""
+    """The message for a key that no field has. `nested`: keys of inner sections, one of which may have been meant."""
     without_section = sorted({each for each in nested if each.rpartition(".")[2] == key})
     near = without_section[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     hint = f"did you mean {' or '.join(f'{prefix}{each}' for each in near)}? " if near else ""
@@ -227,7 +227,7 @@ def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: li
 
 
 def type_name(hint: Any) -> str:
-    """A type in the words of an error or of `latte-scale keys`."""
+    """A type as error messages and `latte-scale keys` call it."""
     if typing.get_origin(hint) is typing.Literal:
         values = ", ".join(map(str, typing.get_args(hint)))
         return f"one of {values}" if len(typing.get_args(hint)) > 1 else values

@@ -99,7 +99,7 @@ def t2v_table(rows: list[Row]) -> str:
 
 
 def score_share(row: Row) -> float:
-    """The share of the attention scores and their use in all work; the rest of it are linear layers."""
+    """The attention scores' share of all FLOPs (q k^T and weights times v); the rest are linear layers."""
     settings = preset(row.name.removeprefix("Latte-"))
     tokens = NUM_FRAMES * (LATENT_SIDE // settings.patch_size) ** 2
     projections = settings.depth * 2 * tokens * 4 * settings.width**2

@@ -1,4 +1,4 @@
-"""Seconds of a call on a device: what choices by measurement and benchmarks have in common."""
+"""Seconds of a call on a device, for benchmarks and for choices by measurement."""
 
 import statistics
 import time
@@ -10,8 +10,10 @@ NUM_GROUPS = 5
 
 
 def call_time(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median seconds of a call, over NUM_GROUPS groups that take about `seconds` together; one call before is not
-    counted. On a GPU by events on the device, so launches that hide behind work before them cost nothing."""
+    """Median seconds of a call over NUM_GROUPS groups of calls, which take about `seconds` together.
+
+    One call before them is not counted. A GPU is timed by events, so launches that hide behind earlier work are free.
+    """
     call()
     number = max(1, int(seconds / NUM_GROUPS / max(_group_time(call, device, 1), 1e-7)))
     return statistics.median(_group_time(call, device, number) / number for _ in range(NUM_GROUPS))

@@ -60,7 +60,7 @@ from latte_scale.engine.compiling import Compilations
 from latte_scale.engine.launch import AbsentRanksError
 from latte_scale.estimate.advice import explain_out_of_memory
 from latte_scale.estimate.budget import within_memory_of
-from latte_scale.estimate.choice import checkpointing_words
+from latte_scale.estimate.estimate import checkpointing_words
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.blocks import use_norm
@@ -72,11 +72,11 @@ from latte_scale.optim import lr_at
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
-from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRequest, StopRunError, has_trained
+from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRunError, has_trained
 from latte_scale.run.journal import Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, Readback
 from latte_scale.run.profile import Profile
-from latte_scale.run.stopping import StopSources
+from latte_scale.run.stopping import StopSignals, StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
@@ -85,7 +85,7 @@ from latte_scale.validation.validator import Validator
 from latte_scale.weights import check_init, fit_contrastive, load_weights
 
 EXPECTED = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError, ValueError)
-"""Faults that a sentence explains. All else is a fault of the software, with a traceback."""
+"""Faults that the user can mend, and that their message explains. Anything else is a bug, and ends with a traceback."""
 
 logger = logging.getLogger("latte_scale")
 console = Console(soft_wrap=True, highlight=False)
@@ -111,7 +111,7 @@ def train(
     if found is None:
         check_start(config, checkpoints, ranks)
 
-    # Data: what is stored, whether it fits the model, and which samples form step k.
+    # Data: what is stored, whether it fits the model, and which samples form a step.
     datasets = open_data(config)
     check_data(config, datasets)
     config = replace(config, data=resolve_data_settings(config, datasets, found))
@@ -133,7 +133,7 @@ def train(
     # Resume: everything but tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
-    fence.check()  # before anything is taken back: an attempt that froze until here may have been replaced
+    fence.check()  # before logged steps are taken back: an attempt that froze until here may have been replaced
     last_logged = rewind_log(folder, progress, found, broken, console)
     validator.rewind(progress.step)
     folder.write_config(config)
@@ -145,7 +145,7 @@ def train(
     trackers = make_trackers(config, folder, progress, last_logged)
     journal = make_journal(config, progress, folder, fence, ranks, trackers)
     announce(config, plan, datasets, engine, progress)
-    tell_coverage(config, plan, datasets, engine.dp_size, folder)
+    report_coverage(config, plan, datasets, engine.dp_size, folder)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     compilations = Compilations(config.engine.compile)
@@ -199,7 +199,8 @@ def train(
             profile.step()
     watchdog.arm(SLOW_FACTOR)
     checkpointer.finish(hurry=journal.stop_requested)  # the last save is complete before the exit code says so
-    return DONE if journal.progress.step >= config.train.steps else REQUEUE  # above: train.steps was lowered
+    is_done = journal.progress.step >= config.train.steps  # more steps than that where train.steps was lowered
+    return DONE if is_done else REQUEUE
 
 
 def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Checkpoint | None) -> DataSettings:
@@ -210,9 +211,9 @@ def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Ch
 
 
 def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.device) -> Conditioner:
-    """The step's input side; loads the frozen encoders only where the shards hold pixels and raw text.
+    """What turns micro-batches into model inputs; loads the frozen encoders only where shards hold pixels and raw text.
 
-    A model of classes reads no text: a text encoder that its config names all the same is left alone.
+    A class model reads no text, so a text encoder that its config names is not loaded.
     """
     manifest, vae, text = datasets[0].manifest, None, None
     if manifest.kind == "video":
@@ -234,8 +235,8 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
 def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
     """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank.
 
-    Rank 0 says what the run changes of the weights' own settings. `is_new`: False for a run that goes on from a
-    checkpoint. What model.init names is not read then: it may be gone.
+    Rank 0 prints in which settings the run differs from those the weights were trained with. `is_new`: False for a run
+    that resumes from a checkpoint; model.init is not read then, for its weights may be gone.
     """
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if is_new and config.model.init is not None:
@@ -252,13 +253,13 @@ def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
 def make_loader(
     config: Config, datasets: Sequence[Dataset], images: Dataset | None, plan: Plan, engine: Engine, start_step: int
 ) -> Loader:
-    """The samples of this rank's share of each batch."""
+    """The loader of this rank's share of each global batch."""
     share = {"rank": engine.dp_rank, "size": engine.dp_size, "pin_memory": engine.device.type == "cuda"}
     return loader_of(config, datasets, images, plan, start_step=start_step, **share)
 
 
 def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_logged: int) -> Trackers:
-    """Where the metrics are copied to: rank 0's business."""
+    """What rank 0 copies its metrics to; none on the other ranks."""
     if folder.rank != 0:
         return Trackers()
     return open_trackers(config.log, folder.path, folder.run_id, to_mapping(config), progress.step, last_logged)
@@ -267,7 +268,7 @@ def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_lo
 def make_journal(
     config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks, trackers: Trackers
 ) -> Journal:
-    """The account of the steps; rank 0's writes it down."""
+    """The journal of the steps; only rank 0's writes to files."""
     return Journal(
         progress,
         MetricsFile(folder.metrics_path, fence.check, trackers.log) if ranks.rank == 0 else None,
@@ -284,7 +285,7 @@ def make_journal(
 
 
 def learning_rate(config: Config, updates: int) -> float:
-    """Of a step before which so many updates were applied."""
+    """The learning rate of a step before which `updates` updates were applied."""
     return lr_at(
         updates,
         lr=config.train.lr,
@@ -295,14 +296,14 @@ def learning_rate(config: Config, updates: int) -> float:
 
 
 def note_facts(folder: RunFolder, ranks: Ranks, fingerprint: str) -> None:
-    """Write down how this attempt was made: command, commit, versions, hosts. A collective."""
+    """Record how this attempt was started: command, commit, versions, hosts. A collective."""
     gathered = ranks.all_gather_object(describe_rank(ranks.rank, str(ranks.device)))
     if ranks.rank == 0:
         write_facts(folder.path, collect_facts(gathered, fingerprint))
 
 
 def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: Engine, progress: Progress) -> None:
-    """What runs where on what, before the first step (rank 0)."""
+    """Print model, engine, ranks and data before the first step (rank 0)."""
     if engine.ranks.rank != 0:
         return
     parameters = sum(torch.Size(shard.shape).numel() for shard in engine.local_shards())
@@ -327,10 +328,10 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     )
 
 
-def tell_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], dp_size: int, folder: RunFolder) -> None:
-    """What the whole run sees of its data, bucket by bucket, in print and in RUN/coverage.json (rank 0).
+def report_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], dp_size: int, folder: RunFolder) -> None:
+    """Print what the whole run sees of its data, bucket by bucket, and write it to RUN/coverage.json (rank 0).
 
-    And which buckets leave the data-parallel ranks of this attempt idle.
+    Also prints which buckets leave the data-parallel ranks of this attempt idle.
     """
     if folder.rank != 0:
         return
@@ -355,7 +356,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="a guarded key that may differ",
+        help="let this key differ from the checkpoint's config although it is guarded; repeatable",
     )
     parser.add_argument(
         "--profile",
@@ -372,7 +373,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _number_of_steps(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of steps, 0 for none, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of steps, 0 for none, got {text!r}")
     return int(text)
 
 
@@ -385,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         console.print(f"error: {error}", markup=False)
         return STOP
-    signals = StopRequest()
+    signals = StopSignals()
     signals.install()
     try:
         ranks = init_distributed(timeout_s=config.engine.timeout_s)
@@ -395,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = RunFolder(config.run.folder, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)
     profile = Profile(folder.path, ranks, args.profile, console)
-    code, reason, fence = FAILED, "interrupted", None  # the reason of what is caught nowhere below, as Ctrl-C
+    code, reason, fence = FAILED, "interrupted", None  # the reason for what no handler below catches
     try:
         folder.open()
         fence = folder.take(ranks.broadcast_object)
@@ -419,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, reason = FAILED, f"{type(error).__name__}: {error}"  # also what comes after the last save
         raise
     finally:
-        if folder.rank == 0 or not folder.has_log:  # a rank without a log has nowhere else to say it
+        if folder.rank == 0 or not folder.has_log:  # a rank without a log can report nowhere else
             console.print(f"exit {code}: {reason}", markup=False)
         if fence is not None and folder.write_exit(code, reason):  # without a fence the folder is another attempt's
             fence.release()
@@ -428,10 +429,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code_of(error: Exception, folder: Path) -> int:
-    """STOP for what another attempt would meet again, FAILED for what it may find mended.
+    """STOP for a fault that another attempt would hit again, FAILED for one that may have passed by then.
 
-    Ranks that do not come and a store that never answers or allows nothing are wrong settings at first, and no more
-    once the run has trained.
+    Absent ranks and a store that never answers, or denies a request, mean wrong settings, unless the run has trained
+    with these before.
     """
     if isinstance(error, AbsentRanksError | NeverReachedError | NeverAllowedError | UnusableStoreError):
         return FAILED if has_trained(folder) else STOP
@@ -439,10 +440,10 @@ def exit_code_of(error: Exception, folder: Path) -> int:
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
-    """This process as one rank of the job: `main`, and out with its code, or with 1 after a traceback."""
+    """Run this process as one rank of the job, and exit with the code of `main`, or with 1 after a traceback."""
     try:
         code = main(argv)
-    except KeyboardInterrupt:  # `main` has said so
+    except KeyboardInterrupt:  # reported by `main`
         code = FAILED
     except Exception:
         traceback.print_exc()

@@ -34,7 +34,8 @@ from latte_scale.store import Store, StoreSettings, open_store
 logger = logging.getLogger("latte_scale")
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
-# What a stage may change and no tensor's shape shows: positions and blocks of the model, what is predicted from what.
+# What may differ from the weights that a run starts from without any tensor's shape showing it: positions and order of
+# the blocks, objective and noise schedule.
 _MODEL_CHANGES = {"latte": ("variant", "temporal_position"), "latte_t2v": ("sample_size",)}
 _DIFFUSION_CHANGES = ("objective", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
@@ -59,7 +60,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tree of a run's checkpoint and what it is of; the tensors have not been read."""
+    """One tree of a run's checkpoint and its model; the tensors have not been read."""
 
     source: str  # for messages: the path and the tree
     checkpoint: checkpoint.Checkpoint
@@ -82,7 +83,7 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
         root, wanted = Path(path), tree or named or "ema"
         if wanted != "ema":
             raise ValueError(
-                f"{root}: a folder of weights holds one set of them, came a wish for {wanted!r}; leave it out"
+                f"{root}: a folder of weights holds one set of them, got a wish for {wanted!r}; leave it out"
             )
         architecture, state_dict = read_transformer(root)
         return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
@@ -99,17 +100,17 @@ def split_tree(source: str) -> tuple[str, str]:
 def check_init(
     weights: Weights, architecture: LatteSettings | LatteT2VSettings, diffusion: DiffusionSettings
 ) -> list[str]:
-    """Hold weights to a run that is to start from them; returns what it trains otherwise than they were trained.
+    """Check that a run can start from these weights; returns the settings in which it differs from their training.
 
-    Raises ValueError when tensors do not fit, or when the heads are others, which no shape shows: the same numbers cut
-    into other heads are another function, and no stage means that.
+    Raises ValueError when tensors do not fit, or when the number of heads differs, which no shape shows: the same
+    weights split into other heads are another function, which is never meant.
     """
     check_state(architecture, weights.state_dict, weights.source)
     before = weights.architecture
     if before.num_heads != architecture.num_heads:
         head_dim = f" model.head_dim={before.head_dim}" if before.kind == "latte_t2v" else ""
         raise ValueError(
-            f"{weights.source}: expected weights of {architecture.num_heads} heads, came {before.num_heads} in the "
+            f"{weights.source}: expected weights of {architecture.num_heads} heads, got {before.num_heads} in the "
             f"same width; set model.num_heads={before.num_heads}{head_dim}"
         )
     pairs = [(f"model.{name}", before, architecture, name) for name in _MODEL_CHANGES[before.kind]]
@@ -141,7 +142,7 @@ def find_stored(source: str, tree: str | None = None) -> Stored | None:
     if root.suffix in (".safetensors", ".json") and root.is_file():
         return None
     if "://" not in path and root.is_file():
-        raise ValueError(f"{root}: expected a folder, came a file; bring it in with latte-scale import --source {root}")
+        raise ValueError(f"{root}: expected a folder, got a file; bring it in with latte-scale import --source {root}")
     if "://" not in path and not root.is_dir():
         raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
     step = find_step(path)
@@ -168,13 +169,13 @@ def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings
     """The architecture in a run's model section, which may hold more; runs older than the kinds are text-to-video."""
     kind = section.get("kind", "latte_t2v")
     if kind not in KINDS:
-        raise ValueError(f"{where}: model.kind: expected one of {', '.join(KINDS)}, came {kind!r}; use a newer version")
+        raise ValueError(f"{where}: model.kind: expected one of {', '.join(KINDS)}, got {kind!r}; use a newer version")
     known = {field.name for field in fields(KINDS[kind])}
     return settings.from_mapping(KINDS[kind], {k: v for k, v in section.items() if k in known}, where, "model.")
 
 
 def _diffusion_of(root: Path) -> DiffusionSettings:
-    """What a pipeline's scheduler says; Latte's own settings for a transformer folder that has none beside it."""
+    """The settings of a pipeline's scheduler; Latte's own settings for a transformer folder without one."""
     root = root.parent if root.is_file() else root
     for folder in (root, root.parent):
         path = folder / "scheduler" / "scheduler_config.json"
@@ -186,7 +187,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
 def find_step(where: str) -> Store | None:
     """The checkpoint that `where` is, or the newest sound one of a run or a place with checkpoints; None without any.
 
-    A newer one that is not sound is told. Raises CheckpointError if checkpoints are there and none is sound.
+    Newer ones that are not sound are logged. Raises CheckpointError if there are checkpoints and none is sound.
     """
     problems = []
     for place in places(where):
@@ -205,13 +206,13 @@ def find_step(where: str) -> Store | None:
 
 
 def places(where: str) -> list[Store]:
-    """Where the checkpoints of `where` may lie: there, below it and, for a run's folder, where its config says."""
+    """Where `where` may have its checkpoints: itself, its checkpoints/, and where the config of a run folder says."""
     root = open_store(where)
     found, config = [root, root.below("checkpoints")], Path(where) / "config.yaml"
     section = settings.read_mapping(config) if "://" not in where and config.is_file() else {}
     saving = section.get("checkpoint") or {}
     if not isinstance(saving, dict):
-        raise ValueError(f"{config}: checkpoint: expected a section with keys, came {saving!r}; mend it or remove it")
+        raise ValueError(f"{config}: checkpoint: expected a section with keys, got {saving!r}; mend it or remove it")
     if folder := saving.get("dir"):
         reached = settings.from_mapping(StoreSettings, section.get("store") or {}, str(config), "store.")
         found.append(open_store(folder, replace(reached, cache_dir=None)))

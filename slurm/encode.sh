@@ -37,7 +37,7 @@ stop() { # CODE WORDS...: end this task, for good
 [[ -d data_tools ]] || stop 2 "submit from the root of the repository (or with --chdir), not $PWD"
 # shellcheck source=slurm/env.sh
 source "${LATTE_ENV:-slurm/env.sh}" || stop 2 "${LATTE_ENV:-slurm/env.sh} cannot be read"
-[[ $# -ge 2 && $1 != -* && $2 != -* ]] || stop 2 "expected INPUT OUTPUT [configs/X.yaml] [key=value ...], came: $*"
+[[ $# -ge 2 && $1 != -* && $2 != -* ]] || stop 2 "expected INPUT OUTPUT [configs/X.yaml] [key=value ...], got: $*"
 input=$1 output=$2 && shift 2
 config=configs/encode_sd_t5.yaml
 if [[ $# -gt 0 && $1 != *=* && $1 != -* ]]; then config=$1 && shift; fi

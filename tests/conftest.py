@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from latte_scale.model.fp8 import why_no_fp8
-from latte_scale.run.folder import STOP_SIGNALS
+from latte_scale.run.stopping import STOP_SIGNALS
 from tests import processes
 from tests.store.service import Corner, make_corner
 

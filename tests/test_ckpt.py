@@ -108,14 +108,14 @@ def test_a_folder_that_says_nothing_of_its_run_needs_a_config_and_averages(run, 
 def test_other_formats_are_not_written_into_a_bucket(tmp_path, capsys, to):
     """Said before the source is read, which may take an hour: here there is none."""
     assert ckpt.main(["convert", str(tmp_path / "absent"), "s3://bucket/there", "--to", to]) == 2
-    assert f"a folder of --to {to} is written to a disk, came a URL" in capsys.readouterr().err
+    assert f"a folder of --to {to} is written to a disk, got a URL" in capsys.readouterr().err
 
 
 def test_a_config_of_the_run_that_was_edited_by_hand_is_told_in_words(run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for text, words in (
-        (b"checkpoint: 3", "checkpoint: expected a section with keys, came 3"),
+        (b"checkpoint: 3", "checkpoint: expected a section with keys, got 3"),
         (b"[1", "is not YAML"),
         (b"\xff", "not text in UTF-8"),
     ):

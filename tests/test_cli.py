@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -60,6 +61,17 @@ def test_help_is_the_manual_of_the_verb_with_an_example(words, capsys):
     shown, manual = capsys.readouterr().out, importlib.import_module(MANUALS[words]).__doc__
     assert manual.strip() in shown
     assert any(line.startswith(f"    {' '.join(words)} ") for line in manual.splitlines()), "no example to copy"
+
+
+@pytest.mark.parametrize("module", [module for words, module in MANUALS.items() if words[0] == "latte-scale"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_verb_is_a_command_of_its_module_too(module, monkeypatch, capsys):
+    """`python -m MODULE`, as torchrun starts it: a module that only defines functions would end with 0, having done
+    nothing."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert left.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_a_verb_without_a_traceback(monkeypatch, capsys):

@@ -30,3 +30,14 @@ def test_every_name_of_the_walk_is_where_it_says() -> None:
             body = found[0].body if found else []
             missing += [] if found else [f"{path}: {name}"]
     assert missing == []
+
+
+PACKAGES = sorted(path for path in (ROOT / "latte_scale").rglob("__init__.py") if path.parent.name != "latte_scale")
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.parent.name)
+def test_the_docstring_of_a_package_names_its_files(path: Path) -> None:
+    """As README promises; a kernel's *_triton.py goes with the file of its operator."""
+    words = set(re.findall(r"\w+", ast.get_docstring(ast.parse(path.read_text()))))
+    files = {file.stem.removesuffix("_triton") for file in path.parent.glob("*.py") if not file.name.startswith("__")}
+    assert sorted(files - words) == []

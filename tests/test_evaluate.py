@@ -166,7 +166,7 @@ def test_clips_that_cannot_be_scored_are_named(clips: Path, tmp_path: Path, caps
         capsys, "--metrics", "fvd", "--fake", str(clips / "fake"), "--out", "x"
     )
     few = [*command(clips, out, "fvd"), "--num-clips", "2048"]
-    assert "expected 2048 clips, came 10 sampled and 12 real; sample more, or pass --num-clips 10" in said(capsys, *few)
+    assert "expected 2048 clips, got 10 sampled and 12 real; sample more, or pass --num-clips 10" in said(capsys, *few)
     long = [*command(clips, out, "fvd"), "--frames", "9"]
     error = said(capsys, *long)
     assert "too short: expected" in error and "leave such clips out" in error and "mp4" in error
@@ -186,11 +186,11 @@ def test_too_few_clips_for_an_interval_are_told(clips: Path, tmp_path: Path, cap
     assert "kid: no interval, too few clips" in capsys.readouterr().out
     record = json.loads((tmp_path / "a.json").read_text())["metrics"]["kid"]
     assert record["value"] is not None and record["low"] is record["std_error"] is None
-    assert "num_clips: expected 1 or more, came -1" in said(
+    assert "num_clips: expected 1 or more, got -1" in said(
         capsys, *command(clips, tmp_path / "b.json", "kid"), "--num-clips", "-1"
     )
 
 
 def test_latents_are_not_clips(data_sets, clips: Path, tmp_path: Path, capsys) -> None:
     error = said(capsys, *command(clips, tmp_path / "x", "fvd", real=str(data_sets.latents)))
-    assert "expected clips with pixels, came a data set of latents" in error
+    assert "expected clips with pixels, got a data set of latents" in error

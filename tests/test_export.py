@@ -210,7 +210,7 @@ def test_the_official_table_fits_the_clips_and_the_vae_of_the_run(tmp_path, caps
     save_run(tmp_path / "wide", config | {"video": VIDEO | {"height": 32}}, state)
     out, official = tmp_path / "out.pt", ["--format", "official"]
     assert export.main(["--checkpoint", str(tmp_path / "wide"), "--out", str(out), *official]) == 2
-    assert "expected square clips, which the official code makes, came 32 x 64" in capsys.readouterr().err
+    assert "expected square clips, which the official code makes, got 32 x 64" in capsys.readouterr().err
     for name, options in (("square", []), ("wide", ["--latent-side", "16"])):
         out = tmp_path / f"{name}.pt"
         assert export.main(["--checkpoint", str(tmp_path / name), "--out", str(out), *official, *options]) == 0
@@ -239,13 +239,13 @@ def test_a_model_goes_out_in_its_own_format_only(tmp_path, capsys):
     write_transformer(tmp_path / "text", TINY, build_model(TINY).state_dict())
     write_transformer(tmp_path / "late", *late_fusion())
     for name, options, message in (
-        ("classes", [], "came a class model, which LattePipeline cannot drive; write it with --format official"),
+        ("classes", [], "got a class model, which LattePipeline cannot drive; write it with --format official"),
         ("classes", ["--latent-side", "8"], "--latent-side is read with --format official only"),
-        ("classes", ["--format", "official", "--latent-side", "7"], "expected a multiple of patch_size 2, came 7"),
-        ("classes", ["--format", "official", "--latent-side", "0"], "expected a multiple of patch_size 2, came 0"),
-        ("text", ["--format", "official"], "expected a class model, came a text-to-video model"),
-        ("text", [], "expected a run or its checkpoint, came a folder of weights"),
-        ("late", ["--format", "official"], "the official layout has variant 'interleaved', came 'late_fusion'"),
+        ("classes", ["--format", "official", "--latent-side", "7"], "expected a multiple of patch_size 2, got 7"),
+        ("classes", ["--format", "official", "--latent-side", "0"], "expected a multiple of patch_size 2, got 0"),
+        ("text", ["--format", "official"], "expected a class model, got a text-to-video model"),
+        ("text", [], "expected a run or its checkpoint, got a folder of weights"),
+        ("late", ["--format", "official"], "the official layout has variant 'interleaved', got 'late_fusion'"),
     ):
         command = ["--checkpoint", str(tmp_path / name), "--out", str(tmp_path / "out.pt"), *options]
         assert export.main(command) == 2

@@ -175,7 +175,7 @@ def test_an_option_that_nothing_reads_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("option", ["--num-heads", "--num-frames", "--sample-size"])
 def test_a_number_that_is_none_is_told_by_its_option(tmp_path, capsys, option):
     write_transformer(tmp_path / "folder", T2V, LatteT2V(T2V).state_dict())
-    assert refused(capsys, tmp_path / "folder", option, "0") == f"error: {option}: expected at least 1, came 0\n"
+    assert refused(capsys, tmp_path / "folder", option, "0") == f"error: {option}: expected at least 1, got 0\n"
 
 
 def test_what_does_not_fit_leaves_nothing(tmp_path, capsys):

@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "rng": set(),
     "settings": set(),
     "arguments": set(),  # of command lines: entry points, and packages with one
-    "plain_json": set(),  # measured figures as JSON: whoever writes some
+    "atomic": set(),  # text files that are complete or not there
+    "plain_json": {"atomic"},  # measured figures as JSON: whoever writes some
     "model": {"model"},
     "diffusion": {"diffusion"},
     "data": {"data", "store", "rng"},
@@ -28,22 +29,21 @@ MAY_IMPORT = {
     "engine": {"engine", "optim"},
     "ema": {"engine.base"},
     "checkpoint": {"checkpoint", "engine.base", "store"},
-    # From a micro-batch to the loss's arguments, and from a step's numbers to the metrics file: parts of the train loop
-    # that have a life of their own. Only entry points import them.
+    # From a micro-batch to the loss's arguments.
     "conditioning": {"data", "encoders", "rng"},
-    # A micro-batch's losses and work: what the trainer and the benchmark of a step share. Here the model is called, so
-    # here clips are cut for the ranks of a sequence group and their predictions joined.
+    # A micro-batch's losses and work, for trainer, estimate and the benchmark of a step. The model is called here,
+    # so here clips are split over the ranks of a sequence group and their predictions joined.
     "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
     # Seconds of a call; what is chosen by measurement before a run's first step (attention; norm and gate).
     "timing": set(),
     "choices": {"choices", "config", "engine.dist", "model", "plain_json", "timing"},
-    "run": {"run", "settings"},
-    "run.metrics": {"engine.base", "plain_json"},
+    "run": {"run", "atomic", "settings"},
+    "run.metrics": {"atomic", "plain_json"},
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks
     "run.journal": {"conditioning", "diffusion", "engine.base", "engine.dist", "plain_json", "run", "store"},
-    # What sampled videos are scored by; the command is an entry point, and training may ask for a score, too.
+    # The scores of sampled videos; the command is an entry point.
     "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
-    # What a report page is made of: it only reads run folders.
+    # The parts of a report page; they only read run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
     # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches, as one rank of a
@@ -69,7 +69,6 @@ MAY_IMPORT = {
         "optim",
         "plain_json",
         "run.metrics",
-        "settings",
     },
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
     "weights": {"checkpoint", "diffusion", "model", "settings", "store"},
@@ -90,6 +89,7 @@ MAY_IMPORT = {
     "validation.settings": set(),
     "validation": {
         "validation",
+        "atomic",
         "conditioning",
         "config",
         "data",
@@ -127,7 +127,7 @@ MAY_IMPORT = {
     # From a config to the plan: what the trainer does and `latte-scale coverage` prints. The VAE's downscale names the
     # sizes of whole clips as those of their latents.
     "planning": {"config", "data", "encoders"},
-    "broken_pipe": set(),  # for both doors: the reader of the output has left
+    "broken_pipe": set(),  # for both command lines: when the reader of their output is gone
     "cli": {"broken_pipe"},
 }
 NEVER = {"model": {"torch.distributed", "deepspeed"}, "diffusion": {"torch.distributed"}, "data": {"torch.distributed"}}
@@ -181,6 +181,15 @@ def test_a_module_imports_only_what_the_table_allows(path):
     for name in imports(path):
         assert not name.startswith("data_tools"), f"{path}: latte_scale never imports data_tools"
         assert not any(name == n or name.startswith(n + ".") for n in NEVER.get(row, ())), f"{path} imports {name}"
+
+
+def test_the_table_allows_nothing_that_no_module_imports():
+    used = {row: set() for row in MAY_IMPORT}
+    for path in MODULES:
+        row = owner(path)
+        for name in repository_imports(path) if row in MAY_IMPORT else ():
+            used[row] |= {entry for entry in MAY_IMPORT[row] if allowed(name, {entry})}
+    assert {row: permitted - used[row] for row, permitted in MAY_IMPORT.items() if permitted - used[row]} == {}
 
 
 def test_torch_distributed_is_used_in_engine_only():

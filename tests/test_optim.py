@@ -31,7 +31,7 @@ def test_cosine_falls_from_lr_to_zero_at_the_end() -> None:
 
 
 def test_lr_at_refuses() -> None:
-    with pytest.raises(ValueError, match="constant or cosine, came 'linear'"):
+    with pytest.raises(ValueError, match="constant or cosine, got 'linear'"):
         rate(9, "linear")
     with pytest.raises(ValueError, match="0 or more"):
         rate(-1)

@@ -70,7 +70,7 @@ def test_what_json_cannot_hold_is_an_error() -> None:
 
 def test_a_line_of_metrics_is_json_and_the_trackers_get_what_it_says(tmp_path: Path) -> None:
     told: list[dict[str, object]] = []
-    file = MetricsFile(tmp_path / "metrics.jsonl", then=told.append)
+    file = MetricsFile(tmp_path / "metrics.jsonl", on_line=told.append)
     file.append({"step": 3, "loss": float("nan"), "loss_by_band": [1.0, float("inf")], "mfu": None})
     assert strictly(file.path.read_text()) == told[0] == {
         "step": 3, "loss": None, "loss_by_band": [1.0, None], "mfu": None

@@ -39,7 +39,7 @@ def test_a_change_that_is_let_through_is_logged_and_the_others_are_refused(caplo
 
 
 def test_a_key_that_no_config_has_is_refused_with_the_nearest() -> None:
-    with pytest.raises(StopRunError, match=r"came 'train\.l'; is it train\.lr"):
+    with pytest.raises(StopRunError, match=r"got 'train\.l'; is it train\.lr"):
         check_changes(config(), config(), ["train.l"], ONE_PLAN, URL)
 
 

@@ -96,18 +96,18 @@ def test_mistakes_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert serve.main(["--checkpoint", str(run), "--port", str(taken.getsockname()[1])]) == 2
-    assert "came one that is taken, or an address of another; pass another --port or --host" in capsys.readouterr().err
+    assert "got one that is taken, or an address of another; pass another --port or --host" in capsys.readouterr().err
     assert serve.main(["--checkpoint", str(run), "--port", "70000"]) == 2
-    assert "--port: expected 1 to 65535, came 70000" in capsys.readouterr().err
+    assert "--port: expected 1 to 65535, got 70000" in capsys.readouterr().err
     assert serve.main(["--checkpoint", str(run), "--fps", "0"]) == 2
-    assert "--fps: expected 1 or more, came 0" in capsys.readouterr().err
+    assert "--fps: expected 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_a_record_is_held_to_the_model(run: Path, tmp_path: Path) -> None:
     demo = serve.load_demo(serve.parse_args(["--checkpoint", str(run)]), tmp_path)
     with pytest.raises(ValueError, match="expected text in every record"):
         demo.sample({"seed": 0, "label": 1}, 2, 1.0)
-    with pytest.raises(ValueError, match="steps: expected 1 to 250, came 0"):
+    with pytest.raises(ValueError, match="steps: expected 1 to 250, got 0"):
         demo.sample({"seed": 0, "text": "a"}, 0, 1.0)
     with pytest.raises(ValueError, match="negative prompt 'b': nothing reads it at guidance 1"):
         demo.sample({"seed": 0, "text": "a", "negative": "b"}, 2, 1.0)

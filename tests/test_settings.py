@@ -16,7 +16,7 @@ class Inner:
 
     def __post_init__(self):
         if self.lr <= 0:
-            raise ValueError(f"lr must be positive, came {self.lr}")
+            raise ValueError(f"lr must be positive, got {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def test_refusals_name_key_expectation_and_value(tmp_path, overrides, words):
 
 
 def test_a_folder_is_no_configuration(tmp_path):
-    with pytest.raises(settings.SettingsError, match="expected a configuration file, came a folder"):
+    with pytest.raises(settings.SettingsError, match="expected a configuration file, got a folder"):
         settings.read_mapping(tmp_path)
 
 
@@ -96,7 +96,7 @@ def test_missing_required_key_and_missing_file(tmp_path):
 
 
 def test_a_key_that_stands_twice_and_broken_yaml_are_refused(tmp_path):
-    with pytest.raises(settings.SettingsError, match="stands twice"):
+    with pytest.raises(settings.SettingsError, match="appears twice"):
         read(tmp_path, "inner: {lr: 1.0}\ncount: 1\ncount: 2")
     with pytest.raises(settings.SettingsError, match="is not YAML"):
         read(tmp_path, "inner: {lr: 1.0")

@@ -75,7 +75,7 @@ def test_a_run_from_before_the_kinds_is_text_to_video(tmp_path):
 def test_a_kind_from_the_future(tmp_path):
     section = to_mapping(TEXT) | {"kind": "mocha"}
     save_run(tmp_path, {"model": section, "diffusion": {}}, build_model(TEXT).state_dict())
-    with pytest.raises(ValueError, match=r"model.kind: expected one of latte, latte_t2v, came 'mocha'"):
+    with pytest.raises(ValueError, match=r"model.kind: expected one of latte, latte_t2v, got 'mocha'"):
         load_weights(str(tmp_path))
 
 
@@ -99,7 +99,7 @@ def test_the_scheduler_beside_the_weights_tells_the_objective(tmp_path):
 def test_a_folder_has_no_trees_to_choose_from(tmp_path, source, tree):
     write_transformer(tmp_path, TEXT, build_model(TEXT).state_dict())
     assert load_weights(f"{tmp_path}#ema", "ema").architecture == TEXT
-    with pytest.raises(ValueError, match="holds one set of them, came a wish for"):
+    with pytest.raises(ValueError, match="holds one set of them, got a wish for"):
         load_weights(source.format(tmp_path), tree)
 
 
@@ -121,10 +121,10 @@ def test_what_is_no_weights_is_told_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_weights(str(tmp_path / "nowhere"))
     (tmp_path / "ffs.pt").touch()
-    with pytest.raises(ValueError, match=r"came a file; bring it in with latte-scale import --source .*ffs.pt"):
+    with pytest.raises(ValueError, match=r"got a file; bring it in with latte-scale import --source .*ffs.pt"):
         load_weights(str(tmp_path / "ffs.pt"))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="expected _class_name LatteTransformer3DModel or Latte, came 'UNet2DModel'"):
+    with pytest.raises(ValueError, match="expected _class_name LatteTransformer3DModel or Latte, got 'UNet2DModel'"):
         load_weights(str(tmp_path))
 
 
@@ -148,7 +148,7 @@ def test_a_stage_says_what_it_changes_and_does_not_take_other_heads(tmp_path, ar
         "diffusion.objective was 'epsilon', is 'v'",
     ]
     heads = {"num_heads": 4} if architecture is CLASSES else {"num_heads": 4, "head_dim": 4}
-    with pytest.raises(ValueError, match=r"expected weights of 4 heads, came 2 .* set model.num_heads=2"):
+    with pytest.raises(ValueError, match=r"expected weights of 4 heads, got 2 .* set model.num_heads=2"):
         check_init(weights, dataclasses.replace(architecture, **heads), same)
     with pytest.raises(ValueError, match="do not fit"):
         check_init(weights, dataclasses.replace(architecture, in_channels=8, out_channels=8), same)

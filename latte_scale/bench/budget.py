@@ -3,7 +3,7 @@
 In: a subject and its measured phases. Out: seconds by category that add up to the step. The decision worth knowing:
 optimizer and averages are timed as phases of the real step, and the profiler only splits forward and backward, in
 proportion to the kernels (on a CPU: operators) that it saw, because a step under the profiler is slower than one
-without it. What no kernel accounts for is `idle`: the device waited for the host.
+without it. Time in which no kernel runs is `idle`: the device waits for the host.
 """
 
 import json
@@ -26,8 +26,8 @@ CATEGORIES = {
     "norm_modulate": r"layer_?norm|welford|rms_norm|^modulate_|^gate_",
     "memory": r"memcpy|memset|copy|transpose|::cat\b|contiguous|CatArray",
 }
-# What torch.compile made of all that is between products and attention: named after the operators that it fused, and
-# after those that stood beside them (addmm, scaled_dot_product_attention), which it did not compute.
+# Kernels that torch.compile makes of what lies between products and attention. Their names list the operators that were
+# fused, and also neighbours that they do not compute (addmm, scaled_dot_product_attention).
 FUSED = r"^triton_(poi|red|per)_"
 MOVED = r"^triton_poi_fused_((_to_copy|_unsafe_view|cat|clone|expand|permute|transpose|unsqueeze|view)_)+\d+$"
 NUM_NAMED = 12  # kernels that stand by name under "top"
@@ -91,7 +91,7 @@ def profiled(subject: Subject, device: torch.device) -> tuple[Counter[str], floa
 
 
 def self_times(spans: list[tuple[float, float, object, str]]) -> Counter[str]:
-    """Seconds by name without those of the operators inside; spans are (start us, -length us, thread, name), sorted."""
+    """Seconds by name, without nested operators; spans are (start us, -length us, thread, name), sorted."""
     times_us: Counter[str] = Counter()
     open_spans: dict[object, list[tuple[float, str]]] = {}  # thread -> (end, name) of what is running
     for start, minus_length, thread, name in spans:

@@ -1,4 +1,4 @@
-"""What the device could do at best: matrix products at the model's own shapes, and copies.
+"""The best rates of the device: matrix products at the model's own shapes, and copies.
 
 In: a Config and a device. Out: rates. The decision worth knowing: a step spends most of its FLOPs in a handful of
 products whose one side is the number of tokens and whose others are multiples of the width. Their measured rate over

@@ -6,10 +6,10 @@
 In: a training config, or nothing. Its state (weights, two moments, its averages) as random fp32 tensors on the CPU, on
 one rank; without a config four trees of --gib in all. Out: a table; every figure is the median of `--repeats` runs,
 with the lowest and the highest. The ways take turns, so that a slow minute of the machine hurts all of them. Exit code
-0, 2 where folder, bucket or memory will not do, or 78 for a config that cannot be.
+0, 2 if folder, bucket or memory do not suffice, or 78 for a config that is impossible.
 stall: seconds until training goes on. complete: until the checkpoint is there and flushed. load: from the files to
-filled tensors. resume: the same with every byte held to its checksum first, which the others have no way to do. Files
-are in the page cache when they are read. slower meanwhile: by how much the background slows matrix products beside it.
+filled tensors. resume: load after every byte was checked against its checksum, which the other ways cannot do. Files
+are in the page cache when they are read. slower meanwhile: how much the save in the background slows matrix products.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -51,33 +52,34 @@ AVERAGE = "ema/0.9999"
 ELEMENTS = 1152 * 4608  # of a tensor: an MLP weight of the released model
 ALONE_S = 3.0  # for which matrix products run with nothing beside them
 COPIES_IN_MEMORY, COPIES_ON_DISK = 3, 2
-"""Of the state, at most: itself, the copy that is written in the background, what it is loaded into; and two saves."""
+"""Copies of the state at a time, at most: in memory itself, the copy that a background save writes, and what is loaded;
+on the disk two saves."""
 
 State = dict[str, dict[str, Tensor]]
 Figures = dict[str, float]
 
 
 def trees_of_size(size_bytes: int) -> dict[str, dict[str, int]]:
-    """Tree -> tensor -> its elements: equal tensors of about so many bytes in all, at least one a tree."""
+    """Tree -> tensor -> its elements: equal tensors of about `size_bytes` in all, at least one for each tree."""
     names = (*TREES, AVERAGE)
     count = max(1, round(size_bytes / (4 * len(names) * ELEMENTS)))
     return {tree: {f"block.{number}.weight": ELEMENTS for number in range(count)} for tree in names}
 
 
 def trees_of_config(config: Config) -> dict[str, dict[str, int]]:
-    """The same of a run: its weights, their moments and averages."""
+    """Tree -> tensor -> its elements, of a run: its weights, their moments and averages."""
     with torch.device("meta"):
         elements = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
     return dict.fromkeys((*TREES, *(f"ema/{decay}" for decay in config.ema.decays)), elements)
 
 
 def bytes_of(trees: Mapping[str, Mapping[str, int]]) -> int:
-    """Of all trees, fp32."""
+    """Bytes of all trees, fp32."""
     return sum(4 * numel for tensors in trees.values() for numel in tensors.values())
 
 
 def check_room(size_bytes: int, folder: Path) -> None:
-    """Raise OSError where a state of so many bytes does not fit into memory or onto the disk as often as it is made."""
+    """Raise OSError if memory or disk cannot hold the copies of a state of `size_bytes` that are made."""
     for what, free, copies in (
         ("memory", free_memory_bytes(), COPIES_IN_MEMORY),
         (f"the disk of {folder}", disk.free_bytes(folder.absolute()), COPIES_ON_DISK),
@@ -101,13 +103,13 @@ def free_memory_bytes() -> float:
 def check_bucket(bucket: str) -> None:
     """Raise ValueError for what is no bucket, or holds something, and StoreError for one that cannot be reached."""
     if not bucket.startswith("s3://"):
-        raise ValueError(f"--bucket: expected s3://BUCKET/PREFIX, came {bucket}; --folder names the disk")
+        raise ValueError(f"--bucket: expected s3://BUCKET/PREFIX, got {bucket}; --folder names the disk")
     if open_store(bucket).list():
         raise ValueError(f"{bucket} is not empty, and would be emptied; choose another --bucket")
 
 
 def make_state(trees: Mapping[str, Mapping[str, int]]) -> State:
-    """Random tensors of so many elements."""
+    """Random tensors with these numbers of elements."""
     draw = torch.Generator().manual_seed(0)
     return {
         tree: {name: torch.randn(numel, generator=draw) for name, numel in tensors.items()}
@@ -134,21 +136,21 @@ def flat(state: State) -> dict[str, Tensor]:
 
 
 def check_equal(state: State, loaded: State) -> None:
-    """A way that loads something else is not measured."""
+    """Raise RuntimeError if something else was loaded than was saved."""
     for name, tensor in flat(loaded).items():
         if not torch.equal(tensor, flat(state)[name]):
             raise RuntimeError(f"{name} came back as something else")
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """That one call takes."""
+    """Seconds of one call."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
 
 
 class Work:
-    """Matrix products for a while: what training does meanwhile."""
+    """Runs matrix products, in place of training, beside a save in the background."""
 
     def __init__(self) -> None:
         self.a, self.b = torch.randn(512, 512), torch.randn(512, 512)
@@ -156,7 +158,7 @@ class Work:
         self.alone = self._rate(lambda: time.perf_counter() > until_s)
 
     def slower_until(self, done: Callable[[], bool]) -> float:
-        """By which share products are slower than alone, until `done`."""
+        """The share by which products are slower than alone; runs them until `done()`."""
         return 1 - self._rate(done) / self.alone
 
     def _rate(self, done: Callable[[], bool]) -> float:
@@ -173,7 +175,7 @@ class Work:
 
 
 def ours(state: State, where: str, ranks: Ranks, work: Work, asynchronous: bool) -> Figures:
-    """This project's checkpoints; a second save is measured in the background, for a run makes host buffers once."""
+    """This project's checkpoints. In the background the second save is measured: a run allocates host buffers once."""
     saver, trees = Checkpointer(where, CheckpointSettings(asynchronous=asynchronous), ranks), pieces_of(state)
     if asynchronous:
         saver.save(1, trees, {}, {}, "")
@@ -276,7 +278,7 @@ def table(results: dict[str, list[Figures]], size_bytes: int) -> str:
 
 
 def span(runs: list[Figures], key: str) -> str:
-    """median (lowest to highest)"""
+    """ "median (lowest to highest)"."""
     values = [run[key] for run in runs if key in run]
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
 
@@ -291,12 +293,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--folder",
         type=disk_path,
         default=Path(),
-        help="on the disk to measure (default: here); bench/ in it must be free",
+        help="folder on the disk to measure (default: here); it must not contain a folder bench/",
     )
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the state without a config (default 1)")
+    parser.add_argument("--gib", type=float, default=1.0, help="without --config: GiB of state to save (default 1)")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=output_file, help="every single figure as JSON")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement (default 5)")
+    parser.add_argument("--out", type=output_file, help="JSON file for every measurement")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
@@ -305,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.repeats < 1 or not 0 < args.gib < math.inf:
-            raise ValueError(f"expected --repeats of 1 or more and --gib above 0, came {args.repeats} and {args.gib:g}")
+            raise ValueError(f"expected --repeats of 1 or more and --gib above 0, got {args.repeats} and {args.gib:g}")
         trees = None if args.config is None else trees_of_config(load_config(args.config, args.overrides))
     except ValueError as error:
         print(f"error: {error}")
@@ -336,3 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         write_json(args.out, {"size_bytes": size_bytes, "runs": results})
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """Synthetic micro-batches of a config's shapes, ready on the device: a step is measured without its data.
 
 In: a Config and a device. Out: the micro-batches of one rank's step as ModelInputs, of standard normal numbers. The
-decision worth knowing: captions are full length unless asked otherwise, so that no side of a comparison gains by
-skipping padding that real captions would have.
+decision worth knowing: captions have full length unless asked otherwise, so that no side of a comparison gains by
+skipping padding.
 """
 
 from typing import Literal
@@ -59,5 +59,5 @@ def _condition(config: Config, batch: int, captions: Captions, draw: dict) -> tu
     lengths_B = [max(1, round(longest * share)) for share in shares]
     mask_BL = torch.arange(longest)[None, :] < torch.tensor(lengths_B)[:, None]
     text_BLD = torch.randn((batch, longest, config.model.caption_channels), **draw)
-    all_real = min(lengths_B) == longest  # told from the numbers, not the tensor: fake ones have no values
+    all_real = min(lengths_B) == longest  # from the lengths, not the tensor: fake tensors have no values
     return {"text": text_BLD, "mask": None if all_real else mask_BL.to(device)}, lengths_B

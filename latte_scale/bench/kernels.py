@@ -1,12 +1,13 @@
-"""What can be computed in more than one way, at a config's own shapes: who is how fast, forward and backward.
+"""Forward and backward times of everything that has several implementations, at a config's own shapes.
 
     latte-scale bench kernels --config configs/t2v_512.yaml --out kernels.json train.micro_batch=2 engine.compile=true
 
 In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: milliseconds of every
 attention back end at each site; of the blocks' linear layers in the config's precision and in fp8; of the modulated
 norm and of the gated residual by torch, by torch.compile (with engine.compile=true) and by the Triton kernels, with the
-bytes a second that they move at least; and of two residual layers in a row, which is what norm.backend=auto decides by.
-Who cannot run, or computes something else, is listed with the reason. Exit code 0, or 78 for a config that cannot be.
+bytes a second that they move at least; and of two residual layers in a row, which norm.backend=auto decides by.
+Implementations that cannot run, or compute something else, are listed with the reason. Exit code 0, or 78 for a config
+that is impossible.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from latte_scale.settings import to_mapping
 from latte_scale.timing import call_time
 
 SECONDS = 0.2  # of a measurement, after one call that does not count
-Times = dict[str, float | str]  # who -> milliseconds, or why not
+Times = dict[str, float | str]  # implementation -> milliseconds, or why it is out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +153,7 @@ def forward_backward_ms(
 
 
 def least_bytes(config: Config) -> dict[str, int]:
-    """What forward and backward must read and write at least: every tensor of the size of x once in each."""
+    """Lower bound of the bytes that forward and backward move: each tensor of the size of x once in each."""
     elements, size = math.prod(norm_shape(config)), dtype_of(config).itemsize
     return {
         "norm_ms": elements * (3 * 4 + 2 * size),  # x, the result; x, its gradient, that of the result

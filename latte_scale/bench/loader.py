@@ -1,4 +1,4 @@
-"""How fast a config's own data comes out of its loader, without training: is a run going to wait for it?
+"""How fast a config's own data comes out of its loader, without training: will a run have to wait for it?
 
     latte-scale bench loader --config configs/tiny_cpu.yaml data.url=runs/quickstart/latents
     latte-scale bench loader --config configs/t2v_256.yaml --ranks 64 --step-s 0.4 --out loader.json data.url=s3://B/P
@@ -6,10 +6,10 @@
 In: a training config whose data is there. It is read as rank 0 of --ranks reads it in a run: the same plan, checks,
 workers, prefetch, store and cache. Out: a table on the console and, with --out, JSON: seconds to the first step, then
 samples/s, MB/s of what is handed over, how long a step was waited for (median and slowest), memory of the workers, and
-samples that were replaced because they could not be read. With --step-s SECONDS each step computes for so long, as the
-model would, and the share of the time that was waited is what `data_wait_share` of a run would be; without, it reads as
-fast as it can. Read from a folder twice, the second time is that of the page cache. Exit code 0, 2 where the data
-cannot be read or does not fit, or 78 for a config that cannot be.
+samples that were replaced because they could not be read. With --step-s SECONDS each step pauses for so long, as if the
+model computed, and the share of the time that is spent waiting is what `data_wait_share` of such a run would be;
+without it, data is read as fast as possible. Data in a folder that was read before comes from the page cache. Exit code
+0, 2 where the data cannot be read or does not fit, or 78 for a config that is impossible.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="steps after the first one (default 200)")
     parser.add_argument("--budget-s", type=float, default=60.0, help="seconds after which no new step begins")
     parser.add_argument(
-        "--step-s", type=float, default=0.0, help="seconds of computing that a step is given (default 0)"
+        "--step-s", type=float, default=0.0, help="pause before each step, as if the model computed (default 0)"
     )
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
@@ -85,7 +85,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the JSON holds."""
     if min(args.steps, args.ranks) < 1 or args.start_step < 0 or not args.step_s >= 0:
         raise ValueError(
-            "expected --steps and --ranks of 1 or more, and --start-step and --step-s of 0 or more; came "
+            "expected --steps and --ranks of 1 or more, and --start-step and --step-s of 0 or more; got "
             f"{args.steps}, {args.ranks}, {args.start_step} and {args.step_s:g}"
         )
     share = {"rank": 0, "size": data_ranks(config, args.ranks), "start_step": args.start_step, "pin_memory": False}
@@ -117,7 +117,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def paced(loader: Loader, steps: int, step_s: float, budget_s: float) -> tuple[list[float], Counter[str]]:
-    """Read so many steps, each after `step_s` seconds of nothing: waits, and what came in all."""
+    """Read `steps` steps, each after a pause of `step_s` seconds: the waits, and totals of what was read."""
     waits_s, came, until_s = [], Counter(), time.perf_counter() + budget_s
     for _ in track(range(steps), "reading", console=console, transient=True):
         time.sleep(step_s)

@@ -5,9 +5,9 @@
 In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: median and spread of the
 step, samples/s, TFLOP/s, MFU and HFU, memory, the step's budget by kind of kernel, the rate of the model's own matrix
 products and of copies, and all of it for the rival. `train.global_batch` says how many samples a step has (over all
-ranks: the command runs under torchrun too, then without a rival), `train.micro_batch` how many at a time. subjects.py
-tells the rivals; they take turns with ours. A rival that does not fit into memory is reported as such.
-Exit code 0, or 78 for a config or a comparison that cannot be.
+ranks: the command runs under torchrun too, then without a rival), `train.micro_batch` how many at a time. The rivals
+are described in subjects.py; they take turns with ours. A rival that does not fit into memory is reported as such.
+Exit code 0, or 78 for a config or a comparison that is impossible.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if min(args.rounds, args.steps) < 1 or args.warm_up < 0:
             raise ValueError(
-                "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, came "
+                "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, got "
                 f"{args.rounds}, {args.steps} and {args.warm_up}"
             )
         config = load_config(args.config, args.overrides)
@@ -77,18 +77,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="training YAML, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    parser.add_argument("--against", choices=get_args(Rival), help="the same work done otherwise, in the same run")
-    parser.add_argument("--captions", choices=get_args(Captions), default="full", help="full length, or of all lengths")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn (default 4)")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps of each side that are not counted (default 3)")
+    parser.add_argument("--against", choices=get_args(Rival), help="another way to do the work, timed by turns")
+    parser.add_argument(
+        "--captions", choices=get_args(Captions), default="full", help="all of the maximum length, or of mixed lengths"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured (default 5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds (default 4)")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand (default 3)")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 
 def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
-    """Everything that the JSON holds. It is written after every round: what ends a measurement leaves what it had."""
+    """Everything that the JSON holds. It is written after every round, so what is cut short leaves its results."""
     if config.train.deterministic:
         make_deterministic()
     device = ranks.device
@@ -130,7 +132,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Seq
     failed |= run_rounds(subjects, turns, ranks, args, keep)
     result["compile"] |= {
         "graphs_while_measured": compilations.note("a step", 1)[0],
-        "reasons": [f"{each.function}: {each.reason}" for each in compilations.again],
+        "reasons": [f"{each.function}: {each.reason}" for each in compilations.recompiled],
     }
     keep()
     for name, subject in subjects.items():
@@ -142,7 +144,7 @@ def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Seq
 
 
 def figures_of(measured: Measured, name: str, work: dict[str, Any], peak: float | None) -> dict[str, Any]:
-    """What one subject came to."""
+    """The figures of one subject."""
     summary = measured.summary()
     return summary | rates(summary["step_s"], work, peak, 0.0 if name == "eager" else work["recompute_share"])
 
@@ -185,8 +187,10 @@ def drop(subjects: dict[str, Subject], name: str) -> dict[str, str]:
 
 
 def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_shares: int) -> dict[str, Any]:
-    """What one step is; samples, tokens and FLOPs are those of one of `num_shares` shares of the global batch, each of
-    which `share_ranks` ranks work on. FLOPs are 3 x forward, without recompute."""
+    """The work of one step: samples, tokens and FLOPs of one of `num_shares` shares of the global batch.
+
+    `share_ranks` ranks work on each share. FLOPs are 3 x forward, without recompute.
+    """
     tokens, flops = map(sum, zip(*(cost_of(config, inputs) for inputs in micro_batches), strict=True))
     samples = sum(inputs.num_samples for inputs in micro_batches)
     return {
@@ -222,7 +226,7 @@ def ratio(results: dict[str, dict[str, Any]], against: str | None) -> dict[str, 
 
 
 def ceiling(config: Config, device: torch.device, peak: float | None) -> dict[str, Any]:
-    """What the device does at best, and the MFU that the matrix products at their measured rate allow."""
+    """The best rates of the device, and the MFU that its matrix products at their measured rate allow."""
     gemm = gemm_rates(config, device)
     share = None if peak is None else gemm["tflops_per_s"] * 1e12 / peak
     peak_tflops = None if peak is None else peak / 1e12
@@ -230,7 +234,7 @@ def ceiling(config: Config, device: torch.device, peak: float | None) -> dict[st
 
 
 def environment(device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """What the figures were made with."""
+    """Device, software and commit of the measurement."""
     return {
         "device": device_name(device),
         "num_ranks": num_ranks,

@@ -1,4 +1,4 @@
-"""What is measured: this project's step, and the same work done by others. Each is three calls that make one step.
+"""The subjects of a measurement: this project's step, and the same work done otherwise, each as three calls.
 
 In: a Config and the micro-batches. Out: objects with `forward_backward`, `update` and `average`, in that order one
 optimizer step: losses and gradients of all micro-batches, clipping and AdamW, the averages of the weights.
@@ -96,7 +96,7 @@ class Ours:
 
 
 class Plain:
-    """A loop as one writes it by hand: backward, clip_grad_norm_, AdamW, a foreach EMA."""
+    """A training loop as written by hand: backward, clip_grad_norm_, AdamW, a foreach EMA."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ def rival(
 def seeded_model(
     config: Config, device: torch.device, backends: Backends | None = None, norm: NormBackend = "torch"
 ) -> nn.Module:
-    """The model of step 0, equal for every subject, told how to compute on `device`; it lies on the CPU."""
+    """The model of step 0 on the CPU, equal for every subject, with the back ends set that it will use on `device`."""
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if backends is not None:
         use_backends(model, backends)

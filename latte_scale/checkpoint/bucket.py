@@ -2,10 +2,11 @@
 
 In: an S3Store. Out: the Depot and Draft of depot.py. The files of a save lie in `step-00001000/RUN-ID/`, a prefix that
 no other save ever uses, so nothing is written twice and nothing is renamed; `step-00001000/manifest.json` names them.
-What goes, goes the other way round: the manifest, then what it named.
-The decision worth knowing: a folder's leftovers can all be removed, for its lease says that their writer is dead. A
-bucket may be reached by jobs that share no folder, so files without a manifest are removed at once only where their
-name begins with the id of the run whose lease this process holds, and else when they are ORPHAN_AGE_S old.
+Removing is the reverse: the manifest goes first, then the files that it named.
+The decision worth knowing: everything left over in a folder can be removed, because the folder's lease proves that its
+writer is dead. A bucket may be shared by jobs that share no folder. So files without a manifest are removed at once
+only if their name begins with the id of the run whose lease this process holds, and otherwise once they are
+ORPHAN_AGE_S old.
 """
 
 import re
@@ -15,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from latte_scale.checkpoint.format import (
+    INCONCLUSIVE,
     MANIFEST,
     STEP_FOLDER,
-    UNKNOWN,
     Checkpoint,
     CheckpointError,
     Manifest,
@@ -32,7 +33,7 @@ from latte_scale.store.listing import Found
 from latte_scale.store.s3 import S3Store
 
 ORPHAN_AGE_S = 24 * 3600.0
-"""After so long without a new object, the files of a save that was never committed have lost their writer."""
+"""Age of the newest file at which a save that was not committed counts as abandoned by its writer."""
 BROKEN = "manifest.broken-"
 """A manifest that was set aside begins with this; the files of its step are left for a person to look at."""
 _REPORT = re.compile(r"rank-(\d+)\.json")
@@ -80,7 +81,7 @@ class BucketDraft:
             raise _exists(self.store) from error
 
     def discard(self) -> None:
-        # A manifest whose answer was lost may be there although its put failed: then these are no leftovers.
+        # The manifest may have been stored although its put failed, if only the answer was lost: keep the files then.
         if not self.store.exists(MANIFEST) or self.name not in _named(read_manifest(self.store)):
             self.store.delete_all(self.store.list(f"{self.name}/"))
 
@@ -102,7 +103,7 @@ class Bucket:
         return [step for step in found if step.exists(MANIFEST)]
 
     def check(self, needed: int) -> None:
-        """A bucket has no end: what can be known is whether one may write to it, and delete."""
+        """A bucket has no size limit; all that can be checked is the permission to write and to delete."""
         self.store.write("probe", b"")
         self.store.delete("probe")
 
@@ -155,7 +156,7 @@ class Bucket:
         """The prefixes that a step's manifest names, its own among them; None if it is damaged."""
         try:
             return _named(read_manifest(self.store.below(step))) | {""}
-        except UNKNOWN:
+        except INCONCLUSIVE:
             raise
         except CheckpointError:
             return None

@@ -1,9 +1,9 @@
-"""What a checkpoint holds, whatever its format: the middle between this project's folders, DeepSpeed's and torch's.
+"""What a checkpoint holds, whatever its format: the common form of this project's folders, DeepSpeed's and torch's.
 
 In: a folder, or a step in a bucket. Out: `Content`, whose tensors are read one at a time, so that a conversion or a
-comparison holds one tensor and not the state. What no other format has a place for (counters, configuration,
-fingerprint of the data, the averages' names) travels in `latte_scale.json` beside it, so that a checkpoint comes back
-as it went.
+comparison holds one tensor and not the whole state. What other formats have no place for (counters, configuration,
+fingerprint of the data, names of the averages) is kept beside them in `latte_scale.json`, so that a checkpoint survives
+a conversion there and back unchanged.
 """
 
 import json
@@ -23,7 +23,7 @@ from latte_scale.checkpoint import disk
 from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.format import CheckpointError, Manifest, TensorFile, file_name, folder_name
 from latte_scale.checkpoint.load import Reader, open_checkpoint, verify
-from latte_scale.checkpoint.write import give_back, not_saved
+from latte_scale.checkpoint.write import discard_draft, save_error
 from latte_scale.store import Store
 
 FACTS = "latte_scale.json"
@@ -45,7 +45,7 @@ class Content:
 
 
 def open_native(where: str | Path | Store) -> Content:
-    """A checkpoint of this project, every byte held to its checksum. Raises CheckpointError."""
+    """A checkpoint of this project, after every byte was checked against its checksum. Raises CheckpointError."""
     problems = verify(where)
     if problems:
         raise CheckpointError(f"{where.url if isinstance(where, Store) else where} is not sound: {'; '.join(problems)}")
@@ -65,10 +65,9 @@ def open_native(where: str | Path | Store) -> Content:
 
 
 def write_native(content: Content, where: str | Path | Store) -> str:
-    """Write a checkpoint below a folder or s3:// prefix, as one rank would have; its URL.
+    """Write a checkpoint below a folder or s3:// prefix, as a run of one rank would; returns its URL.
 
-    It is there when it is complete, as one that a run saved, and nothing of it stays if that fails. Raises
-    CheckpointError.
+    It appears when it is complete, and nothing of it stays if writing fails. Raises CheckpointError.
     """
     if content.config is None:
         raise CheckpointError(
@@ -99,9 +98,9 @@ def write_native(content: Content, where: str | Path | Store) -> str:
         draft.commit(manifest, lambda: None)
     except BaseException as error:
         if draft is not None:
-            give_back(draft)
+            discard_draft(draft)
         if isinstance(error, OSError):
-            raise not_saved(depot, error, url, needed) from error
+            raise save_error(depot, error, url, needed) from error
         raise
     return draft.url
 

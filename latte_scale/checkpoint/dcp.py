@@ -33,7 +33,7 @@ TYPES = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""All that a metadata file may name."""
+"""The only types that a metadata file may name."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -46,7 +46,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, with metadata that was read once and by the list."""
+    """DCP's reader, with metadata that is read once, through `_Unpickler`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -142,7 +142,7 @@ def _keys_by_shape(path: Path, sizes: dict[str, tuple[int, ...]]) -> dict[str, d
         whole = ["model."]
     if len(whole) != 1:
         raise CheckpointError(
-            f"{path}: expected the weights of the {len(names)} tensors that have moments under one prefix, came "
+            f"{path}: expected the weights of the {len(names)} tensors that have moments under one prefix, got "
             f"{', '.join(repr(prefix) for prefix in whole or prefixes) or 'none'}"
         )
     return {"model": {name: whole[0] + name for name in names}} | keys

@@ -3,8 +3,8 @@
 In and out: `Content`. What DeepSpeed writes by itself is cut for one number of ranks; its universal layout, a folder a
 parameter, is loaded by DeepSpeed at any stage and on any number of ranks (`"checkpoint": {"load_universal": true}`), so
 that is what is written.
-The decision worth knowing: the files are pickles. They are read by torch's weights-only reader, in which the three
-DeepSpeed types that they name are stood in for by inert ones: nothing of a file is run, and DeepSpeed need not be here.
+The decision worth knowing: the files are pickles. They are read by torch's weights-only reader, with inert stand-ins
+for the DeepSpeed types that they name: nothing in a file is run, and DeepSpeed need not be installed.
 """
 
 import io
@@ -23,13 +23,13 @@ OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_stat
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # stages 1 and 2, stage 3
 KEYS = {"model": "fp32", **{f"optim/{moment}": moment for moment in MOMENTS}}  # tree -> file of the universal layout
 FORMAT_VERSION = "0.19.8"
-"""DeepSpeed release whose loader the universal layout was held to, by test."""
+"""DeepSpeed release with whose loader the universal layout is tested."""
 MOST_GROUPS = 64
 """Parameter groups that a loading optimizer may have: it reads as many entries as it has groups."""
 
 
 class _Inert:
-    """Stands for an object of DeepSpeed's: keeps its attributes and does nothing."""
+    """Stands in for an object of DeepSpeed: keeps its attributes and does nothing."""
 
 
 ALLOWED = [
@@ -38,7 +38,7 @@ ALLOWED = [
     (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
-"""All that a file may name beside what torch's weights-only reader knows."""
+"""The only types that a file may name beside those that torch's weights-only reader knows."""
 
 
 def is_deepspeed(path: Path) -> bool:
@@ -83,7 +83,7 @@ def _optimizer_state(file: Path) -> dict[str, Any]:
     loaded = load_file(file)
     state = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or "partition_count" not in state:
-        raise CheckpointError(f"{file}: expected the state of a ZeRO optimizer, came another file")
+        raise CheckpointError(f"{file}: expected the state of a ZeRO optimizer, got another file")
     return state
 
 
@@ -109,7 +109,7 @@ class _Partitions:
         self.model_state = load_file(model_file)
         if not isinstance(self.model_state, dict) or "param_shapes" not in self.model_state:
             raise CheckpointError(
-                f"{model_file}: expected param_shapes, as DeepSpeed's ZeRO saves them; came another file"
+                f"{model_file}: expected param_shapes, as DeepSpeed's ZeRO saves them; got another file"
             )
         self.groups = [
             {name: tuple(shape) for name, shape in group.items()} for group in self.model_state["param_shapes"]
@@ -127,11 +127,11 @@ class _Partitions:
         count = _optimizer_state(found[0])["partition_count"] if 0 in found else len(found)
         count = max(count) if isinstance(count, list) else count
         if sorted(found) != list(range(count)):
-            raise CheckpointError(f"{self.tag}: expected files of {count} ranks, came those of {sorted(found)}")
+            raise CheckpointError(f"{self.tag}: expected files of {count} ranks, got those of {sorted(found)}")
         return [found[rank] for rank in range(count)]
 
     def _pieces_of_stage_1_and_2(self) -> dict[str, list[_Piece]]:
-        """A group's parameters lie one behind the other, and the ranks cut the whole into equal lengths."""
+        """A group's parameters are laid end to end, and the whole is cut into equal lengths, one for each rank."""
         pieces = {}
         for group, shapes in enumerate(self.groups):
             paddings = self.states[0].get("param_alignment_paddings")

@@ -1,9 +1,9 @@
 """Where checkpoints are kept, as the rest of this package sees it: a folder (folder.py) or a bucket (bucket.py).
 
 In: a folder path, an s3:// URL or an open Store. Out: a Depot, which lists, begins and removes checkpoints, and from it
-a Draft: one that is being written, by all ranks, and that nobody sees before rank 0 commits it.
-The decision worth knowing: a kind of store differs in how a checkpoint comes to be and goes, and in nothing else. Who
-reads has a Store and a manifest; who saves, keeps and removes (save.py, write.py) knows these two protocols only.
+a Draft: a checkpoint that all ranks are writing and nobody sees before rank 0 commits it.
+The decision worth knowing: kinds of stores differ only in how a checkpoint is created and removed. Reading needs a
+Store and a manifest; saving, keeping and removing (save.py, write.py) need these two protocols and nothing else.
 """
 
 from collections.abc import Callable
@@ -16,34 +16,34 @@ from latte_scale.store import LocalStore, Store, open_store
 
 
 class Draft(Protocol):
-    """A checkpoint on its way. A plain value: rank 0 begins it and every rank gets a copy."""
+    """A checkpoint that is being written. A plain value: rank 0 begins it and every rank gets a copy."""
 
-    url: str  # what it will be
-    poll_s: float  # how often it makes sense to look for reports
+    url: str  # of the checkpoint that it will be
+    poll_s: float  # seconds between two looks for reports
 
     def write(self, name: str, file: TensorFile) -> dict[str, dict[str, int]]:
-        """Write a file whole and durable; what the manifest says of it: {name there: size_bytes, crc32c}."""
+        """Write a complete file durably; returns its entry in the manifest: {name: {size_bytes, crc32c}}."""
 
     def drop(self, name: str) -> None:
-        """Remove such a file, whole, half or not there."""
+        """Remove a file, whether it is complete, partly written or absent."""
 
     def report(self, rank: int, text: bytes) -> None:
-        """Leave word that this rank's files are there."""
+        """Report that this rank's files are complete."""
 
     def reported(self) -> set[int]:
-        """The ranks that have."""
+        """The ranks that have reported."""
 
     def take_reports(self, num_ranks: int) -> list[bytes]:
-        """The words of ranks 0 to num_ranks - 1, which are gone afterwards (rank 0)."""
+        """The reports of ranks 0 to num_ranks - 1, which are removed (rank 0)."""
 
     def commit(self, manifest: Manifest, fence: Callable[[], None]) -> None:
-        """Make it a checkpoint, for everybody and at once, if all its files are there (rank 0).
+        """Make it a checkpoint, atomically, if all its files are there (rank 0).
 
-        `fence` is asked right before. Raises CheckpointError, or what `fence` raises; then it is none.
+        `fence` is called right before. Raises CheckpointError, or what `fence` raises; it is no checkpoint then.
         """
 
     def discard(self) -> None:
-        """Remove all of it, once no rank writes any more (rank 0). Does nothing to one that is a checkpoint."""
+        """Remove all of it, once no rank writes any more (rank 0). Does nothing if it was committed."""
 
 
 class Depot(Protocol):
@@ -52,31 +52,31 @@ class Depot(Protocol):
     url: str
 
     def steps(self) -> list[Store]:
-        """What is named as a checkpoint, oldest step first; sound or not. Nothing if the place is not there."""
+        """Everything named like a checkpoint, oldest step first, sound or not; empty if the place does not exist."""
 
     def check(self, needed: int) -> None:
-        """Raise OSError if a checkpoint of so many bytes cannot be written now."""
+        """Raise OSError if a checkpoint of `needed` bytes cannot be written now."""
 
     def begin(self, step: int, needed: int) -> Draft:
         """A draft for a step. CheckpointError if the step is there already; OSError if it cannot be written."""
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint: first that it is one, then its files."""
+        """Remove a checkpoint: first make it invisible, then remove its files."""
 
     def clean(self) -> list[str]:
-        """Remove what writers that are dead left behind; the names. Only while no save of this run goes on."""
+        """Remove what dead writers left behind; returns the names. Call it only while this run saves nothing."""
 
     def set_aside(self, url: str) -> str:
-        """Take a broken checkpoint out of the way of its step and keep its files; the new name."""
+        """Rename a broken checkpoint, so that its step can be saved again, and keep its files; returns the new name."""
 
     def advice(self, error: Exception, needed: int) -> str:
-        """What is wrong and what to do, where the error of a save of so many bytes does not say it; else ""."""
+        """What is wrong and what to do, for an error of a save that does not say so itself; "" for any other."""
 
 
 def open_depot(where: str | Path | Store, run_id: str = "") -> Depot:
     """The depot at a folder or s3:// URL; nothing is contacted yet.
 
-    run_id: of the run whose lease this process holds: what dead attempts of it left in a bucket is known by it.
+    run_id: of the run whose lease this process holds; identifies what dead attempts of it left in a bucket.
     """
     store = where if isinstance(where, Store) else open_store(where)
     if isinstance(store, LocalStore):

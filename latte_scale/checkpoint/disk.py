@@ -1,8 +1,8 @@
 """Every change that checkpoints make to a disk, complete and durable when a call returns.
 
 In: paths and buffers. Out: files and folders. The decision worth knowing: whatever changes the disk is one of the
-functions in CHANGES, called through this module, so that tests kill or fail the process before, after and in the middle
-of each of them in turn.
+functions in CHANGES, called through this module, so that tests can kill the process, or make the call fail, before,
+after and in the middle of each of them.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 CHUNK_BYTES = 2**20
-"""Written and checksummed at a time. Larger ones are slower (fresh memory each) and hold the interpreter for longer."""
+"""Size of a write. Larger ones are slower (new memory for each) and hold the GIL for longer."""
 
 
 def make_folder(path: Path) -> None:
@@ -50,7 +50,7 @@ def remove_folder(path: Path) -> None:
 
 
 CHANGES = ("make_folder", "append", "flush", "rename", "remove_file", "remove_folder")
-"""All that changes the disk. Everything below is made of these."""
+"""The only functions that change the disk; all others below use them."""
 
 
 def write_file(path: Path, blobs: Iterable[Any]) -> dict[str, int]:

@@ -41,20 +41,20 @@ class CheckpointError(RuntimeError):
 
 
 class OutOfReachError(CheckpointError):
-    """The store gave no whole answer for too long: no fault of what lies in it, and another attempt may get one."""
+    """The store did not answer completely in time. Its content is not at fault, and another attempt may succeed."""
 
 
 class UnusableStoreError(OutOfReachError):
-    """It has never answered this process, or does not allow what is asked: its address or the credentials are wrong, if
-    they were not right for an earlier attempt."""
+    """The store has never answered this process, or denies a request: its address or the credentials are wrong, unless
+    an earlier attempt of the run could use them."""
 
 
-UNKNOWN = (TransientError, CredentialsError)
-"""Errors of a store that say nothing about the checkpoint in it: it must not be taken for a broken one."""
+INCONCLUSIVE = (TransientError, CredentialsError)
+"""Errors of a store that say nothing about the checkpoint in it, which must not be taken for broken because of them."""
 
 
-def kind_of(error: Exception) -> type[CheckpointError]:
-    """Which error of checkpoints one of a store, a disk or a checkpoint is."""
+def error_class_of(error: Exception) -> type[CheckpointError]:
+    """The class of the CheckpointError that an error of a store, a disk or a checkpoint is to be raised as."""
     if isinstance(error, NeverReachedError | CredentialsError | UnusableStoreError):
         return UnusableStoreError
     return OutOfReachError if isinstance(error, TransientError | OutOfReachError) else CheckpointError
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @property
     def url(self) -> str:
-        """Where it is, for people and for `open_checkpoint`."""
+        """Its URL or path, for messages and for `open_checkpoint`."""
         return self.store.url
 
 
@@ -118,9 +118,9 @@ def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[T
 
 
 def part_of_copies(trees: Trees, replica: int, num_replicas: int) -> Trees:
-    """What this rank saves where one rank of each replica holds the same piece: its part, so that all is saved once.
+    """The part of each piece that this rank saves where a rank of every replica holds the same piece.
 
-    Views, as in `trees`. The replicas share the writing: their parts of a piece tile it.
+    Views, as in `trees`. The parts of the replicas tile the piece, so that everything is saved exactly once.
     """
 
     def part(piece: Piece) -> Piece:
@@ -156,13 +156,13 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest of a checkpoint. CheckpointError that says what is wrong with it, or one of UNKNOWN."""
+    """The manifest of a checkpoint. CheckpointError that says what is wrong with it, or one of INCONCLUSIVE."""
     where = store.join(MANIFEST)
     try:
         content = json.loads(store.read(MANIFEST))
     except MissingError as error:
         raise CheckpointError(f"{store.url} has no {MANIFEST}: it was never completed, or is no checkpoint") from error
-    except UNKNOWN:
+    except INCONCLUSIVE:
         raise
     except StoreError as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
@@ -198,7 +198,7 @@ def check_tiling(shapes: Mapping[str, Sequence[int]], pieces: Mapping[str, Seque
 
 
 def check_files(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless every file of the manifest is there at its size. Looks at no content."""
+    """Raise CheckpointError unless every file of the manifest exists with its size. Reads no content."""
     sizes = checkpoint.store.sizes()
     for name, expected in checkpoint.manifest.files.items():
         if sizes.get(name) != expected["size_bytes"]:
@@ -209,7 +209,7 @@ def check_files(checkpoint: Checkpoint) -> None:
 
 
 class TensorFile:
-    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range; nothing of them is kept here."""
+    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range, made anew whenever asked for."""
 
     def __init__(
         self, sizes: Sequence[tuple[str, int]], array: Callable[[str], Any], metadata: Mapping[str, str]
@@ -217,7 +217,7 @@ class TensorFile:
         """
         Args:
             sizes: name and number of elements of each tensor, in the order of the file; none is empty.
-            array: a buffer of that many float32, by name; asked for again whenever it is needed.
+            array: name -> a buffer of that many float32; called whenever its bytes are needed, not only once.
             metadata: strings kept in the file's header.
         """
         ends = list(itertools.accumulate((4 * size for _, size in sizes), initial=0))

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from latte_scale.checkpoint.depot import Depot, open_depot
 from latte_scale.checkpoint.format import (
-    UNKNOWN,
+    INCONCLUSIVE,
     Checkpoint,
     CheckpointError,
     OutOfReachError,
     Piece,
     Trees,
     check_tiling,
+    error_class_of,
     file_name,
-    kind_of,
     read_manifest,
 )
 from latte_scale.engine.base import Ranks
@@ -35,17 +35,17 @@ from latte_scale.store import Store, StoreError, open_store
 T = TypeVar("T")
 
 NEAR_CHUNK_BYTES = 4 * 2**20
-"""Read and checksummed at a time from a disk."""
+"""Bytes read and checksummed at a time from a disk."""
 FAR_CHUNK_BYTES = 64 * 2**20
-"""From an object store, which is asked for its parts side by side."""
+"""The same for an object store, whose parts are requested in parallel."""
 GAP_BYTES = 2**18
-"""Bytes between two wanted ranges that are read along rather than asked for apart."""
+"""Two wanted ranges with at most this many bytes between them are read as one."""
 
 # ------------------------------------------------------------------------------------------- verifying and finding
 
 
 def chunk_bytes(store: Store) -> int:
-    """How much to read at a time."""
+    """Bytes to read from this store at a time."""
     return FAR_CHUNK_BYTES if store.is_far else NEAR_CHUNK_BYTES
 
 
@@ -60,7 +60,7 @@ def crc32c_of(store: Store, name: str) -> int:
 def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
     """What is wrong with these files of a checkpoint; empty if their sizes and checksums fit the manifest.
 
-    Raises one of UNKNOWN where a store cannot be reached: that is no fault of the checkpoint.
+    Raises one of INCONCLUSIVE where a store cannot be reached: that is no fault of the checkpoint.
     """
     store, problems = checkpoint.store, []
     for name in names:
@@ -71,7 +71,7 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
                 problems.append(f"{name} has {size} bytes, expected {expected['size_bytes']}: truncated or replaced")
             elif crc32c_of(store, name) != expected["crc32c"]:
                 problems.append(f"{name} is damaged: its checksum does not fit the manifest")
-        except UNKNOWN:
+        except INCONCLUSIVE:
             raise
         except StoreError as error:
             problems.append(f"{name} cannot be read: {error}")
@@ -79,7 +79,7 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
 
 
 def verify(where: str | Path | Store) -> list[str]:
-    """Everything that is wrong with a checkpoint, every byte read; empty if it is sound. Raises one of UNKNOWN."""
+    """Everything that is wrong with a checkpoint, every byte read; empty if it is sound. Raises one of INCONCLUSIVE."""
     try:
         checkpoint = open_checkpoint(where)
     except CheckpointError as error:
@@ -90,7 +90,7 @@ def verify(where: str | Path | Store) -> list[str]:
 def open_checkpoint(where: str | Path | Store) -> Checkpoint:
     """A checkpoint (`.../step-00001000`) by its manifest; its files are not read.
 
-    Raises CheckpointError if it is not a complete one, one of UNKNOWN if that cannot be told.
+    Raises CheckpointError if it is not a complete one, one of INCONCLUSIVE if the store cannot tell.
     """
     store = where if isinstance(where, Store) else open_store(where)
     manifest = read_manifest(store)
@@ -108,7 +108,7 @@ def verify_in_shares(checkpoint: Checkpoint, ranks: Ranks, tree: str) -> None:
 
 
 def list_steps(where: str | Path | Store) -> list[Store]:
-    """What is named as a checkpoint in a place, oldest first, sound or not; nothing if the place is not there."""
+    """Everything named like a checkpoint in a place, oldest first, sound or not; empty if the place does not exist."""
     return open_depot(where).steps()
 
 
@@ -128,7 +128,7 @@ def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoi
 
     A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if there
     is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is sound, or if the store
-    does not let itself be read (OutOfReachError if it does not answer): what cannot be seen is not taken for broken.
+    cannot be read (OutOfReachError if it does not answer): a checkpoint that cannot be read is not taken for broken.
     """
     problems: list[tuple[str, str]] = []
     for store in reversed(on_rank_0(ranks, lambda: open_depot(where).steps())):
@@ -162,10 +162,10 @@ def _open_or_problem(store: Store) -> tuple[Checkpoint | None, str]:
 
 
 def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[str], str]:
-    """(what is wrong with the files, why that could not be told)."""
+    """(what is wrong with the files, why that could not be found out)."""
     try:
         return verify_files(checkpoint, names), ""
-    except UNKNOWN as error:
+    except INCONCLUSIVE as error:
         return [], str(error)
 
 
@@ -177,7 +177,7 @@ def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
         try:
             result = function()
         except (CheckpointError, OSError) as raised:
-            error = kind_of(raised)(str(raised))
+            error = error_class_of(raised)(str(raised))
     result, error = ranks.broadcast_object((result, error))
     if error is not None:
         raise error

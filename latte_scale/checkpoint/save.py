@@ -1,8 +1,8 @@
 """Saving checkpoints: complete or not there, in the background, with nothing gathered on one rank.
 
 In: the trees of checkpoint.state_trees, counters and the configuration. Out: a committed `step-00001000/` in a folder
-or a bucket (depot.py), written by a Job (write.py). A save that fails is told on every rank within a step (`poll`,
-which the trainer sums over the ranks) and tried again at the next one; the last must not fail.
+or a bucket (depot.py), written by a Job (write.py). Every rank learns of a failed save within a step (`poll`, which the
+trainer sums over the ranks), and the next save tries again; only the last one must not fail.
 The decision worth knowing: collectives happen in `save` and `finish`, on the main thread, so that they cannot mix with
 those of training; the background threads talk through files only.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from latte_scale.checkpoint.depot import Draft, open_depot
-from latte_scale.checkpoint.format import CheckpointError, Manifest, OutOfReachError, Trees, folder_name, kind_of
+from latte_scale.checkpoint.format import CheckpointError, Manifest, OutOfReachError, Trees, error_class_of, folder_name
 from latte_scale.checkpoint.load import on_rank_0
 from latte_scale.checkpoint.settings import CheckpointSettings
-from latte_scale.checkpoint.write import Job, give_back, not_saved
+from latte_scale.checkpoint.write import Job, discard_draft, save_error
 from latte_scale.engine.base import Ranks
 from latte_scale.store import MissingError, Store
 
@@ -52,7 +52,7 @@ class Checkpointer:
             ranks: of the job.
             broken: what find_newest_sound reported, set aside so that their steps can be saved.
             fence: raises once this attempt may not write any more; asked before a commit and any removal.
-            run_id: of the run whose lease is held; tells what dead attempts of it left in a bucket.
+            run_id: of the run whose lease is held; identifies what dead attempts of it left in a bucket.
         """
         self._depot = open_depot(where, run_id)
         self._settings, self._ranks, self._fence = settings, ranks, fence
@@ -61,12 +61,12 @@ class Checkpointer:
         self._failures: list[CheckpointError] = []  # of the saves since the last one that worked, the same on all ranks
         self._host: dict[str, list[Tensor]] = {}  # tree -> host copies, reused from save to save
         self.removed, self.set_aside = on_rank_0(ranks, lambda: self._clean(broken))
-        """Names of what dead attempts left, now removed, and of the broken ones renamed: for the log."""
+        """Names, for the log: leftovers of dead attempts, now removed, and broken checkpoints, now renamed."""
 
     def check_room(self, trees: Trees) -> None:
         """Raise CheckpointError on all ranks if one checkpoint cannot be written there now. A collective.
 
-        For the start of a run: the first save would find out after an hour, and then be tried again.
+        For the start of a run: otherwise the first save would find out, after an hour.
         """
         needed = self._size_bytes(trees)
 
@@ -74,7 +74,7 @@ class Checkpointer:
             try:
                 self._depot.check(needed)
             except OSError as error:
-                raise not_saved(self._depot, error, self._depot.url, needed) from error
+                raise save_error(self._depot, error, self._depot.url, needed) from error
 
         on_rank_0(self._ranks, look)
 
@@ -175,7 +175,7 @@ class Checkpointer:
         return behind
 
     def _size_bytes(self, trees: Trees) -> int:
-        """Of a checkpoint, over all ranks."""
+        """Size of a checkpoint over all ranks."""
         mine = sum(4 * piece.tensor.numel() for pieces in trees.values() for piece in pieces)
         return sum(self._ranks.all_gather_object(mine))
 
@@ -197,7 +197,7 @@ class Checkpointer:
             self._failures = []
             return
         if self._ranks.rank == 0:
-            give_back(job.draft)  # no rank writes there any more
+            discard_draft(job.draft)  # no rank writes there any more
         may_pass = all(isinstance(error, OutOfReachError) for error in found.values())
         message = "\n".join(f"rank {rank}: {error}" for rank, error in found.items())
         self._note_failure((OutOfReachError if may_pass else CheckpointError)(message))
@@ -207,7 +207,7 @@ class Checkpointer:
         self._failures.append(error)
         logger.error("%s", error)
         if len(self._failures) > self._settings.max_failed:
-            raise kind_of(error)(
+            raise error_class_of(error)(
                 f"{error}\n{len(self._failures)} saves in a row failed (checkpoint.max_failed is "
                 f"{self._settings.max_failed}), so the run stops"
             )
@@ -218,7 +218,7 @@ class Checkpointer:
             return self._depot.begin(step, needed)
         except OSError as error:
             url = f"{self._depot.url}/{folder_name(step)}"
-            return not_saved(self._depot, error, url, needed)
+            return save_error(self._depot, error, url, needed)
 
     def _copy(self, trees: Trees) -> Trees:
         """The trees in host memory of our own, complete on return."""
@@ -252,8 +252,8 @@ class Checkpointer:
 def host_tensors(shapes: Sequence[torch.Size], pinned: bool, block: int = BLOCK_ELEMENTS) -> list[Tensor]:
     """fp32 tensors of these shapes in host memory, with any content; `pinned`: page-locked.
 
-    They lie behind each other, in allocations of `block` elements at most or of one larger tensor. `block` is a power
-    of two: to the next one torch rounds up what it page-locks, so that tensors alone took half as much again.
+    They share allocations of at most `block` elements (a larger tensor has its own). `block` is a power of two because
+    torch rounds page-locked memory up to one: with an allocation for each tensor it took half as much again.
     """
     room = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in shapes]
     tensors, memory, used = [], torch.empty(0), 0

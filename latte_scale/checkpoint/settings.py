@@ -16,16 +16,16 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
-            raise ValueError(f"checkpoint.every_steps must be 1 or more, came {self.every_steps}")
+            raise ValueError(f"checkpoint.every_steps must be 1 or more, got {self.every_steps}")
         if self.keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last must be 1 or more, came {self.keep_last}")
+            raise ValueError(f"checkpoint.keep_last must be 1 or more, got {self.keep_last}")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every_steps):
             raise ValueError(
-                f"checkpoint.keep_every must be a multiple of checkpoint.every_steps={self.every_steps}, came "
+                f"checkpoint.keep_every must be a multiple of checkpoint.every_steps={self.every_steps}, got "
                 f"{self.keep_every}: no other step is saved; change one of them"
             )
         if self.max_failed < 0:
-            raise ValueError(f"checkpoint.max_failed must be 0 or more, came {self.max_failed}")
+            raise ValueError(f"checkpoint.max_failed must be 0 or more, got {self.max_failed}")
         scheme, separator, _ = (self.dir or "").partition("://")
         if separator and scheme not in ("file", "s3"):
             raise ValueError(

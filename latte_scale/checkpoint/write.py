@@ -2,7 +2,7 @@
 
 In: a draft of the depot and this rank's pieces in host memory. Out: a checkpoint. Each rank writes its files and then a
 small report; when all reports are there, rank 0 joins them into the manifest and commits.
-The decision worth knowing: nothing old is removed before one checkpoint that stays was read back whole and fits its
+The decision worth knowing: no old checkpoint is removed before one that stays was read back completely and fits its
 checksums, so that the last sound one is never deleted.
 """
 
@@ -22,8 +22,8 @@ from latte_scale.checkpoint.format import (
     Trees,
     check_files,
     check_tiling,
+    error_class_of,
     file_name,
-    kind_of,
     pieces_file,
 )
 from latte_scale.checkpoint.load import list_checkpoints, verify_files
@@ -38,17 +38,17 @@ logger = logging.getLogger("latte_scale")
 
 
 def trim_freed_memory() -> None:
-    """Give the system what was freed (glibc; elsewhere nothing is done): some milliseconds, in which others run.
+    """Return freed memory to the system (glibc; elsewhere nothing is done). Takes milliseconds, without the GIL.
 
-    glibc keeps the parts that an upload's threads had, some 250 MB a rank after each save (benchmarks/RESULTS.md,
-    checkpoints in a bucket). Having it map them instead, as `latte-scale ckpt` does, would slow down training itself.
+    glibc keeps the buffers that an upload's threads freed, some 250 MB a rank after each save (benchmarks/RESULTS.md,
+    checkpoints in a bucket). Having it map such buffers instead, as `latte-scale ckpt` does, would slow down training.
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Job:
-    """One checkpoint on its way, in a thread of its own that makes no collective."""
+    """Writes one checkpoint, in a thread of its own that makes no collective."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class Job:
             if self._ranks.rank == 0 and self._wait_for_reports():
                 self._commit()
                 self._retain()
-        except Exception as error:  # whatever it is, it must reach the main thread, and the depot its space back
-            self.error = not_saved(self._depot, error, self.draft.url, self._needed)
+        except Exception as error:  # whatever it is, the main thread must learn of it
+            self.error = save_error(self._depot, error, self.draft.url, self._needed)
         finally:
             self._trees = {}
             trim_freed_memory()
@@ -132,19 +132,19 @@ class Job:
             logger.warning("old checkpoints in %s were not removed: %r", self._depot.url, error)
 
 
-def give_back(draft: Draft) -> None:
-    """Remove what was written of a failed save; what cannot be removed now is removed at the next start, with a log."""
+def discard_draft(draft: Draft) -> None:
+    """Remove what a failed save has written. What cannot be removed is logged, and removed by the next start."""
     try:
         draft.discard()
     except (OSError, CheckpointError) as error:
         logger.warning("what was written of %s was not removed: %r", draft.url, error)
 
 
-def not_saved(depot: Depot, error: Exception, url: str, needed: int) -> CheckpointError:
-    """Why a checkpoint of so many bytes was not saved, and what to do where that is known."""
+def save_error(depot: Depot, error: Exception, url: str, needed: int) -> CheckpointError:
+    """The error that says why a checkpoint of `needed` bytes was not saved, and what to do where that is known."""
     said = str(error) if isinstance(error, CheckpointError | StoreError) else repr(error)
     why = depot.advice(error, needed) or said
-    return kind_of(error)(f"{url} was not saved, older checkpoints are untouched: {why}")
+    return error_class_of(error)(f"{url} was not saved, older checkpoints are untouched: {why}")
 
 
 def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None], hurry: threading.Event) -> list[int]:
@@ -158,7 +158,7 @@ def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None]
         try:
             check_files(checkpoint)
         except CheckpointError:
-            continue  # broken: neither kept for nor counted, and left for the user to look at
+            continue  # broken: not counted among those to keep, and left for the user to look at
         complete.append(checkpoint)
     while len(complete) > settings.keep_last:
         sound = _is_sound(complete[-1], hurry)

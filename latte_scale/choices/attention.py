@@ -1,8 +1,8 @@
-"""Who computes attention at each site: by config, or the fastest, measured and recorded.
+"""The attention back end of each site: as the config says, or the fastest, measured and recorded.
 
-In: a Config, the ranks and RUN/choices.json. Out: the back end of each site. One whose outputs or gradients are not
-those of the formula is not chosen, however fast it is, and neither is one that does not take every size of clips: it
-is measured at the config's own, but in a run with images a kernel meets attention over one frame, too.
+In: a Config, the ranks and RUN/choices.json. Out: the back end of each site. A back end whose outputs or gradients
+differ from the formula's is not chosen, however fast it is, and neither is one that fails at some size of clips: time
+is measured at the config's own size, but a run with images also has attention over one frame.
 """
 
 import typing
@@ -67,7 +67,7 @@ class Probe(NamedTuple):
         return q, k, v, padding_of(torch.arange(self.num_keys, device=device)[None, :] < lengths_B1, dtype)
 
     def small(self) -> "Probe":
-        """The same kind of call at a size for which the scores of the formula are nothing."""
+        """The same kind of call at a size for which the reference, which stores all scores, needs little memory."""
         return self._replace(batch=min(self.batch, 2), num_queries=min(self.num_queries, 512))
 
 
@@ -164,7 +164,7 @@ def has_padding(config: Config) -> bool:
 
 
 def measure(probe: Probe, config: Config, device: torch.device, others: Sequence[Probe] = ()) -> Times:
-    """Milliseconds of forward and backward by back end, or why one is out. It must take the `others` as well."""
+    """Milliseconds of forward and backward by back end, or why one is out: it must work for the `others`, too."""
     dtype, results = dtype_of(config), {}
     small = dict.fromkeys(each.small() for each in (probe, *others))
     for backend in present(config, device):
@@ -183,7 +183,7 @@ def measure(probe: Probe, config: Config, device: torch.device, others: Sequence
 
 
 def difference(backend: Backend, probe: Probe, device: torch.device, dtype: torch.dtype) -> float:
-    """Of output and gradients to the formula in fp32, as `largest_difference` has it."""
+    """The `largest_difference` of output and gradients from those of the formula in fp32."""
     q, k, v, padding = probe.tensors(device, dtype)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     expected = _forward_backward("math", *exact, padding)

@@ -1,8 +1,8 @@
-"""Who computes norm, modulation and gate: chosen by measurement, recorded, and reused on resume.
+"""The back end of norm, modulation and gate: chosen by measurement, recorded, and reused on resume.
 
-In: a Config, the ranks and RUN/choices.json. Out: the back end's name. The decision worth knowing: what is measured is
-two residual layers in a row, each around a product that costs all alike, and compiled where the run's blocks are: so
-torch.compile may fuse what it fuses inside a block, and the kernels are not flattered.
+In: a Config, the ranks and RUN/choices.json. Out: the back end's name. The decision worth knowing: two residual layers
+in a row are measured, each around a matrix product that is the same for all back ends, and compiled if the run's blocks
+are: so torch.compile can fuse what it fuses inside a block, and the comparison does not favour the kernels.
 """
 
 import functools
@@ -34,11 +34,11 @@ from latte_scale.model.norm_backends import NormBackend
 from latte_scale.timing import call_time
 
 SITE = "blocks"
-"""The one site of the record: all blocks are alike."""
+"""The only site in the record: all blocks use the same back end."""
 
 
 def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend:
-    """Who computes norm and gate, equal on all ranks. A collective on GPUs; `path`: RUN/choices.json, None for none.
+    """The back end of norm and gate, equal on all ranks. A collective on GPUs; `path`: RUN/choices.json, None for none.
 
     Raises ValueError on all ranks when norm.backend names one that is not there.
     """
@@ -54,7 +54,7 @@ def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend
 
 
 def recorded_norm(config: Config, device: torch.device, path: Path | None) -> NormBackend:
-    """What the file says, or what is measured now and written there."""
+    """The recorded back end, or the one that is measured now and recorded."""
     key = key_of(config, device) | {"compile": config.engine.compile, "shape": norm_shape(config)}
 
     def is_there(backend: str) -> bool:

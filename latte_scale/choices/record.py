@@ -1,7 +1,7 @@
-"""RUN/choices.json, and what all choices by measurement have in common.
+"""RUN/choices.json, and what all choices by measurement share.
 
-In: what was measured, under which conditions. Out: the back end of each site. A record is {"key", "backends",
-"measured_ms"}: under what it was measured, site -> back end, site -> back end -> milliseconds or why it is out.
+In: measurements and their conditions. Out: the back end of each site. A record is {"key", "backends", "measured_ms"}:
+the conditions, site -> back end, and site -> back end -> milliseconds or why it is out.
 """
 
 import json
@@ -27,7 +27,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 """Largest difference to the formula in fp32, over its largest value: bf16 rounds by 4e-3, fp32 products may be TF32."""
 
 NEARLY_ZERO = 1e-2
-"""Of the largest value of all tensors that are compared: what is below is compared to this much."""
+"""Share of the largest value of all compared tensors; a tensor whose values are all below is compared to this much."""
 
 
 def recorded_backends(
@@ -39,8 +39,8 @@ def recorded_backends(
 ) -> dict[str, str]:
     """Site -> back end: as recorded of `subject` in the file, else the fastest as measured now, and written there.
 
-    key: plain JSON values; another one than the recorded means that the record says nothing of this run. is_there:
-    whether a back end can run here. measure: site -> what was measured. A record that cannot be used is told.
+    key: plain JSON values; if they differ from the recorded ones, the record does not apply to this run. is_there:
+    whether a back end can run here. measure: site -> what was measured. Logs why a record cannot be used.
     """
     recorded = read_choices(path).get(subject)
     if recorded is not None:
@@ -67,12 +67,12 @@ def rank_0_chooses(ranks: Ranks, choose: Callable[[], T]) -> T:
             chosen = choose()
         except Exception as raised:
             error = raised
-    told = None if error is None else (isinstance(error, ValueError), f"rank 0: {error}")
-    chosen, told = ranks.broadcast_object((chosen, told))
+    failure = None if error is None else (isinstance(error, ValueError), f"rank 0: {error}")
+    chosen, failure = ranks.broadcast_object((chosen, failure))
     if error is not None:
         raise error
-    if told is not None:
-        is_value_error, message = told
+    if failure is not None:
+        is_value_error, message = failure
         raise (ValueError if is_value_error else RuntimeError)(message)
     return chosen
 
@@ -89,7 +89,7 @@ def _why_unfit(recorded: dict[str, Any], key: dict[str, Any], is_there: Callable
 
 
 def key_of(config: Config, device: torch.device) -> dict[str, Any]:
-    """What every record depends on; a choice adds the shapes of its own."""
+    """The conditions that every record depends on; a choice adds its own shapes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "precision": config.train.precision}
 
@@ -103,9 +103,10 @@ def fastest(times_ms: Times) -> str:
 
 
 def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Of tensors to the expected ones, each over its largest expected value; NaN if any number is not finite.
+    """The largest difference of tensors from the expected ones, each relative to its largest expected value.
 
-    One that is expected to be 0 or nearly so, as the gradient of a single key, is held to the largest of the others.
+    A tensor that is expected to be about 0, such as the gradient of a single key, is compared to NEARLY_ZERO of the
+    largest of all. NaN if any number is not finite.
     """
     largest = torch.stack([each.abs().max() for each in expected])
     differences = torch.stack([(a.float() - b).abs().max() for a, b in zip(got, expected, strict=True)])
@@ -113,20 +114,20 @@ def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 
 
 def why_out(error: Exception) -> str:
-    """In a line, why a back end is out that does not take a shape, or is not there after all.
+    """The reason, in one line, for a back end that does not take a shape or is not usable after all.
 
-    Any exception: a package asserts, Triton has errors of its own for what does not fit into a device's shared memory.
+    From any exception: packages use asserts, and Triton has its own errors for too little shared memory.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def dtype_of(config: Config) -> torch.dtype:
-    """What the model's products are computed in."""
+    """The dtype of the model's matrix products."""
     return torch.float32 if config.train.precision == "fp32" else torch.bfloat16
 
 
 def read_choices(path: Path | None) -> dict[str, Any]:
-    """What the file holds; nothing without one. Raises ValueError where it is damaged: a choice is part of the run."""
+    """What the file holds; {} without a file. ValueError if it is damaged: a run must not choose again by chance."""
     if path is None or not path.exists():
         return {}
     try:

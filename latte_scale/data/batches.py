@@ -30,7 +30,7 @@ from latte_scale.data.shares import Slot, micro_batch_slots, step_shape
 from latte_scale.store import Counters, StoreError
 
 SMALL_BYTES = 1024
-"""More than the numbers of a slot (weight, index, class, ...) and its images take, each rounded up to a cache line."""
+"""Upper bound for the small tensors of a slot (weight, index, class, ...) and its images, in whole cache lines."""
 
 
 @dataclass

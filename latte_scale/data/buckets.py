@@ -44,7 +44,7 @@ def bucket_name(video: VideoSettings, downscale: int) -> str:
 
 
 def relative_cost(bucket: str, main: str) -> Fraction:
-    """Of a sample of a bucket, where one of the bucket `main` costs 1."""
+    """Cost of a sample of a bucket, relative to a sample of the bucket `main`."""
     return Fraction(num_latents(bucket), num_latents(main))
 
 

@@ -1,8 +1,8 @@
-"""What a run will see of its data, told before it begins: bucket by bucket, clips, used, left over.
+"""What a run will see of its data, computed before it begins: for every bucket, clips used and left over.
 
-In: a plan and a number of steps. Out: a line for each bucket of each data set, exact, in closed form: nothing is read
-and no step is walked through. Nothing is left over at the end of an epoch, where a bucket's stream simply runs on; what
-is left over here are clips that the run's steps do not come to.
+In: a plan and a number of steps. Out: a line for each bucket of each data set, exact and in closed form: nothing is
+read and no step is simulated. Nothing is left over at the end of an epoch, where a bucket's stream simply runs on; left
+over are the clips that the run's steps do not reach.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
 
 
 def warnings(rows: Sequence[Coverage]) -> list[str]:
-    """Lines about buckets that are not what their owner will have meant."""
+    """Lines about buckets that are probably not what was meant."""
     lines = []
     for bucket in dict.fromkeys(row.bucket for row in rows):
         own = [row for row in rows if row.bucket == bucket]

@@ -40,7 +40,7 @@ class Difference:
     came: Any = field(compare=False)
 
     def __str__(self) -> str:
-        return f"{self.key}: expected {self.expected}, came {self.came}"
+        return f"{self.key}: expected {self.expected}, got {self.came}"
 
 
 def differences(manifest: Manifest, expected: Expected) -> list[Difference]:

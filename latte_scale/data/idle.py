@@ -1,9 +1,9 @@
-"""Work that a step does for nothing: slots that no sample fills, where a batch does not divide among the ranks.
+"""Wasted work of a step: slots that no sample fills, because a batch does not divide among the ranks.
 
 In: what a sample of each bucket costs, the batches of a config, a number of ranks. Out: for each bucket the share of
-its steps' work that is idle, in words, and what to set. The decision worth knowing: this is told, not mended. Which
-samples form a step must not depend on the ranks (data/plan.py), so a batch is never rounded to them: one of 65 on 64
-ranks takes the time of 128, and whoever starts the run can choose 64 or 128.
+its steps' work that is idle, in words, and what to set. The decision worth knowing: this is only reported. Which
+samples form a step must not depend on the ranks (data/plan.py), so a batch is never rounded to their number: one of 65
+samples on 64 ranks takes the time of 128, and whoever starts the run can choose 64 or 128.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,11 @@ from latte_scale.data.plan import Plan, samples_for
 from latte_scale.data.shares import micro_batch_shape
 
 IDLE_SHARE = 0.1
-"""Of a step's work, from which on it is worth a line."""
+"""Share of a step's work that is idle from which on it is reported."""
 
 
 class Launch(NamedTuple):
-    """What the shape of a step follows from, beside its bucket."""
+    """What determines the shape of a step, beside its bucket."""
 
     global_batch: int
     micro_batch: int
@@ -35,7 +35,7 @@ class Idle(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the work, what no sample needs."""
+        """The share of the slots that no sample fills."""
         return 1 - self.batch / self.num_slots
 
 
@@ -74,12 +74,12 @@ def idle_lines(plan: Plan, micro_batch: int, size: int, group: int = 1) -> list[
 def remedy(costs: Mapping[str, Fraction], launch: Launch) -> str:
     """What brings every bucket below IDLE_SHARE, in words.
 
-    A smaller micro-batch if that does it, for the samples stay the same; else the best global batch from half to twice
-    as large. And how few ranks take no longer for any bucket.
+    A smaller micro-batch if that suffices, because the samples of a step stay the same; else the best global batch from
+    half to twice as large, and the fewest ranks that take no longer for any bucket.
     """
 
     def best(launches: Iterable[Launch]) -> Launch | None:
-        """To the nearest hundredth; the first of several."""
+        """The first launch with the least idle work, to the nearest hundredth; None if even that wastes too much."""
         found = min(launches, key=lambda each: round(_worst(costs, each), 2), default=launch)
         return found if _worst(costs, found) < IDLE_SHARE else None
 
@@ -98,7 +98,7 @@ def remedy(costs: Mapping[str, Fraction], launch: Launch) -> str:
 
 
 def _fewest_ranks(costs: Mapping[str, Fraction], launch: Launch) -> int:
-    """On which no bucket's step has more slots a rank than now."""
+    """The fewest ranks on which no bucket's step has more slots for each rank than now."""
 
     def slots_each(size: int) -> list[int]:
         return [each.num_slots // size for each in idle_of(costs, launch._replace(size=size))]
@@ -112,7 +112,7 @@ def _fewest_ranks(costs: Mapping[str, Fraction], launch: Launch) -> int:
 
 
 def _worst(costs: Mapping[str, Fraction], launch: Launch) -> float:
-    """The share of the bucket that wastes most; 1 where one has fewer samples than there are ranks."""
+    """The idle share of the bucket that wastes most; 1 if a bucket has fewer samples than there are ranks."""
     if any(
         samples_for(launch.global_batch, cost, launch.group) < launch.size * launch.group for cost in costs.values()
     ):

@@ -62,7 +62,7 @@ def image_bucket(bucket: str) -> str:
 
 
 def image_sizes(sizes: Sizes) -> Sizes:
-    """Of the images that go with clips of these sizes."""
+    """The sizes of the images that go with clips of these sizes."""
     still = {"frames": 1, "window": None, "sampling": "stride"}
     return Sizes({image_bucket(bucket): replace(policy, **still) for bucket, policy in sizes.policies.items()})
 
@@ -94,7 +94,7 @@ def image_set(
 
 
 def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
-    """Refuse an image set that cannot stand beside the clips: ManifestError says what differs and what to do."""
+    """Raise ManifestError, with what differs and what to do, for an image set that does not fit the clips."""
     mine, its = clips[0].manifest, images.manifest
     pairs: list[tuple[str, object, object]] = [("kind", mine.kind, its.kind)]
     if mine.class_names is not None:
@@ -111,7 +111,7 @@ def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
         if expected != came:
             raise ManifestError(
                 f"data.images: {images.store.url} does not fit the clips of {clips[0].store.url}: {name}: expected "
-                f"{expected}, came {came}; make the images as the clips were made, with video.frames=1"
+                f"{expected}, got {came}; make the images as the clips were made, with video.frames=1"
             )
 
 

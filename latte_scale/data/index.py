@@ -105,7 +105,7 @@ class IndexBuilder:
     def add(self, row: Row, caption: str) -> None:
         """Append a sample; `caption` is hashed. Raises ValueError for a key that is already there."""
         if row.key in self._keys:
-            raise ValueError(f"sample key {row.key!r} stands twice in one shard; keys must differ")
+            raise ValueError(f"sample key {row.key!r} appears twice in one shard; keys must differ")
         self._keys.add(row.key)
         self._rows.append(row)
         self._captions.append(caption_hash(caption))
@@ -185,7 +185,7 @@ class ShardIndex:
 
     @functools.cached_property
     def shared_texts(self) -> frozenset[int]:
-        """Where the embeddings that several captions of the tar use begin."""
+        """Offsets of the embeddings that several captions of the tar share."""
         columns = [self._columns[f"{name}.offset"] for name in self._fields if is_text(name)]
         offsets, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *columns]), return_counts=True)
         return frozenset(offsets[(counts > 1) & (offsets >= 0)].tolist())
@@ -268,7 +268,7 @@ class ShardIndex:
 def is_held_out(key_hash: np.ndarray, share: float) -> np.ndarray:
     """Which keys belong to the held-out share in [0, 1): those whose hash lies below it. bool, as key_hash."""
     if not 0.0 <= share < 1.0:
-        raise ValueError(f"data.holdout must be a share in [0, 1), came {share}")
+        raise ValueError(f"data.holdout must be a share in [0, 1), got {share}")
     return key_hash < np.uint64(int(share * 2.0**64))
 
 
@@ -283,10 +283,10 @@ def load_index(store: Store, entry: ShardEntry) -> ShardIndex:
     found = hashlib.sha256(data).hexdigest()
     if found != entry.index_sha256:
         raise IndexFileError(
-            f"{where}: index_sha256: expected {entry.index_sha256[:16]}..., came {found[:16]}...: it was damaged "
+            f"{where}: index_sha256: expected {entry.index_sha256[:16]}..., got {found[:16]}...: it was damaged "
             f"or replaced after the manifest was written; {MAKE_AGAIN}"
         )
     index = ShardIndex(data, where)
     if len(index) != entry.count:
-        raise IndexFileError(f"{where}: expected {entry.count} samples, came {len(index)}; {MAKE_AGAIN}")
+        raise IndexFileError(f"{where}: expected {entry.count} samples, got {len(index)}; {MAKE_AGAIN}")
     return index

@@ -25,7 +25,7 @@ from latte_scale.data.video import VideoError, read_random_clip
 from latte_scale.store import StoreError
 
 MAX_REPLACEMENTS = 32
-"""Tries before a run stops: with half of a data set damaged, all of them fail once in 4e9 samples."""
+"""Replacements tried before a run stops: with half of a data set damaged, all fail for one of 4e9 samples."""
 
 
 class LoaderError(RuntimeError):
@@ -45,7 +45,7 @@ class Replacement:
 
 
 class Draw(NamedTuple):
-    """Whose random numbers: sample `index` of the global batch (sub 0), or its image number sub - 1."""
+    """The key of random numbers: that of sample `index` of the global batch (sub 0), or of its image number sub - 1."""
 
     step: int
     index: int
@@ -115,7 +115,8 @@ class ItemReader:
             return
 
     def _caption_at(self, sample_id: SampleId, position: int, draw: Draw) -> float:
-        """Which of several captions, in [0, 1). A draw costs a third of reading a sample, so one caption has none."""
+        """The draw in [0, 1) that chooses one of several captions; 0 for one caption, because a draw costs a third of
+        reading a sample."""
         if self.datasets[sample_id.dataset].index(sample_id.shard).num_texts(position) == 1:
             return 0.0
         return rng.uniform(self.seed, "caption", *draw)

@@ -70,7 +70,7 @@ def unpack_text(arrays: dict[str, np.ndarray], info: TextInfo) -> np.ndarray:
     """The embedding, float16 [L, D] with 1 to `max_length` tokens. Raises ValueError for other arrays."""
     shape = arrays["embedding"].shape if "embedding" in arrays else ()
     if len(shape) != 2 or shape[1] != info.dim or not 1 <= shape[0] <= info.max_length:
-        raise ValueError(f"embedding: expected [1 to {info.max_length}, {info.dim}], came {shape or 'nothing'}")
+        raise ValueError(f"embedding: expected [1 to {info.max_length}, {info.dim}], got {shape or 'nothing'}")
     return _unpack("embedding", arrays, info.dtype, shape)
 
 
@@ -114,9 +114,9 @@ def _unpack(name: str, arrays: dict[str, np.ndarray], dtype: NumberType, shape: 
 def _array(name: str, arrays: dict[str, np.ndarray], dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     array = arrays.get(name)
     if array is None or array.shape != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, came {'nothing' if array is None else array.shape}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {'nothing' if array is None else array.shape}")
     if array.dtype != dtype:
-        raise ValueError(f"{name}: expected {np.dtype(dtype)}, came {array.dtype}")
+        raise ValueError(f"{name}: expected {np.dtype(dtype)}, got {array.dtype}")
     return array
 
 

@@ -67,15 +67,15 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, came {self.num_workers}")
+            raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
         if self.prefetch < 1:
-            raise ValueError(f"prefetch must be at least 1 micro-batch, came {self.prefetch}")
+            raise ValueError(f"prefetch must be at least 1 micro-batch, got {self.prefetch}")
         if not 0.0 <= self.holdout < 1.0:
-            raise ValueError(f"holdout must be a share in [0, 1), came {self.holdout}")
+            raise ValueError(f"holdout must be a share in [0, 1), got {self.holdout}")
         if self.shuffle_window is not None and self.shuffle_window < 1:
-            raise ValueError(f"shuffle_window must be at least 1 sample, came {self.shuffle_window}")
+            raise ValueError(f"shuffle_window must be at least 1 sample, got {self.shuffle_window}")
         if not self.sources() or not all(source.url for source in self.sources()):
-            raise ValueError(f"url names an empty place, came {self.url!r}: give the folder of each data set")
+            raise ValueError(f"url names an empty place, got {self.url!r}: give the folder of each data set")
 
     def sources(self) -> tuple[SourceSettings, ...]:
         """The data sets of `url`, one form for all ways of writing it."""
@@ -186,7 +186,7 @@ class Loader:
         check_ranks(plan, size, group)
         micro_batch_shape(plan.global_batch, size, micro_batch, group)
         if images is not None and not num_images:
-            raise ValueError("an image set needs num_images, the images that go with a clip; came 0")
+            raise ValueError("an image set needs num_images, the images that go with a clip; got 0")
         self.step = start_step
         self._source = MicroBatches(
             tuple(datasets),
@@ -269,7 +269,7 @@ class Loader:
 
 
 def _unpacked(made: MicroBatch | Packed | Failed) -> MicroBatch:
-    """What a worker made. Raises what kept it from it."""
+    """The micro-batch that a worker made; raises its error if it failed."""
     if isinstance(made, Failed):
         raise made.error
     return made.unpack() if isinstance(made, Packed) else made

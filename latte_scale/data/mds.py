@@ -96,7 +96,7 @@ def read_offsets(head: bytes, shard: MdsShard, where: str) -> np.ndarray:
     numbers = np.frombuffer(head, _U32, len(head) // _U32.itemsize).astype(np.int64)
     if len(numbers) != shard.count + 2 or numbers[0] != shard.count:
         came = numbers[0] if len(numbers) else "nothing"
-        raise MdsError(f"{where}: expected {shard.count} samples as {MDS_INDEX} says, came {came}; copy the file again")
+        raise MdsError(f"{where}: expected {shard.count} samples as {MDS_INDEX} says, got {came}; copy the file again")
     offsets = numbers[1:]
     if offsets[0] < len(head) or offsets[-1] != shard.size_bytes or (np.diff(offsets) < 0).any():
         raise MdsError(

@@ -6,14 +6,14 @@ same in every process: there is no state, so the position in the data is the ste
 and micro-batches cannot change it.
 
 Three questions, each answered in closed form:
-1. Which bucket has step k, and which data set has place p of a bucket's stream? Each stream's events are spread evenly
-   over time, stream i having the j-th at (2j + 1) / (2 w_i), and all are merged in order of time (`interleave`). After
-   any number of events each of n streams is within n / 2 of its exact share (streams of one rare weight come one after
-   the other). A bucket's share of the steps is its share of the samples over its batch: batches of equal cost
-   (`samples_for`) leave shares of samples as they are.
-2. Which place of an epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
+1. Which bucket does step k take, and from which data set is sample p of a bucket's stream? Each stream's events are
+   spread evenly over time, stream i having its j-th at (2j + 1) / (2 w_i), and all are merged in order of time
+   (`interleave`). After any number of events each of n streams is within n / 2 of its exact share (streams with the
+   same small weight come one after the other). A bucket's share of the steps is its share of the samples over its
+   batch: batches of equal cost (`samples_for`) leave shares of samples as they are.
+2. Which place in which epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
    bucket's stream runs on over epochs, so nothing is left over and each sample comes once an epoch.
-3. Which sample has that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
+3. Which sample is at that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
    of about `shuffle_window`; inside a window a Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite
    domains") permutes the places. Memory is O(shards) for any number of samples, and the shards open at one time are
    those of one window: the buckets of a data set go through the same shards together, each with its share of a window.
@@ -35,7 +35,7 @@ from latte_scale.rng import generator, hash64
 PLAN_VERSION = 1
 DEFAULT_SHUFFLE_WINDOW = 65_536
 MIN_WINDOW = 256
-"""Samples that a bucket's share of a window has at least, where it has as many: rare sizes are shuffled, too."""
+"""Least samples in a bucket's share of a window, if the bucket has as many: so rare sizes are shuffled, too."""
 
 
 class SampleId(NamedTuple):
@@ -91,7 +91,7 @@ class Plan:
         group: int = 1,
     ) -> None:
         if global_batch < 1:
-            raise ValueError(f"train.global_batch must be at least 1, came {global_batch}")
+            raise ValueError(f"train.global_batch must be at least 1, got {global_batch}")
         self.datasets, self.seed, self.global_batch = tuple(datasets), seed, global_batch
         self._num_samples = [dataset.num_samples for dataset in datasets]
         self.num_samples = sum(self._num_samples)
@@ -267,12 +267,12 @@ def resolve_shuffle_window(window: int | None, num_samples: int) -> int:
     if num_samples < 1:
         raise ValueError("the data has no sample to train on: check data.url and data.holdout")
     if window is not None and window < 1:
-        raise ValueError(f"data.shuffle_window must be at least 1 sample, came {window}")
+        raise ValueError(f"data.shuffle_window must be at least 1 sample, got {window}")
     return min(window or DEFAULT_SHUFFLE_WINDOW, num_samples)
 
 
 def samples_for(budget: int, cost: Fraction, group: int = 1) -> int:
-    """As many samples of this cost as `budget` samples of cost 1, rounded down to whole groups; one group at least."""
+    """Samples of this cost worth `budget` samples of cost 1, rounded down to whole groups; at least one group."""
     return budget if cost == 1 else max(1, int(budget / cost) // group) * group
 
 
@@ -286,12 +286,12 @@ def _shares(datasets: Sequence[PlanData]) -> dict[tuple[int, str], Fraction]:
     """(data set, bucket) -> share of all samples, unnormalised; empty ones left out."""
     weights = [dataset.weight for dataset in datasets]
     if None in weights and any(weight is not None for weight in weights):
-        raise ValueError(f"data.url: give every data set a weight or none of them; came {weights}")
+        raise ValueError(f"data.url: give every data set a weight or none of them; got {weights}")
     shares = {}
     for number, dataset in enumerate(datasets):
         weight = Fraction(str(dataset.weight)) if dataset.weight is not None else Fraction(dataset.num_samples)
         if dataset.num_samples and not weight > 0:
-            raise ValueError(f"data.url: the weight of a data set must be above 0, came {dataset.weight}")
+            raise ValueError(f"data.url: the weight of a data set must be above 0, got {dataset.weight}")
         if not dataset.num_samples and dataset.weight is not None:
             raise ValueError(f"data.url: data set {number} has a weight of {dataset.weight} but no sample to give")
         for bucket, counts in dataset.counts.items():

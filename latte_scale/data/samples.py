@@ -105,7 +105,7 @@ class Dataset:
         return 0 if self.sizes is None else int(self._counted(0.0)["train"][TOO_SHORT].sum())
 
     def policy(self, bucket: str, video: VideoSettings) -> VideoSettings:
-        """By which whole clips of a bucket are decoded: `video`, or that of their size."""
+        """The frame policy by which whole clips of a bucket are decoded: `video`, or that of their size."""
         return video if self.sizes is None else self.sizes.policies[bucket]
 
     def index(self, shard: int) -> ShardIndex:
@@ -210,7 +210,7 @@ class Dataset:
         if type(label) is not int or not 0 <= label < len(names):
             raise ManifestError(
                 f"{self.store.url}: sample {sample.key!r}: label: expected an integer from 0 to {len(names) - 1} (the "
-                f"classes of the manifest), came {label!r}; write the data set again with `latte-data shard`"
+                f"classes of the manifest), got {label!r}; write the data set again with `latte-data shard`"
             )
         return label
 
@@ -230,14 +230,14 @@ class Dataset:
         found = hashlib.sha256(data).hexdigest()
         if found != info.sha256:
             raise ManifestError(
-                f"{self.store.join(info.name)}: sha256: expected {info.sha256[:16]}..., came {found[:16]}...; "
+                f"{self.store.join(info.name)}: sha256: expected {info.sha256[:16]}..., got {found[:16]}...; "
                 "restore it, or run `latte-data encode` again"
             )
         try:
             return read_arrays(data)[0]["embedding"]
         except (ValueError, KeyError) as error:
             raise ManifestError(
-                f"{self.store.join(info.name)}: expected an embedding, came other bytes ({error}); encode again"
+                f"{self.store.join(info.name)}: expected an embedding, got other bytes ({error}); encode again"
             ) from error
 
     def _read_mds(self, entry: ShardEntry, row: Row, number: int, fresh: bool) -> Sample:
@@ -359,7 +359,7 @@ def _cut_out(name: str, data: bytes, begin: int, span: Span) -> tuple[memoryview
     found = google_crc32c.value(np.frombuffer(payload, np.uint8))  # it takes no memoryview, and an array costs no copy
     if len(payload) == span.size and found == span.crc32c:
         return payload, ""
-    return payload, f"field {name!r}: crc32c: expected {span.crc32c:08x}, came {found:08x}"
+    return payload, f"field {name!r}: crc32c: expected {span.crc32c:08x}, got {found:08x}"
 
 
 def _damaged(store: Store, entry: ShardEntry, key: str, reason: str) -> str:

@@ -76,16 +76,16 @@ class VideoSettings:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "frame_interval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, came {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.window is not None and self.window < self.min_window:
             raise ValueError(
                 f"window must hold the clip: expected {self.min_window} frames or more for frames={self.frames}"
-                f"{self._interval_words}, came {self.window}"
+                f"{self._interval_words}, got {self.window}"
             )
         sizes = [policy.size for policy in self.policies()]
         if len(set(sizes)) < len(sizes):
             twice = next(size for size in sizes if sizes.count(size) > 1)
-            raise ValueError(f"more_sizes: {twice} stands twice, or is the size of the policy itself; keep one")
+            raise ValueError(f"more_sizes: {twice} appears twice, or is the size of the policy itself; keep one")
 
     @property
     def size(self) -> ClipSize:
@@ -146,7 +146,7 @@ class VideoSettings:
             window = f", in a window of {self.window}" if self.window is not None else ""
             raise ValueError(
                 f"too short: expected {self.min_frames} frames{after} ({self.frames} frames{self._interval_words}"
-                f"{window}), came {max(0, num_frames - start_frame)}"
+                f"{window}), got {max(0, num_frames - start_frame)}"
             )
         if self.sampling == "stride":
             return list(range(start_frame, start_frame + self.span, self.frame_interval))
@@ -310,7 +310,7 @@ def load_manifest(store: Store) -> Manifest:
     found = content.get("format_version") if isinstance(content, dict) else None
     if found != FORMAT_VERSION:
         raise ManifestError(
-            f"{store.join(MANIFEST)}: format_version: expected {FORMAT_VERSION}, came {found!r}; "
+            f"{store.join(MANIFEST)}: format_version: expected {FORMAT_VERSION}, got {found!r}; "
             "read it with the latte_scale version that wrote it, or write the data set again"
         )
     return _validated(data, store.join(MANIFEST))

@@ -47,7 +47,7 @@ def micro_batch_shape(global_batch: int, size: int, micro_batch: int, group: int
     Raises ValueError when global batch or micro-batch are not made of whole groups.
     """
     if micro_batch < 1:
-        raise ValueError(f"train.micro_batch must be at least 1, came {micro_batch}")
+        raise ValueError(f"train.micro_batch must be at least 1, got {micro_batch}")
     per_rank = -(-_num_groups("global_batch", global_batch, group) // size)
     groups = min(_num_groups("micro_batch", micro_batch, group), per_rank)
     return -(-per_rank // groups), groups * group

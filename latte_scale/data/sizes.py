@@ -20,7 +20,7 @@ from latte_scale.data.schema import VideoSettings
 NUM_GRADES = 20
 """Shares of the picture are told apart in twentieths: 16:9 and 1.75 are one shape, 16:9 and 4:3 are two."""
 TOO_SHORT = "too short"
-"""Where a bucket is named: clips that are too short for every size."""
+"""The name, in place of a bucket's, for clips that are too short for every size."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def best_fit(policies: Sequence[VideoSettings], num_frames: int, height: Fractio
     long_enough = [policy for policy in policies if policy.min_frames <= num_frames]
     if not long_enough:
         least = min(policy.min_frames for policy in policies)
-        raise ValueError(f"too short: expected {least} frames, the least of all sizes, came {num_frames}")
+        raise ValueError(f"too short: expected {least} frames, the least of all sizes, got {num_frames}")
     fits = [_fit(policy, Fraction(height), Fraction(width)) for policy in long_enough]
     return min(fits, key=_rank)
 

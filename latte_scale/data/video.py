@@ -249,7 +249,7 @@ def join_frames(paths: Sequence[Path]) -> bytes:
                     stream, codec = container.add_stream_from_template(image), image.codec_context.name
                     stream.time_base = FRAME_TIME
                 if (came := image.codec_context.name) != codec:
-                    raise VideoError(f"{path.name}: expected {codec} as {paths[0].name} is, came {came}")
+                    raise VideoError(f"{path.name}: expected {codec} as {paths[0].name} is, got {came}")
                 packet.stream, packet.time_base, packet.duration = stream, FRAME_TIME, 1
                 packet.pts = packet.dts = place
                 container.mux(packet)

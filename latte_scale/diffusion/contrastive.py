@@ -24,11 +24,11 @@ class ContrastiveSettings:
 
     def __post_init__(self) -> None:
         if self.weight < 0:
-            raise ValueError(f"weight: expected 0 or more, came {self.weight}; 0 is off")
+            raise ValueError(f"weight: expected 0 or more, got {self.weight}; 0 is off")
         if self.temperature <= 0:
-            raise ValueError(f"temperature: expected above 0, came {self.temperature}; 0.07 is usual")
+            raise ValueError(f"temperature: expected above 0, got {self.temperature}; 0.07 is usual")
         if self.group < 2:
-            raise ValueError(f"group: expected at least 2 samples, came {self.group}; one alone has no negatives")
+            raise ValueError(f"group: expected at least 2 samples, got {self.group}; one alone has no negatives")
 
 
 def info_nce(video_BE: Tensor, condition_BE: Tensor, condition_B: Tensor, group: int, temperature: float) -> Tensor:
@@ -42,7 +42,7 @@ def info_nce(video_BE: Tensor, condition_BE: Tensor, condition_B: Tensor, group:
     """
     if video_BE.shape != condition_BE.shape or len(video_BE) % group:
         raise ValueError(
-            f"contrastive loss: expected two equal shapes of a multiple of {group} rows, came {list(video_BE.shape)} "
+            f"contrastive loss: expected two equal shapes of a multiple of {group} rows, got {list(video_BE.shape)} "
             f"and {list(condition_BE.shape)}; make train.micro_batch a multiple of the group"
         )
     condition_GR = condition_B.view(-1, group)

@@ -42,18 +42,18 @@ class DiffusionSettings:
 
     def __post_init__(self) -> None:
         if self.objective not in ("epsilon", "v", "flow"):
-            raise ValueError(f"objective: expected epsilon, v or flow, came {self.objective!r}")
+            raise ValueError(f"objective: expected epsilon, v or flow, got {self.objective!r}")
         if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps: expected at least 2, came {self.num_timesteps}; Latte uses 1000")
+            raise ValueError(f"num_timesteps: expected at least 2, got {self.num_timesteps}; Latte uses 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, "
-                f"came {self.beta_start}, {self.beta_end}; Latte uses 1e-4, 0.02"
+                f"got {self.beta_start}, {self.beta_end}; Latte uses 1e-4, 0.02"
             )
         if self.flow_shift <= 0:
-            raise ValueError(f"flow_shift: expected above 0, came {self.flow_shift}; 1 leaves time as it is")
+            raise ValueError(f"flow_shift: expected above 0, got {self.flow_shift}; 1 leaves time as it is")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma: expected above 0, came {self.min_snr_gamma}; 5 is usual, null is off")
+            raise ValueError(f"min_snr_gamma: expected above 0, got {self.min_snr_gamma}; 5 is usual, null is off")
         if self.zero_terminal_snr and self.objective == "epsilon":
             raise ValueError(
                 "zero_terminal_snr: objective epsilon says nothing of the clip where the input is pure noise; "
@@ -75,7 +75,7 @@ class LossTerms(NamedTuple):
 
 
 def schedule_of(settings: DiffusionSettings, device: torch.device | str = "cpu") -> Schedule:
-    """The noise schedule of the settings (flow does not look at it), with its tables on `device`."""
+    """The noise schedule of the settings (flow does not use it), with its tables on `device`."""
     betas_S = linear_betas(settings.num_timesteps, settings.beta_start, settings.beta_end)
     if settings.zero_terminal_snr:
         betas_S = with_zero_terminal_snr(betas_S)
@@ -148,8 +148,9 @@ def min_snr_weight(signal_B: Tensor, sigma_B: Tensor, settings: DiffusionSetting
     """Min-SNR-gamma's weight of the squared error [B] (arXiv 2303.09556, section 3.4).
 
     An error in x_0 weighs min(SNR, gamma), with SNR = signal^2 / sigma^2, so an error in what the model predicts weighs
-    that times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. Flow is not in
-    it; x_0 = x_t - sigma u gives sigma^2 there as well. The bound has no weight: it trains the variance only.
+    that times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. The paper does
+    not treat flow; x_0 = x_t - sigma u gives sigma^2 there as well. The variational bound is not weighted: it trains
+    the variance only.
     """
     capped_B = torch.minimum(signal_B**2, settings.min_snr_gamma * sigma_B**2)  # min(SNR, gamma) sigma^2
     return capped_B / signal_B**2 if settings.objective == "epsilon" else capped_B
@@ -186,11 +187,11 @@ def variational_bound(
 
 def _check_shapes(x0: Tensor, noise: Tensor, known_BF: Tensor | None) -> None:
     if noise.shape != x0.shape:
-        raise ValueError(f"noise: expected the latents' shape {list(x0.shape)}, came {list(noise.shape)}")
+        raise ValueError(f"noise: expected the latents' shape {list(x0.shape)}, got {list(noise.shape)}")
     wanted = (x0.shape[0], x0.shape[2])
     if known_BF is not None and (known_BF.shape != wanted or known_BF.dtype != torch.bool):
         raise ValueError(
-            f"known frames: expected bool {list(wanted)} (clips, frames), came {known_BF.dtype} {list(known_BF.shape)}"
+            f"known frames: expected bool {list(wanted)} (clips, frames), got {known_BF.dtype} {list(known_BF.shape)}"
         )
 
 
@@ -215,7 +216,7 @@ def _split_channels(out: Tensor, x0: Tensor, settings: DiffusionSettings) -> tup
     wanted = f"{channels} or {2 * channels}" if settings.objective == "epsilon" else f"{channels}"
     raise ValueError(
         f"model output for latents {list(x0.shape)}: objective {settings.objective} expects {wanted} channels on "
-        f"axis 1, came {list(out.shape)}; set model.out_channels"
+        f"axis 1, got {list(out.shape)}; set model.out_channels"
     )
 
 

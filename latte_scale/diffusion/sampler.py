@@ -27,9 +27,10 @@ SAMPLERS: dict[str, tuple[Sampler, ...]] = {  # by objective; the first is the d
 }
 
 
-LEAST_WALKED = 0.8
-"""Of the schedule, by ddim: its first input is pure noise, and at half of the timesteps 28 % of x_t is not. With 600
-steps of 1000 the mean of a known distribution came out 8 % too small, with 400 it was 2 %."""
+MIN_COVERED = 0.8
+"""Share of the schedule that ddim's whole strides must cover. Sampling starts from pure noise, but a walk that covers
+only half of the timesteps starts where 28 % of x_t is signal. With 600 steps of 1000 (which cover 60 %) the mean of a
+known distribution came out 8 % too small, with 400 (which cover 80 %) 2 %."""
 
 
 def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_variance: bool = False) -> Any:
@@ -43,7 +44,7 @@ def make_scheduler(settings: DiffusionSettings, sampler: Sampler, learned_varian
     if sampler not in SAMPLERS[settings.objective]:
         raise ValueError(
             f"sampler: objective {settings.objective} expects one of {', '.join(SAMPLERS[settings.objective])}, "
-            f"came {sampler!r}"
+            f"got {sampler!r}"
         )
     import diffusers
 
@@ -82,19 +83,19 @@ def _flow_scheduler(settings: DiffusionSettings, sampler: Sampler) -> Any:
 
 
 def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -> None:
-    """Raise ValueError for a number of steps that this sampler cannot lay over the schedule."""
+    """Raise ValueError for a number of steps that this sampler cannot spread over the schedule."""
     if not 1 <= num_steps <= settings.num_timesteps:
         raise ValueError(
-            f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), came {num_steps}"
+            f"sampling steps: expected 1 to {settings.num_timesteps} (diffusion.num_timesteps), got {num_steps}"
         )
     if sampler == "ddim" and settings.zero_terminal_snr and settings.num_timesteps % num_steps:
         raise ValueError(
             f"sampling steps: ddim with zero_terminal_snr expects a divisor of {settings.num_timesteps} "
-            f"(diffusion.num_timesteps), came {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
+            f"(diffusion.num_timesteps), got {num_steps}: diffusers' steps would not meet; use 50, or dpm++"
         )
     stride = settings.num_timesteps // num_steps
     walked = stride * num_steps
-    if sampler == "ddim" and walked < LEAST_WALKED * settings.num_timesteps:
+    if sampler == "ddim" and walked < MIN_COVERED * settings.num_timesteps:
         fewer, more = (settings.num_timesteps // each for each in (stride + 1, stride))
         raise ValueError(
             f"sampling steps: ddim at {num_steps}, in whole strides of {stride}, walks {walked} of "
@@ -104,7 +105,7 @@ def check_steps(settings: DiffusionSettings, sampler: Sampler, num_steps: int) -
     is_rounded = settings.objective != "flow" and not settings.zero_terminal_snr
     if sampler == "dpm++" and is_rounded and num_steps == settings.num_timesteps:
         raise ValueError(
-            f"sampling steps: dpm++ expects at most {settings.num_timesteps - 1}, came {num_steps}: two of diffusers' "
+            f"sampling steps: dpm++ expects at most {settings.num_timesteps - 1}, got {num_steps}: two of diffusers' "
             "timesteps would be one, and its step between them is not a number"
         )
 
@@ -138,12 +139,12 @@ def sample(
     that ddpm adds, so that it does not depend on the batch (None: torch's global one).
     init_BCFHW, strength: begin from this clip, noised, and walk the last `strength` of the steps (at least one).
     known_BCFHW, num_known: its first `num_known` frames are given clean: the model sees them so at every call, with a
-    timestep for each frame (timestep_NF, 0 there), and they stand in the result.
+    timestep for each frame (timestep_NF, 0 there), and they are part of the result.
     progress: called as progress(model calls done, all). Raises ValueError for arguments that do not fit.
     """
     check_steps(settings, sampler, num_steps)
     if generators is not None and len(generators) != len(noise_BCFHW):
-        raise ValueError(f"generators: expected one for each of {len(noise_BCFHW)} clips, came {len(generators)}")
+        raise ValueError(f"generators: expected one for each of {len(noise_BCFHW)} clips, got {len(generators)}")
     _check_clips(noise_BCFHW, init_BCFHW, strength, known_BCFHW, num_known)
     scheduler = make_scheduler(settings, sampler, learned_variance)
     begin = _lay_steps(scheduler, settings, sampler, num_steps, strength)
@@ -170,7 +171,7 @@ def sample(
 
 
 def _lay_steps(scheduler: Any, settings: DiffusionSettings, sampler: Sampler, num_steps: int, strength: float) -> int:
-    """Lay `num_steps` steps over the schedule, as the sampler's own paper or LattePipeline does.
+    """Choose the scheduler's `num_steps` timesteps, as the sampler's own paper or LattePipeline does.
 
     Returns the model call at which the last `strength` of the steps begin.
     """
@@ -225,33 +226,33 @@ def _guide(out: Tensor, guidance: float, channels: int) -> Tensor:
 
 
 def check_start(strength: float, has_clip: bool, num_known: int | None, num_frames: int) -> None:
-    """Raise ValueError for a strength, or a number of known frames, that no walk to a clip of so many frames has.
+    """Raise ValueError for a strength or a number of known frames that does not fit a clip of `num_frames` frames.
 
     num_known: None where no frames are given.
     """
     if not 0 < strength <= 1 or (not has_clip and strength != 1):
-        raise ValueError(f"strength: expected above 0 and at most 1, and 1 without an input video, came {strength}")
+        raise ValueError(f"strength: expected above 0 and at most 1, and 1 without an input video, got {strength}")
     if num_known is not None and not 1 <= num_known < num_frames:
-        raise ValueError(f"known frames: expected 1 to {num_frames - 1} of the clip's {num_frames}, came {num_known}")
+        raise ValueError(f"known frames: expected 1 to {num_frames - 1} of the clip's {num_frames}, got {num_known}")
 
 
 def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Tensor | None, num_known: int) -> None:
     given = None if known is None and not num_known else num_known
     check_start(strength, init is not None, given, noise.shape[2])
     if init is not None and init.shape != noise.shape:
-        raise ValueError(f"input video: expected the noise's shape {list(noise.shape)}, came {list(init.shape)}")
+        raise ValueError(f"input video: expected the noise's shape {list(noise.shape)}, got {list(init.shape)}")
     if given is None:
         return
     wanted = [*noise.shape[:2], num_known, *noise.shape[3:]]
     if known is None or list(known[:, :, :num_known].shape) != wanted:
         came = "none" if known is None else list(known.shape)
-        raise ValueError(f"known frames: expected latents of shape {wanted} or with more frames, came {came}")
+        raise ValueError(f"known frames: expected latents of shape {wanted} or with more frames, got {came}")
 
 
 def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettings:
     """The inverse of `make_scheduler`: what a pipeline's scheduler_config.json says the model was trained with.
 
-    Raises ValueError, beginning with `where`, for a schedule or prediction that DiffusionSettings has no word for.
+    Raises ValueError, beginning with `where`, for a schedule or prediction that DiffusionSettings cannot express.
     """
     num_timesteps = config.get("num_train_timesteps", 1000)
     prediction = config.get("prediction_type", "epsilon")
@@ -261,7 +262,7 @@ def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettin
     if prediction not in ("epsilon", "v_prediction") or config.get("beta_schedule") != "linear":
         raise ValueError(
             f"{where}: expected prediction_type epsilon, v_prediction or flow_prediction and a linear beta_schedule, "
-            f"came {prediction} and {config.get('beta_schedule')}"
+            f"got {prediction} and {config.get('beta_schedule')}"
         )
     try:
         return DiffusionSettings(

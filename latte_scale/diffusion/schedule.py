@@ -71,7 +71,7 @@ def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     The respacing of improved diffusion (arXiv 2102.09672, section 4), which Latte's own DDPM sampler uses.
     """
     if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"sampling steps: expected 1 to {num_timesteps} (diffusion.num_timesteps), came {num_steps}")
+        raise ValueError(f"sampling steps: expected 1 to {num_timesteps} (diffusion.num_timesteps), got {num_steps}")
     stride = (num_timesteps - 1) / max(num_steps - 1, 1)
     return [round(step * stride) for step in range(num_steps)]
 

@@ -1,9 +1,9 @@
-"""What doctor says, a line a finding, and how long a check may take to say it.
+"""The lines that doctor prints, one for each finding, and a time limit for every check.
 
 In: functions that return lines. Out: their lines, in the order asked, each check run in a thread of its own; on several
-ranks, one line for all ranks that found the same. The decision worth knowing: a check that does not come back (a mount
-that hangs, a name server that is silent) cannot be stopped, only left behind. Its line then says so, the others stand,
-and the process ends without waiting for it (engine.leave).
+ranks, one line for all ranks that found the same. The decision worth knowing: a check that does not return (a mount
+that hangs, a name server that is silent) cannot be stopped, only abandoned. Its line then says so, the lines of the
+others are kept, and the process ends without waiting for it (engine.leave).
 """
 
 import threading
@@ -33,7 +33,7 @@ Check = Callable[[], list[Line]]
 
 
 def fault_of(check: str, error: BaseException) -> Line:
-    """The line of an error that already says what was expected, what came and what to do."""
+    """The line for an error whose message says what was found and, after the last semicolon, what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
     found, separator, remedy = text.rpartition("; ")
     return Line("fault", check, found, remedy) if separator else Line("fault", check, text)
@@ -74,15 +74,16 @@ class Pending:
 
 
 def run_all(checks: dict[str, Check], until_s: float) -> list[Line]:
-    """All checks at once, so that what waits, waits together; their lines in order."""
+    """Run all checks at the same time; returns their lines in order."""
     pending = [Pending(name, check) for name, check in checks.items()]
     return [line for each in pending for line in each.lines(until_s)]
 
 
 def joined(lines_of_ranks: Sequence[Iterable[Line]], places: Sequence[str]) -> list[Line]:
-    """The lines of all ranks as one list: what several ranks found stands once, with those ranks where not all did.
+    """The lines of all ranks as one list: a line that several ranks found appears once, with their names if not all
+    did.
 
-    Of a check that some ranks found sound and others not, only what is not stands. `places`: name of each rank.
+    If some ranks found a check sound and others did not, only the latter's lines appear. `places`: name of each rank.
     """
     found: dict[str, dict[Line, list[str]]] = {}
     for place, lines in zip(places, lines_of_ranks, strict=True):

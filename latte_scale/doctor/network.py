@@ -1,8 +1,8 @@
 """Names and addresses: whether the ranks of a job will find each other.
 
-In: the environment of a launcher or of Slurm. Out: lines. The decision worth knowing: what engine/launch.py would
-refuse half a minute into a launch is asked of the same functions here, and where there is no launch yet, what they
-will be told is looked at instead: this host's own name, and those of the job's nodes.
+In: the environment of a launcher or of Slurm. Out: lines. The decision worth knowing: the functions of
+engine/launch.py, which would refuse a launch after half a minute, are called here, too; and where there is no launch
+yet, what they will depend on is checked instead: this host's own name, and the names of the job's nodes.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ from latte_scale.doctor.lines import Line
 from latte_scale.engine.launch import LaunchError, check_address, launch_from_env
 
 SLOW_S = 1.0
-"""A name that takes longer is asked for again by every rank: a launch that times out on some days."""
+"""Every rank of a launch looks its names up again: one that takes longer makes launches that time out on some days."""
 
 
 def launch_lines(environ: Mapping[str, str]) -> list[Line]:

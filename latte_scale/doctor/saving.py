@@ -1,4 +1,4 @@
-"""Where checkpoints go: room, a write as a save makes it, who holds the run folder, and time for a last save.
+"""Where checkpoints go: free space, a test write like a save's, who holds the run folder, time for a last save.
 
 In: a Config. Out: lines. The decision worth knowing: the write test goes through the functions that checkpoints are
 written with (a folder) or through the store (s3://), so it fails where a save would fail; it leaves nothing behind.
@@ -23,13 +23,13 @@ from latte_scale.config import Config
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.model.build import build_model
 from latte_scale.run.folder import read_exit
-from latte_scale.run.lease import holder_of, process_start
+from latte_scale.run.lease import holder_of, process_start, this_machine
 from latte_scale.store import StoreError, local_path, open_store
 
 PROBE_BYTES = 32 * 2**20
-"""Written, flushed, renamed and removed: enough to see a rate, small enough for a quota that is nearly used up."""
+"""Size of the test write: enough to measure a rate, small enough for a quota that is nearly used up."""
 CLOCK_S = 5.0
-"""Between this machine's clock and the disk's: lease ages and log times are compared across machines."""
+"""Allowed difference between this machine's clock and the disk's: ages of leases and logs depend on both."""
 
 
 def state_bytes(config: Config) -> int:
@@ -40,7 +40,7 @@ def state_bytes(config: Config) -> int:
 
 
 def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
-    """All of this file, in the order in which one thing tells the next: the write's rate estimates a save."""
+    """All lines of this file; the rate of the test write is needed to estimate the time of a save."""
     needed, place = state_bytes(config), local_path(config.checkpoint_dir)
     run = config.run.folder
     lines = holder_lines(run) + room_lines(run, PROBE_BYTES, "run.dir", 0)
@@ -90,7 +90,7 @@ def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line
 
 
 def size_of(num_bytes: float) -> str:
-    """In words: MiB, or GiB from one on."""
+    """The size in MiB, or in GiB from 1 GiB on, in words."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
@@ -136,12 +136,12 @@ def clock_lines(ahead_s: float, place: str) -> list[Line]:
 
 
 def holder_lines(run: Path) -> list[Line]:
-    """Who holds the run folder: training would wait for nobody and stop."""
+    """Whether another attempt holds the run folder, which training would refuse to share (run/lease.py)."""
     holder = holder_of(run)
     if holder is None:
         return []
     mine = os.environ.get("SLURM_JOB_ID", "")
-    if holder.host == socket.gethostname():
+    if holder.host == socket.gethostname() and holder.machine in ("", this_machine()):
         if process_start(holder.pid) != holder.started:
             return []  # dead: taken over at once
         found = f"{run} is held by process {holder.pid} on this machine, which is alive"
@@ -153,7 +153,7 @@ def holder_lines(run: Path) -> list[Line]:
 
 
 def grace_lines(config: Config, environ: Mapping[str, str], estimated_s: float) -> list[Line]:
-    """Seconds between the sign to stop and the end, beside those that a save takes."""
+    """Whether the time between a signal to stop and the end of the job is enough for a save."""
     record = read_exit(config.run.folder)
     said = re.search(r"saved ([\d.]+) s after it", str(record.get("reason", "")))
     save_s = float(said.group(1)) if said else estimated_s
@@ -178,8 +178,8 @@ def grace_lines(config: Config, environ: Mapping[str, str], estimated_s: float) 
 def notice(environ: Mapping[str, str]) -> tuple[float | None, str]:
     """Seconds of notice before a job's limit, and who says so; None outside of Slurm.
 
-    --signal of the job script or SBATCH_SIGNAL; without either only KillWait lies between SIGTERM and SIGKILL. What
-    was given to sbatch itself is not told to a job: the larger of the two may be the true one.
+    From --signal of the job script or SBATCH_SIGNAL; without either, from KillWait, which is between SIGTERM and
+    SIGKILL. A --signal option of the sbatch command itself is not visible to the job, so the true notice may be longer.
     """
     job = environ.get("SLURM_JOB_ID")
     if not job:

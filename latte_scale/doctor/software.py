@@ -19,14 +19,14 @@ from latte_scale.choices.attention import present
 from latte_scale.config import Config, unread_settings
 from latte_scale.doctor.lines import Line
 from latte_scale.estimate.budget import DoesNotFitError, within_budget
-from latte_scale.estimate.choice import examine
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
 from latte_scale.model.attention_backends import why_absent
 from latte_scale.model.fp8 import why_no_fp8
 from latte_scale.run.facts import git_commit
 
 BUSY_BYTES = 2**30
-"""Device memory that others hold from which a rank is told of it."""
+"""Device memory held by other processes from which a warning is printed."""
 
 
 def device_lines(device: torch.device, local_size: int, environ: Mapping[str, str]) -> list[Line]:
@@ -136,7 +136,7 @@ def memory_lines(config: Config, num_ranks: int, device_bytes: float) -> list[Li
         config = within_budget(config, num_ranks, device_bytes)
     except DoesNotFitError as error:
         return [Line("fault", "memory", str(error), "as it says; `latte-scale estimate` shows the parts")]
-    choice = examine(config, Cluster(DEVICES["h100"], num_ranks))  # memory is the same on any device
+    choice = estimate_of(config, Cluster(DEVICES["h100"], num_ranks))  # memory is the same on any device
     found = f"a rank needs about {choice.memory.needed / GIB:.1f} of {device_bytes / GIB:.1f} GiB{choice.where}"
     if choice.memory.needed <= device_bytes:
         return [Line("ok", "memory", f"{found}: {choice.words}")]
@@ -160,7 +160,7 @@ def versions_here() -> dict[str, str]:
 
 
 def short(versions: Mapping[str, str]) -> str:
-    """The versions that a person looks for first."""
+    """The versions of the most important libraries."""
     return ", ".join(f"{name} {versions[name]}" for name in ("torch", "deepspeed", "flash-attn") if name in versions)
 
 

@@ -26,14 +26,14 @@ from latte_scale.run.metrics import read_metrics
 from latte_scale.store import StoreError
 
 NUM_SHARDS, NUM_SAMPLES = 3, 4
-"""Looked at by a rank, and samples of each of them."""
+"""Shards that a rank looks at, and samples of each."""
 COUNTED_SHARDS = 1000
-"""Of whole clips in several sizes, beyond which they are not counted here: every index would be read."""
+"""With more shards the clips of several sizes are not counted here, because every index would have to be read."""
 READ_S, READ_THREADS = 2.0, 8
 HASH_BYTES = 2**31
 """Encoder weights beyond this are not hashed here: it takes longer than doctor may."""
 SLOW_SHARE = 0.5
-"""Of the median rate of all machines, under which one is named."""
+"""A machine is named if it reads at less than this share of the median rate of all."""
 
 
 def data_lines(config: Config, rank: int, size: int) -> list[Line]:
@@ -52,7 +52,7 @@ def data_lines(config: Config, rank: int, size: int) -> list[Line]:
 
 
 def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
-    """What training would refuse about this data."""
+    """Whether training would refuse this data."""
     weights = sum(path.stat().st_size for folder in local_folders(config) for path in folder.rglob("*.safetensors"))
     if weights > HASH_BYTES:
         found = f"not compared: the encoders' {weights / 2**30:.0f} GiB of weights would have to be hashed"
@@ -92,7 +92,7 @@ def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[L
 
 
 def local_folders(config: Config) -> list[Path]:
-    """Of the encoders, those whose folder is named."""
+    """The folders of those encoders that the config names by folder."""
     names = (config.read_encoders.vae, config.read_encoders.text)
     return [Path(name) for name in names if name is not None and Path(name).is_dir()]
 
@@ -116,7 +116,7 @@ def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:
 
 
 def sound_lines(dataset: Dataset, rank: int, size: int) -> list[Line]:
-    """A few shards of this rank's own: size, index, counts, and the checksums of a few samples of each."""
+    """Check a few shards, other ones on each rank: size, index, counts, and the checksums of some samples."""
     shards, lines, num_samples = dataset.manifest.shards, [], 0
     chosen = sorted({(rank + turn * size) * len(shards) // (NUM_SHARDS * size) for turn in range(NUM_SHARDS)})
     for number in chosen:
@@ -200,7 +200,7 @@ def rate_lines(rates: dict[str, tuple[float, float]], config: Config) -> list[Li
 
 
 def world_lines(config: Config, size: int, num_hosts: int) -> list[Line]:
-    """Whether this number of ranks, on so many hosts, can train this config."""
+    """Whether `size` ranks on `num_hosts` hosts can train this config."""
     engine, group = config.engine, config.sample_group
     if engine.kind == "single" and size > 1:
         remedy = "set engine.kind to fsdp2 or zero, or start one rank"

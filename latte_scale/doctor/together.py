@@ -1,8 +1,8 @@
-"""What only all ranks together can show: a slow rank, the rate of their all-reduce, clocks apart, folders not shared.
+"""What only all ranks together can show: a slow rank, the all-reduce rate, differing clocks, folders not shared.
 
-In: Ranks. Out: this rank's figures, gathered, and lines over those of all ranks. The decision worth knowing: measuring
-and judging are apart. A measurement is a few collectives that every rank enters; the judgement is arithmetic on plain
-numbers, which is the same on all ranks and is tested without any.
+In: Ranks. Out: this rank's figures, and lines about the gathered figures of all ranks. The decision worth knowing:
+measuring and judging are separate. A measurement is a few collectives that every rank enters; the judgement is
+arithmetic on plain numbers, which is the same on all ranks and is tested without any.
 """
 
 import statistics
@@ -22,19 +22,20 @@ REDUCE_BYTES = {"cuda": 2**28, "cpu": 2**24}
 REDUCE_TURNS = 3
 CLOCK_TURNS = 9
 SLOW, BROKEN = 1.25, 2.0
-"""Times what the others take for a product: a rank is named; a GPU is a fault. Sound ranks differ by a few percent;
-every step waits for the slowest."""
+"""Times as long as the others for a matrix product: from SLOW on a rank is named, from BROKEN on a GPU is a fault.
+Sound ranks differ by a few percent; every step waits for the slowest."""
 SLOW_LINK = 1.25e9
-"""Bytes a second, 10 Gbit/s: between GPU machines a lower rate is a network that was not meant to be taken."""
+"""Bytes a second, 10 Gbit/s: a lower rate between GPU machines means that the wrong network was taken."""
 SKEW_S, BROKEN_SKEW_S = 5.0, 300.0
-"""Clocks apart: logs mislead; Slurm refuses credentials five minutes off (slurm/README.md), S3 fifteen."""
+"""Differences between clocks: logs mislead from SKEW_S on; Slurm refuses credentials that are five minutes off
+(slurm/README.md), S3 fifteen."""
 
 
 def gemm_time(ranks: Ranks) -> float:
     """Seconds of a square product on this rank while all ranks do the same: the best of GEMM_TURNS turns.
 
-    The best, because what disturbs for a moment is no slow rank; each turn runs for GEMM_TURN_S by the clock, so that a
-    rank that stands still again and again cannot hide it between its products.
+    The best, because a disturbance of a moment does not make a slow rank. Each turn lasts GEMM_TURN_S of wall time, so
+    that a rank that stalls again and again cannot hide that between its products.
     """
     side, dtype = GEMM_SIDE[ranks.device.type], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=ranks.device, dtype=dtype) for _ in range(2))
@@ -55,7 +56,7 @@ def _turn_time(a: torch.Tensor, b: torch.Tensor, ranks: Ranks) -> float:
 
 
 def gemm_lines(times_s: Sequence[float], places: Sequence[str], device_type: str) -> list[Line]:
-    """The ranks that take much longer than the others. One rank is only told its rate."""
+    """The ranks that take much longer than the others; else, or with one rank, the rate."""
     flops = 2.0 * GEMM_SIDE[device_type] ** 3
     lines = []
     for rank, time_s in enumerate(times_s):
@@ -120,7 +121,7 @@ def clock_readings(ranks: Ranks) -> list[float]:
 
 
 def clock_lines(readings: Sequence[Sequence[float]], places: Sequence[str]) -> list[Line]:
-    """Clocks beside that of rank 0: the median over the barriers, so that one late rank does not count."""
+    """Each clock compared with rank 0's: the median over the barriers, so that one late return does not count."""
     skews = [statistics.median(mine - first for mine, first in zip(row, readings[0], strict=True)) for row in readings]
     worst = max(range(len(skews)), key=lambda rank: abs(skews[rank]))
     found = f"{places[worst]} is {skews[worst]:+.3f} s from {places[0]}, the most of {len(skews)} ranks"

@@ -1,8 +1,8 @@
-"""Environment variables, and files that stand in a module's place, which make a sound run slow, silent or wrong.
+"""Environment variables, and files that shadow modules, which make a sound run slow, silent or wrong.
 
 In: the environment, the machine's cores and interfaces. Out: a line for each that does harm. The decision worth
-knowing: what only the site can judge (NCCL's many tuning variables) is not judged; what is named here is harmful, or
-points at something that is not there.
+knowing: what only the site's administrators can judge (NCCL's many tuning variables) is left alone; what is named here
+is always harmful, or refers to something that does not exist.
 """
 
 import importlib.metadata
@@ -97,7 +97,7 @@ def thread_lines(environ: Mapping[str, str], num_cores: int, local_size: int) ->
 
 
 def interface_lines(name: str, value: str, interfaces: Sequence[str]) -> list[Line]:
-    """A named interface must be there; to NCCL "eth" is any that begins so, "=eth0" it alone, "^lo" all else."""
+    """A named interface must exist. To NCCL "eth" means any that begins so, "=eth0" that one, "^lo" all but lo."""
     if not value or value.startswith("^"):
         return []
     exact = value.startswith("=") or name.startswith("GLOO")
@@ -110,7 +110,7 @@ def interface_lines(name: str, value: str, interfaces: Sequence[str]) -> list[Li
 
 
 def shadow_lines(search_path: Sequence[str] = sys.path) -> list[Line]:
-    """Modules that would come from somewhere else than where they are installed: PYTHONPATH or the current folder."""
+    """Modules that are imported from PYTHONPATH or the current folder instead of where they are installed."""
     lines = []
     for module in IMPORTED:
         spec = importlib.util.find_spec(module)

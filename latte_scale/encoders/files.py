@@ -31,7 +31,7 @@ def text_width(folder: Path) -> int:
     """Numbers of an embedding, by the config of a T5 encoder."""
     width = read_config(folder).get("d_model")
     if not isinstance(width, int):
-        raise EncoderError(f"{folder / 'config.json'}: expected d_model of a T5 encoder, came {width!r}; copy it again")
+        raise EncoderError(f"{folder / 'config.json'}: expected d_model of a T5 encoder, got {width!r}; copy it again")
     return width
 
 

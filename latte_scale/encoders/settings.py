@@ -35,7 +35,7 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         if self.text_max_length < 1:
-            raise ValueError(f"text_max_length must be at least 1 token, came {self.text_max_length}")
+            raise ValueError(f"text_max_length must be at least 1 token, got {self.text_max_length}")
 
 
 def are_local(settings: EncoderSettings) -> bool:

@@ -19,7 +19,7 @@ MAX_PIXELS = 1 << 21  # of one forward pass: 8 frames of 512 x 512, about 12 GB 
 def check_latents(latents_BFChw: Tensor, channels: int, decoder: str) -> None:
     """EncoderError, which names the decoder, for another number of channels or for latents that are not finite."""
     if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != channels:
-        raise EncoderError(f"{decoder}: expected latents [B, F, {channels}, h, w], came {list(latents_BFChw.shape)}")
+        raise EncoderError(f"{decoder}: expected latents [B, F, {channels}, h, w], got {list(latents_BFChw.shape)}")
     if not bool(latents_BFChw.isfinite().all()):
         raise EncoderError(f"{decoder}: the latents hold NaN or infinity; the model that made them diverged")
 
@@ -89,10 +89,10 @@ class VideoAutoencoder:
         shape = list(pixels_BFCHW.shape)
         if pixels_BFCHW.dtype != torch.uint8 or len(shape) != 5 or shape[2] != 3:
             raise EncoderError(
-                f"VAE {self.name}: expected uint8 pixels [B, F, 3, H, W], came {pixels_BFCHW.dtype} {shape}"
+                f"VAE {self.name}: expected uint8 pixels [B, F, 3, H, W], got {pixels_BFCHW.dtype} {shape}"
             )
         if shape[3] % self.downscale or shape[4] % self.downscale:
             raise EncoderError(
-                f"VAE {self.name}: height and width must be multiples of {self.downscale} pixels, came "
+                f"VAE {self.name}: height and width must be multiples of {self.downscale} pixels, got "
                 f"{shape[3]} x {shape[4]}; change video.height and video.width"
             )

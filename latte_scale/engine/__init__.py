@@ -1,9 +1,9 @@
-"""Engines: backward, clipping and the sharded optimizer step, behind one seam (base.Engine).
+"""Engines: backward, clipping and the sharded optimizer step, behind one interface (base.Engine).
 
-`single`, `fsdp2` and `zero` are handed a module and the names of its repeated blocks. Before they shard it, `base`
-prepares it: what blocks keep for backward (`activations`), torch.compile (`compiling`), precision. `launch` and `dist`
-say who is there; `parallel` spreads clips over ranks and holds copies of the weights; `build_locks` clears what killed
-DeepSpeed processes left.
+`single`, `fsdp2` and `zero` are handed a module and the list of its repeated blocks. Before they shard it, `base`
+prepares it: activation checkpointing (`activations`), torch.compile (`compiling`), precision. `launch` and `dist` bring
+the ranks of a job together; `parallel` splits clips over ranks (sequence parallelism) and replicates sharded weights
+(HSDP); `build_locks` removes lock files that killed DeepSpeed processes left.
 """
 
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ def build_engine(
     blocks: Sequence[nn.Module],
     ranks: Ranks,
 ) -> Engine:
-    """The engine that `settings.kind` names, which takes the model over.
+    """The engine that `settings.kind` names; it takes ownership of the model.
 
     Args:
         settings: kind, stage and the rest of the `engine` section.
         optim: AdamW and clipping.
-        precision: "fp32", or "bf16" (and "fp8", as far as engines go): autocast around model.forward, everything stored
-            and reduced in fp32.
+        precision: "fp32", or "bf16" (to an engine "fp8" is the same): autocast around model.forward; weights, gradients
+            and reductions stay in fp32.
         model: a plain module with fp32 parameters, the same values on every rank; moved to the device and sharded.
         blocks: its repeated blocks, in the order in which forward runs them.
         ranks: from init_distributed.
@@ -56,5 +56,5 @@ def build_engine(
     elif settings.kind == "zero":
         from latte_scale.engine.zero import ZeroEngine as engine
     else:
-        raise ValueError(f"engine.kind must be single, fsdp2 or zero, came {settings.kind!r}")
+        raise ValueError(f"engine.kind must be single, fsdp2 or zero, got {settings.kind!r}")
     return engine(settings, optim, precision, model, blocks, ranks)

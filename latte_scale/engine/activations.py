@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass: everything, its products, its input, or its input in host memory.
+"""Activation checkpointing: a block keeps everything for backward, its products, its input, or its input on the host.
 
 In: the blocks of a model. Out: the same blocks, each with another `forward`; names, hooks and values stay. The less is
 kept, the more of the block's forward runs again in backward:
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 KEPT = re.compile(r"::(mm|addmm|bmm|baddbmm|_scaled_mm\w*)$|attention|attn|flash")
 """Operators whose results selective checkpointing keeps: matrix products and attention, of torch and of flash-attn."""
 MIN_BYTES = 4 * 2**20
-"""Smaller tensors (modulation, captions) stay on the device: all blocks share them, so a copy would free nothing."""
+"""Smaller tensors (modulation, captions) stay on the device: all blocks share them, so moving them frees nothing."""
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -41,8 +41,10 @@ def keep_products(blocks: Sequence[nn.Module]) -> None:
 
 
 def offload_blocks(blocks: Sequence[nn.Module], device_type: str, min_bytes: int = MIN_BYTES) -> None:
-    """Make each block keep only its inputs, those of at least `min_bytes` in host memory. Must run after compilation:
-    what moves tensors between devices is not compiled."""
+    """Make each block keep only its inputs, those of at least `min_bytes` in host memory.
+
+    Must run after compilation: what moves tensors between devices is not compiled.
+    """
     stash = HostStash(device_type, min_bytes)
     for block in blocks:
         block.forward = stash.around(functools.partial(_checkpointed, block.forward))
@@ -58,7 +60,7 @@ def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Checkp
 
 
 class HostStash:
-    """Saved tensors on the way to host memory and back, on a stream of their own beside the computation."""
+    """Copies saved tensors to host memory and back, on a CUDA stream of its own beside the computation."""
 
     def __init__(self, device_type: str, min_bytes: int) -> None:
         self.stream = torch.cuda.Stream() if device_type == "cuda" else None
@@ -66,7 +68,7 @@ class HostStash:
         self._last: weakref.ref[_Stashed] | None = None
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` with what it saves for backward stashed here."""
+        """`forward`, whose saved tensors go to host memory."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
@@ -83,7 +85,7 @@ class HostStash:
 
 
 class _Stashed:
-    """One tensor in host memory, which knows the one that was stashed before it: backward asks for that one next."""
+    """One tensor in host memory. It knows the one stashed before it, which backward will ask for next."""
 
     def __init__(
         self, tensor: Tensor, stream: "torch.cuda.Stream | None", before: "weakref.ref[_Stashed] | None"
@@ -97,10 +99,10 @@ class _Stashed:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not given away before the copy has been made
+        tensor.record_stream(stream)  # its memory is not reused before the copy is complete
 
     def fetch(self) -> None:
-        """Begin to copy the tensor back; nothing if that has begun."""
+        """Start to copy the tensor back, unless that has started."""
         if self._back is not None:
             return
         if self._stream is None:
@@ -115,7 +117,7 @@ class _Stashed:
         self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The tensor on its device; the next one that backward will ask for is on its way when this returns."""
+        """The tensor on its device; also starts to copy back the one that backward will ask for next."""
         self.fetch()
         back, self._back = self._back, None
         if self._stream is not None:

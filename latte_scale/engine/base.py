@@ -1,4 +1,4 @@
-"""What every engine is: a model and its sharded optimizer behind one seam, and this rank's pieces of their state.
+"""The interface of every engine: a model with its sharded optimizer, and this rank's pieces of their state.
 
 In: a plain fp32 nn.Module, equal on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train loop
 calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it.
@@ -23,10 +23,10 @@ from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.optim import is_decayed
 
 Precision = Literal["fp32", "bf16", "fp8"]
-"""fp8 is bf16 to an engine: which layers compute in 8 bits is told to the model (model/fp8.py) before it gets here."""
+"""fp8 is bf16 to an engine: the layers that compute in 8 bits were set in the model (model/fp8.py) before."""
 
 LONGEST_TIMEOUT_S = 1e7
-"""Four months: what is longer is a mistake, and torch cannot count it."""
+"""Four months: anything longer is a mistake, and overflows in torch."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +57,28 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.checkpointed_share <= 1.0:
-            raise ValueError(f"engine.checkpointed_share must lie in [0, 1], came {self.checkpointed_share}")
+            raise ValueError(f"engine.checkpointed_share must lie in [0, 1], got {self.checkpointed_share}")
         if self.memory_budget_gib is not None and self.activation_checkpointing != "auto":
             raise ValueError(
-                f"engine.memory_budget_gib={self.memory_budget_gib} is for engine.activation_checkpointing=auto, came "
+                f"engine.memory_budget_gib={self.memory_budget_gib} is for engine.activation_checkpointing=auto, got "
                 f"{self.activation_checkpointing}; set that or drop the key"
             )
         if self.activation_checkpointing == "auto" and (self.checkpointed_share, self.other_blocks) != (1.0, "none"):
             raise ValueError(
-                f"engine.activation_checkpointing=auto chooses checkpointed_share and other_blocks itself, came "
+                f"engine.activation_checkpointing=auto chooses checkpointed_share and other_blocks itself, got "
                 f"{self.checkpointed_share} and {self.other_blocks}; drop these two keys, or choose another kind"
             )
         if self.memory_budget_gib is not None and not self.memory_budget_gib > 0.0:
-            raise ValueError(f"engine.memory_budget_gib must be positive, came {self.memory_budget_gib}")
+            raise ValueError(f"engine.memory_budget_gib must be positive, got {self.memory_budget_gib}")
         if self.cpu_offload and self.kind != "zero":
-            raise ValueError(f"engine.cpu_offload needs engine.kind=zero, came {self.kind}; set kind or drop the key")
+            raise ValueError(f"engine.cpu_offload needs engine.kind=zero, got {self.kind}; set kind or drop the key")
         if self.compile and self.kind == "zero" and self.zero_stage == 3:
             raise ValueError(
                 "engine.compile does not work with ZeRO stage 3, whose hooks gather weights inside the blocks; "
                 "use zero_stage 1 or 2, or engine.kind=fsdp2"
             )
         if self.sequence_parallel < 1:
-            raise ValueError(f"engine.sequence_parallel must be 1 or more ranks, came {self.sequence_parallel}")
+            raise ValueError(f"engine.sequence_parallel must be 1 or more ranks, got {self.sequence_parallel}")
         if self.sequence_parallel > 1 and self.kind == "single":
             raise ValueError(
                 f"engine.sequence_parallel={self.sequence_parallel} needs several ranks, and engine.kind=single runs "
@@ -86,21 +86,21 @@ class EngineSettings:
             )
         self._check_counts()
         if not 0.0 < self.timeout_s <= LONGEST_TIMEOUT_S:
-            raise ValueError(f"engine.timeout_s must lie in (0, {LONGEST_TIMEOUT_S:g}] seconds, came {self.timeout_s}")
+            raise ValueError(f"engine.timeout_s must lie in (0, {LONGEST_TIMEOUT_S:g}] seconds, got {self.timeout_s}")
 
     def _check_counts(self) -> None:
         least = {"blocks_per_unit": 1, "prefetch_units": 0, "zero_bucket_elements": 1, "zero_prefetch_elements": 0}
         for name, least_value in (least | {"zero_persistent_elements": 0}).items():
             if getattr(self, name) < least_value:
-                raise ValueError(f"engine.{name} must be {least_value} or more, came {getattr(self, name)}")
+                raise ValueError(f"engine.{name} must be {least_value} or more, got {getattr(self, name)}")
         if self.replicate != "node" and self.replicate < 1:
-            raise ValueError(f"engine.replicate must be node, or 1 copy or more, came {self.replicate}")
+            raise ValueError(f"engine.replicate must be node, or 1 copy or more, got {self.replicate}")
         if self.replicate != 1 and self.kind != "fsdp2":
-            raise ValueError(f"engine.replicate={self.replicate} needs engine.kind=fsdp2, came {self.kind}; set kind")
+            raise ValueError(f"engine.replicate={self.replicate} needs engine.kind=fsdp2, got {self.kind}; set kind")
 
 
 class StepResult(NamedTuple):
-    """What a step did, as 0-d fp32 tensors: read them a step later and no host waits for the device."""
+    """What a step did, as 0-d fp32 tensors: read one step later, they make no host wait for the device."""
 
     grad_norm: Tensor  # global L2 norm before clipping; not finite when nothing was applied
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite: then weights, moments and counters did not move
@@ -126,12 +126,12 @@ class Engine(Protocol):
     sequence: SequenceGroup  # the ranks that hold each clip together, this one among them: they share their samples
     dp_rank: int  # which share of the global batch is this rank's and its group's
     dp_size: int
-    replica: int  # of which copy of the weights this rank holds its pieces; every copy tiles all parameters
+    replica: int  # the copy of the weights of which this rank holds pieces; every copy tiles all parameters
     num_replicas: int
 
     @property
     def model(self) -> Callable[..., Any]:
-        """What to call for the forward pass, in place of the module."""
+        """The callable for the forward pass; call it instead of the module."""
         ...
 
     @property
@@ -165,14 +165,14 @@ class Engine(Protocol):
 def make_deterministic() -> None:
     """Ask torch for deterministic kernels; bitwise resume on a GPU needs them.
 
-    Must run before the first product of the process: torch looks at the variable then, and never again.
+    Must run before the first matrix product of the process: torch reads the variable then, and never again.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for what no engine can train and save exactly, naming the tensor."""
+    """Raise ValueError, naming the tensor, for a model that no engine could train and save exactly."""
     names = [name for name, _ in model.named_parameters()]
     if not names:
         raise ValueError("the model has no parameters: nothing to train")
@@ -228,7 +228,7 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
     if precision == "fp32":
         return
     if precision not in get_args(Precision):
-        raise ValueError(f"train.precision must be one of {', '.join(get_args(Precision))}, came {precision!r}")
+        raise ValueError(f"train.precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     forward = model.forward
 
     @functools.wraps(forward)
@@ -242,11 +242,9 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
 def prepare(
     model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, precision: Precision, device_type: str
 ) -> None:
-    """What all engines do to the model before sharding it, in the order in which the wrappers must nest."""
+    """Prepare the model as all engines do before sharding it, in the order in which the wrappers must nest."""
     check_model(model)
-    assert settings.activation_checkpointing != "auto", (
-        "estimate/budget.py says what that is, before an engine is built"
-    )
+    assert settings.activation_checkpointing != "auto", "estimate/budget.py replaces it before an engine is built"
     count = round(settings.checkpointed_share * len(blocks))
     chosen, others = blocks[:count], blocks[count:]
     if settings.activation_checkpointing == "full":

@@ -1,7 +1,7 @@
-"""Build locks that a killed process left, for which DeepSpeed's next start on this machine would wait for ever.
+"""Removes build locks that a killed process left, for which DeepSpeed's next start on this machine would wait for ever.
 
-torch compiles and loads extensions under a lock that is a mere file: its holder keeps it open and removes it in the
-end. SIGKILL in between leaves a file that is nobody's.
+torch compiles and loads extensions under a lock that is a plain file: its holder keeps it open and removes it at the
+end. SIGKILL in between leaves a file that nobody holds.
 """
 
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 from torch.utils.cpp_extension import get_default_build_root
 
 STALE_S = 20.0
-"""Age at which a lock that no process of this machine holds is removed. One of another machine, where the folder is
-shared, is not seen to be held: loading what is built takes less than a second, and a build on two machines at once is
-rare and repeated by the next start."""
+"""Age at which a lock that no process of this machine holds is removed. A lock that another machine holds, in a shared
+folder, cannot be told from it: but loading a finished build takes less than a second, and a build that two machines do
+at once is rare, and repeated by the next start."""
 
 
 def drop_stale_locks(root: Path | None = None) -> list[Path]:
@@ -34,7 +34,7 @@ def drop_stale_locks(root: Path | None = None) -> list[Path]:
 
 
 def _age_s(path: Path) -> float | None:
-    """Seconds since the file was made; None if it is gone."""
+    """Seconds since the file was last written; None if it is gone."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:

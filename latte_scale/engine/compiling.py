@@ -1,9 +1,10 @@
-"""torch.compile for the repeated blocks, and an account of what it compiled in whose steps.
+"""torch.compile for the repeated blocks, and a count of what it compiled for which bucket.
 
 In: a model's blocks, and the bucket of each step that ran. Out: the blocks, compiled when they are first called, and
-the number of graphs by bucket. The decision worth knowing: shapes are static, one graph a kind of block and bucket,
-because kernels made for any shape are slower. So nothing but the bucket may change a shape (captions are padded to one
-length, conditioning.py), and a graph made after a bucket's first step is a fault, told with torch's own reason for it.
+the number of graphs by bucket. The decision worth knowing: shapes are static, one graph for each kind of block and
+bucket, because kernels for dynamic shapes are slower. So nothing but the bucket may change a shape (captions are padded
+to one length, conditioning.py), and a graph that is compiled after a bucket's first step is a fault, which is logged
+with torch's own reason.
 """
 
 import logging
@@ -17,8 +18,8 @@ from torch import nn
 logger = logging.getLogger("latte_scale")
 
 MOST_GRAPHS = 128
-"""Of one function. torch gives up after 8 and leaves the function uncompiled from then on: three sizes of clips with
-two kinds of block reach that as soon as validation runs them without gradients, too."""
+"""Limit of graphs for one function. torch's own limit is 8, beyond which the function runs uncompiled: three sizes of
+clips with two kinds of block reach that as soon as validation runs them without gradients, too."""
 
 
 class Compilation(NamedTuple):
@@ -26,7 +27,7 @@ class Compilation(NamedTuple):
 
     function: str  # as "forward (latte_scale/model/blocks.py:105)"
     seconds: float  # without the backward graph's, which is compiled when it is first run
-    reason: str  # torch's, why none of the function's graphs would do, one for each; "" where there was none
+    reason: str  # torch's reasons why none of the function's existing graphs fits; "" for a first compilation
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
@@ -37,7 +38,7 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
 
 
 def compile_forwards(blocks: Sequence[nn.Module]) -> None:
-    """The same for each block's forward alone, for what is then wrapped around it and must not be compiled."""
+    """torch.compile each block's forward alone: what is wrapped around it afterwards is then not compiled."""
     _allow_many_graphs()
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
@@ -50,12 +51,12 @@ def _allow_many_graphs() -> None:
 
 
 class Compilations:
-    """What this process compiles while a run goes on: told when it happens, counted by the steps' buckets."""
+    """What this process compiles during a run: logged when it happens, counted by the bucket of the step."""
 
     def __init__(self, enabled: bool) -> None:
-        """`enabled`: blocks are compiled (engine.compile); else nothing is looked for."""
+        """`enabled`: blocks are compiled (engine.compile); otherwise nothing is counted."""
         self.by_bucket: Counter[str] = Counter()
-        self.again: list[Compilation] = []  # after their bucket's first step
+        self.recompiled: list[Compilation] = []  # after their bucket's first step
         self._enabled, self._last, self._reasons = enabled, None, Reasons()
         if enabled:
             from torch._dynamo.utils import set_compilation_metrics_limit
@@ -65,9 +66,10 @@ class Compilations:
             self._take()
 
     def note(self, bucket: str, step: int, is_expected: bool = False) -> tuple[int, int]:
-        """Account for what was compiled since the last call, in a step of `bucket`: (graphs, those made again).
+        """Count what was compiled since the last call, in a step of `bucket`: (graphs, how many of them recompiled).
 
-        A bucket's first step compiles it; graphs of a later one are made again and warned about, unless `is_expected`.
+        A bucket's first step compiles its graphs. Graphs of a later step are recompilations, logged as warnings, unless
+        `is_expected`.
         """
         new = self._take()
         is_again = bucket in self.by_bucket and not is_expected
@@ -78,13 +80,13 @@ class Compilations:
             seconds = sum(each.seconds for each in new)
             logger.info("step %d: compiled %d graphs for %s in %.0f s", step, len(new), bucket, seconds)
             return len(new), 0
-        self.again += new
+        self.recompiled += new
         for each in new:
             logger.warning("step %d: compiled %s again for %s: %s", step, each.function, bucket, each.reason)
         return len(new), len(new)
 
     def _take(self) -> list[Compilation]:
-        """Those of forward graphs since the last call, oldest first."""
+        """Compilations of forward graphs since the last call, oldest first."""
         if not self._enabled:
             return []
         from torch._dynamo.utils import get_compilation_metrics
@@ -98,16 +100,16 @@ class Compilations:
         return [self._compilation(entry) for entry in reversed(new) if entry.is_forward is not False]
 
     def _compilation(self, entry: Any) -> Compilation:
-        """From torch's record of one, which names no function where the limit of graphs was reached."""
+        """From torch's record, which names no function once the limit of graphs was reached."""
         where = f"{entry.co_name} ({entry.co_filename}:{entry.co_firstlineno})" if entry.co_name else "nothing any more"
         reason = self._reasons.next(entry.recompile_reason) if entry.recompile_reason else entry.fail_reason
         return Compilation(where, (entry.duration_us or 0) / 1e6, reason or "")
 
 
 class Reasons(logging.Handler):
-    """Hears torch say why it compiles a function again.
+    """Collects torch's reasons for recompilations from its log.
 
-    Its records name one graph that did not fit, often that of another size; what it logs names all of them.
+    Its records name only one graph that did not fit, often that of another size; its log names all of them.
     """
 
     def __init__(self) -> None:
@@ -115,7 +117,7 @@ class Reasons(logging.Handler):
         self._heard: deque[str] = deque()
 
     def listen(self) -> None:
-        """Have torch say it, to this handler alone; where TORCH_LOGS is set, it says what that asks for."""
+        """Make torch log its reasons, to this handler alone; where TORCH_LOGS is set, that decides what is logged."""
         torch._logging.set_logs(recompiles=True)
         logger = logging.getLogger("torch._dynamo.guards.__recompiles")
         logger.handlers = [each for each in logger.handlers if not isinstance(each, Reasons)] + [self]
@@ -127,5 +129,5 @@ class Reasons(logging.Handler):
         self._heard.append("; ".join(line.removeprefix("- ") for line in lines if line.startswith("- ")))
 
     def next(self, otherwise: str) -> str:
-        """Of the oldest recompilation that was not asked about yet; `otherwise` where torch said nothing."""
+        """The reason for the oldest recompilation not returned yet; `otherwise` where torch logged none."""
         return self._heard.popleft() if self._heard else otherwise

@@ -1,6 +1,6 @@
 """Process groups: `Ranks` is the only way the rest of the code talks across ranks.
 
-In: what a launcher said in the environment (launch.py), or nothing. Out: `Ranks`. The decision worth knowing: without a
+In: the environment that a launcher set (launch.py), or nothing. Out: `Ranks`. The decision worth knowing: without a
 launcher there is a process group of one, made without network or files, so one rank and many run the same code.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latte_scale.engine.launch import Launch, check_address, launch_from_env, meet
+from latte_scale.engine.launch import Launch, check_address, launch_from_env, rendezvous
 
 
 class Ranks:
@@ -61,7 +61,7 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
     """Join the job's process group: gloo for CPU tensors, and nccl for CUDA tensors where there are GPUs.
 
     Args:
-        launch: which process this is; None: from the environment, one process if that says nothing.
+        launch: which process this is; None: taken from the environment, one process if no launcher set it.
         device: "cpu" or "cuda"; None: cuda where there is one.
         timeout_s: seconds after which a collective that waits for a lost rank raises.
 
@@ -77,14 +77,14 @@ def init_distributed(launch: Launch | None = None, device: str | None = None, ti
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return Ranks(0, 1, 0, torch_device)
     check_address(launch)
-    store = meet(launch)
+    store = rendezvous(launch)
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
     return Ranks(launch.rank, launch.size, launch.local_rank, torch_device)
 
 
 def one_device() -> torch.device:
-    """Where a process computes that no launcher started: the current GPU where there is one, else the CPU."""
+    """The device of a process that no launcher started: the current GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -109,9 +109,9 @@ def shutdown() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with `code`: exit handlers run and output is flushed, but the interpreter is not finalized.
 
-    gloo's threads live on after `shutdown`, because DTensor's caches and DeepSpeed's globals refer to the group for
-    ever. One that drops a tensor needs the interpreter, and if that is just being finalized, the process aborts
-    ("terminate called without an active exception", pytorch/pytorch#179291): a finished run would look failed.
+    gloo's threads live on after `shutdown`, because DTensor's caches and DeepSpeed's globals never drop the group. A
+    thread that frees a tensor needs the interpreter; if that is being finalized just then, the process aborts
+    ("terminate called without an active exception", pytorch/pytorch#179291) and a finished run would look failed.
     """
     atexit._run_exitfuncs()
     logging.shutdown()

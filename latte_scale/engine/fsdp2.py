@@ -66,7 +66,7 @@ class Fsdp2Engine:
         return self._optimizer.num_updates
 
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
-        self.module.set_requires_gradient_sync(last_microbatch)  # reduced once a step, not once a micro-batch
+        self.module.set_requires_gradient_sync(last_microbatch)  # reduce once a step, not once a micro-batch
         loss.backward()
 
     @torch.no_grad()
@@ -86,14 +86,13 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def after_load(self, num_updates: int) -> None:
-        self.module.reshard()  # weights still gathered from before the load would be stale
-        for block in self.module.modules():
-            if isinstance(block, FSDPModule):
-                block.reshard()
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # weights that are still gathered would be those from before the load
         self._optimizer.set_num_updates(num_updates)
 
     def _sum(self, tensor: Tensor) -> None:
-        """Over the ranks of one copy, which hold every gradient once."""
+        """Add over the ranks of one copy of the weights, which together hold every gradient once."""
         if self._mesh.num_shards > 1:
             dist.all_reduce(tensor, group=self._mesh.group)
 
@@ -141,10 +140,11 @@ def shard_empty(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> 
 
 
 def prefetch(units: Sequence[FSDPModule], ahead: int) -> None:
-    """Begin to gather `ahead` units early, in the order of forward and, in backward, against it.
+    """Prefetch `ahead` units: those that follow in the order of forward and, in backward, in the reverse order.
 
-    FSDP2 begins the next gathering itself, but only when the next unit is called; named, it is issued before this unit
-    computes. With `ahead` 0 it is left to that. The first of `units` is the root, which forward enters first.
+    FSDP2 starts the next all-gather by itself, but only when the next unit is called; units that are named here are
+    gathered before the current one computes. `ahead` 0 leaves FSDP2's own behaviour. The first of `units` is the root,
+    which forward enters first.
     """
     if ahead == 0:
         return
@@ -154,7 +154,7 @@ def prefetch(units: Sequence[FSDPModule], ahead: int) -> None:
 
 
 def first_element(param: Tensor, mesh: ShardMesh) -> int:
-    """Where this rank's rows begin in the flattened whole."""
+    """Offset of this rank's rows in the flattened parameter."""
     return row_range(param.shape[0], mesh.shard, mesh.num_shards)[0] * param.shape[1:].numel()
 
 

@@ -1,10 +1,10 @@
-"""From a launcher's environment to a store in which every rank of the job has been seen.
+"""From a launcher's environment to a rendezvous store in which every rank of the job has registered.
 
 In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, the deepspeed launcher and slurm/ set them.
-Out: `Launch` and the store that dist.py makes process groups of. The decision worth knowing: a roll call comes before
-the first collective, so that within a minute (more where processes start slowly) every rank either knows that the whole
-world is there, each rank once and of one job, or stops with what is wrong with it. A group would wait for a lost rank
-for as long as its timeout.
+Out: `Launch`, and the store from which dist.py makes process groups. The decision worth knowing: a roll call comes
+before the first collective, so that within a minute (more where processes start slowly) every rank either knows that
+the whole world is there, each rank once and all of one job, or stops and says what is wrong. A process group would wait
+for a lost rank until its timeout.
 """
 
 import ipaddress
@@ -22,14 +22,14 @@ import torch.distributed as dist
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ROLL_CALL_S, SLOW_ROLL_CALL_S, TIMES_OWN_START = 35.0, 300.0, 2.0
-"""Within which all ranks must have come after the first: so long, or, where imports are slow (a cold shared disk), so
-many times what the own start has taken, up to five minutes; LATTE_ROLL_CALL_S replaces all three."""
+"""How long a rank waits for the others: ROLL_CALL_S or, where imports are slow (a cold shared disk), TIMES_OWN_START
+times its own start-up time, at most SLOW_ROLL_CALL_S. LATTE_ROLL_CALL_S replaces all three."""
 ROOM_LOOK_S = 1.0
-"""How often a rank that waits looks whether rank 0 has started anew: a thousand of them ask one store."""
+"""Seconds between two looks of a waiting rank for a new attempt of rank 0: a thousand of them ask one store."""
 
 
 class LaunchError(ValueError):
-    """The processes of a job do not make up one world; the message says who is missing or what to change."""
+    """The processes of a job do not form one world; the message says who is missing or what to change."""
 
 
 class AbsentRanksError(LaunchError):
@@ -77,7 +77,7 @@ def _parse(environ: Mapping[str, str]) -> Launch:
         raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
     if not 0 <= rank < size or local_rank < 0:
         raise LaunchError(
-            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, came {rank} {size} {local_rank}"
+            f"RANK must lie in [0, WORLD_SIZE) and LOCAL_RANK be 0 or more, got {rank} {size} {local_rank}"
         )
     return launch
 
@@ -123,7 +123,7 @@ def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> N
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank says of itself."""
+    """What a rank registers with."""
 
     host: str
     host_address: str  # to which the host resolves its own name: what gloo tells the others to connect to
@@ -141,8 +141,8 @@ def _card() -> Card:
     return Card(host, address, environ.get("GLOO_SOCKET_IFNAME", ""), job)
 
 
-def meet(launch: Launch) -> dist.Store:
-    """The store of the job, once every rank has been seen in it. Raises LaunchError on all ranks that came."""
+def rendezvous(launch: Launch) -> dist.Store:
+    """The store of the job, once every rank has registered in it. Raises LaunchError on all ranks that came."""
     limit_s = roll_call_limit_s()
     try:
         store = _open_store(launch, timedelta(seconds=limit_s))
@@ -297,7 +297,7 @@ def _twice(ranks: list[int]) -> str:
 
 
 def _wait_for_readers(store: dist.Store, num_ranks: int) -> None:
-    """Rank 0 holds the store: it stays until the others have read why the world was refused, for 5 s at most."""
+    """Keep rank 0, which hosts the store, until the others have read why the world was refused; for 5 s at most."""
     until_s = time.monotonic() + 5.0
     while store.add("read", 0) < num_ranks and time.monotonic() < until_s:
         time.sleep(0.05)

@@ -46,7 +46,7 @@ class ZeroEngine:
         deepspeed = _import_deepspeed(ranks)
         if ranks.local_rank == 0:
             drop_stale_locks()
-        ranks.barrier()  # nobody takes a lock before it was looked for
+        ranks.barrier()  # no rank takes a lock before stale ones were removed
         prepare(model, blocks, settings, precision, ranks.device.type)
         check_equal_weights(model, ranks)
         self.module, self.device, self.ranks = model, ranks.device, ranks
@@ -152,7 +152,7 @@ def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_element
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    """deepspeed, quiet, on this rank's kind of device. ImportError that says what to install."""
+    """The module deepspeed, set up for this rank's kind of device. ImportError that says what to install."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # deepspeed takes its device from it, in every step of stage 3
@@ -189,7 +189,7 @@ def _fragment_shards(params: Sequence[Tensor]) -> list[tuple[int, int, Tensor, d
 
 
 def _partition_shards(zero: Any, params: Sequence[Tensor]) -> list[tuple[int, int, Tensor, dict[str, Tensor]]]:
-    """Stage 3: the same for partitions, of which the last ranks' are padded or all padding."""
+    """Stage 3: the same for this rank's partition of each parameter; the last ranks' are padded, or all padding."""
     pieces = []
     for param in params:
         group, offset, num_padded = zero.grad_position[zero.get_param_id(param)]

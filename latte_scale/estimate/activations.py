@@ -1,9 +1,9 @@
 """The log of a step of the whole model, from recordings of a few of its blocks.
 
-In: a config and the clips of a micro-batch. Out: the `Entry`s of one forward and backward, all blocks counted. The
-decision worth knowing: a model is recorded with at most three units of blocks of a kind, and the middle one is repeated
-as often as the model has more; a large micro-batch is extrapolated from those of two and three clips, entry by entry.
-A micro-batch of one to three clips is recorded as it is: torch copies at other places when there is only one.
+In: a config and the number of clips in a micro-batch. Out: the `Entry`s of one forward and backward of all blocks. The
+decision worth knowing: a model is recorded with at most three units of blocks of a kind, of which the middle one stands
+for all others of the real model; a large micro-batch is extrapolated from those of two and three clips, entry by entry.
+Micro-batches of up to three clips are recorded themselves: with one clip torch copies in other places.
 """
 
 import functools
@@ -19,22 +19,22 @@ RECORDED_CLIPS = (2, 3)  # micro-batches from which larger ones are extrapolated
 
 
 class Unit(NamedTuple):
-    """Consecutive blocks of a recorded model, and how often they come in the whole one."""
+    """Consecutive blocks of a recorded model, and how many times the real model has them."""
 
     blocks: range
     times: int
 
 
 def activations(config: Config, batch: int) -> tuple[Entry, ...]:
-    """The log of a micro-batch of `batch` clips, of this rank's part of them, in the config's precision.
+    """The log of a micro-batch of `batch` clips, or of a rank's part of them in a sequence group.
 
-    Compiled blocks keep less than this: torch.compile chooses what to keep, which is not looked at here.
+    Compiled blocks keep less: what torch.compile chooses to keep is not modelled.
     """
     return _unrolled(_stripped(config), batch)
 
 
 def _stripped(config: Config) -> Config:
-    """The config with everything equal that changes no shape, so that it is recorded once."""
+    """The config with every setting at a fixed value that changes no shape, so that configs share their recordings."""
     contrastive = replace(config.contrastive, group=2) if config.contrastive.weight else config.contrastive
     engine = config.engine
     engine = type(engine)(
@@ -64,7 +64,7 @@ def _recorded(config: Config, batch: int) -> list[Entry]:
 
 
 def _extrapolated(at_2: list[Entry], at_3: list[Entry], batch: int) -> list[Entry]:
-    """Each further clip costs as much. The two logs tell the same story: only sizes differ."""
+    """Every further clip adds the same bytes to each entry. The two logs have the same entries: only sizes differ."""
     assert len(at_2) == len(at_3), "two clips and three are computed in different ways: extrapolate from others"
     found = []
     for two, three in zip(at_2, at_3, strict=True):
@@ -113,10 +113,10 @@ def _units(times: Sequence[int], size: int) -> list[Unit]:
 
 
 def unrolled(entries: Sequence[Entry], units: Sequence[Unit]) -> Iterator[Entry]:
-    """The log of the whole model: what lies between a unit's beginning and the next one's comes as often as the unit.
+    """The log of the real model: the stretch from one unit's beginning to the next one's is repeated `times` times.
 
-    Blocks get the numbers that they have in the whole model. What is in no block is repeated with the unit in which it
-    happened, but for gradients of its weights: they come once.
+    Blocks get the numbers that they have in the real model. Entries of weights outside the blocks are repeated with the
+    unit in whose stretch they are, except for their gradients, which come once.
     """
     forward = [entries.index(("enter", unit.blocks[0], 0)) for unit in units]
     backward = [entries.index(("back", unit.blocks[-1], 0)) for unit in reversed(units)]
@@ -141,9 +141,9 @@ def _moved(entry: Entry, by: int) -> Entry:
 
 
 def compressed(entries: Iterator[Entry]) -> Iterator[Entry]:
-    """The same log with two changes for each stretch of them: to where most was allocated, and from there to the end.
+    """The same log with every run of consecutive changes reduced to two: up to its peak, and from there to its end.
 
-    Nothing else happens in between, so the largest sum with the engine's own memory is found just as well.
+    Within a run the engine allocates nothing, so the peak of the step stays the same.
     """
     now, most = (0, 0), (0, 0)
     for entry in entries:

@@ -1,8 +1,8 @@
 """Which settings fit and which of them is fastest, in words: before a launch, and after one that ran out of memory.
 
-In: a config and a cluster. Out: `Choice`s, each a config with its memory and time, and sentences. The decision worth
-knowing: only settings that change nothing about what is computed are varied (`engine.*` and `train.micro_batch`), so
-every piece of advice may be followed by a run that is resumed.
+In: a config and a cluster. Out: `Estimate`s of other settings, and sentences. The decision worth knowing: only settings
+that change nothing about what is computed are varied (`engine.*` and `train.micro_batch`), so a run that is resumed may
+follow every piece of advice.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 from latte_scale.config import Config
 from latte_scale.estimate.buckets import buckets_of
 from latte_scale.estimate.budget import DoesNotFitError, within_budget
-from latte_scale.estimate.choice import Choice, examine
+from latte_scale.estimate.estimate import Estimate, estimate_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, device_like
 from latte_scale.estimate.memory import Memory, data_ranks
 from latte_scale.estimate.timing import mean_timing, timing
@@ -27,8 +27,8 @@ CHECKPOINTING = ("none", "selective", "full", "offload")
 
 def recommend(
     config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
-) -> Choice | None:
-    """The fastest choice that fits; of about equally fast ones torch's own engines first, then those that keep most.
+) -> Estimate | None:
+    """The fastest settings that fit; of about equally fast ones torch's own engines first, then those that keep most.
 
     Every candidate has as little checkpointed as its memory allows (budget.py). None if nothing fits.
     """
@@ -38,28 +38,28 @@ def recommend(
         return mean_timing([(share, timing(own, cluster, efficiency)) for _, own, share in buckets]).step_s
 
     timed = [(least_s(each), each) for each in candidates(config, cluster)]
-    found: list[Choice] = []
+    found: list[Estimate] = []
     for seconds, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to find out than time
-        if seconds > EQUALLY_FAST * min((choice.timing.step_s for choice in found), default=float("inf")):
+        if seconds > EQUALLY_FAST * min((estimate.timing.step_s for estimate in found), default=float("inf")):
             break
         try:
             fitted = within_budget(each, cluster.num_gpus, cluster.device.memory_bytes)
         except DoesNotFitError:
             continue
-        found.append(examine(fitted, cluster, efficiency, steps))
-    least = min((choice.timing.step_s for choice in found), default=0.0)
-    fast = [choice for choice in found if choice.timing.step_s <= EQUALLY_FAST * least]
+        found.append(estimate_of(fitted, cluster, efficiency, steps))
+    least = min((estimate.timing.step_s for estimate in found), default=0.0)
+    fast = [estimate for estimate in found if estimate.timing.step_s <= EQUALLY_FAST * least]
     return min(fast, key=_preference, default=None)
 
 
-def _preference(choice: Choice) -> tuple[bool, int, float]:
-    """Of equally fast choices the least is taken: what a selective block computes again is not in its time."""
-    engine = choice.config.engine
-    return engine.kind == "zero", CHECKPOINTING.index(engine.activation_checkpointing), choice.memory.total
+def _preference(estimate: Estimate) -> tuple[bool, int, float]:
+    """Sorting key of equally fast settings, best first: what selective checkpointing recomputes is not in its time."""
+    engine = estimate.config.engine
+    return engine.kind == "zero", CHECKPOINTING.index(engine.activation_checkpointing), estimate.memory.total
 
 
 def candidates(config: Config, cluster: Cluster) -> list[Config]:
-    """Engines x micro-batches that this release and these ranks allow, with checkpointing as memory needs it."""
+    """Engines x micro-batches that these ranks allow, with activation_checkpointing=auto."""
     kinds: list[dict] = [{"kind": "single", "replicate": 1, "sequence_parallel": 1, "cpu_offload": False}]
     if cluster.num_gpus > 1:
         zero = [{"kind": "zero", "zero_stage": stage, "replicate": 1} for stage in (1, 2, 3)]
@@ -69,24 +69,24 @@ def candidates(config: Config, cluster: Cluster) -> list[Config]:
     as_needed = {"activation_checkpointing": "auto", "checkpointed_share": 1.0, "other_blocks": "none"}
     found = []
     for kind in kinds:
-        engine = changed(config, **as_needed, **kind)
+        engine = with_engine(config, **as_needed, **kind)
         for batch in batches or [config.train.micro_batch]:
             if engine is not None:
                 found.append(replace(engine, train=replace(engine.train, micro_batch=batch)))
     return found
 
 
-def changed(config: Config, **engine: object) -> Config | None:
-    """The config with other engine settings; None if they do not go together."""
+def with_engine(config: Config, **engine: object) -> Config | None:
+    """The config with these engine settings changed; None if they contradict each other."""
     try:
         return replace(config, engine=replace(config.engine, **engine))
     except ValueError:
         return None
 
 
-def yaml_of(choice: Choice) -> str:
+def yaml_of(estimate: Estimate) -> str:
     """The lines to put into a config."""
-    engine = choice.config.engine
+    engine = estimate.config.engine
     settings = {"kind": engine.kind, "activation_checkpointing": engine.activation_checkpointing}
     if engine.activation_checkpointing != "none" and engine.checkpointed_share < 1:
         settings |= {"checkpointed_share": round(engine.checkpointed_share, 4), "other_blocks": engine.other_blocks}
@@ -97,8 +97,8 @@ def yaml_of(choice: Choice) -> str:
     if engine.sequence_parallel > 1:
         settings["sequence_parallel"] = engine.sequence_parallel
     inside = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    train = choice.config.train
-    return f"train: {{global_batch: {train.global_batch}, micro_batch: {choice.batch}}}\nengine: {{{inside}}}"
+    train = estimate.config.train
+    return f"train: {{global_batch: {train.global_batch}, micro_batch: {estimate.batch}}}\nengine: {{{inside}}}"
 
 
 def remedies(config: Config, cluster: Cluster) -> list[tuple[str, float, float]]:
@@ -106,10 +106,10 @@ def remedies(config: Config, cluster: Cluster) -> list[tuple[str, float, float]]
 
     A share below 0 saves time as well, by the estimate.
     """
-    now = examine(config, cluster)
+    now = estimate_of(config, cluster)
     found = []
     for override, other in _single_changes(config, now.batch):
-        then = examine(other, cluster)
+        then = estimate_of(other, cluster)
         saved = now.memory.needed - then.memory.needed
         if saved > 0.01 * now.memory.needed:
             found.append((override, saved, then.timing.step_s / now.timing.step_s - 1))
@@ -123,21 +123,21 @@ def _single_changes(config: Config, batch: int) -> list[tuple[str, Config]]:
         changes[f"train.micro_batch={half}"] = replace(config, train=replace(config.train, micro_batch=half))
     for kept in CHECKPOINTING:
         if kept != config.engine.activation_checkpointing:
-            changes[f"engine.activation_checkpointing={kept}"] = changed(config, activation_checkpointing=kept)
+            changes[f"engine.activation_checkpointing={kept}"] = with_engine(config, activation_checkpointing=kept)
     if config.engine.activation_checkpointing != "none" and config.engine.checkpointed_share < 1:
-        changes["engine.checkpointed_share=1"] = changed(config, checkpointed_share=1.0)
+        changes["engine.checkpointed_share=1"] = with_engine(config, checkpointed_share=1.0)
     if config.engine.kind == "fsdp2":
-        changes["engine.reshard_after_forward=always"] = changed(config, reshard_after_forward="always")
+        changes["engine.reshard_after_forward=always"] = with_engine(config, reshard_after_forward="always")
     if config.engine.kind == "zero":
-        changes["engine.zero_stage=3"] = changed(config, zero_stage=3)
-        changes["engine.cpu_offload=true"] = changed(config, cpu_offload=True)
-        changes["engine.kind=fsdp2"] = changed(config, kind="fsdp2", cpu_offload=False)
+        changes["engine.zero_stage=3"] = with_engine(config, zero_stage=3)
+        changes["engine.cpu_offload=true"] = with_engine(config, cpu_offload=True)
+        changes["engine.kind=fsdp2"] = with_engine(config, kind="fsdp2", cpu_offload=False)
     return [(override, other) for override, other in changes.items() if other is not None]
 
 
 def out_of_memory(config: Config, cluster: Cluster) -> str:
-    """What to say when training ran out of memory: what was needed, which settings help, by how much, at what price."""
-    now = examine(config, cluster)
+    """The message of a run that ran out of memory: what it needs, which settings help, how much, and at what cost."""
+    now = estimate_of(config, cluster)
     lines = [
         f"out of memory on the device: {now.words} on {cluster.num_gpus} GPUs needs about "
         f"{now.memory.needed / GIB:.1f} GiB{now.where}, most of it {_largest(now.memory)}. What would help, each alone:"

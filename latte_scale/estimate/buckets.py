@@ -1,4 +1,4 @@
-"""The buckets of a run: a config of several sizes in, a config of one size for each of them out.
+"""The buckets of a run: from a config of several clip sizes to a config of one size for each.
 
 In: a config, and how many steps of a run each bucket has, where that is known. Out: `Bucket`s, the main size first. The
 decision worth knowing: a step has clips of one size, so a bucket's step is that of a config with this size alone and
@@ -27,11 +27,12 @@ class Bucket(NamedTuple):
 
 
 def buckets_of(config: Config, data_ranks: int = 1, steps: Mapping[str, int] | None = None) -> list[Bucket]:
-    """The buckets of a config, by the order of video.more_sizes behind its own size.
+    """The buckets of a config: its main size first, then those of video.more_sizes in their order.
 
     Args:
-        data_ranks: ranks that have samples of their own.
-        steps: of each bucket in a run, as `latte-scale coverage` counts them; None: every size has as many clips.
+        data_ranks: data-parallel ranks.
+        steps: bucket -> its steps in a run, as `latte-scale coverage` counts them; None: as if every size had equally
+            many clips.
 
     Raises ValueError where a bucket's batch is smaller than the ranks, or `steps` are of other sizes.
     """
@@ -46,11 +47,11 @@ def buckets_of(config: Config, data_ranks: int = 1, steps: Mapping[str, int] | N
     if steps is None:  # as many clips of each: the larger a batch, the fewer steps they make
         weights = [1 / each.train.global_batch for each in configs]
     elif unknown := sorted(steps.keys() - set(names)):
-        raise ValueError(f"expected steps of the sizes {', '.join(names)}, came {', '.join(unknown)}")
+        raise ValueError(f"expected steps of the sizes {', '.join(names)}, got {', '.join(unknown)}")
     else:
         weights = [float(steps.get(name, 0)) for name in names]
     if not sum(weights):
-        raise ValueError(f"expected steps of the sizes {', '.join(names)}, came none")
+        raise ValueError(f"expected steps of the sizes {', '.join(names)}, got none")
     return [
         Bucket(name, each, weight / sum(weights)) for name, each, weight in zip(names, configs, weights, strict=True)
     ]
@@ -67,7 +68,8 @@ def _cost(config: Config, name: str, main: str) -> Fraction:
 def _of_one_size(config: Config, policy: VideoSettings, cost: Fraction) -> Config:
     """The config with one size and its batches.
 
-    The model is one: only its table of frames is cut to the bucket's, as a config of one size must have it, by some KB.
+    The model stays the same but for model.num_frames, which a config of one size needs equal to video.frames; that
+    changes its memory by some KB.
     """
     group, train, frames = config.sample_group, config.train, policy.frames
     batches = {name: samples_for(getattr(train, name), cost, group) for name in ("global_batch", "micro_batch")}

@@ -1,10 +1,11 @@
 """engine.activation_checkpointing=auto: blocks keep for backward as much as fits into a memory budget.
 
-In: a config and the ranks. Out: the config with what `auto` stands for. The decision worth knowing is the order in
-which memory is saved, a unit of blocks at a time, cheapest first: selective checkpointing (only norms, modulation and
-activations run again) for more and more blocks; when it has reached all of them, full checkpointing in its place
-(products run again, too); and at last full with the blocks' inputs in host memory. Needs fall along that ladder, so it
-is bisected, each rung by the estimate. Every rung computes the same bits, so a resumed run may stand on another.
+In: a config and the ranks. Out: the config with `auto` replaced. The decision worth knowing is the order in which
+memory is saved, a unit of blocks at a time, cheapest first: selective checkpointing (only norms, modulation and
+activation functions are recomputed) for more and more blocks; once it covers all of them, full checkpointing in its
+place (products are recomputed, too); and last, full checkpointing with the blocks' inputs in host memory. Each rung of
+that ladder needs less memory than the one before, so the first that fits is found by bisection. Every rung computes the
+same bits, so a resumed run may use another.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,24 @@ import torch
 from latte_scale.config import Config
 from latte_scale.engine.base import EngineSettings
 from latte_scale.estimate.activations import num_units
-from latte_scale.estimate.choice import examine
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
 
 
 class DoesNotFitError(ValueError):
-    """However little blocks keep, a run needs more memory than it may."""
+    """A run needs more memory than it may use, however little its blocks keep."""
 
 
 def within_memory_of(device: torch.device, config: Config, num_gpus: int) -> Config:
-    """`within_budget` for a run on this device, all of whose memory it may have."""
+    """`within_budget` for a run that may use all memory of this device."""
     total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return within_budget(config, num_gpus, total_bytes)
 
 
 def within_budget(config: Config, num_gpus: int, device_bytes: float | None) -> Config:
-    """The config with activation checkpointing that fits, if it asks for `auto`; else as it is.
+    """The config with activation checkpointing that fits, if it asks for `auto`; else the same config.
 
-    `device_bytes`: what a config without a budget may have; None: a CPU, whose memory is not looked at.
+    `device_bytes`: the budget of a config that names none; None: a CPU, whose memory is not looked at.
     Raises DoesNotFitError where even the last rung does not fit, ValueError where nothing says how much there is.
     """
     engine = config.engine
@@ -47,10 +48,10 @@ def within_budget(config: Config, num_gpus: int, device_bytes: float | None) -> 
     rungs = [replace(config, engine=rung) for rung in ladder(engine, num_units(config))]
 
     def needed_bytes(rung: Config) -> float:
-        return examine(rung, Cluster(DEVICES["h100"], num_gpus)).memory.needed  # memory is the same on any device
+        return estimate_of(rung, Cluster(DEVICES["h100"], num_gpus)).memory.needed  # memory is the same on any device
 
     if needed_bytes(rungs[-1]) >= needed_bytes(rungs[-2]):
-        rungs.pop()  # inputs so small that two of them on their way back weigh more than all that stay
+        rungs.pop()  # inputs so small that the two on their way back take more than keeping all of them would
     number = first_that_fits(len(rungs), lambda number: needed_bytes(rungs[number]) <= budget_bytes)
     if number is None:
         raise DoesNotFitError(
@@ -78,7 +79,7 @@ def ladder(engine: EngineSettings, units: int) -> list[EngineSettings]:
 
 
 def first_that_fits(count: int, fits: Callable[[int], bool]) -> int | None:
-    """The first of `count` rungs that fits, if those behind it do, too; None if the last one does not."""
+    """The first of `count` rungs that fits, given that all after it fit, too; None if not even the last one does."""
     low, high = 0, count - 1
     if not fits(high):
         return None

@@ -24,7 +24,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
 from latte_scale.estimate.advice import recommend, yaml_of
 from latte_scale.estimate.budget import within_budget
-from latte_scale.estimate.choice import Choice, Step, examine
+from latte_scale.estimate.estimate import Estimate, Step, estimate_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster, find_device
 from latte_scale.estimate.memory import FRAGMENTED, OUTSIDE_BYTES
 from latte_scale.estimate.timing import EFFICIENCY, HBM_REACHED, clip_flops
@@ -44,17 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = Cluster(find_device(args.device, args.per_node), args.gpus)
         config = within_budget(config, args.gpus, cluster.device.memory_bytes)
         steps = None if args.coverage is None else counted_steps(args.coverage)
-        choice = examine(config, cluster, args.efficiency, steps)
+        estimate = estimate_of(config, cluster, args.efficiency, steps)
         print("comparing with other settings: a large model takes a minute", file=sys.stderr, flush=True)
         best = recommend(config, cluster, args.efficiency, steps)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return STOP
     if args.json:
-        print(json_text(as_dict(choice, best, cluster, args), indent=2))
+        print(json_text(as_dict(estimate, best, cluster, args), indent=2))
     else:
-        print("\n".join(as_text(choice, best, cluster, args)))
-    return FITS if choice.memory.needed <= cluster.device.memory_bytes else TOO_BIG
+        print("\n".join(as_text(estimate, best, cluster, args)))
+    return FITS if estimate.memory.needed <= cluster.device.memory_bytes else TOO_BIG
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--coverage", type=disk_path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
     )
-    parser.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+    parser.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
@@ -81,11 +81,11 @@ def check_numbers(args: argparse.Namespace) -> None:
     """ValueError for numbers of devices, a share of the peak and a price that cannot be."""
     for name in ("gpus", "per_node"):
         if (came := getattr(args, name)) is not None and came < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, came {came}")
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {came}")
     if args.efficiency is not None and not 0.0 < args.efficiency <= 1.0:
-        raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], came {args.efficiency:g}")
+        raise ValueError(f"--efficiency must be a share of the peak, in (0, 1], got {args.efficiency:g}")
     if args.price is not None and not 0.0 <= args.price < math.inf:
-        raise ValueError(f"--price must be 0 or more, came {args.price:g}")
+        raise ValueError(f"--price must be 0 or more, got {args.price:g}")
 
 
 def counted_steps(path: Path) -> dict[str, int]:
@@ -99,35 +99,35 @@ def counted_steps(path: Path) -> dict[str, int]:
         ) from error
 
 
-def as_text(choice: Choice, best: Choice | None, cluster: Cluster, args: argparse.Namespace) -> list[str]:
+def as_text(estimate: Estimate, best: Estimate | None, cluster: Cluster, args: argparse.Namespace) -> list[str]:
     """The report, line by line."""
-    config, device, need = choice.config, cluster.device, choice.memory.needed
+    config, device, need = estimate.config, cluster.device, estimate.memory.needed
     elements = weights_of(config.model).size_bytes // 4
-    lines = [f"{args.config}: {elements:,} parameters, {choice.words}, on {cluster.num_gpus} x {device.name} "
+    lines = [f"{args.config}: {elements:,} parameters, {estimate.words}, on {cluster.num_gpus} x {device.name} "
              f"({cluster.num_nodes} nodes)", ""]  # fmt: skip
-    lines += [*_size_lines(choice), ""] if len(choice.steps) > 1 else []
-    lines.append(f"Memory of a GPU{choice.where}, {choice.memory.moment} (GiB)")
-    lines += [f"  {name:<15}{size / GIB:9.2f}" for name, size in choice.memory.parts.items() if size]
-    lines.append(f"  {'from torch':<15}{choice.memory.total / GIB:9.2f}")
+    lines += [*_size_lines(estimate), ""] if len(estimate.steps) > 1 else []
+    lines.append(f"Memory of a GPU{estimate.where}, {estimate.memory.moment} (GiB)")
+    lines += [f"  {name:<15}{size / GIB:9.2f}" for name, size in estimate.memory.parts.items() if size]
+    lines.append(f"  {'from torch':<15}{estimate.memory.total / GIB:9.2f}")
     verdict = "fits" if need <= device.memory_bytes else "DOES NOT FIT"
     lines.append(f"  {'needed':<15}{need / GIB:9.2f} of {device.memory_bytes / GIB:.1f}: {verdict}")
-    if choice.memory.host:
-        lines.append(f"  {'host memory':<15}{choice.memory.host / GIB:9.2f} a rank, beside the GPU")
-    lines += ["", *_time_lines(choice, cluster, args), ""]
+    if estimate.memory.host:
+        lines.append(f"  {'host memory':<15}{estimate.memory.host / GIB:9.2f} a rank, beside the GPU")
+    lines += ["", *_time_lines(estimate, cluster, args), ""]
     if best is None:
         lines.append("Nothing fits: use more GPUs, smaller clips, or engine.sequence_parallel.")
     else:
         lines += [f"Recommended: {best.words}: {best.memory.needed / GIB:.1f} of {device.memory_bytes / GIB:.1f} GiB, "
-                  f"{best.timing.step_s:.3f} s a step ({best.timing.step_s / choice.timing.step_s - 1:+.0%})", "",
+                  f"{best.timing.step_s:.3f} s a step ({best.timing.step_s / estimate.timing.step_s - 1:+.0%})", "",
                   *[f"  {line}" for line in yaml_of(best).splitlines()]]  # fmt: skip
     return [*lines, "", "Assumed", *[f"  - {line}" for line in assumptions(config, cluster, args)]]
 
 
-def _size_lines(choice: Choice) -> list[str]:
+def _size_lines(estimate: Estimate) -> list[str]:
     """A line a size: what it needs, and how long its steps take."""
     lines = [f"{'Size':<14}{'of steps':>9}{'batch':>8}{'a GPU':>10}{'activations':>13}{'from torch':>12}"
              f"{'TFLOP a clip':>14}{'step s':>9}{'samples/s':>11}"]  # fmt: skip
-    for step in choice.steps:
+    for step in estimate.steps:
         train, found = step.bucket.config.train, step.memory
         lines.append(f"{step.bucket.name:<14}{step.bucket.share:>9.1%}{train.global_batch:>8}"
                      f"{f'{step.micro_batches} x {step.batch}':>10}{found.activations / GIB:>9.2f} GiB"
@@ -136,11 +136,11 @@ def _size_lines(choice: Choice) -> list[str]:
     return lines
 
 
-def _time_lines(choice: Choice, cluster: Cluster, args: argparse.Namespace) -> list[str]:
-    time, train = choice.timing, choice.config.train
-    a_clip, number = clip_flops(choice.config) / 1e12, choice.steps[0].micro_batches
+def _time_lines(estimate: Estimate, cluster: Cluster, args: argparse.Namespace) -> list[str]:
+    time, train = estimate.timing, estimate.config.train
+    a_clip, number = clip_flops(estimate.config) / 1e12, estimate.steps[0].micro_batches
     work = f"Work: {a_clip:.2f} TFLOP forward a clip, {number} micro-batches a step"
-    if len(choice.steps) > 1:
+    if len(estimate.steps) > 1:
         work = "A mean step of the run, by each size's share of the steps"
     lines = [work,
              f"Step {time.step_s:.3f} s: forward {time.forward_s:.3f}, backward {time.backward_s:.3f}, update "
@@ -184,31 +184,31 @@ def assumptions(config: Config, cluster: Cluster, args: argparse.Namespace) -> l
     return lines
 
 
-def as_dict(choice: Choice, best: Choice | None, cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
+def as_dict(estimate: Estimate, best: Estimate | None, cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
     """The report for programs: bytes, seconds, FLOPs."""
-    time, sent = choice.timing, dict.fromkeys((each.name for each in choice.timing.collectives), 0.0)
+    time, sent = estimate.timing, dict.fromkeys((each.name for each in estimate.timing.collectives), 0.0)
     for each in time.collectives:
         sent[each.name] += each.sent_bytes
     return {
         "device": cluster.device.name,
         "gpus": cluster.num_gpus,
-        "parameters": weights_of(choice.config.model).size_bytes // 4,
-        "memory_bytes": choice.memory.parts,
-        "total_bytes": choice.memory.total,
-        "needed_bytes": choice.memory.needed,
+        "parameters": weights_of(estimate.config.model).size_bytes // 4,
+        "memory_bytes": estimate.memory.parts,
+        "total_bytes": estimate.memory.total,
+        "needed_bytes": estimate.memory.needed,
         "device_bytes": cluster.device.memory_bytes,
-        "fits": choice.memory.needed <= cluster.device.memory_bytes,
-        "forward_flops_a_clip": clip_flops(choice.config),
+        "fits": estimate.memory.needed <= cluster.device.memory_bytes,
+        "forward_flops_a_clip": clip_flops(estimate.config),
         "step_s": time.step_s,
         "exposed_transfers_s": time.exposed_s,
         "samples_per_s": time.samples_per_s,
         "mfu": time.mfu(cluster),
-        "gpu_hours": time.gpu_hours(choice.config.train.steps, cluster.num_gpus),
+        "gpu_hours": time.gpu_hours(estimate.config.train.steps, cluster.num_gpus),
         "sent_bytes": sent,
-        "peak_bucket": choice.peak.bucket.name,
-        "buckets": [_bucket_as_dict(step) for step in choice.steps],
+        "peak_bucket": estimate.peak.bucket.name,
+        "buckets": [_bucket_as_dict(step) for step in estimate.steps],
         "recommended": best and {"words": best.words, "yaml": yaml_of(best), "step_s": best.timing.step_s},
-        "assumptions": assumptions(choice.config, cluster, args),
+        "assumptions": assumptions(estimate.config, cluster, args),
     }
 
 

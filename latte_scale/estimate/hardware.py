@@ -1,7 +1,7 @@
 """What devices and the links between them can do: the small table under every estimate, with its sources.
 
 In: a name. Out: `Device`, `Cluster`. Peaks are dense and of data sheets; what of them is reached is an assumption of
-timing.py, printed with every estimate. Another device is one more line here. On 2026-11-25 the lines of H100, H200,
+timing.py, printed with every estimate. A new device is one more line here. On 2026-11-25 the lines of H100, H200,
 L40S and B200 agreed with published tables (one of them gives B200 80 TFLOP/s in fp32); those of A100 and RTX 4090 were
 not compared.
 """
@@ -53,7 +53,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many equal devices, filled node by node."""
+    """`num_gpus` equal devices, filled node by node."""
 
     device: Device
     num_gpus: int
@@ -64,7 +64,7 @@ class Cluster:
         return -(-self.num_gpus // self.device.per_node)
 
     def ranks(self, count: int, stride: int = 1) -> "Span":
-        """A process group of `count` ranks, each `stride` ranks behind the last: how it lies over the nodes."""
+        """How a process group of `count` ranks, with `stride` from one rank to the next, is spread over the nodes."""
         inside = max(1, min(count, self.device.per_node // stride))
         return Span(self.device, count, inside)
 
@@ -83,7 +83,7 @@ class Span:
 
     @property
     def bus_bytes_per_s(self) -> float:
-        """What a ring moves past each rank: the link inside a node, and all adapters of its ranks between nodes."""
+        """Bandwidth of a ring: the link inside a node or, between nodes, all adapters of a node's ranks together."""
         inside = self.device.link_bytes_per_s if self.per_node > 1 else float("inf")
         between = self.per_node * self.device.network_bytes_per_s if self.num_nodes > 1 else float("inf")
         return min(inside, between)
@@ -93,7 +93,7 @@ def find_device(name: str, per_node: int | None = None) -> Device:
     """The device of that name. ValueError lists those that there are."""
     key = name.lower()
     if key not in DEVICES:
-        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, came {name!r}")
+        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, got {name!r}")
     return DEVICES[key] if per_node is None else replace(DEVICES[key], per_node=per_node)
 
 

@@ -1,7 +1,9 @@
-"""What is allocated on a rank's device by part, moment by moment, and when it was most.
+"""Bytes allocated on a rank's device, by part, at every moment of a step, and the parts at the peak.
 
-In: allocations and frees of a step, in order. Out: the parts at the highest point. `Whole` and `Rows` are what the
-engines single and fsdp2 add to the activations of a step; zero.py has DeepSpeed's.
+In: allocations and frees of a step, in order. Out: the parts at the peak. `SingleEngineMemory` and `Fsdp2Memory` add
+what the engines single and fsdp2 allocate beside the activations; zero.py and zero3.py do so for DeepSpeed. All four
+are called alike: `begin` before a micro-batch, `on` for each entry of its log, `end` after its backward pass, and
+`update` once, for the optimizer's step.
 """
 
 from latte_scale.config import Config
@@ -12,7 +14,7 @@ PARTS = ("parameters", "gathered", "gradients", "optimizer", "ema", "activations
 
 
 class Ledger:
-    """Bytes now and at most; `moment` is what happened last when it was most."""
+    """Bytes now and at the peak; `moment` is the last log entry before the peak."""
 
     def __init__(self) -> None:
         self.now = dict.fromkeys(PARTS, 0)
@@ -27,7 +29,7 @@ class Ledger:
         self.change({part: size})
 
     def change(self, sizes: dict[str, float]) -> None:
-        """Several parts at one moment."""
+        """Change several parts at one moment."""
         for part, size in sizes.items():
             self.now[part] += size
             self._total += size
@@ -35,8 +37,8 @@ class Ledger:
             self._most, self.most, self.moment = self._total, dict(self.now), self.last
 
 
-class Whole:
-    """Engine single: everything whole."""
+class SingleEngineMemory:
+    """Engine single: nothing is sharded."""
 
     def __init__(self, config: Config, weights: Weights, ledger: Ledger) -> None:
         size = weights.size_bytes
@@ -45,10 +47,10 @@ class Whole:
         self._is_first = True
 
     def begin(self, is_last: bool) -> None:
-        """A micro-batch."""
+        """Start a micro-batch."""
 
     def on(self, entry: Entry) -> None:
-        """Gradients of later micro-batches are added to those that are there, when they are complete."""
+        """A gradient of a later micro-batch is freed when it is complete: by then it was added to the existing one."""
         if entry.what == "gradient" or (entry.what == "complete" and not self._is_first):
             size = whole_bytes([self._weights.shape(entry.first, entry.second)])
             self._ledger.add("gradients", size if entry.what == "gradient" else -size)
@@ -61,12 +63,13 @@ class Whole:
         """AdamW in place."""
 
 
-class Rows:
-    """Engine fsdp2 (torch 2.13, torch/distributed/fsdp/_fully_shard): rows of everything, units gathered for use.
+class Fsdp2Memory:
+    """Engine fsdp2 (torch 2.13, torch/distributed/fsdp/_fully_shard): every tensor sharded by rows, units gathered.
 
-    A unit is gathered into one buffer and copied out of it; in forward the buffer lives until the next unit is copied
-    out, and that of a unit gathered ahead until its turn. Its gradients are whole until it has been passed in the last
-    micro-batch's backward; then they are copied into a buffer, which lives until the next unit's, and reduced to rows.
+    A unit is gathered into one buffer, out of which its weights are copied. In forward the buffer lives until the next
+    unit is copied out; the buffer of a unit that was prefetched lives until that unit is used. A unit's gradients are
+    unsharded until backward has passed it in the last micro-batch; then they are copied into a buffer, which lives
+    until the next unit's, and reduced to rows.
     """
 
     def __init__(self, config: Config, weights: Weights, ledger: Ledger, num_shards: int, frees: bool) -> None:
@@ -88,7 +91,7 @@ class Rows:
         self._is_last = True
 
     def begin(self, is_last: bool) -> None:
-        """A micro-batch; gradients are reduced in the last one."""
+        """Start a micro-batch; gradients are reduced in the last one."""
         self._is_last = is_last
 
     def on(self, entry: Entry) -> None:
@@ -114,7 +117,7 @@ class Rows:
             self._pass(unit)
 
     def end(self) -> None:
-        """The backward pass is over: the rest of the model goes last, and buffers are given back."""
+        """The backward pass is over: the root unit comes last, and buffers are freed."""
         self._pass(self._root)
         self._ledger.add("communication", -self._reducing)
         self._reducing = 0

@@ -1,10 +1,10 @@
 """Memory of one rank by part, at the moment of a step when it is largest, for every engine.
 
 In: a config, a cluster, and the log of a micro-batch (activations.py). Out: `Memory`. The decision worth
-knowing: a step is replayed entry by entry, with what the engine allocates and frees at each (ledger.py, zero.py: read
-from torch's and DeepSpeed's sources), and the highest point is reported. Where that lies is not presumed: with many
-activations the backward pass begins with it, with few it ends with it. benchmarks/estimate_check.py holds total and
-parts to torch's own memory tracker.
+knowing: a step is replayed entry by entry, with what the engine allocates and frees at each (ledger.py, zero.py,
+zero3.py: read from torch's and DeepSpeed's sources), and the peak is reported. Nothing is assumed about where it lies:
+with large activations it is at the start of the backward pass, with small ones at its end.
+benchmarks/estimate_check.py compares total and parts with torch's own memory tracker.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,32 +13,31 @@ from latte_scale.config import Config
 from latte_scale.data.shares import micro_batch_shape, rank_range
 from latte_scale.engine.fsdp2 import RESHARD_ABOVE_BYTES
 from latte_scale.estimate.hardware import Cluster
-from latte_scale.estimate.ledger import Ledger, Rows, Whole
+from latte_scale.estimate.ledger import Fsdp2Memory, Ledger, SingleEngineMemory
 from latte_scale.estimate.recording import MODEL, Entry
 from latte_scale.estimate.weights import weights_of
-from latte_scale.estimate.zero import Pieces
-from latte_scale.estimate.zero3 import Gathered
+from latte_scale.estimate.zero import ZeroMemory
+from latte_scale.estimate.zero3 import Zero3Memory
 
 FRAGMENTED = 1.05
-"""Reserved over allocated memory: what torch's caching allocator cannot use for want of a hole of the right size. An
-assumption; `reserved_bytes` beside `allocated_bytes` in a run's own memory figures tells the truth."""
+"""Reserved over allocated memory: fragments that torch's caching allocator cannot use. An assumption."""
 OUTSIDE_BYTES = 1.5 * 2**30
 """Outside of torch's allocator: the CUDA context (about 0.5 GiB) and NCCL's channels and buffers. An assumption."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank on its device; `total` is what torch's allocator has given out at the high point."""
+    """Bytes of one rank on its device; `total` is what torch's allocator has handed out at the peak."""
 
-    parameters: float  # this rank's pieces of the fp32 weights
-    gathered: float  # weights put together for use, beside the pieces
+    parameters: float  # this rank's shards of the fp32 weights
+    gathered: float  # unsharded weights that are in use, beside the shards
     gradients: float
     optimizer: float  # moments, and ZeRO's own copy of this rank's weights
     ema: float
-    activations: float  # inputs and all that forward made and is still there
-    workspace: float  # what backward made: gradients of activations, and what is computed again
+    activations: float  # inputs, and what forward made and still holds
+    workspace: float  # what backward made: gradients of activations, and recomputed activations
     communication: float  # buffers of collectives
-    moment: str  # when it is largest
+    moment: str  # when the peak is, in words
     host: float = 0.0  # in host memory, with engine.cpu_offload or activation_checkpointing=offload
 
     @property
@@ -63,7 +62,7 @@ def reshards(config: Config) -> bool:
 
 
 def shard_ranks(config: Config, cluster: Cluster) -> int:
-    """fsdp2: ranks over which each copy of the weights is cut. ValueError if the copies do not divide them."""
+    """fsdp2: ranks over which each copy of the weights is sharded. ValueError if the copies do not divide the ranks."""
     replicate, num_gpus = config.engine.replicate, cluster.num_gpus
     copies = max(1, num_gpus // cluster.device.per_node) if replicate == "node" else replicate
     if num_gpus % copies:
@@ -72,7 +71,7 @@ def shard_ranks(config: Config, cluster: Cluster) -> int:
 
 
 def data_ranks(config: Config, num_gpus: int) -> int:
-    """Ranks that have samples of their own; a sequence group shares its own. ValueError if it does not divide."""
+    """Data-parallel ranks: a sequence group counts as one. ValueError if the groups do not divide the ranks."""
     size = config.engine.sequence_parallel
     if num_gpus % size:
         raise ValueError(f"{num_gpus} ranks are no multiple of engine.sequence_parallel={size}; change one of them")
@@ -87,14 +86,14 @@ def micro_batches(config: Config, num_gpus: int) -> tuple[int, int]:
 
 
 def memory(config: Config, cluster: Cluster, entries: tuple[Entry, ...]) -> Memory:
-    """Of rank 0, which has most. `entries`: the log of a micro-batch of the step, from `activations`."""
+    """Memory of rank 0, which has most. `entries`: the log of a micro-batch of the step, from `activations`."""
     ledger, weights = Ledger(), weights_of(config.model)
     if config.engine.kind == "single":
-        engine = Whole(config, weights, ledger)
+        engine = SingleEngineMemory(config, weights, ledger)
     elif config.engine.kind == "fsdp2":
-        engine = Rows(config, weights, ledger, shard_ranks(config, cluster), reshards(config))
+        engine = Fsdp2Memory(config, weights, ledger, shard_ranks(config, cluster), reshards(config))
     else:
-        kind = Gathered if config.engine.zero_stage == 3 else Pieces
+        kind = Zero3Memory if config.engine.zero_stage == 3 else ZeroMemory
         engine = kind(config, weights, ledger, cluster.num_gpus)
     count = micro_batches(config, cluster.num_gpus)[0]
     for number in range(min(count, 2)):  # further ones are like the second
@@ -116,7 +115,7 @@ def memory(config: Config, cluster: Cluster, entries: tuple[Entry, ...]) -> Memo
 
 
 def _in_words(moment: Entry | None, num_blocks: int) -> str:
-    """When that was: `moment` is the last entry before it, None after the backward pass."""
+    """When the peak was: `moment` is the last log entry before it, None after the backward pass."""
     if moment is None:
         return "in the update"
     if moment == ("leave", MODEL, 0):

@@ -1,14 +1,14 @@
-"""A step of a small model on fake tensors, written down: what is allocated and freed, and between which blocks.
+"""The log of a step of a small model on fake tensors: what is allocated and freed, and between which blocks.
 
-In: a config, so many units of blocks, so many clips. Out: a list of `Entry`s in the order in which they happened. The
+In: a config (with few blocks) and a number of clips. Out: a list of `Entry`s in the order in which they happened. The
 decision worth knowing: nothing here is a formula of the layers. The trainer's own loss runs forward and backward on
 fake tensors (shapes and types, no data), so a change of the model, of autocast or of checkpointing changes the
-estimate with it. Weights and their gradients are left out: what becomes of those is the engine's business.
+estimate with it. Weights and their gradients are left out: how they are kept is up to the engine.
 
 The fakes lie on the CPU, because torch's CPU build cannot run autograd on fakes of a GPU. What is kept is the same for
 this model: attention keeps q, k, v, its output and one fp32 number a query under either of flash attention's kernels
 (a GPU takes the memory-efficient kernel for the masked cross-attention, which keeps the same), and autocast rounds the
-same products to bf16. Scratch inside GPU kernels is not seen: flash attention's backward has an fp32 gradient of q.
+same products to bf16. Scratch memory inside GPU kernels is not seen, such as flash attention's fp32 gradient of q.
 """
 
 import weakref
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
         complete: and this micro-batch adds no more to it.
     enter, leave: the forward of block `first` begins, ends. back: the gradient of its output is there. passed: that of
         its input. done: the backward pass is over.
-    on_host: block `first` gave `second` bytes away to host memory (activation_checkpointing=offload).
+    on_host: block `first` moved `second` bytes to host memory (activation_checkpointing=offload).
     """
 
     what: What
@@ -90,7 +90,7 @@ def _inputs(config: Config) -> ModelInputs:
 
 
 class PaperGroup(SequenceGroup):
-    """The first of `size` ranks of a sequence group without the others: nothing is sent, all is allocated."""
+    """The first of `size` ranks of a sequence group, without the others: everything is allocated, nothing is sent."""
 
     def __init__(self, size: int) -> None:
         super().__init__(0, size)
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         self.entries.append(Entry(what, first, second))
 
     def take_gradient(self, gradient: Tensor, block: int, number: int) -> None:
-        """This tensor turns out to be the gradient of a weight: it is not to be counted as made in backward."""
+        """This tensor turned out to be the gradient of a weight: count it as such, and not as made in backward."""
         place, freed = self._known[gradient.untyped_storage()]
         freed.detach()
         self.entries[place] = Entry("gradient", block, number)
@@ -148,7 +148,7 @@ def _sizes(size: int, in_backward: bool) -> tuple[int, int]:
 
 
 def _mark(model: nn.Module, blocks: Sequence[nn.Module], recorder: Recorder) -> None:
-    """Have the recorder told when blocks and the model begin and end, and when gradients of weights are complete."""
+    """Mark in the log when blocks and the model begin and end, and when gradients of weights are complete."""
     inside = set()
     for index, block in enumerate(blocks):
         _mark_module(block, index, recorder)
@@ -170,7 +170,7 @@ def _take_gradient(recorder: Recorder, block: int, number: int) -> Callable[[Ten
 
 
 def _mark_module(module: nn.Module, index: int, recorder: Recorder) -> None:
-    """Where fsdp2 has its hooks: before and after forward, at the gradients of the outputs and of the inputs."""
+    """Mark where fsdp2 has its hooks: before and after forward, and at the gradients of the outputs and inputs."""
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         recorder.mark("enter", index)
@@ -204,9 +204,9 @@ class _Passed(torch.autograd.Function):
 
 
 class FakeStash:
-    """What engine/activations.py's HostStash does on a GPU: inputs of blocks leave the device and come back one early.
+    """Does what engine/activations.py's HostStash does: inputs of blocks leave the device and return one block early.
 
-    There the copy to the host and the one back run beside the computation; here both have always been made.
+    There both copies run beside the computation; here they are always complete at once.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -214,7 +214,7 @@ class FakeStash:
         self._last: _Away | None = None
 
     def around(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` of block `index` with what it saves given away."""
+        """`forward` of block `index`; what it saves for backward leaves the device."""
 
         def pack(tensor: Tensor) -> "Tensor | _Away":
             size = tensor.numel() * tensor.element_size()

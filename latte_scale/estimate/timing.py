@@ -2,8 +2,8 @@
 
 In: a config and a cluster. Out: `Timing`. The decision worth knowing: how much of a device's peak the products reach is
 not computed but assumed, and so printed; `--efficiency` takes the figure that `latte-scale bench step` measured
-instead. Transfers count with what does not fit behind the forward or backward pass that they may overlap with, and with
-the first unit's, which nothing can hide. Waiting for data, checkpoints and stragglers is not in it.
+instead. Of the transfers, only the part counts that is not hidden behind the forward or backward pass it may overlap
+with, plus the first unit's, which nothing can hide. Waiting for data, checkpoints and stragglers is left out.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ class Timing:
     forward_s: float
     backward_s: float  # recomputing included
     update_s: float
-    exposed_s: float  # of transfers: what nothing hides
+    exposed_s: float  # the part of the transfers that no computation hides
     collectives: tuple[Collective, ...]
     model_flops: float  # a step, all samples, 3 x forward: what MFU is credited with
-    global_batch: float  # samples of it
+    global_batch: float  # samples of the step
 
     @property
     def step_s(self) -> float:
@@ -55,7 +55,7 @@ class Timing:
 
 
 def timing(config: Config, cluster: Cluster, efficiency: float | None = None) -> Timing:
-    """Of one step. `efficiency`: share of the peak that forward and backward reach; None: EFFICIENCY."""
+    """Timing of one step. `efficiency`: share of the peak that forward and backward reach; None: EFFICIENCY."""
     number, batch = micro_batches(config, cluster.num_gpus)
     forward_flops = clip_flops(config)
     reached = (efficiency or EFFICIENCY[config.train.precision]) * _peak(config, cluster.device)
@@ -74,9 +74,9 @@ def timing(config: Config, cluster: Cluster, efficiency: float | None = None) ->
 
 
 def mean_timing(weighted: Sequence[tuple[float, Timing]]) -> Timing:
-    """The mean step of a run whose steps have several sizes, from the share of each and its step; shares sum to 1.
+    """The mean step of a run with clips of several sizes, from (share of the steps, timing) of each; shares sum to 1.
 
-    Rates of it are those of the run: samples of a mean step over its seconds.
+    Its rates are those of the run: samples of a mean step over its seconds.
     """
     if len(weighted) == 1:
         return weighted[0][1]
@@ -186,5 +186,5 @@ def _of_sequence(config: Config, cluster: Cluster, number: int, batch: int) -> C
 
 
 def scaled(config: Config, num_gpus: int, samples_a_gpu: int) -> Config:
-    """The config with the global batch of so many GPUs: weak scaling."""
+    """The config with `samples_a_gpu` samples a step for each of `num_gpus` GPUs: weak scaling."""
     return replace(config, train=replace(config.train, global_batch=samples_a_gpu * num_gpus))

@@ -44,12 +44,12 @@ class Collective:
 
     @property
     def seconds(self) -> float:
-        """Of a step, if nothing else runs."""
+        """Seconds in a step, if nothing else runs."""
         return self.times * transfer_s(self.kind, self.span, self.size_bytes)
 
 
 def transfer_s(kind: Kind, span: Span, size_bytes: float) -> float:
-    """Seconds of one collective over a tensor of `size_bytes` (all_gather: of the gathered one)."""
+    """Seconds of one collective over a tensor of `size_bytes` (of all_gather, the size of the result)."""
     if span.size == 1:
         return 0.0
     if kind == "all_to_all":

@@ -30,11 +30,11 @@ class Weights:
         return sum(whole_bytes(shapes) for shapes in (*self.blocks, self.rest))
 
     def shape(self, block: int, number: int) -> tuple[int, ...]:
-        """Of parameter `number` of a block, or of the model's own (MODEL)."""
+        """Shape of parameter `number` of a block; block MODEL: of the model's own parameters."""
         return (self.rest if block == MODEL else self.blocks[block])[number]
 
     def units(self, blocks_per_unit: int) -> list[Shapes]:
-        """Shapes of each group of blocks that fsdp2 gathers together, and last of the rest."""
+        """Shapes of each group of blocks that fsdp2 gathers together; last those of all that is in no block."""
         starts = range(0, len(self.blocks), blocks_per_unit)
         return [sum(self.blocks[first : first + blocks_per_unit], ()) for first in starts] + [self.rest]
 

@@ -28,8 +28,8 @@ def groups_of(config: Config, weights: Weights) -> list[list[Place]]:
     return [group for group in (decayed, plain) if group]
 
 
-class Pieces:
-    """Stages 1 and 2."""
+class ZeroMemory:
+    """ZeRO stages 1 and 2, as ledger.py calls it."""
 
     def __init__(self, config: Config, weights: Weights, ledger: Ledger, num_gpus: int) -> None:
         self._ledger, self._stage, self._offloads = ledger, config.engine.zero_stage, config.engine.cpu_offload
@@ -51,7 +51,7 @@ class Pieces:
         self._has_bucket, self._has_owned, self._is_first, self._is_last = False, False, True, True
 
     def _lay_out(self, group: list[Place], num_gpus: int) -> None:
-        """Which ranks own which weights of a group."""
+        """Note which ranks own which weights of a group."""
         total = sum(self._numel[place] for place in group)
         piece = -(-total // (ALIGNED_TO * num_gpus)) * ALIGNED_TO
         self._pieces.append(piece)
@@ -60,15 +60,15 @@ class Pieces:
             stop = start + self._numel[place]
             self._ranks_of[place] = range(start // piece, (stop - 1) // piece + 1)
             if start < piece:
-                self._owned.append(place)  # by rank 0, if only in part
+                self._owned.append(place)  # by rank 0, perhaps only in part
             start = stop
 
     def begin(self, is_last: bool) -> None:
-        """A micro-batch."""
+        """Start a micro-batch."""
         self._is_last = is_last
 
     def on(self, entry: Entry) -> None:
-        """Only gradients matter."""
+        """Follow the gradients; nothing else changes what ZeRO holds."""
         place = entry.first, entry.second
         if entry.what == "gradient":
             self._ledger.add("gradients", 4 * self._numel[place])

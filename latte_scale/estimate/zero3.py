@@ -2,9 +2,9 @@
 
 In: the weights, the ranks, the entries of a step's log. Out: entries in the ledger. Every weight is cut; the pieces lie
 there twice (stage3.py compares a device with a string, so it makes a master copy even of fp32 weights), beside a buffer
-for this rank's gradients. The decision worth knowing: it is the third step and later ones that are told, when DeepSpeed
-knows in which order weights are used (partitioned_param_coordinator.py). Then weights that come next are gathered
-ahead, in one buffer out of which each is copied, and stay if they are used again soon.
+for this rank's gradients. The decision worth knowing: what is modelled is the third step and later ones, when DeepSpeed
+has learned in which order weights are used (partitioned_param_coordinator.py). From then on the next weights are
+prefetched, into one buffer out of which each is copied, and they stay gathered if they are used again soon.
 """
 
 import math
@@ -17,24 +17,27 @@ from latte_scale.estimate.recording import MODEL, Entry
 from latte_scale.estimate.weights import Weights
 from latte_scale.estimate.zero import NORM_BYTES, Place
 
-REUSED_WITHIN = 1_000_000_000  # elements used until then (stage3_max_reuse_distance): such weights stay gathered
-MOST_LIVE = 1_000_000_000  # elements gathered, beyond which nothing is gathered ahead (stage3_max_live_parameters)
+REUSED_WITHIN = 1_000_000_000  # elements (stage3_max_reuse_distance): weights used again before so many stay gathered
+MOST_LIVE = 1_000_000_000  # gathered elements beyond which nothing is prefetched (stage3_max_live_parameters)
 
-LAST = 2  # weights of a block, weight and bias of its last layer, which are waited for when the rest has run
-OUTPUT = -2  # in place of a block: the model's weights behind the blocks
+LAST = 2  # weights of a block (weight and bias of its last layer) that are used only after the rest of it has run
+OUTPUT = -2  # in place of a block: the model's weights that were defined after the blocks
 
 
 @dataclass
 class _Sent:
-    """Weights that were gathered ahead in one buffer."""
+    """Weights that were prefetched together, into one buffer."""
 
     waiting: set[Place]  # not used yet
     size: int  # bytes of the buffer
     is_copied: bool = False
 
 
-class Gathered:
-    """Stage 3. Weights are used in the order in which they were defined; what comes behind the blocks is the output."""
+class Zero3Memory:
+    """ZeRO stage 3, as ledger.py calls it.
+
+    Weights are used in the order in which they were defined; those defined after the blocks belong to the output layer.
+    """
 
     def __init__(self, config: Config, weights: Weights, ledger: Ledger, num_gpus: int) -> None:
         self._ledger, self._offloads = ledger, config.engine.cpu_offload
@@ -54,7 +57,8 @@ class Gathered:
         there = 4 * sum(self._numel[place] for place in self._there)
         ledger.change({"parameters": 4 * piece, "gathered": there, "communication": 4 * self._bucket} | states)
         checkpointing = config.engine.activation_checkpointing
-        self._holds = config.train.precision != "bf16" and checkpointing == "none"  # autograd does, without a cast
+        # Without a cast to bf16 autograd saves the gathered weights themselves, and so keeps them alive.
+        self._autograd_keeps = config.train.precision != "bf16" and checkpointing == "none"
         self._set_order(weights, computed_again=checkpointing != "none")
         self._sent_with: dict[Place, _Sent] = {}
         self._used, self._next = 0, 0  # weights used in this micro-batch; and sent for, or passed over
@@ -80,7 +84,7 @@ class Gathered:
             passed += visits * sum(self._numel[place] for place in places[block])
 
     def begin(self, is_last: bool) -> None:
-        """A micro-batch: weights are used from the first one on again."""
+        """Start a micro-batch: weights are used from the first one on again."""
         self._used, self._next = 0, 0
 
     def on(self, entry: Entry) -> None:
@@ -109,7 +113,7 @@ class Gathered:
         self._release(MODEL)
 
     def update(self) -> None:
-        """Norms one by one; then the gradients are laid end to end once more."""
+        """Norms are taken one by one; then the gradients are laid end to end in a second copy."""
         if self._offloads:
             return
         largest = NORM_BYTES * max(self._pieces.values())
@@ -135,7 +139,7 @@ class Gathered:
         self._send_ahead()
 
     def _arrive(self, sent: _Sent, place: Place) -> None:
-        """The first one that is waited for has all of its buffer copied out; the last one gives the buffer back."""
+        """The first weight that is used has the whole buffer copied out; the last one frees the buffer."""
         if not sent.is_copied:
             sent.is_copied = True
             self._there |= sent.waiting
@@ -159,9 +163,9 @@ class Gathered:
             self._sent_with |= dict.fromkeys(places, sent)
 
     def _stays(self, block: int) -> bool:
-        """After forward: is it used again soon, or was that use passed over because it is there?"""
+        """Whether a block's weights stay gathered after forward: used again soon, or that use needs no new gather."""
         soon = self._until_backward[block] < REUSED_WITHIN
-        return self._holds or soon or self._next > self._back_at[block]
+        return self._autograd_keeps or soon or self._next > self._back_at[block]
 
     def _release(self, block: int) -> None:
         for place in self._of[block]:
@@ -180,7 +184,7 @@ class Gathered:
             self._ledger.add("gradients", -4 * self._numel[place])
 
     def _reduce(self) -> None:
-        """The bucket is put into the order of the ranks in a buffer of its own."""
+        """The bucket is reordered by rank, in a buffer of its own, and reduced."""
         size = 4 * self._num_gpus * sum(self._pieces[place] for place in self._filled)
         alone = len(self._filled) == 1 and self._numel[self._filled[0]] % self._num_gpus == 0
         self._ledger.add("communication", 0 if alone else size)

@@ -83,7 +83,7 @@ def _shards(url: str) -> ClipSet:
     dataset = open_dataset(url)
     if dataset.manifest.kind != "video":
         raise ValueError(
-            f"{url}: expected clips with pixels, came a data set of {dataset.manifest.kind}; pass the shards that "
+            f"{url}: expected clips with pixels, got a data set of {dataset.manifest.kind}; pass the shards that "
             "`latte-data encode` read"
         )
     clips = [

@@ -1,4 +1,4 @@
-"""From clips to features, over all ranks: each embeds every n-th clip, and all end with the features of all.
+"""From clips to features, over all ranks: each rank embeds every n-th clip, and all ranks get the features of all.
 
 They are exchanged in one sum of arrays that are zero in the other ranks' rows, so the features, and all that is
 computed from them, do not depend on the number of ranks. A clip that cannot be read on one rank is an error on all of
@@ -70,7 +70,7 @@ def _embed_batch(batch: Sequence[Clip], window: Window, embed: Embed, device: to
 
 
 def kept(make: Callable[[], Tensor], folder: Path, facts: Callable[[], Sequence[object]], ranks: Ranks) -> Tensor:
-    """What `make` gives, from a file if it was made before from equal `facts` (asked of rank 0 only). A collective."""
+    """The result of `make`, cached in a file under a hash of `facts` (computed on rank 0 only). A collective."""
     store, known, name = open_store(folder), None, ""
     if ranks.rank == 0:
         name = hashlib.sha256("\n".join(map(str, facts())).encode()).hexdigest()[:32] + ".npy"

@@ -54,7 +54,7 @@ class Protocol:
         for name, least in {"size": 1, "num_clips": 1, "num_resamples": 0, "batch_size": 1}.items():
             came = getattr(self, name)
             if came is not None and came < least:
-                raise ValueError(f"{name}: expected {least} or more, came {came}")
+                raise ValueError(f"{name}: expected {least} or more, got {came}")
 
 
 class Scorer:
@@ -88,15 +88,15 @@ class Scorer:
             raise ValueError(f"{name} compares with real clips: pass --real URL")
         came, wanted = [len(self._fake)] + ([len(self._real)] if name in NEEDS_REAL else []), self._protocol.num_clips
         if name in NEEDS_COUNT and wanted < 2:
-            raise ValueError(f"{name}: expected --num-clips of 2 or more, came {wanted}")
+            raise ValueError(f"{name}: expected --num-clips of 2 or more, got {wanted}")
         if name in NEEDS_COUNT and min(came) < wanted:
             words = f"{len(self._fake)} sampled" + (f" and {len(self._real)} real" if name in NEEDS_REAL else "")
             fewer = f", or pass --num-clips {min(came)}: scores of different counts do not compare"
             raise ValueError(
-                f"{name}: expected {wanted} clips, came {words}; sample more{fewer if min(came) > 1 else ''}"
+                f"{name}: expected {wanted} clips, got {words}; sample more{fewer if min(came) > 1 else ''}"
             )
         if name == "clip_consistency" and self._windows["fake"].video.frames < 2:
-            raise ValueError("clip_consistency: expected clips of 2 frames or more, came 1; drop it")
+            raise ValueError("clip_consistency: expected clips of 2 frames or more, got 1; drop it")
         if name == "clip" and (without := [clip.name for clip in self._fake if clip.load()[1] == ""]):
             raise ValueError(
                 f"clip: expected a prompt for every video, {len(without)} have none, the first is {without[0]}; pass "
@@ -165,7 +165,7 @@ class Scorer:
         return self._real_set.fingerprint()
 
     def _real_fingerprint(self) -> str | None:
-        """Of the real set; rank 0 alone reads the files, and alone writes the record."""
+        """Fingerprint of the real set; only on rank 0, which alone reads the files and writes the record."""
         return self._fingerprint if self._ranks.rank == 0 else None
 
 

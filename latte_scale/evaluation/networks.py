@@ -90,7 +90,7 @@ def find_network(name: str, given: str | None) -> Path:
 def _fetched(name: str, url: str) -> Path:
     """The file at a URL, downloaded once."""
     if name == "clip":
-        raise ValueError(f"--clip takes a folder, came {url}; fetch {TO_FETCH['clip'][1]}")
+        raise ValueError(f"--clip takes a folder, got {url}; fetch {TO_FETCH['clip'][1]}")
     path = cache_folder() / "networks" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _checked_call(script: Any, path: Path, name: str) -> Callable[..., Tensor]:
             ) from error
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x):
             came = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"{path}: expected features [{len(x)}, D] of input {list(x.shape)}, came {came}")
+            raise ValueError(f"{path}: expected features [{len(x)}, D] of input {list(x.shape)}, got {came}")
         return out.float().view(-1, num_rows, out.shape[1])
 
     return call
@@ -185,7 +185,7 @@ def _load_clip(path: Path, device: torch.device) -> Network:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or of the weights and configuration in a folder."""
+    """sha256 of a file, or of the weights and configuration in a folder."""
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

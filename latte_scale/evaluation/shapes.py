@@ -72,7 +72,7 @@ def score_clip(frames_FHWC: np.ndarray, vocabulary: Vocabulary) -> Seen:
     area, is nearest to it in the mean over the frames. Direction: the one nearest to the line through its centres.
     """
     if frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or len(frames_FHWC) == 0:
-        raise ValueError(f"expected frames [F, H, W, 3], came {list(frames_FHWC.shape)}")
+        raise ValueError(f"expected frames [F, H, W, 3], got {list(frames_FHWC.shape)}")
     seen = [found for frame in frames_FHWC.astype(np.float32) if (found := _find_object(frame)) is not None]
     if len(seen) < max(1, len(frames_FHWC) // 2):
         return Seen(None, None, None)
@@ -177,7 +177,7 @@ def prompted(text: str, vocabulary: Vocabulary) -> dict[str, str]:
         if len(found) != 1:
             raise ValueError(
                 f"prompt {text!r}: expected one {aspect} of {', '.join(vocabulary.words(aspect))}, "
-                f"came {found or 'none'}"
+                f"got {found or 'none'}"
             )
         wanted[aspect] = found[0]
     return wanted

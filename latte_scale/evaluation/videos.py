@@ -29,7 +29,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
         record = _parse_or_none(line)
         if record is None or not all(isinstance(record.get(key), str) for key in ("file", "text")[: 1 + with_text]):
             wanted = '{"file", "text"}' if with_text else '{"file"}'
-            raise ValueError(f"{path}, line {number}: expected {wanted}, came {line[:80]!r}")
+            raise ValueError(f"{path}, line {number}: expected {wanted}, got {line[:80]!r}")
         records.append(record)
     if not records:
         raise ValueError(f"{path} is empty: it names no video")
@@ -50,7 +50,7 @@ def frame_policy(record: dict[str, Any], where: Path) -> VideoSettings:
         return VideoSettings(**record["video"])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f'{where}: expected "video" to be a frame policy as `latte-scale sample` writes it, came {record["video"]} '
+            f'{where}: expected "video" to be a frame policy as `latte-scale sample` writes it, got {record["video"]} '
             f"({error})"
         ) from error
 
@@ -81,7 +81,7 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
     clips = []
     for record in read_prompts(fake):
         if "clip" not in record or "video" not in record:
-            raise ValueError(f'{fake}: psnr needs "clip" and "video" in every line of prompts.jsonl, came {record}')
+            raise ValueError(f'{fake}: psnr needs "clip" and "video" in every line of prompts.jsonl, got {record}')
         video = frame_policy(record, fake / "prompts.jsonl")
         original = real / record["clip"]
         if not original.is_file():
@@ -92,7 +92,7 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
             raise ValueError(f"{original}, the clip of {record['file']}: {error}") from error
         frames, wanted = read_frames(fake / record["file"]), pixels_FCHW.transpose(0, 2, 3, 1)
         if frames.shape != wanted.shape:
-            raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, came {frames.shape}")
+            raise ValueError(f"{fake / record['file']}: expected frames {wanted.shape}, got {frames.shape}")
         found = psnr_db(frames, wanted)
         clips.append({"file": record["file"], "text": record["text"], "psnr_db": found, "identical": found is None})
     known = [clip["psnr_db"] for clip in clips if not clip["identical"]]

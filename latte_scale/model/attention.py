@@ -1,4 +1,4 @@
-"""Multi-head attention: every softmax of the model runs through `attend`, by the back end that its module was told.
+"""Multi-head attention: every softmax of the model runs through `attend`, by the back end that was set in its module.
 
 In: tokens, and for cross-attention the caption's tokens and which of them are padding. Out: tokens of the same shape.
 The back ends are in attention_backends.py; a model computes with "sdpa" until `use_backends` says otherwise. Queries
@@ -7,8 +7,8 @@ frames into the query axis gives the same numbers as repeating keys and values p
 
 Two families, named by the keys of the released weights: `Attention` (LatteT2V: to_q, to_k, to_v, to_out.0; it attends
 over the axis that the caller has laid last) and `SelfAttention`, `SplitAttention` (Latte: qkv, proj; they take
-[B, F, T, D] and know which axes they attend over). Joint image training needs one rule of them: an image frame takes no
-part in attention over time, and what it gets from it is 0.
+[B, F, T, D] and know which axes they attend over). For joint image training they follow one rule: an image frame takes
+no part in attention over time, and its output there is 0.
 
 Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, D width, N heads, E width of a head,
 F frames (video, then images), T tokens of a frame, S the axis that is attended over, R the other one.
@@ -30,7 +30,7 @@ Axis = Literal["space", "time"]
 class Linear(nn.Linear):
     """nn.Linear that leaves its weights unset: the model's init_weights draws each once, from one generator."""
 
-    fp8 = False  # whether it computes in 8-bit floats; fp8.use_fp8 says so
+    fp8 = False  # whether it computes in 8-bit floats; set by fp8.use_fp8
 
     def reset_parameters(self) -> None:
         pass
@@ -45,7 +45,7 @@ def attend(q_BNQE: Tensor, k_BNKE: Tensor, v_BNKE: Tensor, padding: Padding | No
 
 
 def use_backends(model: nn.Module, backends: Mapping[Site, Backend]) -> None:
-    """Tell every attention of the model its back end. Must run before the blocks are compiled."""
+    """Set the back end of every attention module of the model. Must run before the blocks are compiled."""
     for module in model.modules():
         if isinstance(module, (Attention, SelfAttention)):
             module.backend = backends[module.site]
@@ -118,7 +118,7 @@ class SplitAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BFTD: Tensor, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
-        """As SelfAttention.forward; for an image the temporal half of the heads gives 0."""
+        """Like SelfAttention.forward; for an image the temporal half of the heads gives 0."""
         qkv_BFT3NE = self.qkv(x_BFTD).unflatten(-1, (3, self.num_heads, -1))
         space_BFT3ME, time_BFT3ME = qkv_BFT3NE.chunk(2, dim=-2)
         video_BTF3ME = time_BFT3ME[:, : x_BFTD.shape[1] - num_images].transpose(1, 2)

@@ -1,10 +1,10 @@
-"""The back ends of attention: who computes softmax(q k^T / sqrt(E) + bias) v, under one signature.
+"""The back ends of attention: implementations of softmax(q k^T / sqrt(E) + bias) v with one signature.
 
-In: q, k, v as [B, N, S, E] views of [B, S, N, E] memory, and what is known of padded keys. Out: [B, N, Q, E]. All give
-the same numbers up to rounding; how fast each is depends on the shape, so a model is told a back end for each of its
-three sites (`attention.use_backends`): over space, over time, and to a caption. The decision worth knowing: kernels
-that take no mask are given the real keys only, packed clip after clip, so captions of different lengths cost no work on
-padding; the packing is made on the device, once a forward pass (`Padding`), and no host waits for a length.
+In: q, k, v as [B, N, S, E] views of [B, S, N, E] memory, and which keys are padding. Out: [B, N, Q, E]. All give the
+same numbers up to rounding; how fast each is depends on the shape, so a back end is chosen for each of a model's three
+sites (`attention.use_backends`): over space, over time, and to a caption. The decision worth knowing: kernels that take
+no mask get the real keys only, packed clip after clip (varlen), so captions of different lengths cost no work on
+padding; the packing is computed on the device, once a forward pass (`Padding`), and no host waits for a length.
 
 Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, N heads, E width of a head.
 """
@@ -28,8 +28,8 @@ Backend = Literal[
     "sdpa", "flash2", "flash3", "flash4", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "math", "triton_small"
 ]  # fmt: skip
 
-# Logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row without a
-# single real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
+# Added to the logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row
+# without any real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
 MASKED_LOGIT = -10000.0
 
 
@@ -48,9 +48,9 @@ class Padding(NamedTuple):
     """Which keys are real, in the forms that back ends take."""
 
     bias_B11K: Tensor  # 0 or MASKED_LOGIT
-    order: Tensor  # [B K] int64: all keys, flattened, real ones first, clip after clip
+    order: Tensor  # [B K] int64: indices of all keys, flattened, real ones first, clip after clip
     real: Tensor  # [B K] bool: which keys are real, in that order
-    starts: Tensor  # [B + 1] int32: where each clip's real keys begin in that order; the last one is their number
+    starts: Tensor  # [B + 1] int32: where each clip's real keys begin in that order, and their number (cu_seqlens)
 
 
 def padding_of(mask_BK: Tensor, dtype: torch.dtype) -> Padding:
@@ -79,7 +79,7 @@ def _sdpa_by(kernel: SDPBackend) -> Callable[..., Tensor]:
 
 
 def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
-    """On a GPU torch's flash kernel takes no bias: keys of different lengths go through its varlen form."""
+    """torch's flash kernel. On a GPU it takes no bias: keys of different lengths go through its varlen form."""
     if padding is None or q.device.type == "cpu":
         return _sdpa_by(SDPBackend.FLASH_ATTENTION)(q, k, v, padding)
     from torch.nn.attention.varlen import varlen_attn
@@ -127,10 +127,11 @@ def _flash_package(load: Callable[[], Any]) -> Callable[..., Tensor]:
 
 
 def packed(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
-    """Attention to the real keys alone, by a function of packed tokens [S, N, E] and where each clip starts in them.
+    """Attention to the real keys alone, by a varlen function: packed tokens [S, N, E] and where each clip starts.
 
-    A clip without a real key gets 0. Padding lies behind the last clip, and to such keys flash-attn gives as gradient
-    what its memory held before, NaN included (pytorch/pytorch#176793, Dao-AILab/flash-attention#2324): it is cut off.
+    A clip without a real key gets 0. Padding is packed behind the last clip. The gradient that flash-attn returns for
+    such keys is uninitialised memory, NaN included (pytorch/pytorch#176793, Dao-AILab/flash-attention#2324); the
+    `where` here drops it.
     """
     batch, _, num_queries, _ = q.shape
     starts_q = torch.arange(0, (batch + 1) * num_queries, num_queries, device=q.device, dtype=torch.int32)
@@ -187,9 +188,9 @@ def why_absent(backend: Backend, device: torch.device, dtype: torch.dtype) -> st
 
 
 def _is_installed(package: str) -> bool:
-    """Whether the module is there; flash_attn in version 2, because later ones use the name too.
+    """Whether the module is installed; flash_attn must be version 2, because later versions use the name too.
 
-    Looking for a part of a package imports the package, and one built for another torch is an ImportError.
+    Looking for a submodule imports its package, which raises ImportError if it was built for another torch.
     """
     try:
         if importlib.util.find_spec(package) is None:

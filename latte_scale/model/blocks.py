@@ -33,7 +33,7 @@ Layout = Literal["space", "time", "sequential", "parallel"]  # what a LatteBlock
 
 
 def identity_reshard(x_BFTD: Tensor, whole: Axis) -> Tensor:
-    """The reshard of a model that one device holds whole clips of: nothing to move."""
+    """The default `reshard`: one device holds whole clips, so there is nothing to move."""
     return x_BFTD
 
 
@@ -48,7 +48,7 @@ def residual(
 
 
 def use_norm(model: nn.Module, backend: NormBackend) -> None:
-    """Tell every block who computes its norm, modulation and gate. Must run before the blocks are compiled."""
+    """Set what computes norm, modulation and gate in every block. Must run before the blocks are compiled."""
     for module in model.modules():
         if isinstance(module, (T2VBlock, LatteBlock)):
             module.norm = backend
@@ -64,10 +64,11 @@ def per_frame(rows_BG: Tensor, num_frames: int) -> Tensor:
     return torch.cat([shared, rows_BG[:, 1:]], dim=1)
 
 
-def apart(layer: Callable[[Tensor], Tensor], rows_BG: Tensor, num_images: int) -> Tensor:
-    """`layer` on the rows of the video and on those of the images, in products of their own.
+def apply_separately(layer: Callable[[Tensor], Tensor], rows_BG: Tensor, num_images: int) -> Tensor:
+    """`layer` applied to the rows of the video and to those of the images, in two calls.
 
-    A product of very few rows rounds by how many they are: so the video's numbers stay exactly those without images.
+    How a matrix product of few rows rounds depends on their number. Two calls keep the video's numbers exactly what
+    they are without images.
     """
     if rows_BG.shape[1] == 1 or not num_images:
         return layer(rows_BG)
@@ -81,7 +82,7 @@ def video_rows(rows_BG: Tensor, num_images: int) -> Tensor:
 
 
 def on_video(x_BFTD: Tensor, num_images: int, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """`run` on the video's frames; the last num_images frames go past it untouched."""
+    """`run` applied to the video's frames; the last num_images frames stay unchanged."""
     if not num_images:
         return run(x_BFTD)
     num_frames = x_BFTD.shape[1] - num_images
@@ -133,7 +134,7 @@ class T2VBlock(nn.Module):
         return self.attn1(h_BRSD.flatten(0, 1)).view_as(h_BRSD)
 
     def _read(self, x_BFTD: Tensor, text_BLD: Tensor, padding: Padding | None) -> Tensor:
-        """Cross-attention of frames that share a caption: one row of queries, so its keys are made once."""
+        """Cross-attention of frames that share a caption: frames fold into the queries, so keys are computed once."""
         return self.attn2(x_BFTD.flatten(1, 2), text_BLD, padding).view_as(x_BFTD)
 
     def _read_each(self, x_BnTD: Tensor, text_BnLD: Tensor, padding: Padding | None) -> Tensor:
@@ -146,7 +147,7 @@ class LatteBlock(nn.Module):
 
     "space" and "time" have one attention. "sequential" has one over space and then one over time, "parallel" one whose
     heads do both (Latte, arXiv 2401.03048, section 3.2). Images take no part in attention over time, and a block that
-    attends over time alone, MLP included, is not for them at all.
+    attends over time alone, with its MLP, leaves them unchanged.
     """
 
     def __init__(self, width: int, num_heads: int, hidden: int, layout: Layout, modulated: bool) -> None:
@@ -192,7 +193,7 @@ class LatteBlock(nn.Module):
         """Shift, scale and gate of each layer, [B, F or 1, 1, D]; in the order of the layers."""
         if self.adaLN_modulation is None:
             return [None] * self.num_layers
-        rows_BGd = apart(self.adaLN_modulation, condition_BGD, num_images)
+        rows_BGd = apply_separately(self.adaLN_modulation, condition_BGD, num_images)
         chunks = per_frame(rows_BGd, num_frames)[:, :, None].chunk(3 * self.num_layers, dim=-1)
         return [chunks[first : first + 3] for first in range(0, len(chunks), 3)]
 
@@ -209,6 +210,6 @@ class FinalLayer(nn.Module):
         """[B, F, T, D] -> [B, F, T, values]."""
         if self.adaLN_modulation is None:
             return self.linear(normalise(x_BFTD))
-        rows_BGd = apart(self.adaLN_modulation, condition_BGD, num_images)
+        rows_BGd = apply_separately(self.adaLN_modulation, condition_BGD, num_images)
         shift_BF1D, scale_BF1D = per_frame(rows_BGd, x_BFTD.shape[1])[:, :, None].chunk(2, dim=-1)
         return self.linear(modulate(x_BFTD, shift_BF1D, scale_BF1D))

@@ -1,4 +1,4 @@
-"""Floating point operations of one forward pass, counted from the shapes: what MFU and the estimate are made of.
+"""Floating point operations of one forward pass, computed from the shapes, for MFU and the estimate.
 
 In: the settings and the size of one clip. Out: 2 x multiply-accumulates of every matrix product, equal to
 torch.utils.flop_counter.FlopCounterMode on the same input. Elementwise work, norms and softmax are not counted, as is

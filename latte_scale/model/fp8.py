@@ -1,14 +1,14 @@
-"""Linear layers in 8-bit floats (train.precision=fp8): output and input's gradient by fp8, the weight's by bf16.
+"""Linear layers in 8-bit floats (train.precision=fp8): outputs and input gradients in fp8, weight gradients in bf16.
 
-In: a model of which `use_fp8` tells the layers that see every token, and bf16 autocast around it as without. Out: the
-same parameters under the same names, fp32 as ever, so engines, checkpoints and export know nothing of it.
+In: a model, in which `use_fp8` switches the layers that see every token, and bf16 autocast around it as usual. Out: the
+same fp32 parameters under the same names, so engines, checkpoints and export need to know nothing of it.
 
-The decision worth knowing is what is scaled together: a row. Each token has a scale, and so has each output (in
-backward each input) of the weight; a token's numbers therefore do not depend on which clips share its micro-batch, and
-a run goes on with another number of ranks. One scale a tensor would be faster and would tie them together, and so would
-fp8 in the gradient of the weight, whose products sum over tokens: it stays in bf16. Scales are powers of two, so they
-add no rounding of their own. Both as torchao's recipe "rowwise_with_gw_hp", which is not used because diffusers imports
-a torchao that is there, with seconds of start and warnings.
+The decision worth knowing is the granularity of the scales: a row. Each token has a scale, and so has each output (in
+backward each input) of the weight. So a token's numbers do not depend on which clips share its micro-batch, and a run
+can go on with another number of ranks. One scale for a whole tensor would be faster but would make clips depend on each
+other, and so would fp8 in the gradient of the weight, which sums over tokens: it stays in bf16. Scales are powers of
+two, so they add no rounding of their own. Both are as in torchao's recipe "rowwise_with_gw_hp". torchao itself is not
+used because diffusers imports it where it is installed, which costs seconds at start, with warnings.
 
 Shape legend: M rows (tokens), K inputs, N outputs.
 """
@@ -23,19 +23,19 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 SIDES = 16  # fp8 products take sides of multiples of it
 EXPONENTS = -100, 127  # of a scale, whose inverse is finite in fp32, too; a row of zeros has 0
-APART = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
-"""Layers of a block that do not see every token: one row a clip, and one a token of its caption. Little work."""
+NOT_PER_TOKEN = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
+"""Layers of a block with one row for each clip or caption token, instead of one for each video token: little work."""
 
 
 def token_linears(block: nn.Module) -> Iterator[nn.Linear]:
     """The linear layers of a block that every token goes through: nearly all of its products."""
     for name, layer in block.named_modules():
-        if isinstance(layer, nn.Linear) and not name.startswith(APART):
+        if isinstance(layer, nn.Linear) and not name.startswith(NOT_PER_TOKEN):
             yield layer
 
 
 def why_no_fp8(device: torch.device) -> str:
-    """Why a device has no fp8 products with a scale a row; "" if it does. A CPU computes them, slowly, for tests."""
+    """Why a device has no fp8 products with row-wise scales; "" if it does. A CPU computes them, slowly, for tests."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has none with a scale a row, which need compute capability 9.0"
     if device.type == "cpu":
@@ -47,7 +47,7 @@ def why_no_fp8(device: torch.device) -> str:
 
 
 def use_fp8(model: nn.Module, device: torch.device) -> int:
-    """Have the layers that see every token compute in fp8; how many do. Must run before the blocks are compiled.
+    """Switch the layers that see every token to fp8; returns their number. Must run before the blocks are compiled.
 
     Raises ValueError if the device cannot, or if there is no layer whose sides are multiples of 16.
     """
@@ -58,7 +58,7 @@ def use_fp8(model: nn.Module, device: torch.device) -> int:
     if not fit:
         sides = sorted({(layer.in_features, layer.out_features) for layer in layers})
         raise ValueError(
-            f"train.precision=fp8: expected linear layers with sides of multiples of {SIDES}, came {sides}; "
+            f"train.precision=fp8: expected linear layers with sides of multiples of {SIDES}, got {sides}; "
             "choose the model's width so, or train.precision=bf16"
         )
     for layer in fit:
@@ -100,12 +100,13 @@ def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, is_fast: 
 def _by_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """x in fp8, row after row in memory, and what to multiply each row by: [M, 1] fp32, powers of two.
 
-    frexp splits a number into m 2^e with 1/2 <= m < 1: 2^e is the next power of two above it. A row whose largest is
-    not finite has none: fp8 has no infinity and would cut it off at 448, and the step would not be skipped.
+    frexp splits a number into m 2^e with 1/2 <= m < 1: 2^e is the next power of two above it. A row with a value that
+    is not finite gets the scale NaN: fp8 has no infinity, and clipping at 448 would hide that the step must be
+    skipped.
     """
     x_MK = x_MK.float()
     largest_M1 = x_MK.abs().amax(-1, keepdim=True)
     exponent_M1 = torch.frexp(largest_M1 / LARGEST).exponent.clamp(*EXPONENTS)
-    power_M1 = (exponent_M1 + 127 << 23).view(torch.float32)  # put together from its bits: a power would be rounded
+    power_M1 = ((exponent_M1 + 127) << 23).view(torch.float32)  # 2^exponent from its bits: torch.exp2 may round
     scale_M1 = torch.where(largest_M1.isfinite(), power_M1, torch.nan)
     return (x_MK / scale_M1).to(FP8).contiguous(), scale_M1

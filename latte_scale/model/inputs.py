@@ -1,4 +1,4 @@
-"""Checks of what a model is called with, the same words for both models.
+"""Checks of a model's arguments, shared by both models.
 
 Shapes only: nothing here reads a value of a tensor, so nothing waits for the device. Each function raises ValueError
 that names the argument, what was expected, what came and what to do.
@@ -13,12 +13,12 @@ def check_frames(num_frames: int, num_images: int, most: int) -> None:
     """`num_frames` on the frame axis, the last `num_images` of them images; a video has 1 .. `most` frames."""
     if not 0 <= num_images < num_frames:
         raise ValueError(
-            f"num_images: expected 0 .. {num_frames - 1} of {num_frames} frames, came {num_images}; "
+            f"num_images: expected 0 .. {num_frames - 1} of {num_frames} frames, got {num_images}; "
             f"the images are the last frames, behind a video of at least one"
         )
     if num_frames - num_images > most:
         raise ValueError(
-            f"latents: expected at most {most} frames, came {num_frames - num_images}; "
+            f"latents: expected at most {most} frames, got {num_frames - num_images}; "
             f"cut the clips or set model.num_frames={num_frames - num_images}"
         )
 
@@ -28,7 +28,7 @@ def check_sides(height: int, width: int, patch_size: int) -> None:
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"latents: expected height and width that are multiples of patch_size {patch_size}, "
-            f"came {height} x {width}; crop the clips or change model.patch_size"
+            f"got {height} x {width}; crop the clips or change model.patch_size"
         )
 
 
@@ -37,7 +37,7 @@ def check_timestep(timestep: Tensor, batch: int, num_frames: int) -> None:
     if timestep.shape not in ((batch,), (batch, num_frames)):
         raise ValueError(
             f"timestep: expected [{batch}], one for each clip, or [{batch}, {num_frames}], one for each frame, "
-            f"came {list(timestep.shape)}"
+            f"got {list(timestep.shape)}"
         )
 
 
@@ -45,16 +45,16 @@ def check_contrastive(features: bool, contrastive_width: int) -> None:
     """Features come out of projections that only a model with a contrastive width has."""
     if features and not contrastive_width:
         raise ValueError(
-            "features: expected a model with contrastive projections, came contrastive_width 0; "
+            "features: expected a model with contrastive projections, got contrastive_width 0; "
             "set model.contrastive_width (128 is usual) or call without features"
         )
 
 
 def check_out_channels(in_channels: int, out_channels: int) -> None:
-    """As many as in, or twice that: predicted noise and its variance."""
+    """The output has as many channels as the input, or twice as many: predicted noise and its variance."""
     if out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
-            f"out_channels: expected in_channels ({in_channels}) or twice that, came {out_channels}; "
+            f"out_channels: expected in_channels ({in_channels}) or twice that, got {out_channels}; "
             f"use {2 * in_channels} to learn the variance (objective epsilon only), else {in_channels}"
         )
 
@@ -64,11 +64,11 @@ def check_positive(settings: object, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(settings, name)
         if value < 1:
-            raise ValueError(f"{name}: expected at least 1, came {value}")
+            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def check_cut(one_condition: bool, features: bool) -> None:
-    """What a `reshard` other than the identity allows: a rank then holds some frames of a clip, not knowing which."""
+    """Check the arguments beside a `reshard`: a rank then holds some frames of a clip and does not know which."""
     if not one_condition or features:
         raise ValueError(
             "reshard: expected one timestep and one caption or label a clip and no features, because a rank that holds "

@@ -6,8 +6,8 @@ kinds of temporal position, images trained beside the video (latte_settings.py).
 whose state-dict keys these are; their fixed tables `pos_embed` and `temp_embed` are computed here and not state.
 
 Two decisions worth knowing. Compression patches need no 3-D convolution: the frames of a patch are stacked on the
-channel axis, going in and coming out, which is the same linear map. And tokens keep the layout [B, F, T, D] throughout;
-what a block attends over is the block's own affair (blocks.py).
+channel axis, at the input and at the output, which is the same linear map. And tokens keep the layout [B, F, T, D]
+throughout; each block knows what it attends over (blocks.py).
 
 Shape legend: B batch, F frames (video, then n images; frames of patches between the first and the last layer),
 C channels, H W latent height and width, T tokens of a frame, D width, G rows of conditions (blocks.py), E width of a
@@ -116,7 +116,7 @@ class Latte(nn.Module):
 
         for index, block in enumerate(self.blocks):
             x_BFTD = reshard(x_BFTD, "time" if block.layout == "time" else "space")
-            if index == self.positions_before:  # here, and not before, the frames are whole under any reshard
+            if index == self.positions_before:  # the first place at which a rank has all frames under any reshard
                 rotary_2FE = self._rotary(x_BFTD, num_images)
                 if rotary_2FE is None:
                     x_BFTD = on_video(x_BFTD, num_images, self._add_frame_positions)
@@ -162,7 +162,7 @@ class Latte(nn.Module):
         if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != settings.in_channels:
             raise ValueError(
                 f"latents: expected [batch, frames, {settings.in_channels}, height, width], "
-                f"came {list(latents_BFCHW.shape)}; permute [B, C, F, H, W] with .transpose(1, 2)"
+                f"got {list(latents_BFCHW.shape)}; permute [B, C, F, H, W] with .transpose(1, 2)"
             )
         batch, frames, _, height, width = latents_BFCHW.shape
         check_sides(height, width, settings.patch_size)
@@ -183,17 +183,15 @@ class Latte(nn.Module):
         """What compression patches cannot do: they mix the frames of a patch."""
         size = self.settings.tubelet_size
         if frames % size:
-            raise ValueError(
-                f"latents: expected a multiple of tubelet_size {size} frames, came {frames}; cut the clips"
-            )
+            raise ValueError(f"latents: expected a multiple of tubelet_size {size} frames, got {frames}; cut the clips")
         if num_images:
             raise ValueError(
-                f"num_images: a compression patch holds {size} frames and an image is one, came {num_images} images; "
+                f"num_images: a compression patch holds {size} frames and an image is one, got {num_images} images; "
                 f"set model.tubelet_size=1 for joint training"
             )
         if timestep.ndim == 2:
             raise ValueError(
-                f"timestep: a compression patch of {size} frames has one timestep, came {list(timestep.shape)}; "
+                f"timestep: a compression patch of {size} frames has one timestep, got {list(timestep.shape)}; "
                 f"set model.tubelet_size=1 to give single frames"
             )
 
@@ -201,12 +199,12 @@ class Latte(nn.Module):
         num_classes = self.settings.num_classes
         if num_classes and label_B is None:
             raise ValueError(
-                f"label: expected integers [{batch}], 0 .. {num_classes - 1}, or {num_classes} for no class, came None"
+                f"label: expected integers [{batch}], 0 .. {num_classes - 1}, or {num_classes} for no class, got None"
             )
         for name, label, shape in (("label", label_B, (batch,)), ("image_label", image_label_BN, (batch, num_images))):
             if label is not None and not num_classes:
                 raise ValueError(
-                    f"{name}: expected None in an unconditional model, came {list(label.shape)}; set model.num_classes"
+                    f"{name}: expected None in an unconditional model, got {list(label.shape)}; set model.num_classes"
                 )
             if label is not None:
                 _check_label(name, label, shape, num_classes)
@@ -218,11 +216,11 @@ def _check_label(name: str, label: Tensor, shape: tuple[int, ...], num_classes: 
     Subclasses of a tensor, such as the fake ones of an estimate, may have no values to read.
     """
     if label.shape != shape or label.is_floating_point():
-        raise ValueError(f"{name}: expected integers {list(shape)}, came {label.dtype} {list(label.shape)}")
+        raise ValueError(f"{name}: expected integers {list(shape)}, got {label.dtype} {list(label.shape)}")
     has_values = type(label) is Tensor and label.device.type == "cpu" and label.numel()
     if has_values and not 0 <= label.min() <= label.max() <= num_classes:
         raise ValueError(
-            f"{name}: expected 0 .. {num_classes - 1}, or {num_classes} for no class, came {int(label.min())} .. "
+            f"{name}: expected 0 .. {num_classes - 1}, or {num_classes} for no class, got {int(label.min())} .. "
             f"{int(label.max())}; fix the labels or set model.num_classes"
         )
 

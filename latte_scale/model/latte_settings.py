@@ -55,7 +55,7 @@ class LatteSettings:
         check_out_channels(self.in_channels, self.out_channels)
         for name in ("num_classes", "contrastive_width"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 (none) or more, came {getattr(self, name)}")
+                raise ValueError(f"{name}: expected 0 (none) or more, got {getattr(self, name)}")
         self._check_heads()
         self._check_choices()
 
@@ -65,28 +65,28 @@ class LatteSettings:
         wider = -(-self.width // step) * step  # the next width that both checks take
         if self.width % self.num_heads:
             raise ValueError(
-                f"num_heads: expected a divisor of width {self.width}, came {self.num_heads}; "
+                f"num_heads: expected a divisor of width {self.width}, got {self.num_heads}; "
                 f"set model.width={wider} or another model.num_heads"
             )
         if self.width % 4:
             raise ValueError(
-                f"width: expected a multiple of 4 (2-D positions use sine and cosine of two axes), came {self.width}; "
+                f"width: expected a multiple of 4 (2-D positions use sine and cosine of two axes), got {self.width}; "
                 f"set model.width={wider}"
             )
         hidden = self.width * self.mlp_ratio
         if hidden < 0.5 or abs(hidden - round(hidden)) > 1e-6:  # 100 x 2.3 is 229.99999999999997
             raise ValueError(
-                f"mlp_ratio: expected a whole number of MLP channels, came {self.mlp_ratio} x {self.width}; "
+                f"mlp_ratio: expected a whole number of MLP channels, got {self.mlp_ratio} x {self.width}; "
                 f"set model.mlp_ratio to 4.0 or 3.5"
             )
         if self.variant == "parallel" and self.num_heads % 2:
             raise ValueError(
-                f"num_heads: variant parallel gives half of the heads to space and half to time, came "
+                f"num_heads: variant parallel gives half of the heads to space and half to time, got "
                 f"{self.num_heads}; use an even number"
             )
         if self.temporal_position == "rotary" and self.head_dim % 2:
             raise ValueError(
-                f"temporal_position: rotary turns channels of a head in pairs, came {self.head_dim} channels; "
+                f"temporal_position: rotary turns channels of a head in pairs, got {self.head_dim} channels; "
                 f"use an even width / num_heads, or sincos"
             )
 
@@ -94,18 +94,18 @@ class LatteSettings:
         """Choices that contradict each other."""
         if self.variant in ("interleaved", "late_fusion") and self.depth % 2:
             raise ValueError(
-                f"depth: variant {self.variant} has as many temporal blocks as spatial ones, came {self.depth}; "
+                f"depth: variant {self.variant} has as many temporal blocks as spatial ones, got {self.depth}; "
                 f"use {self.depth + 1}, or variant sequential or parallel"
             )
         if self.num_frames % self.tubelet_size:
             raise ValueError(
-                f"num_frames: expected a multiple of tubelet_size {self.tubelet_size}, came {self.num_frames}; "
+                f"num_frames: expected a multiple of tubelet_size {self.tubelet_size}, got {self.num_frames}; "
                 f"use {-(-self.num_frames // self.tubelet_size) * self.tubelet_size}"
             )
         if self.contrastive_width and not self.num_classes:
             raise ValueError(
                 f"contrastive_width: expected 0 in an unconditional model, which has no condition to hold videos "
-                f"against, came {self.contrastive_width}; set model.num_classes or model.contrastive_width=0"
+                f"against, got {self.contrastive_width}; set model.num_classes or model.contrastive_width=0"
             )
 
     @property
@@ -138,7 +138,7 @@ def preset(name: str, variant: Variant = "interleaved", **changes: object) -> La
     """
     size, slash, patch = name.partition("/")
     if size not in SIZES or not slash or not patch.isdecimal():
-        raise ValueError(f"size: expected {', '.join(SIZES)} and a patch size, as XL/2, came {name!r}")
+        raise ValueError(f"size: expected {', '.join(SIZES)} and a patch size, as XL/2, got {name!r}")
     depth, width, num_heads = SIZES[size]
     shape = {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(patch)}
     if variant == "sequential":

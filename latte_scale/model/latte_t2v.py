@@ -62,15 +62,15 @@ class LatteT2VSettings:
         if self.width % 4:
             raise ValueError(
                 f"num_heads x head_dim: expected a multiple of 4 (2-D positions use sine and cosine of two axes), "
-                f"came {self.num_heads} x {self.head_dim} = {self.width}; use head_dim {-(-self.head_dim // 4) * 4}"
+                f"got {self.num_heads} x {self.head_dim} = {self.width}; use head_dim {-(-self.head_dim // 4) * 4}"
             )
         if self.sample_size % self.patch_size:
             raise ValueError(
-                f"sample_size: expected a multiple of patch_size {self.patch_size}, came {self.sample_size}; "
+                f"sample_size: expected a multiple of patch_size {self.patch_size}, got {self.sample_size}; "
                 f"use {-(-self.sample_size // self.patch_size) * self.patch_size}"
             )
         if self.contrastive_width < 0:
-            raise ValueError(f"contrastive_width: expected 0 (none) or more, came {self.contrastive_width}")
+            raise ValueError(f"contrastive_width: expected 0 (none) or more, got {self.contrastive_width}")
 
     @property
     def width(self) -> int:
@@ -216,7 +216,7 @@ class LatteT2V(nn.Module):
         if latents_BCFHW.ndim != 5 or latents_BCFHW.shape[1] != settings.in_channels:
             raise ValueError(
                 f"latents: expected [batch, {settings.in_channels}, frames, height, width], "
-                f"came {list(latents_BCFHW.shape)}; permute [B, F, C, H, W] with .transpose(1, 2)"
+                f"got {list(latents_BCFHW.shape)}; permute [B, F, C, H, W] with .transpose(1, 2)"
             )
         batch, _, frames, height, width = latents_BCFHW.shape
         check_sides(height, width, settings.patch_size)
@@ -226,13 +226,11 @@ class LatteT2V(nn.Module):
         if text.shape != (*leading, *text.shape[-2:-1], settings.caption_channels):
             of_images = f" or [{batch}, {1 + num_images}, length, {settings.caption_channels}]" if num_images else ""
             raise ValueError(
-                f"text: expected [{batch}, length, {settings.caption_channels}]{of_images}, came {list(text.shape)}; "
+                f"text: expected [{batch}, length, {settings.caption_channels}]{of_images}, got {list(text.shape)}; "
                 f"model.caption_channels must be the width of the text encoder"
             )
         if mask is not None and mask.shape != text.shape[:-1]:
-            raise ValueError(
-                f"mask: expected {list(text.shape[:-1])}, one number a text token, came {list(mask.shape)}"
-            )
+            raise ValueError(f"mask: expected {list(text.shape[:-1])}, one number a text token, got {list(mask.shape)}")
 
 
 def _mean_caption(text_BLD: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 In and out: tensors of the shapes named below. Two decisions worth knowing. Position tables are fixed functions, so they
 are computed where they are used, in float64 rounded to float32, instead of being kept as buffers: nothing to save, to
-shard or to refill after a build on the meta device, and any grid works. And what a clip is conditioned on is kept as
-rows [B, G, D], one for all frames that share it (see blocks.py), never repeated per frame or per patch.
+shard or to refill after a build on the meta device, and any grid works. And a clip's conditions are kept as rows
+[B, G, D], one for all frames that share it (see blocks.py), never repeated per frame or per patch.
 
 Attribute names (net, emb.timestep_embedder, mlp.fc1 ...) are those of diffusers' LatteTransformer3DModel for LatteT2V
 and of the official class models for Latte, because they are the keys of the released weights.
@@ -89,8 +89,8 @@ def patch_positions(
 def timestep_sinusoid(timestep: Tensor) -> Tensor:
     """[...] integer or float timesteps -> [..., 256] float32, [cos | sin] (DiT, arXiv 2212.09748).
 
-    Frequencies are rounded as the released model had them, in float32: at t = 999 one unit in their last place moves
-    an angle by 6e-5, so exact frequencies would be another function of the same weights.
+    Frequencies are computed in float32, as in the released model: at t = 999 one unit in their last place moves an
+    angle by 6e-5, so exact frequencies would make another function of the same weights.
     """
     half = TIME_CHANNELS // 2
     exponent_k = torch.arange(half, device=timestep.device, dtype=torch.float32) * -math.log(MAX_PERIOD) / half
@@ -113,7 +113,7 @@ class PatchEmbed(nn.Module):
         x_NDhw = self.proj(latents_BFCHW.flatten(0, 1).to(self.proj.weight.dtype))
         _, width, grid_height, grid_width = x_NDhw.shape
         table_TD = patch_positions(grid_height, grid_width, width, self.base_size, self.scale, x_NDhw.device)
-        # Contiguous, as what blocks hand on: compiled, the first block is then no graph of its own.
+        # Contiguous, like every block's output: so the first block compiles to the same graph as the others.
         x_NTD = x_NDhw.flatten(2).transpose(1, 2).contiguous() + table_TD.to(self.proj.weight.dtype)
         return x_NTD.unflatten(0, (batch, frames))
 

@@ -1,9 +1,9 @@
-"""Who computes the modulated norm and the gated residual of a block: torch, or Triton kernels of one pass each.
+"""The modulated norm and the gated residual of a block, by torch or by Triton kernels of one pass each.
 
-In: x, and shift, scale and gate broadcasting to it. Out: the same formulas, up to rounding. The decision worth knowing:
-inside a compiled block torch fuses the forward passes well, and the norm with the gate before it, which an opaque
-kernel cannot; what the kernels save is reading everything again for the gradients of shift, scale and gate. So which
-is faster depends on the shape and on engine.compile, and `auto` measures it (latte_scale/choices).
+In: x, and shift, scale and gate that broadcast to it. Out: the same formulas, up to rounding. The decision worth
+knowing: inside a compiled block torch fuses the forward passes well, including the norm with the gate before it, which
+an opaque kernel cannot do; the kernels save the second read of everything for the gradients of shift, scale and gate.
+So which is faster depends on the shape and on engine.compile, and `auto` measures it (latte_scale/choices).
 """
 
 from dataclasses import dataclass

@@ -72,7 +72,7 @@ def read_part(path: Path, part: Literal["ema", "model"] | None = None) -> Part:
     """
     content = _load(path)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: expected a dict with weights, came {type(content).__name__}; pass another file")
+        raise ValueError(f"{path}: expected a dict with weights, got {type(content).__name__}; pass another file")
     if all(isinstance(value, Tensor) for value in content.values()):
         if part is not None:
             raise ValueError(f"{path}: expected a part {part!r}, the file is one state dict; leave --part out")
@@ -98,7 +98,7 @@ def _load(path: Path) -> Any:
         if refused is None:
             raise ValueError(f"{path} is not a whole file of torch.save ({error}); download it again") from error
         raise ValueError(
-            f"{path}: expected tensors and plain values, came {refused[1]}, which could run code and was not loaded; "
+            f"{path}: expected tensors and plain values, got {refused[1]}, which could run code and was not loaded; "
             f"save the state dict alone to a file and pass that"
         ) from error
     except Exception as error:  # bytes that are no pickle make the reader fail in any way it likes
@@ -114,7 +114,7 @@ def layout_of(state: dict[str, Tensor], where: str) -> Layout:
     if any(name.startswith("blocks.0.adaLN_modulation.") for name in state):
         return "latte" if "temp_embed" in state else "dit"
     raise ValueError(
-        f"{where}: expected the keys of Latte, of t2v.pt, of DiT or of PixArt-alpha, came {sorted(state)[:5]} ...; "
+        f"{where}: expected the keys of Latte, of t2v.pt, of DiT or of PixArt-alpha, got {sorted(state)[:5]} ...; "
         f"none of these layouts has them"
     )
 
@@ -129,7 +129,7 @@ def latte_from_official(
     """
     if any(name.startswith("text_embedding_projection.") for name in state):
         raise ValueError(
-            f"{where}: expected a model with labels or without a condition, came one that adds a pooled CLIP text "
+            f"{where}: expected a model with labels or without a condition, got one that adds a pooled CLIP text "
             f"(extras 78); there is no such model here, use the text-to-video weights"
         )
     num_frames = shape_of(state, "temp_embed", where, 3)[1]
@@ -155,12 +155,12 @@ def latte_to_official(settings: LatteSettings, state: dict[str, Tensor], latent_
     for name, allowed in _OFFICIAL.items():
         if getattr(settings, name) not in allowed:
             raise ValueError(
-                f"the official layout has {name} {' or '.join(map(repr, allowed))}, came {getattr(settings, name)!r}; "
+                f"the official layout has {name} {' or '.join(map(repr, allowed))}, got {getattr(settings, name)!r}; "
                 f"only such a model can be written in it"
             )
     if latent_side < 1 or latent_side % settings.patch_size:
         raise ValueError(
-            f"--latent-side: expected a multiple of patch_size {settings.patch_size}, came {latent_side}; "
+            f"--latent-side: expected a multiple of patch_size {settings.patch_size}, got {latent_side}; "
             f"pass image size / 8"
         )
     check_state(settings, state, "the state dict to write")
@@ -243,7 +243,7 @@ def shape_of(state: dict[str, Tensor], name: str, where: str, ndim: int) -> tupl
     if name not in state:
         raise ValueError(f"{where}: missing {name}; is this a whole state dict?")
     if state[name].ndim != ndim:
-        raise ValueError(f"{where}: {name}: expected {ndim} axes, came {list(state[name].shape)}")
+        raise ValueError(f"{where}: {name}: expected {ndim} axes, got {list(state[name].shape)}")
     return tuple(state[name].shape)
 
 
@@ -260,7 +260,7 @@ def num_heads_of(width: int, given: int | None, where: str) -> int:
         sizes = ", ".join(f"{size} ({heads})" for size, heads in HEADS.items())
         raise ValueError(f"{where}: width {width} is none of the published ones {sizes}; pass --num-heads")
     if heads < 1 or width % heads:
-        raise ValueError(f"{where}: expected heads that divide the width {width}, came {heads}; pass --num-heads")
+        raise ValueError(f"{where}: expected heads that divide the width {width}, got {heads}; pass --num-heads")
     return heads
 
 
@@ -272,7 +272,7 @@ def check_spatial_table(state: dict[str, Tensor], where: str) -> tuple[int, str]
     _, tokens, width = shape_of(state, "pos_embed", where, 3)
     grid = math.isqrt(tokens)
     if grid * grid != tokens:
-        raise ValueError(f"{where}: pos_embed: expected a square number of tokens, came {tokens}; is it cut?")
+        raise ValueError(f"{where}: pos_embed: expected a square number of tokens, got {tokens}; is it cut?")
     expected_TD = patch_positions(grid, grid, width, None, 1, torch.device("cpu"))
     why = check_table("pos_embed", state["pos_embed"], expected_TD, where, "no other spatial table is known here")
     return grid * shape_of(state, "x_embedder.proj.weight", where, 4)[2], why
@@ -281,10 +281,10 @@ def check_spatial_table(state: dict[str, Tensor], where: str) -> tuple[int, str]
 def check_table(name: str, stored_1TD: Tensor, expected_TD: Tensor, where: str, hint: str) -> str:
     """Why a stored fixed table can go: it is the computed one. Raises ValueError when it is another."""
     if stored_1TD.shape != expected_TD[None].shape:
-        raise ValueError(f"{where}: {name}: expected {[1, *expected_TD.shape]}, came {list(stored_1TD.shape)}")
+        raise ValueError(f"{where}: {name}: expected {[1, *expected_TD.shape]}, got {list(stored_1TD.shape)}")
     difference = float((stored_1TD[0].float() - expected_TD).abs().max())
     if not difference <= TABLE_TOLERANCE:
         raise ValueError(
-            f"{where}: {name}: expected the fixed sinusoid, came a table that differs by up to {difference:.2g}; {hint}"
+            f"{where}: {name}: expected the fixed sinusoid, got a table that differs by up to {difference:.2g}; {hint}"
         )
     return f"a fixed table, computed here (largest difference {difference:.1g})"

@@ -51,7 +51,7 @@ _PIXART_BLOCK = {
     "mlp.fc2": ("ff.net.2",),
 }
 _TOO_LARGE = (
-    "expected a 256 or 512 px model, came one that also embeds resolution and aspect ratio (1024 MS), for which "
+    "expected a 256 or 512 px model, got one that also embeds resolution and aspect ratio (1024 MS), for which "
     "LatteT2V has no place; pass the 256 or the 512 px weights"
 )
 # Where the published configs leave a key out: the defaults of diffusers' PixArtTransformer2DModel.
@@ -88,7 +88,7 @@ def latte_from_dit(
     model, as DiT's null label. Raises ValueError naming what does not fit.
     """
     if num_classes is not None and num_classes < 0:
-        raise ValueError(f"--num-classes: expected 0 (no labels) or more, came {num_classes}")
+        raise ValueError(f"--num-classes: expected 0 (no labels) or more, got {num_classes}")
     side, why = check_spatial_table(state, where)
     dropped, new = {"pos_embed": why}, {}
     kept = {name: tensor.float() for name, tensor in state.items() if name != "pos_embed"}
@@ -108,7 +108,7 @@ def _relabelled(state: dict[str, Tensor], num_classes: int, where: str) -> tuple
     """The model with other labels, each of which starts as the null one, and what that did."""
     width = shape_of(state, LABELS, where, 2)[1:]
     if shape_of(state, TIME_BIAS, where, 1) != width:
-        raise ValueError(f"{where}: {TIME_BIAS}: expected {list(width)}, came {list(state[TIME_BIAS].shape)}")
+        raise ValueError(f"{where}: {TIME_BIAS}: expected {list(width)}, got {list(state[TIME_BIAS].shape)}")
     kept = dict(state)
     null_D = kept.pop(LABELS)[-1]
     if num_classes:
@@ -160,7 +160,7 @@ def t2v_from_pixart(
     if "pos_embed" in state:
         stored, dropped["pos_embed"] = check_spatial_table(state, where)
         if sample_size not in (None, stored):
-            raise ValueError(f"{where}: pos_embed is of side {stored}, came --sample-size {sample_size}; leave it out")
+            raise ValueError(f"{where}: pos_embed is of side {stored}, got --sample-size {sample_size}; leave it out")
         sample_size = stored
     if sample_size is None:
         raise ValueError(f"{where}: no pos_embed to tell the latent side; pass --sample-size (32: 256 px, 64: 512 px)")

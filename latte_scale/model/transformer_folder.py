@@ -126,7 +126,7 @@ def settings_from_config(config: dict[str, Any], where: str) -> LatteSettings | 
         return _latte_settings(config, where)
     if config.get("_class_name") not in T2V_CLASSES:
         raise ValueError(
-            f"{where}: expected _class_name {T2V_CLASS} or {LATTE_CLASS}, came {config.get('_class_name')!r}; "
+            f"{where}: expected _class_name {T2V_CLASS} or {LATTE_CLASS}, got {config.get('_class_name')!r}; "
             f"pass a Latte-1 folder, its transformer/ folder or what latte-scale import or export wrote"
         )
     values = {name: config.get(key, default) for name, (key, default) in _SETTINGS.items()}
@@ -134,13 +134,13 @@ def settings_from_config(config: dict[str, Any], where: str) -> LatteSettings | 
         values["out_channels"] = values["in_channels"]
     for name, value in values.items():
         if not isinstance(value, int):
-            raise ValueError(f"{where}: expected a number under {_SETTINGS[name][0]}, came {value!r}")
+            raise ValueError(f"{where}: expected a number under {_SETTINGS[name][0]}, got {value!r}")
     settings = LatteT2VSettings(**values)
     wanted = _FIXED | {"cross_attention_dim": (settings.width, None)}
     for key, (value, default) in wanted.items():
         if config.get(key, default) != value:
             raise ValueError(
-                f"{where}: expected {key} {value!r}, came {config.get(key, default)!r}; LatteT2V has no such variant"
+                f"{where}: expected {key} {value!r}, got {config.get(key, default)!r}; LatteT2V has no such variant"
             )
     return settings
 
@@ -156,7 +156,7 @@ def _latte_settings(config: dict[str, Any], where: str) -> LatteSettings:
         choices, kind = get_args(hints[key]), type(defaults[key])
         if value not in choices if choices else type(value) is not kind:
             wanted = " or ".join(map(repr, choices)) or kind.__name__
-            raise ValueError(f"{where}: {key}: expected {wanted}, came {value!r}; import the weights again")
+            raise ValueError(f"{where}: {key}: expected {wanted}, got {value!r}; import the weights again")
     try:
         return LatteSettings(**values)
     except ValueError as error:
@@ -170,7 +170,7 @@ def check_state(settings: LatteSettings | LatteT2VSettings, state: dict[str, Ten
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     problems += [
-        f"{name}: expected {list(shape)}, came {list(state[name].shape)}"
+        f"{name}: expected {list(shape)}, got {list(state[name].shape)}"
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
@@ -239,7 +239,7 @@ def model_folder(source: Path) -> Path:
     """The folder with config.json that `source` is, holds as transformer/, or lies in."""
     if source.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(
-            f"{source}: expected safetensors, came a pickle; bring it in with latte-scale import --source {source}"
+            f"{source}: expected safetensors, got a pickle; bring it in with latte-scale import --source {source}"
         )
     folder = source.parent if source.is_file() else source
     if (folder / "model_index.json").is_file():
@@ -285,7 +285,7 @@ def _weight_files(folder: Path) -> list[str]:
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise ValueError(
-                f"{folder / INDEX}: expected weight_map, tensor -> file, came {shards!r}; download it again"
+                f"{folder / INDEX}: expected weight_map, tensor -> file, got {shards!r}; download it again"
             )
         return sorted(set(shards.values()))
     if (folder / WEIGHTS).is_file():
@@ -301,5 +301,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, came {type(content).__name__}; download it again")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; download it again")
     return content

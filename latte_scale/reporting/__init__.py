@@ -1,4 +1,5 @@
-"""The run report: run folders -> what is known of them (runs) -> charts, videos and tables -> one HTML file (page).
+"""The run report: `runs` reads run folders, `charts` and `media` prepare curves and videos, `page` writes one HTML
+file.
 
-What the page looks like is in assets/report: a template, a style sheet and the script that draws the charts.
+The look of the page is in assets/report: a template, a style sheet and the script that draws the charts.
 """

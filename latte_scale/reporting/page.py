@@ -1,4 +1,4 @@
-"""From runs to one HTML file: what stands in which section, rendered with assets/report; the page fetches nothing.
+"""From runs to one HTML file: the content of each section, rendered with assets/report; the page fetches nothing.
 
 The template escapes every text; only the style sheet, the script and the charts' numbers go in as they are.
 """
@@ -142,7 +142,7 @@ def _is_score(value: object) -> bool:
 
 
 def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
-    """Videos beside their prompts (and beside the original where one is named), with what the scorer said."""
+    """Each video with its prompt, the original where one is named, and the verdict of the scorer."""
     verdicts: dict[str, dict[str, Any]] = {}
     for evaluation in evaluations:
         for clip in evaluation.scores.get("clips", []):
@@ -163,7 +163,7 @@ def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[s
 
 
 def _nearness(verdict: dict[str, Any]) -> str:
-    """How near a video came to its clip, in words; "" where that was not asked."""
+    """The PSNR of a video to its clip, in words; "" if it was not computed."""
     if verdict.get("identical"):
         return "identical"
     return _number(verdict.get("psnr_db"), ".1f", " dB")

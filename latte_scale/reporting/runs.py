@@ -1,4 +1,4 @@
-"""What a report can say of a run folder: every file that is there, and a word for each that is not.
+"""Reads run folders for a report: every file that exists, and a list of those that do not.
 
 In: a run folder. Out: `Run`. Only `metrics.jsonl` is needed; the rest (config.yaml, exit.json, facts.json,
 validation.jsonl, logs/restarts.jsonl, samples/step-*/samples.json, evaluation/*.json) is shown where it is.
@@ -84,7 +84,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Several runs, told apart by name: runs of one name get those of as many folders above as it takes.
+    """Several runs, with names that differ: runs of one name get as many of their parent folders' names as needed.
 
     Raises ValueError for a run that is given twice.
     """
@@ -126,12 +126,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error}); remove the file, or write it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, came {str(content)[:80]}; remove it, or write it again")
+        raise ValueError(f"{path}: expected a JSON object, got {str(content)[:80]}; remove it, or write it again")
     return content
 
 
 def replay_verdict(run: Run) -> str:
-    """What became of the steps that were run twice: were the second losses, bit for bit, the first ones?"""
+    """A sentence about the steps that were run twice: whether their second losses equal the first ones, bit for bit."""
     first = {record["step"]: record["loss"] for record in run.rewound if "weights" not in record}  # not validation's
     second = {record["step"]: record["loss"] for record in run.metrics}
     both = sorted(first.keys() & second.keys())

@@ -1,7 +1,8 @@
-"""One attempt of a run: its folder and who holds it, what it writes there each step, and what ends it.
+"""One attempt of a run: its folder and who may write there, what it writes each step, and what ends it.
 
-`folder` and `lease` are the run folder and the right to write into it, `facts` says how the run was made; `journal` and
-`metrics` make the lines of `metrics.jsonl`, which `tracking` copies to wandb and TensorBoard; `stopping` hears whoever
-asks for an orderly stop and `watchdog` ends what hangs. Nothing is imported here: scripts ask `python -m
-latte_scale.run` for a folder's name, and that must not take the time of importing torch.
+`folder` and `lease` are the run folder and the right to write into it, `facts` records how the run was started;
+`journal` and `metrics` make the lines of `metrics.jsonl`, which `tracking` copies to wandb and TensorBoard; `profile`
+traces some steps; `stopping` listens for requests to save and stop, and `watchdog` ends a process that hangs. Nothing
+is imported here: scripts ask `python -m latte_scale.run` for a folder's name, which must not take the time of importing
+torch.
 """

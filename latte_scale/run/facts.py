@@ -1,8 +1,8 @@
-"""How a run was made: `RUN/facts.json` of the newest attempt, and all of them in `RUN/logs/facts.jsonl`.
+"""How a run was started: `RUN/facts.json` for the newest attempt, and `RUN/logs/facts.jsonl` for all of them.
 
 In: the process and its environment. Out: command, commit, versions of everything installed, hosts and devices, the
-environment variables that change what a run does, and the fingerprint of the data. Variables are taken by name from a
-list, so that no key or token ends up in a run folder.
+environment variables that change what a run does, and the fingerprint of the data. Variables are selected by a list of
+names, so that no key or token ends up in a run folder.
 """
 
 import importlib.metadata
@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from latte_scale.atomic import write_text
 
 VARIABLES = re.compile(
     r"(SLURM|NCCL|GLOO|CUDA|TORCH|TORCHELASTIC|PYTORCH|OMP|MKL|DS|LATTE|TRITON|UCX|FI)_\w+"
@@ -49,15 +51,13 @@ def collect_facts(ranks: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Replace `facts.json` and add a line to `logs/facts.jsonl`."""
-    temporary = folder / "facts.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, folder / "facts.json")
+    write_text(folder / "facts.json", json.dumps(facts, indent=1) + "\n")
     with open(folder / "logs" / "facts.jsonl", "a") as file:
         file.write(json.dumps(facts) + "\n")
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change what a run does; none whose name speaks of a secret."""
+    """The variables that change what a run does, except those whose name suggests a secret."""
     return {
         name: value
         for name, value in sorted(variables.items())

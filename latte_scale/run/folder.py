@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves beside its checkpoints, and how it is asked to stop.
+"""The run folder: what a run leaves beside its checkpoints, and whether this attempt may still write there.
 
 `run_id` (this run among all, made by its first attempt), `config.yaml` (resolved, written before step 0), `facts.json`
 (how it was made), `coverage.json` (what it sees of its data), `choices.json` (what was chosen by measurement),
@@ -13,34 +13,29 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from latte_scale import settings
+from latte_scale.atomic import write_text
 from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_process
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
-"""Exit codes of a rank: finished; anything else; stopped and saved, run me again; do not run me again as I am."""
+"""Exit codes of a rank: finished; any failure; stopped and saved, requeue; do not requeue without a change."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-INTERRUPTED = (
-    "\nCtrl-C: the step is finished and saved, the same command goes on from there; Ctrl-C again ends at once\n"
-)
 PROBE_BYTES = 1 << 16
-"""Written and removed at the start: a full disk is found before the first step, not at the first log line."""
+"""Size of a test write at the start, so that a full disk is found before the first step, not at the first log line."""
 
 FILES = (
     *("run_id", "lease.json", "config.yaml", "choices.json", "facts.json", "coverage.json"),
     *("metrics.jsonl", "validation.jsonl", "exit.json"),
 )
-"""What attempts read and replace in the folder, as files."""
+"""Names in the folder that attempts read and replace, and that must be files."""
 
 logger = logging.getLogger("latte_scale")
 
@@ -63,13 +58,12 @@ class RunFolder:
     def open(self) -> None:
         """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written.
 
-        So it does for a folder in the place of one of FILES: found at the first line of metrics, it would be a failure
-        that is requeued.
+        Also raises it if a folder has the name of one of FILES: the first write to it would fail, and be requeued.
         """
         for name in FILES:
             if (self.path / name).is_dir():
                 raise StopRunError(
-                    f"{self.path / name}: expected a file of the run, came a folder; move it away, or choose another "
+                    f"{self.path / name}: expected a file of the run, got a folder; move it away, or choose another "
                     "run.dir"
                 )
         probe = self.logs / f"rank-{self.rank:05d}.probe"
@@ -114,25 +108,25 @@ class RunFolder:
         """The run's id; called by who holds the lease."""
         path = self.path / "run_id"
         if not path.exists():
-            _replace(path, uuid.uuid4().hex[:12])
+            write_text(path, uuid.uuid4().hex[:12])
         return path.read_text()
 
     def write_config(self, config: Any) -> None:
         """Write the resolved config (rank 0)."""
         if self.rank == 0:
-            _replace(self.path / "config.yaml", settings.dump_yaml(config))
+            write_text(self.path / "config.yaml", settings.dump_yaml(config))
 
     def write_coverage(self, text: str) -> None:
         """Write what the run sees of its data (rank 0)."""
-        _replace(self.path / "coverage.json", text)
+        write_text(self.path / "coverage.json", text)
 
     def write_exit(self, code: int, reason: str) -> bool:
         """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
 
-        Rank 0 writes it, and a rank that fails, so that its reason stands there and not "connection closed by peer":
-        of several failures the first stays, unless a later one forbids a requeue. Nothing is written once another
-        attempt holds the folder. False where nothing can be written any more: then the code of the process says it,
-        and the lease should stay, by which scripts know that the folder was held.
+        Rank 0 writes it, and so does a rank that fails, so that the file has its reason and not rank 0's "connection
+        closed by peer". Of several failures the first one stays, unless a later one forbids a requeue. Nothing is
+        written once another attempt holds the folder. Returns False if writing failed: then only the exit code of the
+        process tells, and the caller should keep the lease, which shows scripts that the folder was held.
         """
         try:
             self._write_exit(code, reason)
@@ -159,7 +153,7 @@ class RunFolder:
             "attempt": self._attempt.token,
             "time": time.time(),
         }
-        _replace(self.path / "exit.json", json.dumps(record) + "\n")
+        write_text(self.path / "exit.json", json.dumps(record) + "\n")
 
     def note_restart(self, step: int, checkpoint: str, replayed_steps: Iterable[int], problems: list[str]) -> None:
         """Add a line to `logs/restarts.jsonl`."""
@@ -196,20 +190,11 @@ def read_exit(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
-
-
 class Fence:
-    """Whether this attempt may still write: its launcher lives and, on rank 0, the lease of the folder is its own.
+    """Whether this attempt may still write: its launcher is alive and, on rank 0, it holds the lease of the folder.
 
     A rank does not die with its launcher (torchrun starts ranks in sessions of their own), and must not go on beside
-    the attempt that takes its place.
+    the attempt that replaces it.
     """
 
     def __init__(self, lease: Lease | None) -> None:
@@ -217,7 +202,7 @@ class Fence:
         self._launcher = os.getppid() if "RANK" in os.environ else None
 
     def check(self) -> None:
-        """Raise StopRunError unless this attempt may still write. One look at the parent and at most one small file."""
+        """Raise StopRunError unless this attempt may still write. Reads at most one small file."""
         if self._launcher is not None and os.getppid() != self._launcher:
             raise StopRunError(f"the launcher of this rank (process {self._launcher}) is gone: it writes nothing more")
         try:
@@ -241,41 +226,6 @@ class Fence:
             self._lease.release()
 
 
-class StopRequest:
-    """Set by a signal, read at step boundaries: the handler itself touches nothing else.
-
-    Ctrl-C asks like any other signal and says so; a second one means it, and is the usual KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._asked_at_s = 0.0
-
-    def install(self) -> None:
-        """Listen for SIGTERM, SIGUSR1, SIGUSR2, and for SIGINT unless it is ignored (`nohup`, a script's `&`)."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name is None:
-            self._asked_at_s = time.monotonic()
-        self.signal_name = signal.Signals(number).name
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._on_signal(number, frame)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if os.environ.get("RANK", "0") == "0":
-            os.write(sys.stderr.fileno(), INTERRUPTED.encode())  # not print: a handler may interrupt another one
-
-    def reason(self) -> str:
-        """What `exit.json` says of a stop that was saved: how long it took tells how early the signal has to come."""
-        if self.signal_name is None:
-            return "stopped by a signal on another rank, saved"
-        return f"stopped by {self.signal_name}, saved {time.monotonic() - self._asked_at_s:.1f} s after it"
-
-
 def folder_of(config: str | Path, overrides: Sequence[str]) -> str:
     """The run folder of a training config and overrides, without reading the rest of it (or importing torch)."""
     mapping = settings.apply_overrides(settings.read_mapping(config), overrides)
@@ -288,7 +238,7 @@ def path_of(run_dir: str) -> Path:
     """run.dir as a path; `~` is the home directory, which no shell puts into key=value. SettingsError for a URL."""
     if not run_dir or "://" in run_dir:
         raise settings.SettingsError(
-            f"run.dir: expected a folder that every node may write, came {run_dir!r}; only checkpoints go to an "
+            f"run.dir: expected a folder that every node may write, got {run_dir!r}; only checkpoints go to an "
             "object store: set checkpoint.dir=s3://BUCKET/PREFIX beside it"
         )
     return Path(os.path.expanduser(run_dir))

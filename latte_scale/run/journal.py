@@ -1,8 +1,8 @@
-"""What a step reports, from device to `metrics.jsonl`: one small sum over the ranks a step, read one step late.
+"""What a step reports, from the device to `metrics.jsonl`: one small all-reduce a step, read one step late.
 
 `Tally` collects this rank's numbers of one step without waiting for the device and sums them over the ranks in one
-all-reduce, which also carries any rank's wish to stop. `Journal` takes the summed numbers, the same on all ranks,
-and turns them into metrics, a console line and the decisions that all ranks must take alike: stop, or give up.
+all-reduce, which also carries any rank's request to stop. `Journal` takes the summed numbers, the same on all ranks,
+and turns them into metrics, a console line and the decisions that all ranks must make alike: stop, or give up.
 """
 
 import logging
@@ -44,7 +44,7 @@ HOST_FIELDS = (
     *("graphs", "recompiled"),  # compiled, with engine.compile; and those of them after the bucket's first step
     *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
     *("digest_low", "digest_high"),
-    "digest_apart",  # 0 if the ranks of every sequence group had the same samples and noise
+    "digest_apart",  # not 0 if the ranks of a sequence group had different samples or noise
 )
 FIELDS = (
     "loss",
@@ -85,13 +85,13 @@ class Tally:
         self.host["digest_apart"] += low * (self.sequence_size - 1) if counts else -low
 
     def count_reads(self, fetched: Iterable[Counters]) -> None:
-        """Add what the micro-batches of the step took to fetch; ranks of a sequence group fetch theirs each."""
+        """Add what was asked of object stores for the step; every rank of a sequence group asks for itself."""
         for each in fetched:
             for name, value in asdict(each).items():
                 self.host[name] += value
 
     def count_replaced(self, number: int) -> None:
-        """Add samples of this rank that others came for; ranks of a sequence group replace the same ones."""
+        """Add this rank's replaced samples; ranks of a sequence group replace the same ones, which count once."""
         self.host["replaced"] += number * (self.sequence_rank == 0)
 
     def reduce(self, ranks: Ranks, result: StepResult) -> Tensor:
@@ -110,16 +110,16 @@ class Progress:
     skipped_steps: tuple[int, ...] = ()  # steps whose update was not finite and was not applied
 
     def updates_before(self, step: int) -> int:
-        """Updates that the learning rate of `step` stands on.
+        """The number of updates from which the learning rate of `step` follows.
 
         Whether step - 1 was applied is not known when `step` begins (its flag is read one step late), so it counts as
-        applied: the schedule is the same function of the history with and without a resume in between.
+        applied; also after a resume, where it is known, so that a resume changes no learning rate.
         """
         return step - sum(skipped < step - 1 for skipped in self.skipped_steps)
 
     @property
     def skipped_in_a_row(self) -> int:
-        """How many steps without an applied update end at the newest finished one."""
+        """How many of the newest finished steps, in a row, had no applied update."""
         skipped, row = set(self.skipped_steps), 0
         while self.step - 1 - row in skipped:
             row += 1
@@ -206,7 +206,7 @@ class Journal:
             )
 
     def _warn(self, step: int, values: dict[str, float], bucket: str, sample_ids: list[str]) -> None:
-        """What a person should look at: in print, and in the log of every rank with the samples of its own."""
+        """Print what a person should look at, and log it on every rank together with the rank's own samples."""
         loss = values["loss"] / values["samples"]
         height = self._spikes[bucket].look(loss)
         problem = None

@@ -1,16 +1,17 @@
 """Who may write into a run folder: `lease.json`, held by one attempt of the run at a time.
 
-In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. A dead holder is
-taken over at once on its own machine and after STALE_S without a sign of life from another one; a newer restart of the
-same job wins over an older one; torchrun's restarts, which have no common count, wait for a host that was lost to be
-SILENT_S silent; anybody else stops. The holder looks before it writes and stops once the lease names
-another, because a process that was given up for dead may live on (a frozen machine, a rank whose launcher was killed).
-A host name is not enough to know a machine by: containers take that of their host, and whole clusters are "localhost".
-Signs of life come from a thread of their own: a first step that compiles, a large checkpoint that is verified or sample
-videos may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended
-by its watchdog.
-The decision worth knowing: the age of a sign of life is told by the clock of the shared folder and then by watching for
-another, never by this machine's clock, which may be hours off.
+In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. The lease of a
+dead holder is taken over: at once if it ran on this machine, otherwise after STALE_S without a heartbeat. A newer
+restart of the same job wins over an older one. Restarts by torchrun, whose agents count them differently, wait instead
+until a holder of their job on another host has sent no heartbeat for LOST_S. Any other attempt stops. The holder checks
+the lease before it writes, and stops once it names another holder, because a process that was given up for dead may
+live on (a frozen machine, a rank whose launcher was killed). A host name does not identify a machine: containers take
+that of their host, and whole clusters are "localhost".
+Heartbeats come from a thread of their own: a first step that compiles, verifying a large checkpoint or sampling videos
+may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended by its
+watchdog.
+The decision worth knowing: the age of a heartbeat is measured by the clock of the shared folder, and then by watching
+for the next one, never by this machine's clock, which may be hours off.
 """
 
 import json
@@ -27,13 +28,14 @@ from pathlib import Path
 logger = logging.getLogger("latte_scale")
 
 STALE_S = 180.0
-"""Seconds without a sign of life after which a holder on another machine counts as dead."""
-SILENT_S = 60.0
+"""Seconds without a heartbeat after which a holder on another machine counts as dead."""
+LOST_S = 60.0
 """The same for a holder of the same job: its launcher has started us in its place, and would not wait for long."""
 TOUCH_EVERY_S = 10.0
 WATCH_S = 2 * TOUCH_EVERY_S
-"""How long a holder that looks stale is watched: where machines stamp files themselves, its clock may be hours off. And
-one of another machine of our own name, which most often is a container that was restarted."""
+"""How long a holder that looks stale is watched, because where machines stamp files themselves its clock may be hours
+off. Also how long a holder on another machine with our host name is watched: most often that is a container that was
+restarted."""
 
 
 class LeaseError(RuntimeError):
@@ -67,7 +69,7 @@ def this_process(environ: Mapping[str, str] | None = None) -> Holder:
 
 
 def this_machine() -> str:
-    """The running kernel and the process ids that this process sees, which a container may have for itself."""
+    """Identifies the running kernel and the pid namespace of this process, which a container has for itself."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -105,18 +107,18 @@ class Lease:
         threading.Thread(target=self._live, name="lease", daemon=True).start()
 
     def _live(self) -> None:
-        """Show a sign of life now and then, as long as the lease is ours."""
+        """Send heartbeats (touch the file) as long as the lease is ours."""
         while not self._given_back.wait(TOUCH_EVERY_S):
             try:
                 current = self._read()
                 if current is None or current.token != self.holder.token:
-                    return  # `check` says so to who is about to write
+                    return  # `check` raises before the next write
                 os.utime(self.path)
-            except OSError:  # a shared folder that does not answer for a moment; the next sign may arrive
+            except OSError:  # a shared folder that does not answer for a moment; the next heartbeat may arrive
                 continue
 
     def _put_first(self, temporary: Path) -> bool:
-        """Put the lease where there is none. Of two attempts that start in the same moment, one finds the other's."""
+        """Create the lease if there is none. Of two attempts that start at the same moment, one finds the other's."""
         try:
             os.link(temporary, self.path)
         except FileExistsError:
@@ -129,7 +131,7 @@ class Lease:
 
     def _wait_for_holder(self, temporary: Path, tell: Callable[[str], None]) -> None:
         """Return once nobody holds the folder. LeaseError at once, or where a holder of the same job does not die."""
-        mine, until_s, has_told = self.holder, time.monotonic() + SILENT_S + WATCH_S, False
+        mine, until_s, has_told = self.holder, time.monotonic() + LOST_S + WATCH_S, False
         while (reason := self._refusal(now=temporary.stat().st_mtime)) is not None:
             current = self._read()
             if current is None:  # given back in this moment
@@ -140,7 +142,7 @@ class Lease:
             if not has_told:
                 tell(
                     f"{self.path.parent} is held by process {current.pid} on {current.host}, of this job too: waiting "
-                    f"until it has shown no sign of life for {SILENT_S:.0f} s"
+                    f"until it has shown no sign of life for {LOST_S:.0f} s"
                 )
                 has_told = True
             time.sleep(WATCH_S / 20)
@@ -166,7 +168,7 @@ class Lease:
     def _refusal(self, now: float) -> str | None:
         """Why the holder in the file keeps the folder; None if it does not. `now`: the folder's clock."""
         current, mine = self._read(), self.holder
-        if current is None:  # released since, or cut by a full disk: nobody can hold with it
+        if current is None:  # released since, or cut by a full disk: it holds nothing
             return None
         same_job = self._same_job(current)
         if same_job and mine.restart > current.restart:
@@ -184,7 +186,7 @@ class Lease:
             except FileNotFoundError:  # released in this moment
                 return None
             namesake = current.host == mine.host  # restarted since, with new process ids, or another one of that name
-            stale_s = SILENT_S if same_job else STALE_S
+            stale_s = LOST_S if same_job else STALE_S
             if (namesake or silent_s > stale_s) and not self._moves():
                 return None
             seen = f"last seen {silent_s:.0f} s ago (given up for dead after {stale_s:.0f} s)"
@@ -202,7 +204,7 @@ class Lease:
         return bool(current.job_id) and current.job_id == self.holder.job_id
 
     def _moves(self) -> bool:
-        """Whether the holder shows a sign of life within WATCH_S."""
+        """Whether the holder sends a heartbeat within WATCH_S."""
         until_s = time.monotonic() + WATCH_S
         try:
             before = self._touched_ns()
@@ -215,13 +217,13 @@ class Lease:
         return False
 
     def _touched_ns(self) -> int:
-        """Time of the last sign of life; of an opened file, as NFS answers others from memory, for up to a minute."""
+        """Time of the last heartbeat. Opens the file, because otherwise NFS may answer from a cache a minute old."""
         with open(self.path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
 
 def holder_of(folder: str | Path) -> Holder | None:
-    """Who holds a run folder; None if nobody does, or nobody can: a lease cut by a full disk, or of another version."""
+    """Who holds a run folder; None if nobody does, or if the lease is cut (by a full disk) or of another version."""
     try:
         return Holder(**json.loads((Path(folder) / "lease.json").read_text()))
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from latte_scale.atomic import replacing
 from latte_scale.plain_json import finite, json_text
 
 logger = logging.getLogger("latte_scale")
@@ -39,13 +40,13 @@ PEAK_BF16_FLOPS = {
     "L40S": 362.05e12,
     "RTX 4090": 165.2e12,
 }
-LESS_THAN_THE_NAME = re.compile(r"\bMIG\b|\bLaptop\b|\bRTX 4090 D\b")
-"""Devices whose names hold that of a faster one: a slice of it, or another chip under its name."""
+SLOWER_NAMESAKES = re.compile(r"\bMIG\b|\bLaptop\b|\bRTX 4090 D\b")
+"""Devices whose name contains that of a faster one: a slice of it, or another chip under the same name."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a device in FLOP/s, None where it is not known (then no MFU is printed, never a guess)."""
-    if LESS_THAN_THE_NAME.search(device_name):
+    if SLOWER_NAMESAKES.search(device_name):
         return None
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name), None)
 
@@ -98,9 +99,9 @@ class Readback:
 
 
 class SpikeDetector:
-    """Tells a loss that stands far above those of the last WINDOW steps, by median and median absolute deviation.
+    """Detects a loss far above those of the last WINDOW steps, by median and median absolute deviation.
 
-    The mean and standard deviation would be moved by the very spike, and by the tail that diffusion losses have.
+    Mean and standard deviation would be shifted by the spike itself, and by the heavy tail of diffusion losses.
     """
 
     WINDOW, FEWEST, HEIGHT = 128, 32, 8.0
@@ -112,7 +113,7 @@ class SpikeDetector:
         self._is_high = False
 
     def look(self, loss: float) -> float | None:
-        """Deviations above the median where a spike begins, else None. Losses that are not finite are left out."""
+        """Deviations above the median at the first step of a spike, else None. Ignores losses that are not finite."""
         if not math.isfinite(loss):
             return None
         height = 0.0
@@ -136,13 +137,13 @@ class MetricsFile:
         self,
         path: str | Path,
         fence: Callable[[], None] = lambda: None,
-        then: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_line: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
-        """`fence` is asked before each line; it raises once this attempt may not write any more.
+        """`fence` is called before each line; it raises once this attempt may not write any more.
 
-        `then` is given every line that was written, with None for what is not finite.
+        `on_line` is called with every record that was written, in which None stands for what is not finite.
         """
-        self.path, self._fence, self._then = Path(path), fence, then
+        self.path, self._fence, self._on_line = Path(path), fence, on_line
 
     def rewind(self, step: int, keep_in: str | Path) -> list[int]:
         """Move every line of a step >= `step` to the file `keep_in`; returns those steps.
@@ -166,12 +167,10 @@ class MetricsFile:
                 with open(keep_in, "ab") as keep:
                     keep.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
             if moved or not all(line.endswith(b"\n") for line in lines):  # the next would be appended to the last one
-                temporary = self.path.with_suffix(".tmp")
-                with open(temporary, "wb") as new:
+                with replacing(self.path) as new:
                     file.seek(0)
                     _copy(file, new, begin)
                     new.writelines(line.rstrip(b"\n") + b"\n" for line in kept)
-                os.replace(temporary, self.path)
         return steps
 
     def append(self, record: dict[str, Any]) -> None:
@@ -183,7 +182,7 @@ class MetricsFile:
                 file.write(json_text(record) + "\n")
         except OSError as error:  # of a full disk it does not say which
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self._then(record)
+        self._on_line(record)
 
 
 def _tail(file: BinaryIO, step: int) -> tuple[int, list[bytes]]:
@@ -264,7 +263,7 @@ class Throughput:
         return rates
 
     def of_stores(self, until_s: float) -> dict[str, float]:
-        """What object stores were asked for, all ranks together; the share of hits where there is a cache."""
+        """Requests to object stores, over all ranks; the share of cache hits where there is a cache."""
         rates = {f"store_{what}": self.fetched[f"num_{what}"] for what in ("requests", "retries", "hedges")}
         rates["store_mb_per_s"] = self.fetched["bytes_received"] / max(until_s - self.started_at_s, 1e-9) / 1e6
         if asked := self.fetched["num_cache_hits"] + self.fetched["num_cache_misses"]:
@@ -273,10 +272,10 @@ class Throughput:
 
 
 def _possible_utilization(flops: float, seconds: float, num_devices: int, peak: float) -> float | None:
-    """`utilization`, or None and a warning where that is impossible: no figure ends a run.
+    """`utilization`, or None and a warning where it would be above 1: a wrong figure must not end a run.
 
-    The host is a step ahead of the device, so a window has the time of the steps one before its own: where these are
-    smaller, as images before a video, its work may be more than its time allows.
+    The host is a step ahead of the device, so the time of a window is that of steps shifted by one. Where the step
+    before the window is smaller (images before a video), the window's work may be more than its time allows.
     """
     try:
         return utilization(flops, seconds, num_devices, peak)
@@ -286,7 +285,7 @@ def _possible_utilization(flops: float, seconds: float, num_devices: int, peak: 
 
 
 def worker_memory_bytes() -> list[int]:
-    """What each child process of this one, so each worker of its loader, holds of memory of its own; oldest first."""
+    """Private memory of each child process, and so of each worker of the loader; oldest first."""
     found = []
     for child in sorted(multiprocessing.active_children(), key=lambda each: each.pid):
         try:

@@ -1,11 +1,11 @@
 """`--profile N`: a trace of N steps and where their time went; and device memory, when RUN/snapshot asks for it.
 
-In: a rank of the run, told when a step ends. Out: `RUN/profile/trace-rank-00000.json` (chrome://tracing, Perfetto), one
-table on rank 0's console and in `RUN/profile/table.json`: seconds a step in computation, exposed communication, data
-wait, checkpoint and the rest of the host's work, for every rank, with those named that the others wait for.
-The decision worth knowing: the parts are intervals of the trace, taken away from each other in the order of PARTS, so
-they add up to the step. Communication counts as exposed only where this rank computes nothing meanwhile. Nothing here
-touches what is computed: losses with and without it are the same to the bit.
+In: calls at the end of each step, on each rank. Out: `RUN/profile/trace-rank-00000.json` (chrome://tracing, Perfetto),
+one table on rank 0's console and in `RUN/profile/table.json`: seconds a step in computation, exposed communication,
+data wait, checkpoint and the rest of the host's work, for every rank, and which ranks the others wait for. The decision
+worth knowing: every moment of a step counts for one part only, the first in the order of PARTS that covers it, so the
+parts add up to the step. Communication counts as exposed only where this rank computes nothing meanwhile. Nothing here
+changes what is computed: losses with and without it are equal to the bit.
 """
 
 import json
@@ -26,9 +26,9 @@ from latte_scale.plain_json import write_json
 logger = logging.getLogger("latte_scale")
 
 FIRST_STEPS = 2
-"""Of an attempt, left out: kernels are chosen and compiled, queues fill."""
+"""Steps of an attempt that are not traced: kernels are chosen and compiled, queues fill."""
 STRAGGLER = 1.2
-"""Times what the other ranks need without waiting for each other, from which a rank is named."""
+"""A rank is named if it needs this many times as long as the other ranks do, waiting for each other not counted."""
 PARTS = ("compute", "exposed communication", "data wait", "checkpoint", "host")
 STEP, CHECKPOINT = "train step", "checkpoint"
 LOADER = "enumerate(DataLoader)"  # what torch's DataLoader calls its spans
@@ -54,7 +54,7 @@ class Profile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """A run that ends sooner leaves no table: ranks that failed could not gather it."""
+        """A run that ends before the last traced step leaves no table: gathering it would need all ranks."""
         if self._profiler is not None:
             self._end_span()
             self._profiler.stop()
@@ -116,7 +116,7 @@ class Profile:
             return 0
 
     def _look_for_snapshot(self) -> None:
-        """Every rank takes one each time that RUN/snapshot is touched; the first begins to record what allocates."""
+        """Dump device memory each time RUN/snapshot is touched; the first time also starts to record allocations."""
         if self._done % LOOK_EVERY_STEPS or (asked_ns := self._snapshot_time_ns()) == self._asked_ns:
             return
         self._asked_ns = asked_ns
@@ -177,7 +177,7 @@ def union(spans: Spans) -> Spans:
 
 
 def length(spans: Spans) -> float:
-    """Of spans that do not overlap, us."""
+    """Total time of spans that do not overlap, us."""
     return sum(end - begin for begin, end in spans)
 
 

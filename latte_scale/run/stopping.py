@@ -1,24 +1,65 @@
 """What asks a run to save and stop: a signal on any rank, the file RUN/stop, or the end of its time budget.
 
-In: the signals that StopRequest (folder.py) caught, the run folder and a clock. Out: one flag, which the trainer sums
-over the ranks with the numbers of each step, so that all save once, at the same step, whichever rank it came from.
+In: signals, the run folder and a clock. Out: one flag, which the trainer sums over the ranks with the numbers of each
+step, so that all ranks save once, at the same step, whichever of them was asked.
 """
 
+import os
+import signal
+import sys
 import time
 from pathlib import Path
+from types import FrameType
 
-from latte_scale.run.folder import StopRequest
-
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = (
+    "\nCtrl-C: the step is finished and saved, the same command goes on from there; Ctrl-C again ends at once\n"
+)
 STOP_FILE = "stop"
 LOOK_EVERY_S = 1.0
-"""Between looks for the file, on rank 0 alone: a shared disk is not asked by every rank at every step."""
+"""Rank 0 alone looks for the file, at most this often: every rank at every step would be too much for a shared disk."""
+
+
+class StopSignals:
+    """Remembers that a signal asked for a stop, until the next step boundary: the handler itself does nothing else.
+
+    The first Ctrl-C asks like any other signal, and prints that; a second one is the usual KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._asked_at_s = 0.0
+
+    def install(self) -> None:
+        """Listen for SIGTERM, SIGUSR1, SIGUSR2, and for SIGINT unless it is ignored (`nohup`, a script's `&`)."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self._asked_at_s = time.monotonic()
+        self.signal_name = signal.Signals(number).name
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._on_signal(number, frame)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(sys.stderr.fileno(), INTERRUPTED.encode())  # not print: a handler may interrupt another one
+
+    def reason(self) -> str:
+        """The reason that `exit.json` gives; the seconds in it tell how early a scheduler has to send its signal."""
+        if self.signal_name is None:
+            return "stopped by a signal on another rank, saved"
+        return f"stopped by {self.signal_name}, saved {time.monotonic() - self._asked_at_s:.1f} s after it"
 
 
 class StopSources:
     """Everything that may ask this rank to stop, looked at between steps."""
 
     def __init__(
-        self, signals: StopRequest, folder: str | Path, rank: int, time_budget_s: float | None, began_at_s: float
+        self, signals: StopSignals, folder: str | Path, rank: int, time_budget_s: float | None, began_at_s: float
     ) -> None:
         """The budget counts from `began_at_s` of time.monotonic: when the process started, before it met the others."""
         self._signals, self._rank, self._budget_s = signals, rank, time_budget_s
@@ -28,7 +69,7 @@ class StopSources:
         self._cause: str | None = None
 
     def asked(self) -> bool:
-        """Whether this rank wants the run to stop. A look at a clock and, now and then, for a file."""
+        """Whether this rank was asked to stop the run. Cheap enough for every step."""
         if self._signals.signal_name is not None or self._cause is not None:
             return True
         now_s = time.monotonic()
@@ -41,7 +82,7 @@ class StopSources:
         return self._cause is not None
 
     def reason(self) -> str:
-        """What `exit.json` says of a stop that was saved."""
+        """The reason that `exit.json` gives for a stop after a save."""
         return self._signals.reason() if self._cause is None else f"stopped by {self._cause}, saved"
 
     def clear(self) -> None:

@@ -1,10 +1,10 @@
-"""Where the lines of `metrics.jsonl` go besides: Weights & Biases and TensorBoard, when the `log` section asks.
+"""Copies of the lines of `metrics.jsonl` for Weights & Biases and TensorBoard, when the `log` section asks for them.
 
 In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
 of wandb lasts over all attempts of a run: it has the run's own id.
-The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so whatever is wrong with a
-tracking service is told and never ends a training step; but a service that is asked for and not installed is an error
-before the first step.
+The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so a fault of a tracking service
+is logged and never stops training; but a service that is asked for and not installed is an error before the first
+step.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 logger = logging.getLogger("latte_scale")
 
 START_TIMEOUT_S, FINISH_TIMEOUT_S = 30.0, 30.0
-"""How long wandb may take to begin and to end: the nodes of a job wait for it, and a grace time is short."""
+"""How long wandb may take to start and to finish: all nodes of a job wait for it, and grace times are short."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LogSettings:
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
-            raise ValueError(f"log.every_steps must be at least 1, came {self.every_steps}")
+            raise ValueError(f"log.every_steps must be at least 1, got {self.every_steps}")
 
 
 class Tracker(Protocol):
@@ -76,9 +76,9 @@ def open_trackers(
         folder: the run folder.
         run_id: of the run, the same in all its attempts.
         config: the resolved configuration, nested mappings.
-        first_step: the step this attempt begins with; TensorBoard forgets what an earlier one wrote from there on.
-        last_logged: the last step that an earlier attempt logged, -1 for none; wandb cannot forget, so it is not sent
-            these steps again.
+        first_step: the step this attempt begins with; TensorBoard drops what an earlier attempt wrote from there on.
+        last_logged: the last step that an earlier attempt logged, -1 for none; wandb cannot drop steps, so these are
+            not sent again.
 
     Raises ValueError where one that is asked for is not installed.
     """

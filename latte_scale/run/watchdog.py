@@ -1,10 +1,10 @@
-"""Ends a process that hangs, with the stacks of all its threads on the disk: a step that takes too long, on any rank.
+"""Ends a process whose step takes too long, after writing the stacks of all its threads to the disk.
 
 In: a limit in seconds, armed anew at every step. Out: `RUN/logs/stacks-rank-00000.txt` and exit code 1, which makes the
 launcher end the other ranks; each of these is waiting in the same step and leaves its own stacks.
-The decision worth knowing: the clock is a thread of C that needs neither the interpreter's lock nor another rank, so it
-also fires where Python is locked up, and it makes no collective. The limit is that of a collective, but it is counted
-from the beginning of the step: it fires first, so the rank that hangs is on record and not only those that wait for it.
+The decision worth knowing: the timer is a C thread that needs neither the GIL nor another rank, so it also fires where
+Python is blocked, and it makes no collective. The limit is that of a collective, but it counts from the beginning of
+the step, so it fires first: the rank that hangs leaves its stacks, too, not only those that wait for it.
 """
 
 import faulthandler
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Self
 
 SLOW_FACTOR = 5.0
-"""The first step of an attempt, which compiles and fills queues, and a save may take so many times longer."""
+"""The first step of an attempt, which compiles and fills queues, and a save may take this many times timeout_s."""
 
 
 class Watchdog:
-    """Fires unless it is armed again in time. One a process; use it in `with`, or close it."""
+    """Fires unless it is armed again in time. One per process; use it in `with`, or close it."""
 
     def __init__(self, folder: str | Path, rank: int, timeout_s: float) -> None:
         """Opens the file now: a process that hangs may not be able to.

@@ -45,7 +45,7 @@ def load_sharded(source: str, tree: str | None, ranks: Ranks) -> Loaded:
     stored = find_stored(source, tree)
     if stored is None or ranks.size == 1:
         came = "one rank" if stored is not None else f"a folder of weights, {source}"
-        raise ValueError(f"--shard: expected a run's checkpoint and several ranks, came {came}; leave it out")
+        raise ValueError(f"--shard: expected a run's checkpoint and several ranks, got {came}; leave it out")
     from latte_scale.engine.fsdp2 import shard_empty
 
     with torch.device("meta"):
@@ -96,7 +96,7 @@ def check_fit(loaded: Loaded, vae: VideoAutoencoder, text: TextEncoder | None, v
         problems.append(f"at most {model.num_frames} frames, video.frames is {video.frames}")
     side = vae.downscale * model.patch_size
     if video.height % side or video.width % side:
-        problems.append(f"height and width that are multiples of {side} pixels, came {video.height} x {video.width}")
+        problems.append(f"height and width that are multiples of {side} pixels, got {video.height} x {video.width}")
     if problems:
         raise ValueError(
             f"{loaded.source} expects {'; '.join(problems)}: are these encoders and this clip size the model's own? "

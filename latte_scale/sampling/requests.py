@@ -71,9 +71,9 @@ def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any
 def check_records(
     records: Sequence[dict[str, Any]], architecture: Architecture, asked_by: tuple[str, str, str] = OPTIONS
 ) -> None:
-    """Hold what was asked for to what the model can be asked. Raises ValueError.
+    """Raise ValueError for a record that the model cannot sample.
 
-    asked_by: what a message tells to pass for texts, for labels and for a mere number of videos.
+    asked_by: the options that a message names for texts, for labels and for a number of videos.
     """
     texts, labels, count = asked_by
     if isinstance(architecture, LatteT2VSettings):
@@ -86,20 +86,20 @@ def check_records(
         raise ValueError(f"nothing to sample: pass {how}")
     for record in records:
         if set(record) & {"text", "label"} != {wanted} - {None} or (kind and type(record[wanted]) is not kind):
-            raise ValueError(f"expected {wanted or 'no condition'} in every record, came {record}; pass {how}")
+            raise ValueError(f"expected {wanted or 'no condition'} in every record, got {record}; pass {how}")
         if wanted == "label" and not 0 <= record["label"] < architecture.num_classes:
             raise ValueError(f"label {record['label']}: the model has {architecture.num_classes} classes; pass {how}")
         for key, of_type in (("seed", int), ("negative", str)):
             if key in record and type(record[key]) is not of_type:
-                raise ValueError(f"expected {key} of type {of_type.__name__}, came {record}")
+                raise ValueError(f"expected {key} of type {of_type.__name__}, got {record}")
         if record.get("seed", 0) not in SEEDS:
-            raise ValueError(f"expected a seed of {SEEDS.start} to {SEEDS.stop - 1}, came {record}")
+            raise ValueError(f"expected a seed of {SEEDS.start} to {SEEDS.stop - 1}, got {record}")
 
 
 def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
     """Records with a "seed" as requests; captions go through the text encoder (None: there are none).
 
-    A record's own "negative" stands before the one given here. Captions that are cut are told in a warning.
+    A record's own "negative" takes precedence over the one given here. Captions that are cut are named in a warning.
     """
     if text is None:
         return [Request(record["seed"], label=record.get("label")) for record in records]
@@ -121,7 +121,7 @@ def default_guidance(architecture: Architecture) -> float:
 def check_guidance(guidance: float, architecture: Architecture, *negatives: str | None) -> None:
     """ValueError for guidance of a model that nothing can guide, and for a negative prompt that nothing would read."""
     if not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite number, 1 for none, came {guidance}")
+        raise ValueError(f"guidance: expected a finite number, 1 for none, got {guidance}")
     if guidance > 1 and isinstance(architecture, LatteSettings) and not architecture.num_classes:
         raise ValueError(
             f"guidance {guidance}: the model is unconditional and has nothing to be guided by; leave it out"

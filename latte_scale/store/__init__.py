@@ -3,9 +3,9 @@
 In: a URL (a folder path, file:// or s3://bucket/prefix) and names relative to it ("shard-000000.tar"). Out: bytes,
 sizes and sorted names. A write is complete or not there. Every failure is a StoreError that carries the full URL, the
 byte range and what to do next. base.py is the interface, local.py a folder, s3.py an object store. Below s3.py:
-connection.py holds what a process shares, get.py sends a request, transfer.py brings a range in spite of faults.py in
-the time of retry.py, upload.py sends large objects, listing.py looks around, cache.py and readahead.py keep what was
-and will be read, blocks.py fetches neighbours together.
+connection.py holds what a process shares (with threads.py), get.py sends a request, transfer.py reads a range with
+retries (faults.py says what may be retried, retry.py for how long), upload.py sends large objects, listing.py lists
+prefixes, cache.py and readahead.py keep what was and will be read, blocks.py fetches neighbouring bytes together.
 The decision worth knowing: a Store is a URL and its settings, so it can be copied into any worker process; sockets,
 threads and what it has learned belong to the process that uses it.
 """

@@ -38,7 +38,7 @@ class UnreachableError(TransientError):
 
 
 class NeverReachedError(UnreachableError):
-    """No answer since this process began: a wrong address rather than a stall, so it is told early."""
+    """No answer since this process began: a wrong address rather than a stall, so it is raised early."""
 
 
 class NeverAllowedError(CredentialsError):

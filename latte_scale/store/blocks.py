@@ -18,7 +18,7 @@ from latte_scale.store.transfer import Facts, PastEndError
 
 PIECE = 1 << 20
 NUM_REMEMBERED = 8192  # blocks that were fetched
-FEW_FETCHES, MOST_AGAIN = 64, 0.25  # after so many fetches, the share that may be of blocks that had been here
+FEW_FETCHES, MOST_AGAIN = 64, 0.25  # after FEW_FETCHES, the largest share of fetches of blocks fetched before
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ hash, that begins with the whole hash and the crc32c of its bytes; both are chec
 swapped entry is dropped and read again. It is written under a temporary name and renamed. The total of all entries is
 kept in one small file under a lock; who would exceed the limit first removes what was used least recently.
 The decision worth knowing: the cache never makes a read fail and never makes it wait. Whatever goes wrong with its disk
-or its lock (full, read-only, busy) costs a hit, not an error, and is told once.
+or its lock (full, read-only, busy) costs a hit, not an error, and is logged once.
 """
 
 import fcntl
@@ -98,7 +98,7 @@ class Cache:
             self._tell("write", f"cache {self.folder}: {error.strerror}: reading goes on without writing to it")
 
     def takes(self, size: int) -> bool:
-        """Whether it makes sense to put so many bytes: they fit, and the disk did not refuse a moment ago."""
+        """Whether it makes sense to put `size` bytes: they fit, and the disk did not refuse a moment ago."""
         return time.monotonic() >= self._paused_until and 2 * size <= self.limit_bytes
 
     def forget(self, key: CacheKey) -> None:

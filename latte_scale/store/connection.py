@@ -21,9 +21,9 @@ from latte_scale.store.threads import Threads
 
 T = TypeVar("T")
 METADATA_SERVICE = {"metadata_service_num_attempts": 3, "metadata_service_timeout": 2}
-"""Where a machine's role gives the credentials: botocore asks once, for 1 s, and says that there are none if the
-service is busy, as it is when all ranks and loader workers of a machine start at once."""
-LOUD_WAIT_S = 1.0  # waits from here on are told as warnings, shorter ones as information
+"""For credentials from a machine's role. botocore asks once, for 1 s, and reports that there are none if the service is
+busy, as it is when all ranks and loader workers of a machine start at once."""
+LOUD_WAIT_S = 1.0  # waits of at least this length are logged as warnings, shorter ones as information
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class Tries:
         return error
 
     def _left_s(self) -> float:
-        """Seconds in which the next try must begin; a connection that does not come up takes its whole time."""
+        """Seconds within which the next try must begin. Before the first answer, a try may take its whole connect
+        timeout without an answer, so that time is taken off."""
         if self.connection.reached:
             return self.budget.left_s
         settings = self.connection.settings

@@ -59,9 +59,9 @@ class LocalStore(Store):
         return self._path(name).is_file()
 
     def list(self, prefix: str = "") -> list[str]:
-        """As every store's. Links to folders are followed, but not back into a folder that the way here leads through.
+        """As in Store. Links to folders are followed, unless they lead back into a folder above them.
 
-        Pipes and devices, whose reading might never end, are no names. A link to nothing is one: reading it says so.
+        Pipes and devices are not listed, because reading them might never end. Dangling links are: reading one fails.
         """
         names, ways = [], [("", frozenset())]
         while ways:
@@ -153,7 +153,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _kind(entry: os.DirEntry) -> Literal["folder", "file", "other"]:
-    """What a listing takes an entry for; asks the disk about links only."""
+    """The kind of a folder entry; follows links, the only entries for which the disk is asked again."""
     if not entry.is_symlink():
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     if os.path.isdir(entry.path):

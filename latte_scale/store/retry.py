@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 MIN_BYTES_PER_S = 256 << 10
-"""What the slowest useful connection brings: every limit grows by a second for so many bytes."""
+"""Rate of the slowest useful connection: every time limit grows by a second for so many bytes."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 
 _random = random.SystemRandom()
@@ -39,7 +39,7 @@ class Budget:
 
 
 def wait_s(failures: int, draw: Callable[[float, float], float] = _random.uniform) -> float:
-    """How long to wait after so many failures in a row (at least 1): doubling, capped, between half and all of it."""
+    """Seconds to wait after `failures` (>= 1) in a row: random in the upper half of a limit that doubles, capped."""
     longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
     return draw(longest / 2, longest)
 

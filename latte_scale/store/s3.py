@@ -46,7 +46,7 @@ class S3Store(Store):
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if not _BUCKET.fullmatch(bucket):
             is_secret = "@" in url or ":" in bucket
-            came = "came one with credentials, which are no part of it" if is_secret else f"came {bucket!r}"
+            came = "got one with credentials, which are no part of it" if is_secret else f"got {bucket!r}"
             raise ValueError(
                 "expected s3://BUCKET/PREFIX with a bucket name of two or more letters, digits, '.', '-' or '_', "
                 + came
@@ -287,7 +287,7 @@ class S3Store(Store):
         return parts, facts
 
     def _head(self, name: str, doing: str) -> tuple[Facts, dict[str, str]]:
-        """(facts, metadata) as the service tells them now. Raises MissingError."""
+        """(facts, metadata) of the object as it is now. Raises MissingError."""
         answer = self._call(name, doing, lambda client: client.head_object(**self._object(name)))
         metadata = answer.get("Metadata", {})
         facts = Facts(answer["ContentLength"], answer["ETag"], metadata.get("crc32c"))

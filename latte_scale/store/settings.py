@@ -32,20 +32,20 @@ class StoreSettings:
     def __post_init__(self) -> None:
         for name in ("num_connections", "read_ahead_bytes", "cache_bytes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"store.{name} must be at least 1, came {getattr(self, name)}")
+                raise ValueError(f"store.{name} must be at least 1, got {getattr(self, name)}")
         if self.part_bytes < 5 * MEBIBYTE:
             raise ValueError(
-                f"store.part_bytes must be at least {5 * MEBIBYTE} (S3's own limit), came {self.part_bytes}"
+                f"store.part_bytes must be at least {5 * MEBIBYTE} (S3's own limit), got {self.part_bytes}"
             )
         if self.block_bytes is not None:
             if self.block_bytes < MEBIBYTE or self.block_bytes % MEBIBYTE:
-                raise ValueError(f"store.block_bytes must be a multiple of {MEBIBYTE}, came {self.block_bytes}")
+                raise ValueError(f"store.block_bytes must be a multiple of {MEBIBYTE}, got {self.block_bytes}")
             if self.cache_dir is None:
                 raise ValueError("store.block_bytes needs store.cache_dir, a local folder that keeps the blocks")
         for name in ("request_timeout_s", "stall_budget_s", "first_answer_s", "hedge_after_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"store.{name} must be positive, came {value}")
+                raise ValueError(f"store.{name} must be positive, got {value}")
         if self.endpoint_url is not None:
             check_endpoint(self.endpoint_url, "store.endpoint_url")
         if self.cache_dir is not None and not self.cache_dir:
@@ -70,4 +70,4 @@ def check_endpoint(url: str, what: str) -> None:
             "AWS_SECRET_ACCESS_KEY, AWS_PROFILE or an instance role"
         )
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{what}: expected http://HOST:PORT or https://HOST, came {url!r}")
+        raise ValueError(f"{what}: expected http://HOST:PORT or https://HOST, got {url!r}")

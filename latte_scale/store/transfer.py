@@ -24,7 +24,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Facts(NamedTuple):
-    """What a store tells about an object."""
+    """What is known of an object."""
 
     size: int
     etag: str
@@ -65,7 +65,7 @@ class Transfer:
     _given_up: bool = False
 
     def run(self) -> None:
-        """Fetch; the outcome is in the fields, and `finished` is told."""
+        """Fetch; the outcome is in the fields, and the transfer is put into `finished`."""
         try:
             self._fetch()
         except Exception as error:

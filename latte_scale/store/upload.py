@@ -31,7 +31,7 @@ def content_md5(data: bytes) -> str:
 
 
 def crc32c_hex(crc: int) -> str:
-    """How a crc32c stands in an object's metadata."""
+    """A crc32c as it is written in an object's metadata."""
     return f"{crc:08x}"
 
 
@@ -47,7 +47,7 @@ class Upload:
 
     @property
     def doing(self) -> str:
-        """For messages."""
+        """What is going on, for messages."""
         return f"writing {self.size} bytes"
 
     def run(self) -> int:

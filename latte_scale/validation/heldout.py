@@ -1,12 +1,12 @@
 """The loss on held-out samples at fixed timesteps and noise: a number that runs and world sizes share.
 
 In: a config with `data.holdout`, its data sets, and the model to call. Out: the mean loss and its means over quarters
-of the diffusion time. Of N losses number p (a place) has a held-out sample, noise, and the middle of one of N equal
-parts of the diffusion time, all functions of (validation.seed, p): timesteps are stratified, so two validations differ
-by the weights alone, and the mean has far less spread than that of random timesteps.
-The decision worth knowing: a bucket gets places by its share of the held-out samples, and micro-batches are dealt to
-the ranks in turn, the same number to each, because a sharded model has to be called alike on all; those that only fill
-up weigh 0.
+of the diffusion time. The mean is over N losses. Loss number p (its "place") has a held-out sample, noise, and as
+timestep the middle of one of N equal parts of the diffusion time, all functions of (validation.seed, p). So timesteps
+are stratified, two validations differ by the weights alone, and the mean varies far less than with random timesteps.
+The decision worth knowing: a bucket gets places in proportion to its held-out samples, and micro-batches are dealt to
+the ranks in turn, the same number to each, because a sharded model must be called equally often on all; those that only
+fill up weigh 0.
 
 Shapes: B slots of a micro-batch, K bands.
 """
@@ -92,7 +92,7 @@ class HeldOut:
     def loss(self, model: Callable[..., Any], beat: Callable[[], None] = lambda: None) -> HeldOutLoss:
         """The loss of the model's present weights, the same number on all ranks. A collective, after `read`.
 
-        model: an engine's. beat: called before every micro-batch, for the watchdog.
+        model: an engine's callable. beat: called before every micro-batch, for the watchdog.
         """
         sums_2K = torch.zeros(2, NUM_BANDS, dtype=torch.float64, device=self._ranks.device)
         for part, micro_batch, counts in self._micro_batches:
@@ -156,7 +156,7 @@ def _parts(config: Config, datasets: Sequence[Dataset], ranks: Ranks) -> list[_P
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` in whole parts as near to the weights' shares as they go: largest remainders first, then the earlier."""
+    """`total` divided into integers in proportion to the weights, by largest remainders; ties go to the earlier."""
     shares = [total * weight / sum(weights) for weight in weights]
     parts = [int(share) for share in shares]
     by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - shares[i], i))

@@ -3,14 +3,13 @@
 In: the prompts of the `validation` section, and the model to call. Out: `RUN/samples/step-00001000/00-a-red-circle.mp4`
 and, last, `samples.json`. Prompt i has the noise of validation.seed + i, as with `latte-scale sample --seed`, so the
 videos of two steps, two runs or two world sizes differ by the weights alone.
-The decision worth knowing: the text encoder, by far the largest model of all, is loaded on rank 0 only, before training
-begins, and let go again: what stays are the embeddings of the prompts.
+The decision worth knowing: the text encoder, by far the largest model, is loaded on rank 0 only, before training
+begins, and freed again: only the embeddings of the prompts are kept.
 
 Shapes: B samples, C channels, F frames, H W latent height and width.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latte_scale.atomic import write_text
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config
 from latte_scale.diffusion.sampler import SAMPLERS, check_steps, make_scheduler
@@ -120,9 +120,8 @@ class PromptVideos:
         """`samples.json` with every video that is there: the last file (rank 0)."""
         names = [(self.file_name(number), self.title(number)) for number in range(len(self.records))]
         videos = [{"file": name, "prompt": title} for name, title in names if (folder / name).is_file()]
-        temporary = folder / f"samples.json.tmp-{os.getpid()}"
-        temporary.write_text(json.dumps({**about, "sampler": self.how.sampler, "videos": videos}) + "\n")
-        os.replace(temporary, folder / "samples.json")
+        content = {**about, "sampler": self.how.sampler, "videos": videos}
+        write_text(folder / "samples.json", json.dumps(content) + "\n")
 
     def title(self, number: int) -> str:
         """What a video is to show, in words."""

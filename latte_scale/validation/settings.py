@@ -27,9 +27,9 @@ class ValidationSettings:
     def __post_init__(self) -> None:
         for name in ("every_steps", "videos_every_steps", "count", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, came {getattr(self, name)}")
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("num_samples", "sampling_steps", "batch_size", "fps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, came {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.videos_every_steps and not (self.prompts or self.labels or self.count):
             raise ValueError("videos_every_steps needs something to show: set prompts, labels or count")

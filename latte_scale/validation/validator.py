@@ -1,14 +1,14 @@
-"""What the train loop calls: the held-out loss and the sample videos when they are due, with averaged weights.
+"""Runs validation for the train loop: held-out loss and sample videos when they are due, with averaged weights.
 
 In: a step and the engine. Out: a line of `RUN/validation.jsonl` ({"step", "loss", "loss_by_band", "weights",
 "num_samples", "seconds"}) and `RUN/samples/step-00001000/`. A line's step counts finished steps, as a checkpoint's name
-does, and it is written before the checkpoint of that step: a resumed run has each line once, but for one that was due
-as the run was asked to stop, for which there is no time.
+does, and it is written before the checkpoint of that step: so a resumed run has each line once. A validation that is
+due when the run was asked to stop is left out, for there is no time for it.
 The decision worth knowing: everything that can fail on one rank alone (reading, decoding, writing) runs without
-collectives and is followed by one that tells every rank how it went, so no rank waits for one that has given up.
-Validation that fails is told in every log and left out, and training goes on. The weights are exchanged in place with
-their averages, so it takes no memory, and exchanged again, so not one bit is lost. Every rank works on whole clips of
-its own, also where a sequence group shares each clip in training: without gradients one rank has room for it.
+collectives and is followed by one that tells every rank how it went, so no rank waits for one that has given up. A
+validation that fails is logged on every rank and skipped, and training goes on. Weights and averages are exchanged in
+place, which takes no memory, and exchanged back, which loses no bit. Every rank works on whole clips of its own, also
+where a sequence group shares each clip in training: without gradients one rank has memory for it.
 """
 
 import logging
@@ -61,7 +61,7 @@ class Validator:
         self._samples, self._fence, self._rewound = folder.path / "samples", fence, folder.logs / "rewound.jsonl"
 
     def rewind(self, step: int) -> None:
-        """Take back what was seen after `step` finished steps, which run again (rank 0)."""
+        """Remove what was written after `step` finished steps: those steps run again (rank 0)."""
         if self._ranks.rank != 0:
             return
         self._file.rewind(step + 1, self._rewound)
@@ -70,11 +70,11 @@ class Validator:
                 shutil.rmtree(path)  # drawn again, to the bit, if the run still asks for it
 
     def is_due(self, step: int) -> bool:
-        """Whether anything is to be looked at after `step` finished steps; the last step always is."""
+        """Whether a loss or videos are due after `step` finished steps; after the last step they always are."""
         return self._loss_is_due(step) or self._videos_are_due(step)
 
     def run(self, step: int, engine: Engine, ema: Ema, watchdog: Watchdog, trackers: Trackers) -> float:
-        """Look at what is due after `step` finished steps; returns the seconds that took. A collective."""
+        """Make the loss and the videos that are due after `step` finished steps; returns the seconds. A collective."""
         began_s = time.perf_counter()
         held_out = self._held_out if self._loss_is_due(step) else None
         videos = self._videos if self._videos_are_due(step) else None
@@ -106,7 +106,7 @@ class Validator:
         return self._videos is not None and _is_due(step, self._settings.videos_every_steps, self._last_step)
 
     def _on_all(self, what: str, work: Callable[[], None]) -> bool:
-        """Run what makes no collective; whether it went well on every rank, which every log says. A collective."""
+        """Run `work`, which makes no collective; True if it succeeded on all ranks, else all log why. A collective."""
         problem = None
         try:
             work()

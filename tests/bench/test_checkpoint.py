@@ -67,7 +67,7 @@ def test_a_bucket_is_never_emptied_that_holds_something(tmp_path: Path, capsys, 
 def test_what_is_no_bucket_is_refused_before_anything_is_measured(tmp_path: Path, capsys) -> None:
     for url in (str(tmp_path), "gs://bucket/x"):
         assert main(["--folder", str(tmp_path), "--bucket", url]) == 2
-        assert f"--bucket: expected s3://BUCKET/PREFIX, came {url}" in capsys.readouterr().out
+        assert f"--bucket: expected s3://BUCKET/PREFIX, got {url}" in capsys.readouterr().out
 
 
 def test_the_state_of_a_config_is_that_of_its_run(tmp_path: Path, capsys, monkeypatch) -> None:

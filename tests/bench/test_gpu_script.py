@@ -12,7 +12,7 @@ import torch
 
 from latte_scale.bench.subjects import Rival
 from latte_scale.config import Config, load_config
-from latte_scale.estimate.choice import examine
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, Cluster
 from latte_scale.model.build import build_model
 from tests.conftest import ROOT
@@ -55,7 +55,7 @@ def test_what_is_compared_fits_into_one_gpu_beside_its_rival(name) -> None:
     with torch.device("meta"):
         held = 5 * 4 * sum(parameter.numel() for parameter in build_model(config.model).parameters())  # ours, meanwhile
     theirs = replace(config, train=replace(config.train, precision="fp32")) if rival == "eager" else config
-    assert examine(theirs, cluster).memory.needed + held < 0.9 * cluster.device.memory_bytes
+    assert estimate_of(theirs, cluster).memory.needed + held < 0.9 * cluster.device.memory_bytes
 
 
 def test_parts_without_time_left_are_named(tmp_path) -> None:

@@ -80,7 +80,7 @@ def test_what_ends_a_measurement_leaves_what_it_had(where, tmp_path, capsys, mon
     [
         (("--against", "diffusers", *CLASSES), "compare this config --against eager or plain"),
         (("train.global_bath=1",), "global_batch"),
-        (("--rounds", "0"), "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, came 0, 1 and 1"),
+        (("--rounds", "0"), "expected --rounds and --steps of 1 or more and --warm-up of 0 or more, got 0, 1 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, words, capsys) -> None:

@@ -109,7 +109,7 @@ def test_ranks_that_are_missing_are_counted(folder: Path, tmp_path: Path) -> Non
     for file in (folder / "theirs-2" / "global_step3").iterdir():
         if "rank_1_" not in file.name:
             (tag / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(CheckpointError, match=r"expected files of 2 ranks, came those of \[0\]"):
+    with pytest.raises(CheckpointError, match=r"expected files of 2 ranks, got those of \[0\]"):
         open_deepspeed(tag)
 
 
@@ -152,7 +152,7 @@ FOREIGN = {
 @pytest.mark.parametrize("what", list(FOREIGN))
 def test_files_of_another_program_are_told(tmp_path: Path, what: str) -> None:
     torch.save(FOREIGN[what], tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    with pytest.raises(CheckpointError, match=r"expected the state of a ZeRO optimizer, came another file"):
+    with pytest.raises(CheckpointError, match=r"expected the state of a ZeRO optimizer, got another file"):
         open_deepspeed(tmp_path)
 
 

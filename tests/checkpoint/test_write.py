@@ -8,7 +8,7 @@ import pytest
 from latte_scale.checkpoint import CheckpointError, CheckpointSettings, folder, write
 from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.load import list_checkpoints
-from latte_scale.checkpoint.write import not_saved, retain
+from latte_scale.checkpoint.write import retain, save_error
 from tests.checkpoint.making import Fallen, flip_a_bit, newest, save, saver, truncate
 
 
@@ -97,5 +97,5 @@ def test_a_removal_that_fails_does_not_undo_the_save(tmp_path: Path, monkeypatch
 
 def test_a_folder_without_permission_is_explained(tmp_path: Path) -> None:
     depot = open_depot(tmp_path)
-    error = not_saved(depot, PermissionError(13, "Permission denied"), f"{tmp_path}/step-00000001", 100)
+    error = save_error(depot, PermissionError(13, "Permission denied"), f"{tmp_path}/step-00000001", 100)
     assert "Permission denied; make" in str(error) and "checkpoint.dir" in str(error)

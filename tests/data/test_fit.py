@@ -42,9 +42,9 @@ def test_every_difference_is_named(manifest):
     for name, value in {**numbers, **texts}.items():
         with pytest.raises(ManifestError, match=r"\(1 differences") as error:
             check_manifest(manifest, dataclasses.replace(expected, **{name: value}), url="/data/x")
-        assert f"expected {value}, came " in str(error.value) and "/data/x" in str(error.value)
+        assert f"expected {value}, got " in str(error.value) and "/data/x" in str(error.value)
     video = VideoSettings(frames=8, height=24, width=24, frame_interval=3)
-    with pytest.raises(ManifestError, match=r"video.frames: expected 8, came 2\n.*frame_interval: expected 3, came 1"):
+    with pytest.raises(ManifestError, match=r"video.frames: expected 8, got 2\n.*frame_interval: expected 3, got 1"):
         check_manifest(manifest, dataclasses.replace(expected, video=video))
 
 
@@ -57,14 +57,12 @@ def test_a_data_set_of_classes_needs_no_text(tmp_path):
     manifest = make_latents(tmp_path, more=More(class_names=("cat", "dog"), mirrored=True, with_text=False))
     check_manifest(manifest, Expected(video=manifest.video, vae_sha256="a" * 64))
     check_manifest(manifest, Expected(video=dataclasses.replace(manifest.video, hflip=False)))
-    with pytest.raises(
-        ManifestError, match=r"text\.sha256: expected b+, came None\n.*text\.dim: expected 5, came None"
-    ):
+    with pytest.raises(ManifestError, match=r"text\.sha256: expected b+, got None\n.*text\.dim: expected 5, got None"):
         check_manifest(manifest, Expected(text_sha256="b" * 64, text_dim=5))
 
 
 def test_mirroring_needs_mirrored_latents(manifest):
-    with pytest.raises(ManifestError, match=r"video\.hflip: expected True, came False"):
+    with pytest.raises(ManifestError, match=r"video\.hflip: expected True, got False"):
         check_manifest(manifest, Expected(video=dataclasses.replace(manifest.video, hflip=True)))
 
 
@@ -84,20 +82,20 @@ def test_a_config_of_several_sizes_takes_data_of_any_of_them(manifest):
     for other, words in (
         (
             {"more_sizes": (WIDE, ClipSize(2, 8, 8))},
-            "sizes among 2 x 24 x 24, 2 x 24 x 48, 1 x 48 x 48, came 2 x 8 x 8",
+            "sizes among 2 x 24 x 24, 2 x 24 x 48, 1 x 48 x 48, got 2 x 8 x 8",
         ),
-        ({"width": 48, "frame_interval": 7}, "video.frame_interval: expected 1, came 7"),
+        ({"width": 48, "frame_interval": 7}, "video.frame_interval: expected 1, got 7"),
     ):
         with pytest.raises(ManifestError, match=words):
             check_manifest(of(manifest, **other), expected)
-    with pytest.raises(ManifestError, match=r"video\.more_sizes: expected sizes among 2 x 24 x 24, came 2 x 24 x 48"):
+    with pytest.raises(ManifestError, match=r"video\.more_sizes: expected sizes among 2 x 24 x 24, got 2 x 24 x 48"):
         check_manifest(of(manifest, more_sizes=(WIDE,)), fitting(manifest))
 
 
 def test_an_image_has_no_interval_in_a_config_of_images_alone(manifest):
     still = dataclasses.replace(VIDEO, frames=1, frame_interval=4, window=9)
     check_manifest(of(manifest, frames=1, frame_interval=1), dataclasses.replace(fitting(manifest), video=still))
-    with pytest.raises(ManifestError, match=r"1 differences.*\n  video\.frames: expected 2, came 1\n"):
+    with pytest.raises(ManifestError, match=r"1 differences.*\n  video\.frames: expected 2, got 1\n"):
         check_manifest(of(manifest, frames=1, frame_interval=7), fitting(manifest))
 
 

@@ -208,7 +208,7 @@ def test_a_damaged_image_is_replaced_and_moves_nothing_else(sets):
 def test_every_size_of_clips_takes_images_of_its_size(tmp_path):
     make_latents(tmp_path / "clips", every_other_bucket=3)
     make_latents(tmp_path / "images", bucket=IMAGES)
-    with pytest.raises(ManifestError, match=r"bucket: expected 1x3x6, came none; make the images as the clips"):
+    with pytest.raises(ManifestError, match=r"bucket: expected 1x3x6, got none; make the images as the clips"):
         load(tmp_path / "clips", images=tmp_path / "images", num_images=1)
     wide = [latent_sample(n, bucket=f"1x{SIDE}x{2 * SIDE}", key=f"{100 + n:06d}") for n in range(5)]
     narrow = [latent_sample(n, bucket=IMAGES) for n in range(5)]
@@ -237,12 +237,12 @@ def test_images_that_do_not_fit_the_clips_are_refused(tmp_path):
     make_latents(tmp_path / "images", bucket=IMAGES, more=more)
     datasets = open_datasets(DataSettings(str(tmp_path / "clips")))
     for name, words in (
-        ("raw", "kind: expected latents, came video"),
-        ("std", "latents: expected .*'mean'.*came .*mean_std"),
-        ("unnamed", r"class_names: expected \('ant', 'bee', 'cat'\), came None"),
-        ("untexted", "text.sha256: expected b+, came None"),
-        ("plain", "video.hflip: expected True, came False"),
-        ("long", f"bucket: expected {IMAGES}, came none"),
+        ("raw", "kind: expected latents, got video"),
+        ("std", "latents: expected .*'mean'.*got .*mean_std"),
+        ("unnamed", r"class_names: expected \('ant', 'bee', 'cat'\), got None"),
+        ("untexted", "text.sha256: expected b+, got None"),
+        ("plain", "video.hflip: expected True, got False"),
+        ("long", f"bucket: expected {IMAGES}, got none"),
         ("nowhere", "not a finished data set"),
     ):
         with pytest.raises(ManifestError, match=words):

@@ -55,7 +55,7 @@ def test_rows_come_back_as_they_were_added(rows):
 
 
 def test_a_key_cannot_stand_twice():
-    with pytest.raises(ValueError, match="'a' stands twice"):
+    with pytest.raises(ValueError, match="'a' appears twice"):
         build([Row("a", "b", 0, 1, {}), Row("a", "b", 1, 2, {})])
 
 
@@ -98,7 +98,7 @@ def test_the_holdout_has_its_share_and_only_grows():
     for share, held_out in zip(shares, chosen, strict=True):
         assert abs(held_out.mean() - share) < 0.015
     assert not (chosen[1] & ~chosen[2]).any() and not chosen[0].any()
-    with pytest.raises(ValueError, match=r"share in \[0, 1\), came 1"):
+    with pytest.raises(ValueError, match=r"share in \[0, 1\), got 1"):
         is_held_out(key_hash, 1.0)
 
 
@@ -107,5 +107,5 @@ def test_the_entry_is_in_the_index(tmp_path):
     data = open_store(tmp_path).read(entry.index)
     assert ShardIndex(data).entry(data) == entry
     assert index_name("a/b.tar") == "a/b.index.safetensors"
-    with pytest.raises(IndexFileError, match="expected 9 samples, came 6"):
+    with pytest.raises(IndexFileError, match="expected 9 samples, got 6"):
         load_index(open_store(tmp_path), dataclasses.replace(entry, count=9))

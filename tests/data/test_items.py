@@ -104,7 +104,7 @@ def test_a_class_out_of_range_stops_with_the_sample(tmp_path):
     smaller = Manifest(**{**vars(manifest), "class_names": ("a", "b")})
     save_manifest(open_store(tmp_path), smaller)
     place = (
-        r"rank 0 of 1, step \d, index \d, shard shard-.*sample '\d+': label: expected an integer from 0 to 1 .*came 2"
+        r"rank 0 of 1, step \d, index \d, shard shard-.*sample '\d+': label: expected an integer from 0 to 1 .*got 2"
     )
     with pytest.raises(LoaderError, match=place):
         load(tmp_path)

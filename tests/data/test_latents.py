@@ -62,7 +62,7 @@ def test_kinds_keep_what_they_say():
     drawn, no_std = unpack_latents(sample, info("sample"), mean.shape)
     assert no_std is None
     np.testing.assert_array_equal(drawn, (mean + std * noise).astype(np.float16))
-    with pytest.raises(ValueError, match=r"mean: expected shape .* came nothing"):
+    with pytest.raises(ValueError, match=r"mean: expected shape .* got nothing"):
         unpack_latents(sample, info("mean"), mean.shape)
 
 
@@ -85,9 +85,9 @@ def test_embeddings_come_back_and_others_are_refused():
     back = unpack_text(pack_text(embedding, "int8"), about).astype(np.float32)
     noise = ((back - embedding) ** 2).mean()
     assert 10 * np.log10((embedding**2).mean() / noise) > 30
-    with pytest.raises(ValueError, match="embedding: expected int8, came float16"):
+    with pytest.raises(ValueError, match="embedding: expected int8, got float16"):
         unpack_text(pack_text(embedding, "float16"), about)
-    with pytest.raises(ValueError, match=r"embedding: expected \[1 to 120, 4096\], came nothing"):
+    with pytest.raises(ValueError, match=r"embedding: expected \[1 to 120, 4096\], got nothing"):
         unpack_text({}, about)
 
 

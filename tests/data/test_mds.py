@@ -59,8 +59,8 @@ def test_offsets_and_columns_come_back(samples):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ([3, 16, 20, 30], "expected 2 samples as index.json says, came 3"),
-        ([], "came nothing"),
+        ([3, 16, 20, 30], "expected 2 samples as index.json says, got 3"),
+        ([], "got nothing"),
         ([2, 8, 20, 30], "does not fit a file of 30 bytes"),
         ([2, 16, 40, 30], "does not fit"),
         ([2, 16, 20, 29], "does not fit"),

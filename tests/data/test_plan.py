@@ -241,14 +241,14 @@ def test_epochs_are_counted_over_all_samples():
 def test_wrong_arguments_are_named():
     data = PlanData({"a": np.array([4])}, "x")
     for arguments, message in [
-        (([data], 0, 0), "global_batch must be at least 1, came 0"),
+        (([data], 0, 0), "global_batch must be at least 1, got 0"),
         (([PlanData({"a": np.array([0])}, "x")], 0, 4), "no sample to train on"),
         (
             ([data, PlanData(data.counts, "y", 0.5)], 0, 4),
-            r"every data set a weight or none of them; came \[None, 0.5\]",
+            r"every data set a weight or none of them; got \[None, 0.5\]",
         ),
-        (([PlanData(data.counts, "y", -1.0)], 0, 4), "must be above 0, came -1.0"),
-        (([data], 0, 4, 0), "shuffle_window must be at least 1 sample, came 0"),
+        (([PlanData(data.counts, "y", -1.0)], 0, 4), "must be above 0, got -1.0"),
+        (([data], 0, 4, 0), "shuffle_window must be at least 1 sample, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             Plan(*arguments)

@@ -187,7 +187,7 @@ def test_a_class_out_of_range_names_the_sample(tmp_path):
     assert [dataset.label(sample) for sample in dataset.samples(0)] == [0, 1, 2, 0, 1, 2]
     for label in (3, -1, None, "0", True, 1.0):
         with pytest.raises(
-            ManifestError, match=rf"'k': label: expected an integer from 0 to 2 .*, came {label!r}; write"
+            ManifestError, match=rf"'k': label: expected an integer from 0 to 2 .*, got {label!r}; write"
         ):
             dataset.label(Sample("k", {}, {"label": label}))
     make_latents(tmp_path / "plain")

@@ -46,7 +46,7 @@ def test_no_manifest_says_what_to_run(tmp_path):
 def test_a_newer_format_is_refused(tmp_path, manifest):
     store = open_store(tmp_path / "set")
     store.write(MANIFEST, json.dumps({**dataclasses.asdict(manifest), "format_version": 2}).encode())
-    with pytest.raises(ManifestError, match="format_version: expected 1, came 2"):
+    with pytest.raises(ManifestError, match="format_version: expected 1, got 2"):
         load_manifest(store)
 
 
@@ -98,7 +98,7 @@ def test_the_fingerprint_follows_content_and_nothing_else(manifest):
 
 def test_video_settings_judge_themselves():
     assert VideoSettings(frames=16, frame_interval=3).span == 46
-    with pytest.raises(ValueError, match="height must be at least 1, came 0"):
+    with pytest.raises(ValueError, match="height must be at least 1, got 0"):
         VideoSettings(height=0)
 
 
@@ -112,9 +112,9 @@ def test_a_policy_of_several_sizes_is_one_for_each():
     assert own == dataclasses.replace(SEVERAL, more_sizes=()) and own.policies() == (own,)
     assert wide == dataclasses.replace(own, width=48)
     assert still == VideoSettings(1, 64, 64, 2, hflip=True) and still.min_frames == 1
-    with pytest.raises(ValueError, match=r"more_sizes: 4 x 32 x 32 stands twice, or is the size of the policy itself"):
+    with pytest.raises(ValueError, match=r"more_sizes: 4 x 32 x 32 appears twice, or is the size of the policy itself"):
         VideoSettings(4, 32, 32, 2, more_sizes=(ClipSize(4, 32, 32),))
-    with pytest.raises(ValueError, match="width must be at least 1, came 0"):
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         VideoSettings(4, 32, 32, 2, more_sizes=(ClipSize(4, 32, 0),))
     with pytest.raises(ValueError, match=r"window must hold the clip: expected 15 frames or more for frames=8"):
         VideoSettings(4, 32, 32, 2, window=9, more_sizes=(ClipSize(8, 32, 32),))
@@ -230,9 +230,9 @@ def test_without_a_window_a_clip_may_end_with_the_last_frame():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 45}, "window must hold the clip: expected 46 frames or more for frames=16, one in 3, came 45"),
-        ({"window": 15, "sampling": "linspace"}, "expected 16 frames or more for frames=16, evenly spaced, came 15"),
-        ({"window": 0}, "came 0"),
+        ({"window": 45}, "window must hold the clip: expected 46 frames or more for frames=16, one in 3, got 45"),
+        ({"window": 15, "sampling": "linspace"}, "expected 16 frames or more for frames=16, evenly spaced, got 15"),
+        ({"window": 0}, "got 0"),
     ],
 )
 def test_a_window_that_does_not_hold_the_clip_is_refused(change, message):

@@ -144,7 +144,7 @@ def test_what_a_shard_cannot_hold_is_refused(tmp_path):
         other = LatentSample("b", "caption 0", BUCKET, b"", b"another embedding")
         with pytest.raises(ValueError, match="another embedding than an earlier sample"):
             shard.add(other)
-        with pytest.raises(ValueError, match="'000000' stands twice"):
+        with pytest.raises(ValueError, match="'000000' appears twice"):
             shard.add(latent_sample(0))
 
 

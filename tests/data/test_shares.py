@@ -108,5 +108,5 @@ def test_wrong_arguments_are_named():
         rank_range(4, 0, 5)
     with pytest.raises(ValueError, match="rank 5 of 5"):
         rank_range(40, 5, 5)
-    with pytest.raises(ValueError, match="micro_batch must be at least 1, came 0"):
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
         micro_batch_shape(4, 2, 0)

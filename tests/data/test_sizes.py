@@ -62,7 +62,7 @@ def test_what_the_crop_keeps_is_exact():
 
 
 def test_a_clip_too_short_for_every_size_is_refused():
-    with pytest.raises(ValueError, match="too short: expected 16 frames, the least of all sizes, came 15"):
+    with pytest.raises(ValueError, match="too short: expected 16 frames, the least of all sizes, got 15"):
         best_fit(policies(SQUARE, LONG), 15, 512, 512)
 
 

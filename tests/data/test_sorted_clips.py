@@ -125,5 +125,5 @@ def test_an_image_set_gives_each_size_the_images_that_fit_it(folder, tmp_path):
             assert all((int(name[-6:]) in wide) == (batch.bucket == "4x2x4") for name in names)
     make_sized_videos(tmp_path / "square", [(1, 48, 48), (1, 20, 20)])
     settings, datasets = opened(folder)
-    with pytest.raises(ManifestError, match="bucket: expected 1x2x4, came none"):
+    with pytest.raises(ManifestError, match="bucket: expected 1x2x4, got none"):
         open_images(DataSettings(settings.url, images=str(tmp_path / "square")), datasets)

@@ -175,9 +175,7 @@ def test_frames_evenly_over_a_window():
     clip, found = read_random_clip(make_clip(7), video, 0.9)
     assert found == 0
     assert_frames(clip, [0, 2, 4, 6])
-    with pytest.raises(
-        TooShortError, match=r"expected 4 frames \(4 frames, evenly spaced, in a window of 12\), came 3"
-    ):
+    with pytest.raises(TooShortError, match=r"expected 4 frames \(4 frames, evenly spaced, in a window of 12\), got 3"):
         read_random_clip(make_clip(3), video, 0.5)
 
 
@@ -201,7 +199,7 @@ def test_images_that_cannot_be_joined_are_named(tmp_path):
     (tmp_path / "text.jpg").write_bytes(b"no image")
     with pytest.raises(VideoError, match=r"text\.jpg is no image that can be read"):
         join_frames([*paths, tmp_path / "text.jpg"])
-    with pytest.raises(VideoError, match=r"000\.png: expected mjpeg as .*000\.jpg is, came png"):
+    with pytest.raises(VideoError, match=r"000\.png: expected mjpeg as .*000\.jpg is, got png"):
         join_frames([paths[0], *write_images(tmp_path, 1, "png")])
 
 
@@ -251,11 +249,11 @@ def test_playlists_open_no_other_file(tmp_path, monkeypatch):
 
 def test_too_short_is_counted():
     data = make_clip(9)
-    with pytest.raises(VideoError, match=r"too short: expected 10 frames \(4 frames, one in 3\), came 9"):
+    with pytest.raises(VideoError, match=r"too short: expected 10 frames \(4 frames, one in 3\), got 9"):
         read_clip(data, VideoSettings(4, 8, 8, 3))
     with pytest.raises(VideoError, match="expected 10 frames"):
         read_random_clip(data, VideoSettings(4, 8, 8, 3), 0.5)
-    with pytest.raises(VideoError, match=r"expected 4 frames from frame 6 on .*, came 3"):
+    with pytest.raises(VideoError, match=r"expected 4 frames from frame 6 on .*, got 3"):
         read_clip(data, VideoSettings(4, 8, 8, 1), 6)
 
 

@@ -66,7 +66,7 @@ def test_a_wrong_rate_is_left_out_by_its_filter(clips, tmp_path, capsys):
     command = ["shard", "--input", str(clips), "--output", str(tmp_path / "out"), "filters.max_fps=60"]
     assert cli.main(command) == 0
     err = capsys.readouterr().err
-    assert "skipped wild_rate.mp4: filters.max_fps: expected at most 60, came 108" in err
+    assert "skipped wild_rate.mp4: filters.max_fps: expected at most 60, got 108" in err
     assert "max_fps left out 1 clips" in err and "wild_rate" not in stored(tmp_path / "out")
 
 

@@ -118,7 +118,7 @@ def test_scenes_become_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert all(sample.caption == "this is film.mp4" for sample in samples.values())
     assert probe(samples["film-0001"].fields["video"]).num_frames == 30
     err = capsys.readouterr().err
-    assert "film.mp4, frames 70 to 94: cut.min_seconds: expected at least 2.6, came 2.50" in err
+    assert "film.mp4, frames 70 to 94: cut.min_seconds: expected at least 2.6, got 2.50" in err
     assert "cut left out 2 clips" in err
     assert run_tool(verify, tmp_path / "out") == 0
 

@@ -216,7 +216,7 @@ def test_mistakes_are_named(source: Path, latents: Path, tmp_path: Path, capsys:
     assert "is a latents data set" in message(latents)
     assert "video.height 33 is not a multiple of 2" in message(source, "video.height=33")
     assert "did you mean latents.kind?" in message(source, "latents.kinds=mean")
-    assert "--workers must be at least 1, came 0" in message(source, "--workers", "0")
+    assert "--workers must be at least 1, got 0" in message(source, "--workers", "0")
     assert "no encoder 'nowhere'" in message(source, "encoders.vae=nowhere")
     assert "not a finished data set" in message(tmp_path)
 

@@ -138,7 +138,7 @@ def test_windows_decide_frames_and_what_is_too_short(
         assert run(source, tmp_path / "stride", "video.window=14", "encoders.text=null") == 0
         out, err = capsys.readouterr()
         assert f"done {5 - skipped}, skipped {skipped}, failed 1" in out
-        assert "clip5: too short: expected 14 frames (4 frames, one in 4, in a window of 14), came 9" in err
+        assert "clip5: too short: expected 14 frames (4 frames, one in 4, in a window of 14), got 9" in err
         assert "1 clips are shorter than the 14 frames that the frame policy needs" in err
 
 

@@ -126,10 +126,10 @@ def test_what_filters_leave_out_is_named_and_counted(
     real = capsys.readouterr()
     assert real.err == dry.err and real.out.startswith("done 1, skipped 6, failed 0; 1 shards in")
     for line in (
-        "skipped small.mp4: filters.min_side: expected at least 32, came 16",
-        "skipped short.mp4: filters.min_seconds: expected at least 1, came 0.4",
-        "skipped wide.mp4: filters.max_aspect: expected at most 2, came 4",
-        "skipped widened.mp4: filters.max_aspect: expected at most 2, came 4",
+        "skipped small.mp4: filters.min_side: expected at least 32, got 16",
+        "skipped short.mp4: filters.min_seconds: expected at least 1, got 0.4",
+        "skipped wide.mp4: filters.max_aspect: expected at most 2, got 4",
+        "skipped widened.mp4: filters.max_aspect: expected at most 2, got 4",
         "skipped twin.mp4: filters.duplicates: looks like good",
         "min_seconds left out 2 clips",
         "duplicates left out 1 clips",
@@ -149,9 +149,9 @@ def test_still_and_dark_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_captions(folder, ["moving.mp4", "dark.mp4"])
     command = ["shard", "--input", str(folder), "--output", str(tmp_path / "out"), "--dry-run"]
     assert cli.main([*command, "filters.min_motion=8"]) == 0
-    assert "dark.mp4: filters.min_motion: expected at least 8, came" in capsys.readouterr().err
+    assert "dark.mp4: filters.min_motion: expected at least 8, got" in capsys.readouterr().err
     assert cli.main([*command, "filters.min_light=60"]) == 0
-    assert "dark.mp4: filters.min_light: expected at least 60, came" in capsys.readouterr().err
+    assert "dark.mp4: filters.min_light: expected at least 60, got" in capsys.readouterr().err
     assert cli.main([*command, "filters.min_motoin=1"]) == 2
     assert "did you mean filters.min_motion?" in capsys.readouterr().err
 

@@ -234,7 +234,7 @@ def test_classes_of_foreign_tars(tmp_path, capsys):
     assert run(index, tmp_path, "--classes", tmp_path / "names") == 0
     out, err = capsys.readouterr()
     assert (
-        "done 3, skipped 2" in out and "sample 'e': label: expected a number from 0 to 1 or a class name, came 2" in err
+        "done 3, skipped 2" in out and "sample 'e': label: expected a number from 0 to 1 or a class name, got 2" in err
     )
     dataset = open_dataset(str(tmp_path))
     assert dataset.manifest.class_names == ("cat", "dog")
@@ -285,7 +285,7 @@ def test_a_manifest_keeps_its_classes(tmp_path, capsys):
     dataset = open_dataset(str(made))
     assert dataset.manifest.class_names == ("cat", "dog")
     assert [dataset.label(sample) for sample in dataset.samples(0)] == [0, 1]
-    with pytest.raises(ValueError, match=r"--classes: expected a number of classes of 1 or more.*came 0"):
+    with pytest.raises(ValueError, match=r"--classes: expected a number of classes of 1 or more.*got 0"):
         run(index, made, "--classes", "0")
     with pytest.raises(StoreError, match=r"gone\.txt: reading the names of the classes failed: no such file"):
         run(index, made, "--classes", tmp_path / "gone.txt")

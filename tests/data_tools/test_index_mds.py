@@ -121,7 +121,7 @@ def test_compressed_shards_are_refused_in_words_until_they_are_unpacked(theirs, 
 def test_latents_of_another_tool_are_refused(theirs, capsys):
     assert index(theirs / "latents") == 2
     err = capsys.readouterr().err
-    assert "came caption_latents (ndarray:float16:2,3), latents_256 (bytes). Latents of another tool" in err
+    assert "got caption_latents (ndarray:float16:2,3), latents_256 (bytes). Latents of another tool" in err
 
 
 def write_mds(folder: Path, samples: list[dict[str, bytes]], columns: tuple[Column, ...]) -> Path:
@@ -162,7 +162,7 @@ def test_a_text_or_class_that_cannot_be_used_costs_its_sample_alone(tmp_path, mo
     assert index(tmp_path, "--classes", "3") == 0
     out, err = capsys.readouterr()
     assert "done 2, skipped 3" in out
-    assert "sample 'b': label: expected a number from 0 to 2 or a class name, came 7" in err
+    assert "sample 'b': label: expected a number from 0 to 2 or a class name, got 7" in err
     assert "sample 'c': its .txt has 1001 bytes, more than 1000" in err and "sample 'd': label" in err
     assert stored(tmp_path) == [("a", "\ufffd\0 caption", 0), ("e", "x", 0)]
 
@@ -171,8 +171,8 @@ def test_a_cut_damaged_or_repeated_shard_is_named(tmp_path, capsys):
     path = write_mds(tmp_path, [keyed("a"), keyed("b")], KEYED)
     whole = path.read_bytes()
     for data, message in [
-        (whole[:-1], f"a.mds: expected {len(whole)} bytes, came {len(whole) - 1}; copy the file again"),
-        (b"\x09" + whole[1:], "a.mds: expected 2 samples as index.json says, came 9"),
+        (whole[:-1], f"a.mds: expected {len(whole)} bytes, got {len(whole) - 1}; copy the file again"),
+        (b"\x09" + whole[1:], "a.mds: expected 2 samples as index.json says, got 9"),
         (whole.replace(len(CLIP).to_bytes(4, "little"), bytes(4), 1), "a.mds: sample 0: its columns end at byte"),
     ]:
         path.write_bytes(data)
@@ -180,7 +180,7 @@ def test_a_cut_damaged_or_repeated_shard_is_named(tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / MANIFEST).exists()
     write_mds(tmp_path, [keyed("a"), keyed("a")], KEYED)
     assert index(tmp_path) == 2
-    assert "sample key 'a' stands twice in one shard" in capsys.readouterr().err
+    assert "sample key 'a' appears twice in one shard" in capsys.readouterr().err
 
 
 def test_names_that_leave_the_folder_are_refused(tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_skytimelapse(sky, tmp_path, capsys):
     assert run(shard, "--input", sky, "--output", tmp_path / "out", "--layout", "sky") == 0
     out, err = capsys.readouterr()
     assert out.startswith("done 2, skipped 1, failed 0") and "1 clips have fewer frames than --min-frames" in err
-    assert "09ZtXm0Pjrs_2: too short: expected 49 frames or more (--min-frames), came 48" in err
+    assert "09ZtXm0Pjrs_2: too short: expected 49 frames or more (--min-frames), got 48" in err
     samples = stored(tmp_path / "out")
     assert list(samples) == ["09ZtXm0Pjrs/09ZtXm0Pjrs_1", "a.b/a_b_1"]
     long = samples["09ZtXm0Pjrs/09ZtXm0Pjrs_1"]
@@ -130,7 +130,7 @@ def test_frames_that_cannot_be_ordered_or_read_are_named(tmp_path, capsys):
     assert out.startswith("done 1, skipped 0, failed 4")
     for line in (
         "failed broken: corrupt: frame_001.jpg is no image that can be read",
-        "failed mixed: frame_90.png: expected mjpeg as frame_000.jpg is, came png",
+        "failed mixed: frame_90.png: expected mjpeg as frame_000.jpg is, got png",
         "failed twice: two frames have one number",
         "failed unnumbered: cover.jpg has no number at its end",
     ):
@@ -208,7 +208,7 @@ def test_short_videos_are_counted_before_training_meets_them(actions, tmp_path, 
         assert run(shard, *command) == 0
         out, err = capsys.readouterr()
         assert out.startswith("done 4, skipped 3, failed 0") and "1 clips have fewer frames than --min-frames" in err
-        assert "skipped YoYo/v_short.avi: too short: expected 16 frames or more (--min-frames), came 9" in err
+        assert "skipped YoYo/v_short.avi: too short: expected 16 frames or more (--min-frames), got 9" in err
 
 
 def test_a_frame_that_is_a_link_to_nothing_is_not_left_out_in_silence(tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_files_are_what_was_drawn(tmp_path: Path) -> None:
 
 def test_no_clips_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["shapes", "--output", str(tmp_path), "--count", "0"]) == 2
-    assert "--count must be at least 1, came 0" in capsys.readouterr().err
+    assert "--count must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_where_clips_cannot_be_put_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

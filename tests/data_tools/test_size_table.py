@@ -95,7 +95,7 @@ def test_clips_too_short_for_every_size_are_named(
 ) -> None:
     assert run(source, tmp_path / "out", "video.more_sizes=[{frames: 4, height: 32, width: 64}]") == 0
     out, err = capsys.readouterr()
-    assert "failed 003: too short: expected 13 frames, the least of all sizes, came 5" in err
+    assert "failed 003: too short: expected 13 frames, the least of all sizes, got 5" in err
     assert "2 clips are shorter than the 13 frames that the frame policy needs" in err
     assert "left out: 2 too short, 2 corrupt" in out
 

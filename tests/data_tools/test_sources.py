@@ -45,7 +45,7 @@ def test_shards_of_ours_keep_captions_and_classes(clips: Path, tmp_path: Path, c
     manifest = tmp_path / "first" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"one"', ""))
     assert shard(tmp_path / "first", tmp_path / "third") == 1
-    assert "has 0 classes: expected such a label in the .json, came 0" in capsys.readouterr().err
+    assert "has 0 classes: expected such a label in the .json, got 0" in capsys.readouterr().err
 
 
 def shard(source: Path | str, output: Path) -> int:

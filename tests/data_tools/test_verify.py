@@ -65,11 +65,11 @@ def test_faults_of_classes_later_captions_and_mirrored_latents_are_found(tmp_pat
     assert run(tmp_path) == 1
     err = capsys.readouterr().err
     for fault in (
-        "sample 'class': label: expected an integer from 0 to 1 (the classes of the manifest), came 2",
-        "sample 'unlabelled': label: expected an integer from 0 to 1 (the classes of the manifest), came None",
+        "sample 'class': label: expected an integer from 0 to 1 (the classes of the manifest), got 2",
+        "sample 'unlabelled': label: expected an integer from 0 to 1 (the classes of the manifest), got None",
         "sample 'infinite': mirrored mean: 72 numbers are NaN or infinite",
-        "sample 'half': mirrored mean: expected shape (2, 4, 3, 3), came nothing",
-        "sample 'second': embedding: expected [1 to 6, 5], came (2, 9)",
+        "sample 'half': mirrored mean: expected shape (2, 4, 3, 3), got nothing",
+        "sample 'second': embedding: expected [1 to 6, 5], got (2, 9)",
     ):
         assert fault in err
     assert err.count("fault ") == 5 and "good" not in err
@@ -111,7 +111,7 @@ def test_truncated_missing_and_swapped_files_are_found(tmp_path, capsys):
     assert run(tmp_path) == 1
     err = capsys.readouterr().err
     for fault in (
-        f"shard-000000.tar: size: expected {len(data)} bytes, came {len(data) // 2}",
+        f"shard-000000.tar: size: expected {len(data)} bytes, got {len(data) // 2}",
         "sample '000005' is damaged",
         "shard-000001.tar: reading its size failed: no such file",
         "shard-000002.index.safetensors: index_sha256",
@@ -152,10 +152,10 @@ def test_wrong_shapes_and_numbers_are_found(tmp_path, capsys):
     for fault in (
         "sample 'nan': mean: 1 numbers are NaN or infinite",
         "sample 'junk': not a safetensors file",
-        "sample 'small': mean: expected shape (2, 4, 3, 3), came (1, 4, 2, 3)",
-        "sample 'wide': embedding: expected [1 to 6, 5], came (2, 9)",
-        "sample 'long': embedding: expected [1 to 6, 5], came (7, 5)",
-        "null embedding: expected shape (6, 5), came (3, 5)",
+        "sample 'small': mean: expected shape (2, 4, 3, 3), got (1, 4, 2, 3)",
+        "sample 'wide': embedding: expected [1 to 6, 5], got (2, 9)",
+        "sample 'long': embedding: expected [1 to 6, 5], got (7, 5)",
+        "null embedding: expected shape (6, 5), got (3, 5)",
     ):
         assert fault in err
     assert "good" not in err
@@ -168,7 +168,7 @@ def test_a_null_embedding_that_is_none_is_found(tmp_path, capsys):
         null_text = dataclasses.replace(manifest.null_text, sha256=hashlib.sha256(data).hexdigest())
         save_manifest(open_store(tmp_path), dataclasses.replace(manifest, null_text=null_text))
         assert run(tmp_path) == 1
-        assert f"fault {tmp_path}/{NULL_TEXT}: expected an embedding, came " in capsys.readouterr().err
+        assert f"fault {tmp_path}/{NULL_TEXT}: expected an embedding, got " in capsys.readouterr().err
 
 
 def test_files_that_nobody_names_are_listed_but_no_fault(tmp_path, capsys):

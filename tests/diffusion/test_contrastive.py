@@ -88,7 +88,7 @@ def test_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize(("video", "group"), [(VIDEO, 5), (VIDEO[:, :3], 4), (VIDEO[:8], 4)])
 def test_rows_that_do_not_fit(video, group) -> None:
-    with pytest.raises(ValueError, match=r"multiple of \d rows, came .* train.micro_batch"):
+    with pytest.raises(ValueError, match=r"multiple of \d rows, got .* train.micro_batch"):
         info_nce(video, CONDITION, ALL_DIFFERENT, group, 0.07)
 
 

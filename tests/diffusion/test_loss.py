@@ -294,7 +294,7 @@ def test_no_known_frame_is_the_plain_loss() -> None:
 @pytest.mark.parametrize("known", [KNOWN[:2], KNOWN.T, KNOWN.int()])
 def test_known_frames_that_do_not_fit(known) -> None:
     latents, noise = batch(3)
-    with pytest.raises(ValueError, match=r"known frames: expected bool \[3, 2\] \(clips, frames\), came"):
+    with pytest.raises(ValueError, match=r"known frames: expected bool \[3, 2\] \(clips, frames\), got"):
         diffusion_loss(zeros(8), latents, torch.tensor([5, 6, 7]), noise, EPSILON, SCHEDULE, known_BF=known)
 
 
@@ -317,7 +317,7 @@ def test_noise_of_another_shape() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "eps"}, "expected epsilon, v or flow, came 'eps'"),
+        ({"objective": "eps"}, "expected epsilon, v or flow, got 'eps'"),
         ({"num_timesteps": 1}, "at least 2"),
         ({"beta_start": 0.1}, "beta_start <= beta_end"),
         ({"flow_shift": 0.0}, "flow_shift"),

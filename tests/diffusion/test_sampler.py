@@ -280,26 +280,26 @@ def test_ddim_takes_steps_that_walk_most_of_the_schedule(num_steps) -> None:
 
 
 def test_a_sampler_of_another_objective() -> None:
-    with pytest.raises(ValueError, match="objective flow expects one of euler, heun, dpm\\+\\+, came 'ddim'"):
+    with pytest.raises(ValueError, match="objective flow expects one of euler, heun, dpm\\+\\+, got 'ddim'"):
         make_scheduler(DiffusionSettings(objective="flow"), "ddim")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": 0}, "expected 1 to 1000.*came 0"),
-        ({"num_steps": 1001}, "expected 1 to 1000.*came 1001"),
-        ({"num_steps": 7, "settings": ZERO_SNR}, "divisor of 1000.*came 7"),
+        ({"num_steps": 0}, "expected 1 to 1000.*got 0"),
+        ({"num_steps": 1001}, "expected 1 to 1000.*got 1001"),
+        ({"num_steps": 7, "settings": ZERO_SNR}, "divisor of 1000.*got 7"),
         ({"num_steps": 501}, "ddim at 501.*walks 501 of 1000.*use 500 or 1000"),
         ({"num_steps": 350}, "ddim at 350.*walks 700 of 1000.*use 333 or 500"),
-        ({"num_steps": 1000, "sampler": "dpm++"}, "dpm\\+\\+ expects at most 999, came 1000"),
-        ({"generators": generators(0)}, "one for each of 2 clips, came 1"),
-        ({"strength": 0.5}, "1 without an input video, came 0.5"),
-        ({"init_BCFHW": CLEAN, "strength": 0.0}, "strength: expected above 0.*came 0.0"),
+        ({"num_steps": 1000, "sampler": "dpm++"}, "dpm\\+\\+ expects at most 999, got 1000"),
+        ({"generators": generators(0)}, "one for each of 2 clips, got 1"),
+        ({"strength": 0.5}, "1 without an input video, got 0.5"),
+        ({"init_BCFHW": CLEAN, "strength": 0.0}, "strength: expected above 0.*got 0.0"),
         ({"init_BCFHW": CLEAN[:1]}, "input video: expected the noise's shape"),
-        ({"known_BCFHW": CLEAN}, "expected 1 to 2 of the clip's 3, came 0"),
-        ({"known_BCFHW": CLEAN, "num_known": 3}, "expected 1 to 2 of the clip's 3, came 3"),
-        ({"num_known": 1}, "came none"),
+        ({"known_BCFHW": CLEAN}, "expected 1 to 2 of the clip's 3, got 0"),
+        ({"known_BCFHW": CLEAN, "num_known": 3}, "expected 1 to 2 of the clip's 3, got 3"),
+        ({"num_known": 1}, "got none"),
         ({"known_BCFHW": CLEAN[:, :, :1], "num_known": 2}, r"expected latents of shape \[2, 4, 2, 4, 4\]"),
     ],
 )

@@ -124,5 +124,5 @@ def test_trailing_timesteps_at_every_count() -> None:
 def test_respacing_at_the_ends() -> None:
     assert respaced_timesteps(1000, 1) == [0]
     assert respaced_timesteps(1000, 1000) == list(range(1000))
-    with pytest.raises(ValueError, match=r"expected 1 to 1000.*came 1001"):
+    with pytest.raises(ValueError, match=r"expected 1 to 1000.*got 1001"):
         respaced_timesteps(1000, 1001)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from latte_scale.config import load_config
-from latte_scale.doctor import main, network, saving, together, variables
+from latte_scale.doctor import network, saving, together, variables
+from latte_scale.doctor.command import main
 from latte_scale.doctor.lines import Line, joined
 from latte_scale.doctor.software import memory_lines, precision_lines, version_lines
 from latte_scale.engine.base import EngineSettings

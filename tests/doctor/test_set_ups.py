@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from latte_scale import doctor
 from latte_scale.config import load_config
+from latte_scale.doctor import command as doctor
 from latte_scale.doctor import saving
 from latte_scale.doctor.stored import world_lines
 from latte_scale.engine import shutdown
+from latte_scale.run.lease import this_process
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
@@ -118,6 +120,23 @@ def test_machines_that_write_into_one_new_folder_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk of its own is a tmpfs, which root mounts")
+@pytest.mark.parametrize(
+    ("holder", "level"),
+    [
+        ({}, "fault"),  # this process itself
+        ({"pid": 2**22 + 1}, None),  # no such process on this machine: taken over at once
+        ({"pid": 2**22 + 1, "machine": "another"}, "warning"),  # a container that took this host's name, and may live
+        ({"host": "elsewhere"}, "warning"),
+    ],
+    ids=["alive", "dead", "namesake", "other machine"],
+)
+def test_who_holds_the_run_folder(tmp_path, monkeypatch, holder, level):
+    """As training judges it (run/lease.py): the name of a host is not enough to know a machine by."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    (tmp_path / "lease.json").write_text(json.dumps(asdict(this_process()) | holder))
+    assert [line.level for line in saving.holder_lines(tmp_path)] == ([] if level is None else [level])
+
+
 def test_a_disk_that_is_too_small(ask, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -175,7 +194,7 @@ def test_an_interface_that_is_not_there(ask, monkeypatch):
 
 READY = """
 import pathlib, sys, time
-from latte_scale.doctor import command
+from latte_scale.doctor.command import command
 ready, go = map(pathlib.Path, sys.argv[1:3])
 ready.touch()
 while not go.exists():

@@ -103,5 +103,5 @@ def test_only_the_needed_files_of_a_repository_are_fetched() -> None:
 def test_a_text_encoder_without_a_width_is_told_in_words(tmp_path: Path) -> None:
     shutil.copytree(ASSETS / "tiny_t5", tmp_path / "t5")
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(EncoderError, match="expected d_model of a T5 encoder, came None"):
+    with pytest.raises(EncoderError, match="expected d_model of a T5 encoder, got None"):
         encoder_facts(EncoderSettings("tiny", str(tmp_path / "t5")))

@@ -9,7 +9,7 @@ from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder,
 
 
 def test_settings_refuse_no_tokens() -> None:
-    with pytest.raises(ValueError, match="text_max_length must be at least 1 token, came 0"):
+    with pytest.raises(ValueError, match="text_max_length must be at least 1 token, got 0"):
         EncoderSettings("tiny", "tiny", 0)
 
 

@@ -75,9 +75,9 @@ def test_the_vae_is_frozen(vae: VideoAutoencoder, pixels: torch.Tensor) -> None:
 
 
 def test_vae_refuses_what_it_cannot_encode(vae: VideoAutoencoder) -> None:
-    with pytest.raises(EncoderError, match=r"expected uint8 pixels \[B, F, 3, H, W\], came torch.float32"):
+    with pytest.raises(EncoderError, match=r"expected uint8 pixels \[B, F, 3, H, W\], got torch.float32"):
         vae.encode(torch.zeros(1, 1, 3, 32, 32))
-    with pytest.raises(EncoderError, match="multiples of 2 pixels, came 31 x 32"):
+    with pytest.raises(EncoderError, match="multiples of 2 pixels, got 31 x 32"):
         vae.encode(torch.zeros(1, 1, 3, 31, 32, dtype=torch.uint8))
     with pytest.raises(EncoderError, match=r"expected latents \[B, F, 4, h, w\]"):
         vae.decode(torch.zeros(1, 1, 3, 16, 16))

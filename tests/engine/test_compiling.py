@@ -51,7 +51,7 @@ class Run:
 def test_each_kind_of_block_is_compiled_once_for_each_size(overrides, way) -> None:
     run = Run(*overrides, f"engine.activation_checkpointing={way}")
     made = [run.step(size) for size in ("square", "wide", "square", "wide", "square")]
-    assert made == [(2, 0), (2, 0), (0, 0), (0, 0), (0, 0)], run.compilations.again  # spatial and temporal blocks
+    assert made == [(2, 0), (2, 0), (0, 0), (0, 0), (0, 0)], run.compilations.recompiled  # spatial and temporal blocks
     assert run.compilations.by_bucket == {"square": 2, "wide": 2}
 
 
@@ -76,7 +76,7 @@ def test_what_is_compiled_again_is_told_with_the_reason(caplog) -> None:
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert line.startswith("step 2: compiled forward (") and "blocks.py:" in line
     assert "again for square" in line and "expected 48, actual 40" in line
-    assert [each.reason in line for each in run.compilations.again] == [True]
+    assert [each.reason in line for each in run.compilations.recompiled] == [True]
 
 
 def test_nothing_is_looked_for_where_nothing_is_compiled() -> None:

@@ -318,7 +318,7 @@ def test_models_that_cannot_be_saved_exactly_are_refused(how: str, message: str)
 
 
 def test_precision_is_checked() -> None:
-    with pytest.raises(ValueError, match="one of fp32, bf16, fp8, came 'fp16'"):
+    with pytest.raises(ValueError, match="one of fp32, bf16, fp8, got 'fp16'"):
         build("single", ALONE, precision="fp16")
 
 

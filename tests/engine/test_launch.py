@@ -20,7 +20,7 @@ from latte_scale.engine.launch import (
     _problem,
     check_address,
     launch_from_env,
-    meet,
+    rendezvous,
     roll_call_limit_s,
 )
 
@@ -156,7 +156,7 @@ def join(
     delays_s: Sequence[float] = (),
     port: int | None = None,
 ) -> list[LaunchError | str]:
-    """What `meet` says to each of these ranks, a thread each: "" or the refusal. `port`: of a store that is there."""
+    """What `rendezvous` says to each of these ranks, a thread each: "" or the refusal. `port`: of an existing store."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(port or probe.getsockname()[1]))
@@ -171,7 +171,7 @@ def join(
         here.number, rank = number, ranks[number]
         time.sleep(delays_s[number] if delays_s else 0.0)
         try:
-            store = meet(Launch(rank, size, 0, "env://"))
+            store = rendezvous(Launch(rank, size, 0, "env://"))
         except LaunchError as error:
             return error
         finally:

@@ -10,7 +10,7 @@ from latte_scale.data.buckets import relative_cost
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.shares import step_shape
 from latte_scale.estimate.buckets import buckets_of
-from latte_scale.estimate.choice import examine
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, Cluster
 from latte_scale.estimate.memory import micro_batches
 
@@ -58,20 +58,20 @@ def test_a_size_of_fewer_frames_is_a_config_of_its_own() -> None:
 def test_what_cannot_be_is_named() -> None:
     with pytest.raises(ValueError, match=r"bucket 4x16x24: 8 samples .* fewer than 9 .*; use a global_batch of 14"):
         buckets_of(sizes(), 9)
-    with pytest.raises(ValueError, match=r"expected steps of the sizes 4x16x16, .*, came 4x8x8"):
+    with pytest.raises(ValueError, match=r"expected steps of the sizes 4x16x16, .*, got 4x8x8"):
         buckets_of(sizes(), 1, {"4x8x8": 3})
-    with pytest.raises(ValueError, match="came none"):
+    with pytest.raises(ValueError, match="got none"):
         buckets_of(sizes(), 1, {})
 
 
 def test_the_peak_is_that_of_the_largest_and_time_a_mean_over_the_steps() -> None:
     """A size that is nearly all of the run and small, and one that is rare and large."""
     config = sizes("train.batch_budget=samples", "video.more_sizes=[{frames: 4, height: 128, width: 128}]")
-    choice = examine(config, Cluster(DEVICES["h100"], 1), steps={"4x16x16": 99, "4x64x64": 1})
+    choice = estimate_of(config, Cluster(DEVICES["h100"], 1), steps={"4x16x16": 99, "4x64x64": 1})
     small, large = choice.steps
     assert choice.peak is large and choice.memory.activations > 10 * small.memory.activations
     alone = replace(config, video=config.video.policies()[1])
-    assert large.memory == examine(alone, Cluster(DEVICES["h100"], 1)).memory
+    assert large.memory == estimate_of(alone, Cluster(DEVICES["h100"], 1)).memory
     step_s = 0.99 * small.timing.step_s + 0.01 * large.timing.step_s
     assert choice.timing.step_s == pytest.approx(step_s)
     assert choice.timing.samples_per_s == pytest.approx(12 / step_s)

@@ -9,7 +9,7 @@ import torch
 from latte_scale.config import Config, load_config
 from latte_scale.estimate import budget
 from latte_scale.estimate.budget import DoesNotFitError, first_that_fits, ladder, within_budget, within_memory_of
-from latte_scale.estimate.choice import checkpointing_words, examine
+from latte_scale.estimate.estimate import checkpointing_words, estimate_of
 from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
 from tests.conftest import ROOT
 
@@ -26,7 +26,7 @@ def automatic(gib: float, *overrides: str) -> Config:
 
 
 def needed_gib(config: Config) -> float:
-    return examine(config, Cluster(DEVICES["h100"], 1)).memory.needed / GIB
+    return estimate_of(config, Cluster(DEVICES["h100"], 1)).memory.needed / GIB
 
 
 def rungs() -> list[Config]:
@@ -79,7 +79,7 @@ def test_inputs_in_host_memory_that_cost_more_than_they_save_are_no_rung(monkeyp
             gib = {"none": 9.0, "selective": 8.0 - share, "full": 6.0 - share, "offload": 5.5}[kind]
             self.memory = SimpleNamespace(needed=gib * GIB)
 
-    monkeypatch.setattr(budget, "examine", Needs)
+    monkeypatch.setattr(budget, "estimate_of", Needs)
     found = within_budget(automatic(5.2), 1, None).engine
     assert (found.activation_checkpointing, found.checkpointed_share) == ("full", 1.0)
     with pytest.raises(DoesNotFitError, match=r"needs 5\.00"):
@@ -110,10 +110,10 @@ def test_what_cannot_fit_says_what_it_needs_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("engine.memory_budget_gib=20",), "is for engine.activation_checkpointing=auto, came full"),
-        (("engine.activation_checkpointing=auto", "engine.memory_budget_gib=0"), "must be positive, came 0"),
-        (("engine.activation_checkpointing=auto", "engine.checkpointed_share=0.5"), "came 0.5 and none; drop"),
-        (("engine.activation_checkpointing=auto", "engine.other_blocks=selective"), "came 1.0 and selective; drop"),
+        (("engine.memory_budget_gib=20",), "is for engine.activation_checkpointing=auto, got full"),
+        (("engine.activation_checkpointing=auto", "engine.memory_budget_gib=0"), "must be positive, got 0"),
+        (("engine.activation_checkpointing=auto", "engine.checkpointed_share=0.5"), "got 0.5 and none; drop"),
+        (("engine.activation_checkpointing=auto", "engine.other_blocks=selective"), "got 1.0 and selective; drop"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, words) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from latte_scale.config import load_config
 from latte_scale.estimate.advice import explain_out_of_memory, out_of_memory, remedies
-from latte_scale.estimate.choice import examine
 from latte_scale.estimate.command import FITS, STOP, TOO_BIG, main
+from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, Cluster
 
 TINY = "configs/tiny_cpu.yaml"
@@ -80,11 +80,11 @@ def test_a_copy_a_node_is_as_many_copies_as_there_are_nodes_of_the_size_given(ca
         (["--device", "abacus"], "expected one of"),
         (["--gpus", "0"], "--gpus must be 1 or more"),
         (["--per-node", "0"], "--per-node must be 1 or more"),
-        (["--efficiency", "0"], "--efficiency must be a share of the peak, in (0, 1], came 0"),
-        (["--efficiency", "nan"], "--efficiency must be a share of the peak, in (0, 1], came nan"),
-        (["--price", "-3"], "--price must be 0 or more, came -3"),
-        (["--price", "nan"], "--price must be 0 or more, came nan"),
-        (["engine.kind=single"], "runs on one GPU, came 2; use fsdp2 or zero, or --gpus 1"),
+        (["--efficiency", "0"], "--efficiency must be a share of the peak, in (0, 1], got 0"),
+        (["--efficiency", "nan"], "--efficiency must be a share of the peak, in (0, 1], got nan"),
+        (["--price", "-3"], "--price must be 0 or more, got -3"),
+        (["--price", "nan"], "--price must be 0 or more, got nan"),
+        (["engine.kind=single"], "runs on one GPU, got 2; use fsdp2 or zero, or --gpus 1"),
         (["engine.kind=fsdp3"], "engine.kind"),
         (["--gpus", "64"], "global_batch 12"),
         (["--coverage", "no.json"], "no.json"),
@@ -102,7 +102,7 @@ def test_out_of_memory_names_settings_that_help_and_by_how_much():
     saved = {override: saved for override, saved, _ in remedies(config, cluster)}
     full = replace(config, engine=replace(config.engine, activation_checkpointing="full"))
     assert saved["engine.activation_checkpointing=full"] == pytest.approx(
-        examine(config, cluster).memory.needed - examine(full, cluster).memory.needed
+        estimate_of(config, cluster).memory.needed - estimate_of(full, cluster).memory.needed
     )
     text = out_of_memory(config, cluster)
     assert "train.micro_batch=2048: " in text and "GiB less" in text and "engine.activation_checkpointing=full" in text

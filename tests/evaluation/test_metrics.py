@@ -63,14 +63,14 @@ def test_features_are_made_once_for_several_metrics(folder: Path, monkeypatch: p
 @pytest.mark.parametrize("name", ["size", "num_clips", "num_resamples", "batch_size"])
 def test_numbers_that_no_scoring_has_are_refused(name: str) -> None:
     Protocol(**{name: 1})
-    with pytest.raises(ValueError, match=f"{name}: expected . or more, came -1"):
+    with pytest.raises(ValueError, match=f"{name}: expected . or more, got -1"):
         Protocol(**{name: -1})
 
 
 def test_what_cannot_be_computed_is_refused_before_the_work(folder: Path) -> None:
-    with pytest.raises(ValueError, match="is: expected 7 clips, came 6 sampled; sample more, or pass --num-clips 6"):
+    with pytest.raises(ValueError, match="is: expected 7 clips, got 6 sampled; sample more, or pass --num-clips 6"):
         scorer(folder, num_clips=7).check("is")
-    with pytest.raises(ValueError, match="is: expected --num-clips of 2 or more, came 1"):
+    with pytest.raises(ValueError, match="is: expected --num-clips of 2 or more, got 1"):
         scorer(folder, num_clips=1).check("is")
     with pytest.raises(ValueError, match="clip: expected a prompt for every video, 6 have none"):
         scorer(folder).check("clip")

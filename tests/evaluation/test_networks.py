@@ -100,5 +100,5 @@ def test_a_module_that_gives_something_else_is_named(tmp_path: Path) -> None:
             return x.float().mean()
 
     network = load_network("inception", write_script(Wrong, tmp_path / "wrong.pt"), CPU)
-    with pytest.raises(ValueError, match=r"expected features \[6, D\] of input \[6, 3, 40, 32\], came \[\]"):
+    with pytest.raises(ValueError, match=r"expected features \[6, D\] of input \[6, 3, 40, 32\], got \[\]"):
         network.features(PIXELS_BFCHW, [])

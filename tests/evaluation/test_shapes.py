@@ -123,6 +123,6 @@ def test_mistakes_are_named(real: Path, fake: Path, tmp_path: Path) -> None:
     assert "is not a vocabulary" in said(real=tmp_path)
     assert "prompts.jsonl; --fake takes a folder" in said(fake=tmp_path)
     write_prompts(tmp_path, [{"file": "x.mp4", "text": "a red cat moves left"}])
-    assert "expected one shape of circle, triangle, came none" in said(fake=tmp_path)
+    assert "expected one shape of circle, triangle, got none" in said(fake=tmp_path)
     write_prompts(tmp_path, [{"file": "x.mp4", "text": "a red circle moves left"}])
     assert "x.mp4 cannot be read" in said(fake=tmp_path)

@@ -83,7 +83,7 @@ def test_psnr_in_closed_form() -> None:
 @pytest.mark.parametrize("line", ['{"file": 3}', "no json", "[1]", '{"file": "x.mp4"}'])
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"file": "0.mp4", "text": "a"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=r'line 3: expected {"file", "text"}, came'):
+    with pytest.raises(ValueError, match=r'line 3: expected {"file", "text"}, got'):
         read_prompts(tmp_path)
 
 

@@ -24,8 +24,8 @@ FEW = ("train.steps=4", "checkpoint.every_steps=4")
         ("train.steps=0", ["train.steps must be at least 1"]),
         ("video.frames=3", ["model.num_frames is 4", "video.frames is 3"]),
         ("model.out_channels=8", ["diffusion.objective=v", "model.out_channels=4"]),
-        ("encoders.text_max_length=40", ["text.max_length: expected 40, came 48"]),
-        ("video.frame_interval=3", ["video.frame_interval: expected 3, came 4"]),
+        ("encoders.text_max_length=40", ["text.max_length: expected 40, got 48"]),
+        ("video.frame_interval=3", ["video.frame_interval: expected 3, got 4"]),
         ("model.patch_size=32", ["patch"]),
         ("model.caption_channels=32", ["embeddings of width 64", "model.caption_channels is 32"]),
         ("data.url=nowhere", ["nowhere", "latte-data"]),
@@ -49,7 +49,7 @@ def test_a_file_where_the_run_folder_should_be_exits_78_and_says_so_in_one_line(
 def test_a_folder_where_the_metrics_should_be_exits_78_and_says_so(data_sets, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     assert run_in_process(tmp_path / "run", data_sets.latents, *FEW) == 78
-    assert "metrics.jsonl: expected a file of the run, came a folder" in capsys.readouterr().out
+    assert "metrics.jsonl: expected a file of the run, got a folder" in capsys.readouterr().out
 
 
 def test_a_global_batch_smaller_than_the_world(train):

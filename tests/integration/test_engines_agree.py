@@ -112,8 +112,8 @@ def test_a_memory_budget_chooses_what_blocks_keep_and_changes_no_number(train, r
 
 
 def needed_gib(*overrides: str) -> float:
-    from latte_scale.estimate.choice import examine
+    from latte_scale.estimate.estimate import estimate_of
     from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
 
     config = load_config(ROOT / "configs" / "tiny_cpu.yaml", ["data.url=x", "run.dir=x", *overrides])
-    return examine(config, Cluster(DEVICES["h100"], 1)).memory.needed / GIB
+    return estimate_of(config, Cluster(DEVICES["h100"], 1)).memory.needed / GIB

@@ -171,7 +171,7 @@ def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbro
     output = capsys.readouterr().out
     assert "train.lr: was 0.001, now 0.002" in output and "--allow-change train.lr" in output
     assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lrr") == 78
-    assert "came 'train.lrr'; is it train.lr?" in capsys.readouterr().out
+    assert "got 'train.lrr'; is it train.lr?" in capsys.readouterr().out
     assert run_in_process(folder, data_sets.latents, *more, "--allow-change", "train.lr") == 0
     log = (folder / "logs" / "rank-00000.log").read_text()
     assert "WARNING config key train.lr changed from 0.001 to 0.002 (--allow-change)" in log

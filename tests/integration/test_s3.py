@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from data_tools.cli import main as latte_data
-from latte_scale import ckpt, doctor
+from latte_scale import ckpt
 from latte_scale.bench import main as bench
 from latte_scale.checkpoint.content import Content
 from latte_scale.checkpoint.dcp import write_dcp
 from latte_scale.data.schema import MANIFEST
+from latte_scale.doctor import command as doctor
 from latte_scale.engine import shutdown
 from latte_scale.run.metrics import read_metrics
 from latte_scale.sample import main as sampling

@@ -187,7 +187,7 @@ def test_wrong_encoders_or_size_are_refused(run, tmp_path, capsys):
     command = ["--checkpoint", str(run), "--prompt", "x", "--config", str(config), "--out", str(tmp_path / "out")]
     assert sample.main(command) == 2
     said = capsys.readouterr().err
-    for part in ("encoders.text is null", "at most 4 frames, video.frames is 8", "multiples of 8 pixels, came 36 x 32"):
+    for part in ("encoders.text is null", "at most 4 frames, video.frames is 8", "multiples of 8 pixels, got 36 x 32"):
         assert part in said
 
 
@@ -214,7 +214,7 @@ def test_a_clip_shorter_than_the_window_is_refused(run, tmp_path, capsys):
     clip = ["--init-video", str(tmp_path / "short.mp4"), "--out", str(tmp_path / "out")]
     assert sample.main(["--checkpoint", str(run), "--prompt", "x", *clip]) == 2
     said = capsys.readouterr().err
-    assert "short.mp4: too short: expected 13 frames" in said and "came 5; give a longer one" in said
+    assert "short.mp4: too short: expected 13 frames" in said and "got 5; give a longer one" in said
 
 
 @pytest.mark.parametrize(("name", "message"), [("gone.mp4", "there is no such file"), ("text.mp4", "corrupt: Invalid")])
@@ -262,7 +262,7 @@ def test_formats(run, tmp_path, capsys):
         assert sample.main([*command, "--formats", formats]) == 0
         assert json.loads((tmp_path / "out" / "prompts.jsonl").read_text())["file"] == listed
     assert sample.main([*command, "--formats", "avi"]) == 2
-    assert "expected some of mp4, gif, png, came 'avi'" in capsys.readouterr().err
+    assert "expected some of mp4, gif, png, got 'avi'" in capsys.readouterr().err
 
 
 def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
@@ -275,21 +275,21 @@ def test_sampling_errors_say_what_to_do(run, tmp_path, capsys):
     assert "expects one of ddim" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert sample.main(["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "file")]) == 2
-    assert "file: expected a folder for the videos, came a file" in capsys.readouterr().err
+    assert "file: expected a folder for the videos, got a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], "--batch-size: expected 1 or more, came 0"),
-        (["--batch-size", "-1"], "--batch-size: expected 1 or more, came -1"),
-        (["--fps", "0"], "--fps: expected 1 or more, came 0"),
-        (["--steps", "0"], "--steps: expected 1 or more, came 0"),
+        (["--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
+        (["--batch-size", "-1"], "--batch-size: expected 1 or more, got -1"),
+        (["--fps", "0"], "--fps: expected 1 or more, got 0"),
+        (["--steps", "0"], "--steps: expected 1 or more, got 0"),
         (["--steps", "1001"], "expected 1 to 1000"),
-        (["--count", "-1"], "--count: expected 0 or more, came -1"),
+        (["--count", "-1"], "--count: expected 0 or more, got -1"),
         (["--seed", str(2**64)], "expected a seed of"),
         (["--init-video", "x.mp4", "--strength", "1.5"], "strength: expected above 0 and at most 1"),
-        (["--init-video", "x.mp4", "--known-frames", "4"], "known frames: expected 1 to 3 of the clip's 4, came 4"),
+        (["--init-video", "x.mp4", "--known-frames", "4"], "known frames: expected 1 to 3 of the clip's 4, got 4"),
         (["--guidance", "nan"], "expected a finite number"),
         (["--guidance", "1", "--prompts", "own.jsonl"], "negative prompt 'blue': nothing reads it at guidance 1.0"),
     ],
@@ -341,7 +341,7 @@ def test_a_clip_to_continue_needs_its_known_frames_only(run, data_sets, tmp_path
     assert sample.main([*command, "--init-video", str(short), "--out", str(tmp_path / "noised")]) == 2
     assert "too short: expected 13 frames" in capsys.readouterr().err
     assert sample.main([*command, "--init-video", str(short), "--known-frames", "3", "--out", str(tmp_path / "n")]) == 2
-    assert "too short: expected 9 frames (3 frames, one in 4), came 5" in capsys.readouterr().err
+    assert "too short: expected 9 frames (3 frames, one in 4), got 5" in capsys.readouterr().err
 
 
 def test_a_clip_needs_to_be_there_for_what_is_done_with_it(run, tmp_path, capsys):

@@ -95,7 +95,7 @@ def test_the_command_tells_beforehand_what_the_run_writes(unbroken, latents, tmp
     )
     assert printed.splitlines()[-1] == "set train.global_batch=9 before the run begins"
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "0"]) == 2
-    assert "--ranks: expected a multiple of engine.sequence_parallel=1, 1 or more, came 0" in capsys.readouterr().err
+    assert "--ranks: expected a multiple of engine.sequence_parallel=1, 1 or more, got 0" in capsys.readouterr().err
     assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", "--ranks", "9"]) == 2
     assert "bucket 4x16x24: 8 samples cost as much as train.global_batch 12" in capsys.readouterr().err
 
@@ -216,9 +216,9 @@ def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path):
 
 def test_what_does_not_fit_is_refused(latents, tmp_path, capsys):
     for overrides, words in (
-        (["video.more_sizes=[]"], "video.more_sizes: expected sizes among 4 x 32 x 32, came 4 x 32 x 48"),
+        (["video.more_sizes=[]"], "video.more_sizes: expected sizes among 4 x 32 x 32, got 4 x 32 x 48"),
         (["video.more_sizes=[{frames: 8, height: 32, width: 32}]"], "8 x 32 x 32 has 8 frames; expected at most model"),
-        (["train.batch_budget=token"], "expected one of samples, tokens, came 'token'"),
+        (["train.batch_budget=token"], "expected one of samples, tokens, got 'token'"),
     ):
         assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", *overrides]) == 2
         assert words in " ".join(capsys.readouterr().err.split())

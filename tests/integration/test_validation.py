@@ -122,7 +122,7 @@ def test_a_run_that_keeps_no_average_and_looks_at_nothing(data_sets, tmp_path):
         (("validation.videos_every_steps=1", "validation.labels=[1]"), "pass validation.prompts"),
         ((*SHOW, "validation.sampler=euler"), "expects one of ddim"),
         ((*SHOW, "validation.guidance=1", "validation.negative=blue"), "nothing reads it at guidance 1"),
-        ((*SHOW, "validation.sampling_steps=1001"), "expected 1 to 1000 (diffusion.num_timesteps), came 1001"),
+        ((*SHOW, "validation.sampling_steps=1001"), "expected 1 to 1000 (diffusion.num_timesteps), got 1001"),
         ((*SHOW, "diffusion.zero_terminal_snr=true", "validation.sampling_steps=60"), "a divisor of 1000"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latte_scale.model.attention_backends import padding_of
-from latte_scale.model.blocks import LatteBlock, T2VBlock, apart, on_video, per_frame, residual, video_rows
+from latte_scale.model.blocks import LatteBlock, T2VBlock, apply_separately, on_video, per_frame, residual, video_rows
 
 WIDTH, HEADS = 16, 2
 
@@ -50,7 +50,7 @@ def test_rows_of_the_video(rows, images, expected) -> None:
 def test_apart_gives_the_video_what_it_has_without_images() -> None:
     linear = torch.nn.Linear(48, 96)
     rows = random(1, 3, 48)
-    out = apart(linear, rows, num_images=2)
+    out = apply_separately(linear, rows, num_images=2)
     assert torch.equal(out[:, :1], linear(rows[:, :1]))
     torch.testing.assert_close(out, linear(rows))
 

@@ -155,7 +155,7 @@ def test_parameters_and_their_names_stay() -> None:
 @needs_fp8
 def test_sides_that_do_not_fit_are_told_in_words() -> None:
     model = build_model(LatteSettings(depth=2, width=24, num_heads=2, num_frames=4), torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"multiples of 16, came \[\(24, 24\).*train.precision=bf16"):
+    with pytest.raises(ValueError, match=r"multiples of 16, got \[\(24, 24\).*train.precision=bf16"):
         use_fp8(model, CPU)
 
 

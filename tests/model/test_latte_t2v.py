@@ -378,8 +378,8 @@ def test_projections_change_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"contrastive_width": -1}, "contrastive_width.*came -1"),
-        ({"out_channels": 5}, "out_channels.*came 5"),
+        ({"contrastive_width": -1}, "contrastive_width.*got -1"),
+        ({"out_channels": 5}, "out_channels.*got 5"),
         ({"num_heads": 3, "head_dim": 6}, "multiple of 4.*use head_dim 8"),
         ({"num_layers": 0}, "num_layers.*at least 1"),
         ({"sample_size": 7}, "sample_size.*use 8"),
@@ -394,8 +394,8 @@ def test_settings_say_what_to_do(change, message) -> None:
     ("change", "message"),
     [
         (lambda x, t, y: (x.transpose(1, 2), t, y), "latents.*permute"),
-        (lambda x, t, y: (x[..., :7], t, y), "multiples of patch_size 2, came 8 x 7"),
-        (lambda x, t, y: (torch.cat([x, x], 2), t, y), "at most 5 frames, came 10"),
+        (lambda x, t, y: (x[..., :7], t, y), "multiples of patch_size 2, got 8 x 7"),
+        (lambda x, t, y: (torch.cat([x, x], 2), t, y), "at most 5 frames, got 10"),
         (lambda x, t, y: (x, t[:1], y), "timestep: expected \\[2\\]"),
         (lambda x, t, y: (x, t, y[..., :8]), "text: expected \\[2, length, 24\\]"),
         (lambda x, t, y: (x, t, y, torch.ones(2, 6)), "mask: expected \\[2, 7\\]"),
@@ -409,10 +409,10 @@ def test_forward_says_which_argument_does_not_fit(change, message) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x, t, y, k: m(x, t, y, k, num_images=7), "num_images: expected 0 .. 6 of 7 frames, came 7"),
-        (lambda m, x, t, y, k: m(x, t, y, k, num_images=1), "at most 5 frames, came 6"),
-        (lambda m, x, t, y, k: m(x, t, y[:, :2], k, num_images=2), "text.* or \\[2, 3, length, 24\\], came \\[2, 2"),
-        (lambda m, x, t, y, k: m(x, t, y, k[:, 0], num_images=2), "mask: expected \\[2, 3, 7\\].*came \\[2, 7\\]"),
+        (lambda m, x, t, y, k: m(x, t, y, k, num_images=7), "num_images: expected 0 .. 6 of 7 frames, got 7"),
+        (lambda m, x, t, y, k: m(x, t, y, k, num_images=1), "at most 5 frames, got 6"),
+        (lambda m, x, t, y, k: m(x, t, y[:, :2], k, num_images=2), "text.* or \\[2, 3, length, 24\\], got \\[2, 2"),
+        (lambda m, x, t, y, k: m(x, t, y, k[:, 0], num_images=2), "mask: expected \\[2, 3, 7\\].*got \\[2, 7\\]"),
         (lambda m, x, t, y, k: m(x, t[:, None].expand(2, 5), y, k, num_images=2), "or \\[2, 7\\], one for each frame"),
         (lambda m, x, t, y, k: m(x, t, y, k, lambda x, axis: x, num_images=2), "reshard: expected one timestep"),
     ],

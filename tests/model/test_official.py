@@ -83,7 +83,7 @@ def test_tables_that_an_average_wore_down_are_taken_for_what_they_are():
     assert (average - table).abs().max() > 5e-5
     assert "largest difference 0.0001" in latte_from_official(official, "here", HEADS).dropped["pos_embed"]
     official["pos_embed"] = table + 0.01
-    with pytest.raises(ValueError, match=r"came a table that differs by up to 0.01"):
+    with pytest.raises(ValueError, match=r"got a table that differs by up to 0.01"):
         latte_from_official(official, "here", HEADS)
 
 
@@ -91,7 +91,7 @@ def test_tables_that_an_average_wore_down_are_taken_for_what_they_are():
 def test_another_table_is_refused(name):
     official = class_state()
     official[name] = official[name].flip(1)
-    with pytest.raises(ValueError, match=rf"here: {name}: expected the fixed sinusoid, came a table that differs"):
+    with pytest.raises(ValueError, match=rf"here: {name}: expected the fixed sinusoid, got a table that differs"):
         latte_from_official(official, "here", HEADS)
 
 
@@ -111,10 +111,10 @@ def test_a_trained_frame_table_is_kept_when_it_is_asked_for():
         ({"blocks.1.attn.qkv.bias": None}, r"1 tensors do not fit .*missing blocks.1.attn.qkv.bias \[48\]"),
         ({"blocks.9.attn.qkv.bias": torch.zeros(48)}, "missing blocks.4"),
         ({"extra.weight": torch.zeros(1)}, "unexpected extra.weight"),
-        ({"blocks.0.mlp.fc2.bias": torch.zeros(3)}, r"blocks.0.mlp.fc2.bias: expected \[16\], came \[3\]"),
+        ({"blocks.0.mlp.fc2.bias": torch.zeros(3)}, r"blocks.0.mlp.fc2.bias: expected \[16\], got \[3\]"),
         ({"x_embedder.proj.weight": None}, "missing x_embedder.proj.weight"),
         ({"final_layer.linear.weight": torch.zeros(32)}, "final_layer.linear.weight: expected 2 axes"),
-        ({"pos_embed": torch.zeros(1, 15, 16)}, "expected a square number of tokens, came 15"),
+        ({"pos_embed": torch.zeros(1, 15, 16)}, "expected a square number of tokens, got 15"),
         ({"text_embedding_projection.1.weight": torch.zeros(16, 59136)}, "pooled CLIP text"),
     ],
 )
@@ -135,7 +135,7 @@ def test_heads_come_from_the_width_or_from_the_caller():
     assert num_heads_of(384, 4, "here") == 4
     with pytest.raises(ValueError, match=r"width 400 is none of the published ones .*pass --num-heads"):
         num_heads_of(400, None, "here")
-    with pytest.raises(ValueError, match="expected heads that divide the width 400, came 3"):
+    with pytest.raises(ValueError, match="expected heads that divide the width 400, got 3"):
         num_heads_of(400, 3, "here")
 
 
@@ -148,7 +148,7 @@ def test_what_the_official_model_lacks_is_not_written(change):
     settings = latte_from_official(class_state(), "here", HEADS).settings
     with pytest.raises(ValueError, match=f"the official layout has {next(iter(change))} "):
         latte_to_official(dataclasses.replace(settings, **change), {}, SIDE)
-    with pytest.raises(ValueError, match=r"--latent-side: expected a multiple of patch_size 2, came 7"):
+    with pytest.raises(ValueError, match=r"--latent-side: expected a multiple of patch_size 2, got 7"):
         latte_to_official(settings, {}, 7)
 
 
@@ -171,7 +171,7 @@ def test_layouts_are_told_by_their_keys():
     assert layout_of(weight_files.dit()[1], "here") == "dit"
     assert layout_of(weight_files.pixart()[1], "here") == "pixart"
     assert layout_of(LatteT2V(T2V).state_dict(), "here") == "latte_t2v"
-    with pytest.raises(ValueError, match=r"here: expected the keys of Latte.* came \['a'\]"):
+    with pytest.raises(ValueError, match=r"here: expected the keys of Latte.* got \['a'\]"):
         layout_of({"a": torch.zeros(1)}, "here")
 
 
@@ -210,7 +210,7 @@ class Trap:
 def test_nothing_but_tensors_and_plain_values_is_loaded(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     torch.save({"ema": {"a": torch.zeros(1)}, "args": Trap()}, file)
-    with pytest.raises(ValueError, match=r"came posix.mkdir, which could run code and was not loaded"):
+    with pytest.raises(ValueError, match=r"got posix.mkdir, which could run code and was not loaded"):
         read_part(file)
     assert not Path("trapped").exists()
 
@@ -225,7 +225,7 @@ def test_damaged_files(file):
     with pytest.raises(ValueError, match="no such file"):
         read_part(file.with_name("other.pt"))
     torch.save([torch.zeros(1)], file)
-    with pytest.raises(ValueError, match="expected a dict with weights, came list"):
+    with pytest.raises(ValueError, match="expected a dict with weights, got list"):
         read_part(file)
     torch.save({"a": 1}, file)
     with pytest.raises(ValueError, match=r"expected weights under ema or .* the file holds \['a'\]"):

@@ -136,7 +136,7 @@ def test_a_dit_that_does_not_fit(dit):
     assert latte_from_dit(without, "here", HEADS, num_classes=0).settings.num_classes == 0
     with pytest.raises(ValueError, match=r"here: missing y_embedder.embedding_table.weight"):
         latte_from_dit(without, "here", HEADS, num_classes=3)
-    with pytest.raises(ValueError, match=r"--num-classes: expected 0 \(no labels\) or more, came -5"):
+    with pytest.raises(ValueError, match=r"--num-classes: expected 0 \(no labels\) or more, got -5"):
         latte_from_dit(state, "here", HEADS, num_classes=-5)
 
 
@@ -199,7 +199,7 @@ def test_positions_of_a_folder_are_pixarts(side, scale, sample_size):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sample_size": "64"}, "expected a number under sample_size, came '64'"),
+        ({"sample_size": "64"}, "expected a number under sample_size, got '64'"),
         ({"interpolation_scale": 0}, "sample_size 8 with interpolation_scale 0"),
         ({"interpolation_scale": "2"}, "sample_size 8 with interpolation_scale 2"),
         ({"sample_size": 128, "interpolation_scale": 1}, "sample_size 128 with interpolation_scale 1"),
@@ -221,7 +221,7 @@ def test_a_pixart_that_does_not_fit(pixart):
     assert t2v_from_pixart(without, "here", HEADS, sample_size=SIDE).settings.sample_size == SIDE
     with pytest.raises(ValueError, match=r"no pos_embed to tell the latent side; pass --sample-size"):
         t2v_from_pixart(without, "here", HEADS)
-    with pytest.raises(ValueError, match=r"pos_embed is of side 8, came --sample-size 16"):
+    with pytest.raises(ValueError, match=r"pos_embed is of side 8, got --sample-size 16"):
         t2v_from_pixart(state, "here", HEADS, sample_size=16)
     for large in ({"csize_embedder.mlp.0.weight": torch.zeros(1)}, {"ar_embedder.mlp.0.weight": torch.zeros(1)}):
         with pytest.raises(ValueError, match=r"here: .*\(1024 MS\), for which LatteT2V has no place"):
@@ -230,7 +230,7 @@ def test_a_pixart_that_does_not_fit(pixart):
     config = dict(large.config) | {"_class_name": "PixArtTransformer2DModel"}
     with pytest.raises(ValueError, match=r"here: .*\(1024 MS\)"):
         t2v_from_pixart_folder(config, large.state_dict(), "here")
-    with pytest.raises(ValueError, match=r"here: expected norm_type 'ada_norm_single', came 'ada_norm_zero'"):
+    with pytest.raises(ValueError, match=r"here: expected norm_type 'ada_norm_single', got 'ada_norm_zero'"):
         t2v_from_pixart_folder(config | {"norm_type": "ada_norm_zero"}, oracle.state_dict(), "here")
     with pytest.raises(ValueError, match=r"interpolation_scale 0.3: LatteT2V has no such positions"):
         t2v_from_pixart_folder(config | {"interpolation_scale": 0.3}, oracle.state_dict(), "here")

@@ -148,13 +148,13 @@ def test_a_fresh_models_zeros_are_not_padding(tmp_path: Path) -> None:
     [
         (
             {"_class_name": "PixArtTransformer2DModel"},
-            "expected _class_name LatteTransformer3DModel or Latte, came 'PixArt",
+            "expected _class_name LatteTransformer3DModel or Latte, got 'PixArt",
         ),
-        ({"norm_type": "layer_norm"}, "expected norm_type 'ada_norm_single', came 'layer_norm'"),
-        ({"cross_attention_dim": 99}, "expected cross_attention_dim 16, came 99"),
-        ({"caption_channels": None}, "expected a number under caption_channels, came None"),
+        ({"norm_type": "layer_norm"}, "expected norm_type 'ada_norm_single', got 'layer_norm'"),
+        ({"cross_attention_dim": 99}, "expected cross_attention_dim 16, got 99"),
+        ({"caption_channels": None}, "expected a number under caption_channels, got None"),
         ({"num_layers": 2}, "tensors do not fit.*missing transformer_blocks.1"),
-        ({"patch_size": 4}, r"pos_embed.proj.weight: expected \[16, 4, 4, 4\], came \[16, 4, 2, 2\]"),
+        ({"patch_size": 4}, r"pos_embed.proj.weight: expected \[16, 4, 4, 4\], got \[16, 4, 2, 2\]"),
     ],
 )
 def test_a_config_that_does_not_fit(folder: Path, change: dict, message: str) -> None:
@@ -206,9 +206,9 @@ def test_a_file_that_is_not_the_one_that_is_read(folder: Path) -> None:
     [
         (WEIGHTS, b"short", "not a whole safetensors file"),
         (CONFIG, b"{", "is not JSON"),
-        (CONFIG, b"[1]", "config.json: expected a JSON object, came list"),
-        (INDEX, b"{}", "expected weight_map, tensor -> file, came None"),
-        (INDEX, b'{"weight_map": {"a": 3}}', "expected weight_map, tensor -> file, came {'a': 3}"),
+        (CONFIG, b"[1]", "config.json: expected a JSON object, got list"),
+        (INDEX, b"{}", "expected weight_map, tensor -> file, got None"),
+        (INDEX, b'{"weight_map": {"a": 3}}', "expected weight_map, tensor -> file, got {'a': 3}"),
     ],
 )
 def test_a_broken_file(folder: Path, name: str, content: bytes, message: str) -> None:
@@ -236,11 +236,11 @@ def test_a_noted_side_is_no_setting(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"widht": 16}, r"nothing reads the key widht; expected kind, in_channels"),
-        ({"width": "16"}, r"width: expected int, came '16'"),
-        ({"num_classes": True}, r"num_classes: expected int, came True"),
+        ({"width": "16"}, r"width: expected int, got '16'"),
+        ({"num_classes": True}, r"num_classes: expected int, got True"),
         ({"depth": 3}, r"depth: variant interleaved"),
-        ({"variant": "nested"}, r"variant: expected 'interleaved' or .* came 'nested'"),
-        ({"kind": "latte_t2v"}, r"kind: expected 'latte', came 'latte_t2v'"),
+        ({"variant": "nested"}, r"variant: expected 'interleaved' or .* got 'nested'"),
+        ({"kind": "latte_t2v"}, r"kind: expected 'latte', got 'latte_t2v'"),
         ({"num_classes": 4}, r"do not fit the model Latte \(interleaved, 4 classes\) of depth 2, width 16: y_embedder"),
         ({"temporal_position": "learnable"}, r"missing temp_embed \[1, 4, 16\]"),
     ],
@@ -282,7 +282,7 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
 
 
 def test_pickles_and_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="came a pickle; bring it in with latte-scale import --source"):
+    with pytest.raises(ValueError, match="got a pickle; bring it in with latte-scale import --source"):
         read_transformer(tmp_path / "latte.pt")
     with pytest.raises(ValueError, match=r"expected a diffusers folder.*found \[\]"):
         read_transformer(tmp_path)

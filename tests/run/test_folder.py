@@ -1,20 +1,17 @@
-"""The run folder's files, the fence and the stop request."""
+"""The run folder's files and the fence."""
 
 import errno
 import json
 import os
-import re
 import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from latte_scale.data.batches import Replacement
-from latte_scale.run.folder import STOP_SIGNALS, Fence, RunFolder, StopRequest, StopRunError, main
+from latte_scale.run.folder import Fence, RunFolder, StopRunError, main
 from latte_scale.run.lease import Lease, this_process
 from latte_scale.run.metrics import MetricsFile, read_metrics
 
@@ -73,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, block
 @pytest.mark.parametrize("name", ["run_id", "config.yaml", "metrics.jsonl", "exit.json"])
 def test_a_folder_in_the_place_of_a_file_is_refused_at_the_start(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(StopRunError, match=rf"{name}: expected a file of the run, came a folder; move it away"):
+    with pytest.raises(StopRunError, match=rf"{name}: expected a file of the run, got a folder; move it away"):
         RunFolder(tmp_path, rank=1).open()
 
 
@@ -157,41 +154,6 @@ def test_the_fence_falls_when_the_launcher_is_gone(monkeypatch):
     assert not Fence(None).is_lost()  # without a launcher, a parent may leave (nohup)
 
 
-def test_a_signal_only_sets_a_flag():
-    stop, before = StopRequest(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-    try:
-        stop.install()
-        assert stop.signal_name is None
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert stop.signal_name == "SIGUSR2"
-        assert re.fullmatch(r"stopped by SIGUSR2, saved 0\.\d s after it", stop.reason())
-        assert StopRequest().reason() == "stopped by a signal on another rank, saved"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_ctrl_c_asks_for_a_stop_and_a_second_one_means_it(monkeypatch, capfd):
-    monkeypatch.delenv("RANK", raising=False)
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, *STOP_SIGNALS)}
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run with it ignored
-        stop = StopRequest()
-        stop.install()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal_name == "SIGINT"
-        assert "Ctrl-C again ends at once" in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup
-        StopRequest().install()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path, capsys):
     config = tmp_path / "x.yaml"
     config.write_text("run: {dir: runs/x}\n")
@@ -200,7 +162,7 @@ def test_the_run_folder_of_a_config_is_printed_without_importing_torch(tmp_path,
     assert main([str(config), "run.dir=~/y"]) == 0
     assert capsys.readouterr().out == f"runs/x\n/scratch/y\n{Path.home()}/y\n"
     assert main([str(config), "run.dir=s3://bucket/y"]) == 78
-    assert "run.dir: expected a folder that every node may write, came 's3://bucket/y'" in capsys.readouterr().err
+    assert "run.dir: expected a folder that every node may write, got 's3://bucket/y'" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml")]) == 78
     assert "no configuration file at" in capsys.readouterr().err
     config.write_text("run: {}\n")

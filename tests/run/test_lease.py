@@ -200,7 +200,7 @@ def test_a_newer_restart_of_the_same_job_wins_and_the_old_one_stops(tmp_path):
 
 def test_torchruns_next_attempt_waits_for_a_lost_host_and_not_for_a_living_one(tmp_path, monkeypatch):
     """Its agents' restart counts say nothing: that of a host that came later starts at 0."""
-    monkeypatch.setattr(module, "SILENT_S", 1.5)
+    monkeypatch.setattr(module, "LOST_S", 1.5)
     monkeypatch.setattr(module, "WATCH_S", 0.4)
     mine = this_process({"TORCHELASTIC_RUN_ID": "t2v", "TORCHELASTIC_RESTART_COUNT": "0"})
     lost, told = other_host(job_id="t2v"), []

@@ -114,7 +114,7 @@ def test_the_number_of_profiled_steps_may_be_left_out_before_a_setting(words, st
 def test_a_number_of_profiled_steps_that_is_none_is_refused(number, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--config", "x.yaml", f"--profile={number}"])
-    assert f"expected a number of steps, 0 for none, came '{number}'" in capsys.readouterr().err
+    assert f"expected a number of steps, 0 for none, got '{number}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

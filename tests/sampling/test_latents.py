@@ -93,5 +93,5 @@ def test_latents_do_not_depend_on_the_ranks_and_a_sharded_model_is_whole_nowhere
 def test_sharding_needs_ranks_and_a_checkpoint(tmp_path):
     state = build_model(TEXT).state_dict()
     save_run(tmp_path, {"model": to_mapping(TEXT), "diffusion": {}}, state)
-    with pytest.raises(ValueError, match="expected a run's checkpoint and several ranks, came one rank"):
+    with pytest.raises(ValueError, match="expected a run's checkpoint and several ranks, got one rank"):
         load_sharded(str(tmp_path), None, Ranks(0, 1, 0, CPU))

@@ -36,7 +36,7 @@ def test_pixels_are_lattepipelines(folder):
 
 def test_bad_input(folder, tmp_path):
     decoder = TemporalDecoder(str(folder / "vae_temporal_decoder"))
-    with pytest.raises(EncoderError, match=r"expected latents \[B, F, 4, h, w\], came \[1, 3, 5, 4, 4\]"):
+    with pytest.raises(EncoderError, match=r"expected latents \[B, F, 4, h, w\], got \[1, 3, 5, 4, 4\]"):
         decoder.decode(torch.zeros(1, 3, 5, 4, 4))
     with pytest.raises(EncoderError, match="NaN or infinity"):
         decoder.decode(torch.full((1, 3, 4, 4, 4), torch.nan))

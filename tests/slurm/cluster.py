@@ -167,7 +167,7 @@ class Cluster:
                 return
             if time.monotonic() > until_s:
                 logs = "\n".join(path.read_text()[-2000:] for path in sorted(self.root.glob("*.log")))
-                raise TimeoutError(f"expected {num_nodes} idle nodes, came {states}; {logs}")
+                raise TimeoutError(f"expected {num_nodes} idle nodes, got {states}; {logs}")
             time.sleep(0.1)
 
     def _start_munge(self) -> None:

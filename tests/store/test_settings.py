@@ -20,7 +20,7 @@ def test_they_are_a_config_section():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_connections": 0}, "store.num_connections must be at least 1, came 0"),
+        ({"num_connections": 0}, "store.num_connections must be at least 1, got 0"),
         ({"cache_bytes": 0}, "store.cache_bytes must be at least 1"),
         ({"part_bytes": 1000}, "store.part_bytes must be at least"),
         ({"request_timeout_s": 0.0}, "store.request_timeout_s must be positive"),
@@ -43,5 +43,5 @@ def test_credentials_have_no_place_in_settings_and_urls():
     with pytest.raises(ValueError, match="expected s3://BUCKET/PREFIX") as refused:
         open_store("s3://someone:hunter2@bucket/x")
     assert "hunter2" not in str(refused.value)
-    with pytest.raises(ValueError, match=r"a bucket name of two or more letters, .*, came 'a'"):
+    with pytest.raises(ValueError, match=r"a bucket name of two or more letters, .*, got 'a'"):
         open_store("s3://a/x")

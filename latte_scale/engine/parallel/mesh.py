@@ -1,9 +1,9 @@
-"""Which ranks hold one copy of the sharded weights together, and which hold the same piece in different copies (HSDP).
+"""HSDP: which ranks hold one copy of the sharded weights together, and which hold the same shard of different copies.
 
-In: the ranks and how many copies are asked for. Out: a device mesh and this rank's place in it. The decision worth
-knowing: consecutive ranks make up a copy, as launchers number them within a machine, so weights are gathered inside a
-machine and only summed gradients cross between copies. What is computed does not change: gradients are summed over all
-ranks either way, and all copies apply the same update.
+In: the ranks and the number of copies. Out: a device mesh and this rank's place in it. The decision worth knowing:
+consecutive ranks form a copy, as launchers number them within a machine, so weights are gathered inside a machine and
+only reduced gradients cross between copies. What is computed does not change: gradients are summed over all ranks
+either way, and all copies apply the same update.
 """
 
 import socket
@@ -49,14 +49,14 @@ def make_shard_mesh(ranks: Ranks, replicate: int | Literal["node"]) -> ShardMesh
 
 
 def _num_hosts(ranks: Ranks) -> int:
-    """How many machines the ranks are on, each with as many consecutive ones."""
+    """The number of machines. Raises ValueError unless each has the same number of consecutive ranks."""
     hosts = ranks.all_gather_object(socket.gethostname())
     num_hosts = len(set(hosts))
     alike = [host for host in dict.fromkeys(hosts) for _ in range(len(hosts) // num_hosts)]
     if hosts != alike:
         counts = ", ".join(f"{host}: {hosts.count(host)}" for host in sorted(set(hosts)))
         raise ValueError(
-            f"engine.replicate=node needs as many consecutive ranks on every machine, came {counts}; start as many on "
+            f"engine.replicate=node needs as many consecutive ranks on every machine, got {counts}; start as many on "
             "each, or give engine.replicate a number"
         )
     return num_hosts

@@ -1,15 +1,16 @@
 """Sequence parallelism for long clips: the ranks of a group hold each clip together and share samples and noise.
 
 DSP, dynamic sequence parallelism (Zhao et al. 2024, arXiv 2403.10266): where a block attends within a frame, a rank
-holds some frames whole; where it attends over time, it holds some tokens of all frames; between the two one all-to-all
-moves each rank's part. In: a model that calls `reshard(x, "space" or "time")` before each block, and whole noisy clips,
-equal on the ranks of a group. Out: the whole prediction, equal on them too.
+holds some of the frames with all their tokens; where it attends over time, it holds some of the tokens in all frames;
+one all-to-all switches between the two layouts. In: a model that calls `reshard(x, "space" or "time")` before each
+block, and whole noisy clips, equal on the ranks of a group. Out: the whole prediction, equal on them too.
 
-The decision worth knowing is where gradients are summed. Every rank of a group computes the same loss of the same
-joined prediction, but only what went through its own frames and tokens reaches its weights: `join` hands back the
-gradient of this rank's frames and nothing else, and the all-to-alls hand back what other ranks' tokens made of them. So
-the gradient of a clip is the sum over its group, each part counted once, and the sum over all ranks that every engine
-makes anyway is that of the global batch. No average and no weight, however uneven the cut is.
+The decision worth knowing is where gradients are summed. Every rank of a group computes the same loss from the same
+joined prediction, but only the part that went through its own frames and tokens reaches its weights: the backward of
+`join` returns the gradient of this rank's frames alone, and that of each all-to-all returns the gradients of the tokens
+that it sent. So the gradient of a clip is the sum over its group, each part counted once, and the sum over all ranks,
+which every engine computes anyway, is the gradient of the global batch. No averaging and no weights are needed, however
+unevenly a clip is split.
 
 Shape legend: B batch, C channels, O output channels, F frames, H W latent height and width, T tokens of a frame,
 D width.
@@ -30,7 +31,7 @@ FRAMES, TOKENS = 1, 2
 
 
 class SequenceGroup:
-    """The ranks that hold each clip together. A rank alone is a group too, in which nothing is cut or moved."""
+    """The ranks that hold each clip together. A single rank is a group too, in which nothing is split or moved."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size, self.group = rank, size, group
@@ -82,7 +83,7 @@ class ClipShare:
         self._group, self._num_rows = group, rows
         self._rows = even_split(rows, group.size)
         self._frames = [count * frames_per_token for count in self._rows]
-        self._tokens: list[int] = []  # of each rank where frames are whole; known once the model has made tokens
+        self._tokens: list[int] = []  # per rank, in the layout with all frames; known once the model has made tokens
 
     def cut(self, x_BCFHW: Tensor) -> Tensor:
         """This rank's frames of whole clips."""
@@ -90,7 +91,7 @@ class ClipShare:
 
     @property
     def reshard(self) -> Callable[[Tensor, Literal["space", "time"]], Tensor] | None:
-        """What the model is to call before each block; None for a rank alone, whose model keeps its own identity."""
+        """The model's `reshard` argument; None for a single rank, for the model's default does nothing."""
         return None if self._group.size == 1 else self._reshard
 
     def join(self, out_BOFHW: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def _part(x: Tensor, axis: int, counts: Sequence[int], rank: int) -> Tensor:
 
 
 class _Switch(torch.autograd.Function):
-    """The all-to-all of DSP: cut one axis for the ranks, make the other one whole; backward is the way back."""
+    """The all-to-all of DSP: split one axis over the ranks and gather the other; backward does the reverse."""
 
     @staticmethod
     def forward(
@@ -172,7 +173,7 @@ def switch(
 
 
 class _Join(torch.autograd.Function):
-    """Every rank's frames side by side; backward keeps this rank's, whose loss was the same on all ranks."""
+    """All ranks' frames concatenated; backward keeps this rank's part, for the loss is the same on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, out_BOFHW: Tensor, group: SequenceGroup, frames: Sequence[int]) -> Tensor:
@@ -180,7 +181,7 @@ class _Join(torch.autograd.Function):
         batch, channels, _, height, width = out_BOFHW.shape
         whole_BOFHW = out_BOFHW.new_zeros(batch, channels, sum(frames), height, width)
         _part(whole_BOFHW, 2, frames, group.rank).copy_(out_BOFHW)
-        group.sum_(whole_BOFHW)  # exact: one rank has a number there and the others 0
+        group.sum_(whole_BOFHW)  # exact: every element is a number on one rank and 0 on the others
         return whole_BOFHW
 
     @staticmethod

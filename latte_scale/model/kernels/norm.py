@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latte_scale.model.layers import NORM_EPS
 
-NUM_PROGRAMS = 1024  # about so many a launch: several for each multiprocessor of a large GPU. Fixed, and so are bits
+NUM_PROGRAMS = 1024  # a launch, about: several for each SM of a large GPU; fixed, so that sums have the same bits
 MAX_WIDTH = 8192  # a row is held in registers
 
 
@@ -49,7 +49,7 @@ def groups_of(x: Tensor, rows: Tensor) -> Groups:
     if rows.ndim != 4 or (rows.shape[0], rows.shape[3]) != (batch, width) or tuple(rows.shape[1:3]) not in known:
         raise ValueError(
             f"modulation: expected [{batch}, 1, 1, {width}], [{batch}, {size_r}, 1, {width}] or "
-            f"[{batch}, 1, {size_s}, {width}] for x {list(x.shape)}, came {list(rows.shape)}; set norm.backend=torch"
+            f"[{batch}, 1, {size_s}, {width}] for x {list(x.shape)}, got {list(rows.shape)}; set norm.backend=torch"
         )
     if width > MAX_WIDTH:
         raise ValueError(f"width {width}: the kernels take up to {MAX_WIDTH}; set norm.backend=torch")

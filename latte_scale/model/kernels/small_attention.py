@@ -18,12 +18,12 @@ def small_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(E)) v. Raises ValueError for what the kernel does not take."""
     if not q.shape == k.shape == v.shape:
         raise ValueError(
-            f"triton_small: takes self-attention, q, k and v alike; came {q.shape[2]} and {k.shape[2]} tokens"
+            f"triton_small: takes self-attention, q, k and v alike; got {q.shape[2]} and {k.shape[2]} tokens"
         )
     if q.shape[2] > MAX_LENGTH or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
             f"triton_small: takes up to {MAX_LENGTH} tokens of head dim up to {MAX_HEAD_DIM}, "
-            f"came {q.shape[2]} of {q.shape[3]}"
+            f"got {q.shape[2]} of {q.shape[3]}"
         )
     return torch.ops.latte_scale.small_attention(q, k, v)
 

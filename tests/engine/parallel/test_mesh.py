@@ -145,5 +145,5 @@ def test_a_copy_on_each_machine(hosts: str, copies: int) -> None:
 
 @pytest.mark.parametrize("hosts", ["aab", "abab", "aaab"])
 def test_machines_that_are_not_alike_are_refused(hosts: str) -> None:
-    with pytest.raises(ValueError, match="as many consecutive ranks on every machine, came a: "):
+    with pytest.raises(ValueError, match="as many consecutive ranks on every machine, got a: "):
         mesh._num_hosts(OnHosts(list(hosts)))

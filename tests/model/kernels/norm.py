@@ -102,7 +102,7 @@ def test_nothing_in_nothing_out(shape, device) -> None:
 
 def test_what_does_not_fit_is_refused(device) -> None:
     x = torch.zeros(2, 3, 4, 8, device=device)
-    with pytest.raises(ValueError, match=r"\[2, 1, 4, 8\] for x .* came \[2, 3, 4, 8\]; set norm.backend=torch"):
+    with pytest.raises(ValueError, match=r"\[2, 1, 4, 8\] for x .* got \[2, 3, 4, 8\]; set norm.backend=torch"):
         norm_modulate(x, x, x)
     wide = torch.zeros(1, 1, 1, 8193, device=device)
     with pytest.raises(ValueError, match="width 8193"):

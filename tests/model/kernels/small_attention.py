@@ -74,9 +74,9 @@ def test_nothing_in_nothing_out(device) -> None:
 
 def test_what_does_not_fit_is_refused(device) -> None:
     q, k, v = inputs((1, 1, 65, 8), device)
-    with pytest.raises(ValueError, match="up to 64 tokens of head dim up to 128, came 65 of 8"):
+    with pytest.raises(ValueError, match="up to 64 tokens of head dim up to 128, got 65 of 8"):
         small_attention(q, k, v)
-    with pytest.raises(ValueError, match="self-attention, q, k and v alike; came 4 and 65 tokens"):
+    with pytest.raises(ValueError, match="self-attention, q, k and v alike; got 4 and 65 tokens"):
         small_attention(q[:, :, :4], k, v)
     assert why_absent("triton_small", device, torch.float32) is None
     if device.type == "cpu":

@@ -1,6 +1,7 @@
-"""A config on a cluster: what it needs and how long a step takes, for every size of its clips.
+"""The estimate of one config on one cluster: memory and time of a step, for every size of its clips.
 
-In: a config as it is and a cluster. Out: a `Choice`, which budget.py fits into a memory and advice.py compares.
+In: a config, whose settings are taken as they are, and a cluster. Out: an `Estimate`. budget.py and advice.py vary the
+config and compare estimates.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from latte_scale.estimate.timing import Timing, mean_timing, timing
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one bucket: what it needs and how long it takes."""
+    """A step of one bucket: its memory and its time."""
 
     bucket: Bucket
     memory: Memory
@@ -27,8 +28,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A config and what it needs on a cluster."""
+class Estimate:
+    """Memory and time of a config on a cluster."""
 
     config: Config
     steps: tuple[Step, ...]  # of every size, the main one first
@@ -40,12 +41,12 @@ class Choice:
 
     @property
     def where(self) -> str:
-        """In which steps that is, in words; "" where all are of one size."""
+        """The words that name the steps of `peak` in a message; "" where all clips have one size."""
         return f" in steps of {self.peak.bucket.name}" if len(self.steps) > 1 else ""
 
     @property
     def memory(self) -> Memory:
-        """Of the step that needs most."""
+        """Memory of the step that needs most."""
         return self.peak.memory
 
     @property
@@ -55,7 +56,7 @@ class Choice:
 
     @property
     def batch(self) -> int:
-        """Clips of a micro-batch of the main size."""
+        """Clips in a micro-batch of the main size."""
         return self.steps[0].batch
 
     @property
@@ -76,18 +77,18 @@ def checkpointing_words(engine: EngineSettings) -> str:
     return f"{kind} activation checkpointing{some}{others}"
 
 
-def examine(
+def estimate_of(
     config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
-) -> Choice:
-    """Memory and time of a config as it is. ValueError where ranks and settings do not go together.
+) -> Estimate:
+    """Memory and time of a config, as its settings are. ValueError where they do not fit the number of ranks.
 
     steps: how many of a run's steps each bucket has, as for `buckets_of`.
     """
     if config.engine.kind == "single" and cluster.num_gpus > 1:
-        raise ValueError(f"engine.kind=single runs on one GPU, came {cluster.num_gpus}; use fsdp2 or zero, or --gpus 1")
+        raise ValueError(f"engine.kind=single runs on one GPU, got {cluster.num_gpus}; use fsdp2 or zero, or --gpus 1")
     micro_batches(config, cluster.num_gpus)  # the main size's: says what does not go together in the config's own words
     buckets = buckets_of(config, data_ranks(config, cluster.num_gpus), steps)
-    return Choice(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))
+    return Estimate(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))
 
 
 def _step(bucket: Bucket, cluster: Cluster, efficiency: float | None) -> Step:

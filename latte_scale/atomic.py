@@ -1,0 +1,30 @@
+"""Files that are complete or not there: written under a temporary name, then renamed.
+
+In: a path and its content. Out: the file; whoever reads it meanwhile sees the old content or none. The decision worth
+knowing: the temporary name is random, because processes of two machines may have the same id.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a file in UTF-8; its folder exists. Raises OSError, and leaves nothing behind then."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` at the end of the block, and is removed if the block fails."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there if the disk is full

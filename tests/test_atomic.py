@@ -1,0 +1,21 @@
+"""Files that are complete or not there."""
+
+import pytest
+
+from latte_scale.atomic import replacing, write_text
+
+
+def test_a_file_is_written_and_replaced_and_nothing_else_is_left(tmp_path):
+    write_text(tmp_path / "a.json", "one")
+    write_text(tmp_path / "a.json", "a Fréchet distance\n")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "a Fréchet distance\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "a.json", "whole")
+    with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "a.json") as file:
+        file.write(b"cu")
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "a.json").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
