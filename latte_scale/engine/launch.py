@@ -161,10 +161,10 @@ def rendezvous(launch: Launch) -> dist.Store:
     return room
 
 
-# A launcher's store may outlive an attempt (torchrun's, with its default settings), and nothing in the environment
-# counts attempts alike on all hosts: each of torchrun's agents counts its own failures, so a host that comes later
-# starts at 0. So rank 0 opens a room of a new name for each attempt and tells the name under "room"; a room that has a
-# verdict already is one of an earlier attempt, and who finds it waits for the next.
+# A launcher's store may outlive an attempt (torchrun's does by default), and no variable numbers the attempts the same on
+# all hosts: each torchrun agent counts the failures that it has seen, so that of a host which joins later starts at 0.
+# So rank 0 makes a room (a prefix of keys) with a new name for each attempt and publishes the name under "room". A room
+# that already has a verdict belongs to an earlier attempt: a rank that finds one waits for the next.
 
 
 def _room(store: dist.Store, name: str) -> dist.Store:
@@ -172,14 +172,14 @@ def _room(store: dist.Store, name: str) -> dist.Store:
 
 
 def _call_roll(store: dist.Store, size: int, limit_s: float) -> tuple[dist.Store, str, bool]:
-    """Rank 0's part: the room, what is wrong, and whether that is the absence of ranks."""
+    """Rank 0's part. Returns the room, what is wrong ("" if nothing is), and whether ranks are absent."""
     name = uuid.uuid4().hex
     room = _room(store, name)
     room.set("limit_s", str(limit_s))
     _enter(room, 0)
     store.set("room", name)
     cards, counts = _collect(room, size, limit_s, is_over=lambda: store.get("room").decode() != name)
-    if (other := store.get("room").decode()) != name:  # of another that takes itself for rank 0
+    if (other := store.get("room").decode()) != name:  # another process takes itself for rank 0: tell it, too
         _room(store, other).add("count/0", 1)
         counts[0] += 1
     problem = _problem(cards, counts, size)
@@ -191,7 +191,7 @@ def _call_roll(store: dist.Store, size: int, limit_s: float) -> tuple[dist.Store
 
 
 def _answer(store: dist.Store, rank: int, limit_s: float) -> tuple[dist.Store, str, bool]:
-    """The part of the others: the same. Raises dist.DistError if rank 0 does not come."""
+    """The other ranks' part; returns the same. Raises dist.DistError if rank 0 does not come."""
     name, room, is_over, again, until_s = "", store, True, False, time.monotonic() + limit_s
     while True:
         store.wait(["room"], timedelta(seconds=limit_s))
@@ -216,13 +216,13 @@ def _answer(store: dist.Store, rank: int, limit_s: float) -> tuple[dist.Store, s
             continue
         problem, are_absent = json.loads(room.get("verdict"))
         room.add("read", 1)
-        if again and not problem:  # too late to be seen by rank 0: the others have met
+        if again and not problem:  # registered too late for rank 0 to see it: the others go on
             problem, are_absent = _twice([rank]), False
         return room, problem, are_absent
 
 
 def _enter(room: dist.Store, rank: int) -> bool:
-    """Say that a rank is here; whether one of its number was before."""
+    """Register a rank; returns whether another process has registered as the same rank."""
     again = room.add(f"count/{rank}", 1) > 1
     room.set(f"card/{rank}", json.dumps(asdict(_card())))
     return again
