@@ -6,11 +6,9 @@ make it. Nothing is handed out, so nothing has to survive for the work to go on:
 goes stale, and another one makes its shard.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -215,7 +213,6 @@ def _worker(job: Job, board: Board, place: int, errors: Any) -> None:
     """One worker process."""
     import torch
 
-    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
     torch.set_num_threads(NUM_THREADS)
     try:
         encoder = job.encoder(place)
@@ -226,9 +223,3 @@ def _worker(job: Job, board: Board, place: int, errors: Any) -> None:
     except Exception:
         errors.put((False, traceback.format_exc()))
         sys.exit(1)
-
-
-def _leave_with_parent() -> None:
-    """End this process when its parent is gone: nobody would end it otherwise."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
