@@ -26,16 +26,19 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from data_tools.filters import Duplicates
 from data_tools.found import Clip
 from data_tools.layouts import LAYOUTS, find_clips, folder_and_list
-from data_tools.looks import FAILED, SHORT, Look, Lookers, ShardSettings
-from data_tools.pack import pack_shard
+from data_tools.looks import CRASHED, FAILED, SHORT, Look, Lookers, ShardSettings
+from data_tools.pack import can_be_packed, leave_out, pack_shard
 from data_tools.reports import PackReport, read_report, report_name
 from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
 from latte_scale.data.shards import finished_entry, shard_name
@@ -43,6 +46,16 @@ from latte_scale.settings import apply_overrides, from_mapping, read_mapping
 from latte_scale.store import LocalStore, Store, open_store
 
 CLIPS_A_WORKER = 32  # fewer are done sooner than a process begins
+Packed = tuple[PackReport, ShardEntry | None]
+"""A finished shard; no entry where no clip was kept."""
+
+
+class _Packing(NamedTuple):
+    """A shard that a pool writes."""
+
+    number: int
+    what: tuple[Store, str, list[Clip], list[list[Look]], PackReport]
+    future: "Future[Packed]"
 
 
 @dataclass
@@ -144,7 +157,8 @@ def _pack_all(
         finished = False
     most_bits = lookers.settings.filters.duplicates
     duplicates = None if most_bits is None else Duplicates(most_bits)
-    outcomes: list[tuple[PackReport, ShardEntry | None] | Future] = []
+    outcomes: list[Packed | None] = []
+    packing: deque[_Packing] = deque()  # the shards that the pool still writes, which are None among the outcomes
     console = Console(stderr=True)
     for number, group in track(list(enumerate(groups)), "sharding", console=console, disable=not console.is_terminal):
         name, recipe = shard_name(number), recipe_of(group, lookers.settings)
@@ -161,14 +175,38 @@ def _pack_all(
             )
         looks = [_without_duplicates(each, duplicates) for each in lookers.look(group)]
         report = _report(recipe, looks)
-        outcomes.append((report, None) if dry_run else lookers.submit(pack_shard, store, name, group, looks, report))
-    done = [each.result() if isinstance(each, Future) else each for each in outcomes]
-    for report, _ in done:
+        if dry_run:
+            outcomes.append((report, None))
+            continue
+        what = store, name, group, looks, report
+        packing.append(_Packing(number, what, lookers.submit(pack_shard, *what)))
+        outcomes.append(None)
+        while packing and packing[0].future.done():  # a full disk is told now, not after the last look
+            each = packing.popleft()
+            outcomes[each.number] = _packed(lookers, each)
+    for each in packing:
+        outcomes[each.number] = _packed(lookers, each)
+    for report, _ in outcomes:
         outcome.take(report)
-    return [entry for _, entry in done if entry is not None]
+    return [entry for _, entry in outcomes if entry is not None]
 
 
-def _kept(store: Store, name: str, recipe: str) -> tuple[PackReport, ShardEntry | None] | None:
+def _packed(lookers: Lookers, packing: _Packing) -> Packed:
+    """A shard that was given to the pool. Where a clip has ended a process of it, this shard's or another's: again."""
+    store, name, group, looks, report = packing.what
+    with suppress(BrokenProcessPool):
+        return packing.future.result()
+    with suppress(BrokenProcessPool):
+        return lookers.submit(pack_shard, store, name, group, looks, report).result()
+    pairs = list(zip(group, looks, strict=True))
+    sound = list(lookers.each(can_be_packed, pairs, lambda _: False))
+    for place in [place for place, is_sound in enumerate(sound) if not is_sound]:
+        leave_out(report, [look for look in looks[place] if not look.left_out_by], CRASHED)
+        looks[place] = []
+    return lookers.submit(pack_shard, store, name, group, looks, report).result()
+
+
+def _kept(store: Store, name: str, recipe: str) -> Packed | None:
     """The report and entry of a shard that an earlier run finished from the same clips, else None."""
     report = read_report(store, name, PackReport)
     if report is None or report.recipe != recipe:

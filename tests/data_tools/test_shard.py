@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import os
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
-from data_tools import index, looks, shard, verify
+from data_tools import index, looks, pack, shard, verify
 from data_tools.found import Clip
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST, ClipSize
@@ -179,6 +182,52 @@ def test_an_interrupted_run_is_picked_up(clips, tmp_path, monkeypatch):
     assert loaded == ["a", "b", "c", "c", "more/d"]
     contents = [{name: data for name, (data, _) in snapshot(tmp_path / each).items()} for each in ("out", "whole")]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("num_broken", [1, 2])
+def test_a_crash_while_a_shard_is_written_costs_one_clip_at_most(clips, tmp_path, capsys, monkeypatch, num_broken):
+    """Shards are written by the pool that looks: a clip that ends a process of it breaks what others write, too."""
+    submit, broken = looks.Lookers.submit, []
+
+    def breaking(self, function, *args):
+        if function is not pack.pack_shard or args[1] != "shard-000001.tar" or len(broken) == num_broken:
+            return submit(self, function, *args)
+        broken.append(Future())
+        broken[-1].set_exception(BrokenProcessPool("ended"))
+        return broken[-1]
+
+    def each(self, function, items, crashed):
+        return [
+            crashed(item) if function is pack.can_be_packed and item[0].key == "c" else function(item) for item in items
+        ]
+
+    monkeypatch.setattr(looks.Lookers, "submit", breaking)
+    monkeypatch.setattr(looks.Lookers, "each", each)
+    assert run(shard, "--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 2) == 0
+    captured = capsys.readouterr()
+    assert len(broken) == num_broken and run(verify, tmp_path / "out") == 0
+    if num_broken == 1:  # by another shard's clip
+        assert stored(tmp_path / "out").keys() == {"a", "b", "c", "more/d"}
+    else:
+        assert stored(tmp_path / "out").keys() == {"a", "b", "more/d"}
+        assert "failed c.avi: its decoder crashed" in captured.err
+
+
+def test_a_pool_goes_on_without_what_ends_its_processes():
+    with looks.Lookers(looks.ShardSettings(), 2) as lookers:
+        for _ in range(2):
+            assert list(lookers.each(_length, ["one", "", "three"], lambda item: -1)) == [3, -1, 5]
+        with pytest.raises(BrokenProcessPool):
+            lookers.submit(_length, "").result()
+        assert lookers.submit(_length, "three").result() == 5
+        assert list(lookers.each(_length, ["one"], lambda item: -1)) == [3]
+
+
+def _length(text: str) -> int:
+    """In a process of a pool, which "" ends."""
+    if not text:
+        os._exit(1)
+    return len(text)
 
 
 def test_a_disk_that_is_full_for_a_moment_costs_no_clip(clips, tmp_path, monkeypatch):
