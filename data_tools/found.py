@@ -6,7 +6,7 @@ In: names and stores. Out: clips with keys that differ, and what is left out wit
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latte_scale.data.shards import VIDEO_EXTENSIONS
@@ -97,6 +97,28 @@ def key_of(name: str, taken: set[str]) -> str:
         key = f"{key.rstrip('0123456789')}{number}"
     taken.add(key)
     return key
+
+
+def piece_key(key: str, number: int) -> str:
+    """The key of piece `number` of a clip."""
+    return f"{key}-{number:04d}"
+
+
+def apart_from_pieces(clips: Sequence[Clip]) -> list[Clip]:
+    """The clips, where they may be cut: a key that reads as a piece's of another clip becomes another one."""
+    keys = {clip.key for clip in clips}
+
+    def apart(clip: Clip) -> Clip:
+        found = re.fullmatch(r"(.+)-\d{4,}", clip.key, re.DOTALL)
+        if found is None or found[1] not in keys:
+            return clip
+        key = f"{clip.key}-{clip.extension}"
+        while key in keys:
+            key += "-whole"
+        keys.add(key)
+        return replace(clip, key=key)
+
+    return [apart(clip) for clip in clips]
 
 
 def is_utf8(name: str) -> bool:

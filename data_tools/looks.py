@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.cut import CutSettings, Piece, piece_size, pieces
 from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, measure, rejection
-from data_tools.found import OUTAGES, Clip, too_short
+from data_tools.found import OUTAGES, Clip, piece_key, too_short
 from data_tools.spawning import Workers
 from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
@@ -89,7 +89,7 @@ def _look_at_piece(
     start, stop = found[number]
     fps = facts.fps if clip.is_video else 0.0  # frames that were joined have no rate that means something
     is_piece = stop - start < facts.num_frames
-    name = f"{clip.key}-{number:04d}" if is_piece else clip.key
+    name = piece_key(clip.key, number) if is_piece else clip.key
     source = f"{clip.source}, frames {start} to {stop - 1}" if is_piece else clip.source
     known = {"start": start, "stop": stop, "is_piece": is_piece, "fps": facts.fps}
     known |= {"height": facts.height, "width": facts.width, "codec": facts.codec}

@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from data_tools.filters import Duplicates
-from data_tools.found import Clip
+from data_tools.found import Clip, apart_from_pieces
 from data_tools.layouts import LAYOUTS, find_clips, folder_and_list
 from data_tools.looks import CRASHED, FAILED, SHORT, Look, Lookers, ShardSettings
 from data_tools.pack import can_be_packed, leave_out, pack_shard
@@ -104,6 +104,8 @@ def main(args: argparse.Namespace) -> int:
     store = open_store(args.output)
     _check_apart(args.input, store)
     found = find_clips(args.input, args.layout, args.min_frames)
+    if settings.cut.is_on:
+        found.clips = apart_from_pieces(found.clips)
     outcome = Outcome(skipped=found.skipped, failed=found.failed)
     outcome.left_out_by[SHORT] += found.num_short
     groups = group_clips(found.clips, args.samples_per_shard, args.bytes_per_shard)

@@ -230,6 +230,22 @@ def _length(text: str) -> int:
     return len(text)
 
 
+def test_a_clip_named_like_a_piece_of_another_is_stored_beside_it(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name, num_frames in (("a", 24), ("a-0000", 12), ("b-0000", 12)):
+        (folder / f"{name}.mp4").write_bytes(make_clip(num_frames))
+    write_captions(folder, ["a.mp4", "a-0000.mp4", "b-0000.mp4"])
+    cut = ("cut.seconds=1.5", "cut.min_seconds=0.1")
+    assert run(shard, "--input", folder, "--output", tmp_path / "out", *cut) == 0
+    assert stored(tmp_path / "out") == {
+        "a-0000": "this is a.mp4",
+        "a-0001": "this is a.mp4",
+        "a-0000-mp4": "this is a-0000.mp4",
+        "b-0000": "this is b-0000.mp4",
+    }
+
+
 def test_a_disk_that_is_full_for_a_moment_costs_no_clip(clips, tmp_path, monkeypatch):
     """The clip being written is sound: the command ends, and the next one stores all of them."""
     write, failed = ShardFile._write, []
