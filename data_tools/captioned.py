@@ -16,6 +16,7 @@ from data_tools.found import (
     REASON_PACKED,
     Clip,
     Found,
+    changed_ns,
     extension_of,
     is_packed,
     key_of,
@@ -96,7 +97,8 @@ def _clips(found: Found, store: Store, chosen: Sequence[str], lines: dict[str, L
                 found.failed.append(f"{name}: cannot be read: {size_bytes}")
                 continue
             label = None if found.class_names is None else found.class_names.index(lines[name].label)
-            yield Clip(key_of(name, keys), store, (name,), name, lines[name].captions, size_bytes, label)
+            known = {"label": label, "changed_ns": changed_ns(store, name)}
+            yield Clip(key_of(name, keys), store, (name,), name, lines[name].captions, size_bytes, **known)
 
 
 def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
@@ -136,7 +138,8 @@ def _in_tars(store: Store, tars: list[str], others: list[str]) -> Found:
                     continue
                 key = key_of(f"{tar.removesuffix('.tar').replace('.', '_')}/{member.name}", keys)
                 label = None if names is None else label
-                found.clips.append(Clip(key, store, (tar,), source, captions, member.size, label, offset=member.offset))
+                known = {"label": label, "offset": member.offset, "changed_ns": changed_ns(store, tar)}
+                found.clips.append(Clip(key, store, (tar,), source, captions, member.size, **known))
     found.failed.sort()
     return found
 

@@ -32,6 +32,7 @@ class Clip:
     label: int | None = None
     min_frames: int = 1  # a shorter clip is left out
     offset: int | None = None  # of the video in its tar
+    changed_ns: int = 0  # when its files were last written to, by their folder; 0: not known, as in a bucket
 
     def read(self) -> bytes:
         """The clip as one file. Raises VideoError for images that cannot be joined, StoreError, OSError."""
@@ -128,6 +129,14 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def changed_ns(store: Store, name: str) -> int:
+    """When a file was last written to, as its folder says; 0 in a bucket, or if it is gone."""
+    try:
+        return os.stat(store.root / name).st_mtime_ns if isinstance(store, LocalStore) else 0
+    except OSError:
+        return 0
 
 
 def is_packed(name: str) -> bool:

@@ -1,6 +1,6 @@
 """What became of the clips of one shard, kept beside it: `reports/shard-000012.json`.
 
-In: counts and, for each clip that is not stored, its reason. Out: a small file, the same bytes for the same clips, from
+In: counts and, for each clip that is not stored, its reason. Out: a small file, the same bytes for the same files, from
 which any later command or host tells the whole story without trying bad clips again. A report is written before its
 shard's index: a shard is finished when both are there and agree on the number of samples.
 """
@@ -47,6 +47,9 @@ class PackReport:
     count: int = 0  # samples that are stored
     left_out: list[list[str]] = field(default_factory=list)  # [clip, what left it out, reason]
     hashes: dict[str, str] = field(default_factory=dict)  # of stored samples, where duplicates are looked for
+    # What may have changed since although the recipe has not; "" in reports of versions that did not ask:
+    earlier: str = ""  # hash of what the shards before it hold, where duplicates are looked for
+    changed: str = ""  # hash of the times at which its files were last written to
 
 
 @dataclass

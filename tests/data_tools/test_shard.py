@@ -246,6 +246,71 @@ def test_a_clip_named_like_a_piece_of_another_is_stored_beside_it(tmp_path):
     }
 
 
+def test_what_repeated_a_clip_that_is_gone_comes_back(tmp_path, capsys):
+    """A shard's clips may be left out for what another shard holds."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    files = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    same, stripes = make_clip(20), make_clip(21, stripe=True)
+    for name, data in zip(files, (same, stripes, same, make_clip(22, stripe=True)), strict=True):
+        (folder / name).write_bytes(data)
+    write_captions(folder, files)
+    command = ("--input", folder, "--output", tmp_path / "out", "--samples-per-shard", 2, "filters.duplicates=0")
+    assert run(shard, *command) == 0
+    assert stored(tmp_path / "out").keys() == {"a", "b"}
+    (folder / "a.mp4").write_bytes(make_clip(23, gop=3, stripe=True))  # looks like b and d do, not like c
+    assert run(shard, *command, "--force") == 0
+    assert stored(tmp_path / "out").keys() == {"a", "c"}
+    assert run(shard, *command) == 0 and run(verify, tmp_path / "out") == 0
+
+
+def test_a_mended_clip_of_the_same_size_is_told_and_made_again_with_force(clips, tmp_path, capsys):
+    sound, rotated = (clips / "b.mkv").read_bytes(), bytearray((clips / "a.mp4").read_bytes())
+    (clips / "b.mkv").write_bytes(bytes(len(sound)))
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 1)
+    assert run(shard, *command) == 0
+    whole = {name: time for name, (_, time) in snapshot(tmp_path / "out").items()}
+    (clips / "b.mkv").write_bytes(sound)
+    rotated[-1] ^= 1  # in a free atom at its end
+    (clips / "a.mp4").write_bytes(rotated)
+    capsys.readouterr()
+    assert run(shard, *command) == 0
+    assert "2 shards hold clips whose files were written to since; --force makes these" in capsys.readouterr().err
+    assert {name: time for name, (_, time) in snapshot(tmp_path / "out").items()} == whole
+    assert run(shard, *command, "--force") == 0
+    sample = open_dataset(str(tmp_path / "out")).read(0, 0)
+    assert sample.fields["video"] == bytes(rotated) and stored(tmp_path / "out").keys() == {"a", "b", "c", "more/d"}
+    assert snapshot(tmp_path / "out")["shard-000002.tar"][1] == whole["shard-000002.tar"]  # nothing has changed for it
+
+
+def test_failed_clips_are_tried_again_with_force(clips, tmp_path, capsys, monkeypatch):
+    """Whatever it was, as a file that could not be opened for a while."""
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 2)
+    with monkeypatch.context() as patch:
+
+        def read(clip: Clip) -> bytes:
+            if clip.key == "b":
+                raise PermissionError(13, "Permission denied")
+            return clip.store.read(clip.files[0])
+
+        patch.setattr(Clip, "read", read)
+        assert run(shard, *command) == 0
+    assert stored(tmp_path / "out").keys() == {"a", "c", "more/d"}
+    assert run(shard, *command, "--force") == 0
+    assert stored(tmp_path / "out").keys() == {"a", "b", "c", "more/d"}
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("name", ["shard-000000.tar", "encode.json", "convert.json", "index.json"])
+def test_another_tools_shards_are_not_replaced(clips, tmp_path, name, force):
+    """shard-000000.tar is what webdataset's own example calls a tar, too."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=f"did not make .{name}"):
+        run(shard, "--input", clips, "--output", tmp_path / "out", *force)
+    assert [path.read_bytes() for path in (tmp_path / "out").rglob("*")] == [b"somebody's"]
+
+
 def test_a_disk_that_is_full_for_a_moment_costs_no_clip(clips, tmp_path, monkeypatch):
     """The clip being written is sound: the command ends, and the next one stores all of them."""
     write, failed = ShardFile._write, []
