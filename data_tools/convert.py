@@ -104,7 +104,7 @@ def convert_shard(source: Dataset, store: Store, to: str, number: int) -> Conver
     with _writer(source, store, name, to, number) as shard:
         for position in range(len(index)):
             try:
-                sample = source.read(number, position)
+                sample = source.read_twice(number, position)
                 key = keys.new(sample.key, position) if to == "tar" else sample.key
                 shard.add(stored_sample(source, number, position, sample, key))
                 report.unread = dict(Counter(report.unread) + unread_kinds(sample.names))

@@ -125,7 +125,7 @@ def _sample_faults(dataset: Dataset, number: int, position: int) -> Iterator[str
     num_captions = max(1, row.num_texts)
     for caption in range(num_captions):
         try:
-            sample = _read_twice(dataset, number, position, (caption + 0.5) / num_captions)
+            sample = dataset.read_twice(number, position, cached=False, caption_at=(caption + 0.5) / num_captions)
             dataset.label(sample)
         except (DamagedError, ManifestError, StoreError) as error:
             yield str(error)
@@ -134,14 +134,6 @@ def _sample_faults(dataset: Dataset, number: int, position: int) -> Iterator[str
             faults = [] if caption else [*_latent_faults(dataset, sample, row.bucket)]
             faults += _text_faults(dataset, sample)
             yield from (f"{where}: sample {sample.key!r}: {fault}" for fault in faults)
-
-
-def _read_twice(dataset: Dataset, number: int, position: int, caption_at: float) -> Sample:
-    """A sample past every cache, as training reads it: once more where it was damaged, perhaps on its way."""
-    try:
-        return dataset.read(number, position, cached=False, caption_at=caption_at)
-    except DamagedError:
-        return dataset.read(number, position, cached=False, caption_at=caption_at)
 
 
 def _latent_faults(dataset: Dataset, sample: Sample, bucket: str) -> Iterator[str]:

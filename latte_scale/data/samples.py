@@ -191,6 +191,13 @@ class Dataset:
             _trim(self._texts, NUM_CACHED_TEXTS)
         return replace(sample, fields={**sample.fields, "text": text})
 
+    def read_twice(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
+        """`read`, and once more past every cache where bytes were wrong: they may have been damaged on their way."""
+        try:
+            return self.read(shard, position, cached, caption_at)
+        except DamagedError:
+            return self.read(shard, position, cached=False, caption_at=caption_at)
+
     def expect(self, shard: int, position: int, caption_at: float = 0.0) -> None:
         """Announce `read` of the same sample, so that a store far away can fetch it meanwhile."""
         entry, row = self.manifest.shards[shard], self.index(shard).row(position)
