@@ -15,6 +15,7 @@ from latte_scale.store import CredentialsError, LocalStore, Store, TransientErro
 
 PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".zip")
 REASON_PACKED = "compressed; unpack it first"
+REASON_OUTSIDE = "its name begins with '/' or leads out of the folder; rename it"
 OUTAGES = (TransientError, CredentialsError)
 """Faults of a store that say nothing about the clip: the command ends, and begins with this clip when run again."""
 
@@ -142,6 +143,11 @@ def changed_ns(store: Store, name: str) -> int:
 def is_packed(name: str) -> bool:
     """Whether a file is an archive that cannot be read where it lies, by its name."""
     return name.lower().endswith(PACKED)
+
+
+def names_outside(names: Sequence[str]) -> set[str]:
+    """Those that cannot be read by their names below a folder: buckets hold "clips//a.mp4", too."""
+    return {name for name in names if name.startswith("/") or ".." in name.split("/")}
 
 
 def seen_again(store: Store, names: Sequence[str]) -> dict[str, str]:

@@ -130,6 +130,24 @@ def lose_a_shard(s3: Corner) -> None:
     open_store(f"{s3.url}/latents").delete("shard-000001.tar")
 
 
+def test_odd_names_in_a_bucket_are_passed_over_and_no_clip_is_asked_for_its_size(s3, data_sets, capsys):
+    """ "clips//a.mp4" is an object like any other, and lies below "clips" under no name of a file."""
+    clips, names = open_store(f"{s3.url}/clips"), ("000000.mp4", "000001.mp4", "captions.jsonl")
+    for name in names:
+        clips.write(name, (data_sets.clips / name).read_bytes())
+    for place in ("", "/../"):
+        key = f"{clips.prefix}/{place}/000000.mp4"
+        clips.connection.client.put_object(Bucket=clips.bucket, Key=key, Body=(data_sets.clips / names[0]).read_bytes())
+    s3.proxy.reset()
+    assert latte_data(["shard", "--input", clips.url, "--output", f"{s3.url}/shards"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 2, skipped 2,") and "skipped /000000.mp4: its name begins with" in err
+    assert not [seen for seen in s3.proxy.seen if re.match("HEAD .*/clips/.*mp4", seen.line)]
+    clips.connection.client.put_object(Bucket=clips.bucket, Key=f"{s3.url.rpartition('/')[2]}/shards//x.tar", Body=b"x")
+    assert latte_data(["index", f"{s3.url}/shards"]) == 0
+    assert "/x.tar: its name begins with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [(expire, "credentials have expired"), (lose_a_shard, r"shard-000001.tar: .*no such object")],
