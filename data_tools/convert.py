@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from data_tools.converted import Keys, stored_sample, unread_kinds
 from data_tools.mds_file import MdsFile, mds_columns, mds_name
-from data_tools.reports import FOLDER, ConvertReport, drop_damaged_indices, read_report, write_report
+from data_tools.reports import FOLDER, ConvertReport, drop_damaged_indices, read_report, remove_unfinished, write_report
 from data_tools.spawning import Workers
 from latte_scale.data.index import index_name, is_text
 from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, is_mds, write_mds_index
@@ -203,6 +203,7 @@ def _finish(source: Dataset, store: Store, to: str, outcomes: list[Converted]) -
     if not entries:
         print(f"no sample of {source.store.url} could be stored: see the reasons above", file=sys.stderr)
         return 1
+    remove_unfinished(store)
     for name in (NULL_TEXT, ENCODE_HEADER):
         if source.store.exists(name):
             store.write(name, source.store.read(name))

@@ -41,7 +41,7 @@ from data_tools.found import Clip, apart_from_pieces
 from data_tools.layouts import LAYOUTS, find_clips, folder_and_list
 from data_tools.looks import CRASHED, FAILED, SHORT, Look, Lookers, ShardSettings
 from data_tools.pack import can_be_packed, leave_out, pack_shard
-from data_tools.reports import PackReport, read_report, report_name
+from data_tools.reports import PackReport, read_report, remove_unfinished, report_name
 from latte_scale.data.mds import MDS_INDEX
 from latte_scale.data.schema import ENCODE_HEADER, MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
 from latte_scale.data.shards import finished_entry, shard_name
@@ -316,7 +316,11 @@ def _check_output(store: Store) -> None:
 
 
 def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None, num_groups: int) -> None:
-    """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set."""
+    """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set.
+
+    And what killed commands left.
+    """
+    remove_unfinished(store)
     manifest = Manifest("video", tuple(entries), caption_cleaning="none", class_names=class_names)
     if store.exists(MANIFEST):
         known = load_manifest(store)

@@ -19,13 +19,14 @@ import numpy as np
 
 from data_tools.convert import HEADER as CONVERT_HEADER
 from data_tools.reports import FOLDER as REPORTS
+from data_tools.reports import unfinished
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.items import latent_shape
 from latte_scale.data.latents import unpack_latents, unpack_text
 from latte_scale.data.mds import MDS_INDEX
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import ENCODE_HEADER, MANIFEST, ManifestError, ShardEntry
-from latte_scale.store import Store, StoreError
+from latte_scale.store import LocalStore, Store, StoreError
 
 CHUNK = 8 << 20  # bytes read at a time
 
@@ -89,7 +90,7 @@ def null_text_faults(dataset: Dataset) -> Iterator[str]:
 
 
 def unnamed_files(dataset: Dataset) -> list[str]:
-    """Files below the root that the manifest does not name."""
+    """Files below the root that the manifest does not name, those that a killed writer left among them."""
     manifest = dataset.manifest
     named = {MANIFEST, ENCODE_HEADER, MDS_INDEX, CONVERT_HEADER} | {
         name for shard in manifest.shards for name in (shard.name, shard.index)
@@ -97,7 +98,10 @@ def unnamed_files(dataset: Dataset) -> list[str]:
     reports = f"{REPORTS}/"
     if manifest.null_text is not None:
         named.add(manifest.null_text.name)
-    return [name for name in dataset.store.list() if name not in named and not name.startswith(reports)]
+    left = []
+    if isinstance(dataset.store, LocalStore):
+        left = [path.relative_to(dataset.store.root).as_posix() for path in unfinished(dataset.store)]
+    return [name for name in dataset.store.list() if name not in named and not name.startswith(reports)] + left
 
 
 def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -248,3 +249,13 @@ def test_a_shard_above_four_gigabytes_is_refused(monkeypatch, tmp_path, capsys):
     assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 2
     assert "more than an MDS shard can hold (1000)" in capsys.readouterr().err
     assert not list((tmp_path / "mds").glob("shard*"))
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    make_latents(tmp_path / "tars")
+    left = tmp_path / "mds" / f"shard.00000.mds.samples.tmp-{'0' * 32}"
+    left.parent.mkdir()
+    left.write_bytes(b"half a shard")
+    os.utime(left, (0, 0))
+    assert convert(tmp_path / "tars", tmp_path / "mds", "mds") == 0
+    assert not left.exists()

@@ -311,6 +311,22 @@ def test_another_tools_shards_are_not_replaced(clips, tmp_path, name, force):
     assert [path.read_bytes() for path in (tmp_path / "out").rglob("*")] == [b"somebody's"]
 
 
+def test_what_killed_commands_left_is_listed_and_removed(clips, tmp_path, capsys):
+    """No listing of the folder shows it, and each kill leaves up to a shard."""
+    command = ("--input", clips, "--output", tmp_path / "out")
+    assert run(shard, *command) == 0
+    dead, living = (tmp_path / "out" / f"shard-000000.tar.tmp-{digit * 32}" for digit in "01")
+    for path in (dead, living):
+        path.write_bytes(b"half a tar")
+    os.utime(dead, (0, 0))
+    capsys.readouterr()
+    assert run(verify, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert all(f"not in the manifest: {path}" in err for path in (dead, living))
+    assert run(shard, *command) == 0
+    assert not dead.exists() and living.exists()  # another command may be writing it
+
+
 def test_a_disk_that_is_full_for_a_moment_costs_no_clip(clips, tmp_path, monkeypatch):
     """The clip being written is sound: the command ends, and the next one stores all of them."""
     write, failed = ShardFile._write, []
