@@ -204,7 +204,7 @@ def _finish(source: Dataset, store: Store, to: str, outcomes: list[Converted]) -
         print(f"no sample of {source.store.url} could be stored: see the reasons above", file=sys.stderr)
         return 1
     remove_unfinished(store)
-    for name in (NULL_TEXT, ENCODE_HEADER):
+    for name in (NULL_TEXT, ENCODE_HEADER) if source.manifest.kind == "latents" else ():
         if source.store.exists(name):
             store.write(name, source.store.read(name))
     if to == "mds":
