@@ -123,6 +123,9 @@ def test_parts_of_shards_that_killed_workers_sent_are_taken_back(
     assert [each["Key"] for each in left] == [f"{root}else.tar"]
     assert_whole(latents, folder)
     s3.fail("answer", match=r"GET \S*uploads", status=403, code="AccessDenied")
+    s3.proxy.seen.clear()
     capsys.readouterr()
     assert latte_data(options) == 0
     assert "unfinished uploads are not looked for: " in capsys.readouterr().err
+    seen = [each.line for each in s3.proxy.seen if "/latents/" in each.line and "shard-" in each.line]
+    assert len(seen) <= 8 * NUM_SHARDS  # of 10,000 finished shards every further request is minutes
