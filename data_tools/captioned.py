@@ -13,13 +13,16 @@ from typing import Any
 from data_tools.captions import LISTS, Line, class_names, decoded, read_list, tidy
 from data_tools.found import (
     OUTAGES,
+    REASON_OUTSIDE,
     REASON_PACKED,
     Clip,
     Found,
+    changed_ns,
     extension_of,
     is_packed,
     key_of,
     listing_of,
+    names_outside,
     seen_again,
 )
 from data_tools.tar_clips import tar_clips
@@ -34,21 +37,26 @@ NUM_READERS = 16  # captions and sizes that are asked of a store at a time
 
 def captioned(store: Store, given: str) -> Found:
     """The clips of a store; `given` is the list of captions that was named, "" to look for one. Raises ValueError."""
-    names = store.list()
+    known = store.sizes() if store.is_far else {}  # a listing of a bucket tells them
+    found, names = Found(), list(known) if store.is_far else store.list()
+    outside = names_outside(names)
+    names = [name for name in names if name not in outside]
+    wanted = (name for name in sorted(outside) if extension_of(name) in (*VIDEO_EXTENSIONS, "tar"))
+    found.skipped = [f"{name}: {REASON_OUTSIDE}" for name in wanted]
     listed = given or next((name for name in LISTS if name in names), "")
     lines = read_list(store, listed) if listed else None
     videos = [] if given else [name for name in names if extension_of(name) in VIDEO_EXTENSIONS]
     tars = [] if given else [name for name in names if name.endswith(".tar")]
     packed = [] if given else [name for name in names if is_packed(name)]
     if lines is None and tars:
-        return _in_tars(store, tars, [*videos, *packed])
+        return _in_tars(found, store, tars, [*videos, *packed])
     if not videos and not lines:
         hint = f": {', '.join(packed)}" if packed else ""
         raise ValueError(
             f"{store.join(given) if given else store.url} holds no videos (looked for {listing_of(VIDEO_EXTENSIONS)} "
             f"and .tar); check --input, or unpack the clips first{hint}"
         )
-    found = Found(class_names=class_names(lines, store.join(listed)) if lines else None)
+    found.class_names = class_names(lines, store.join(listed)) if lines else None
     wanted, unread = sorted({*videos, *(lines or {})}), {}
     if lines is None:
         lines = _sidecars(store, wanted, set(names), unread)
@@ -57,11 +65,12 @@ def captioned(store: Store, given: str) -> Found:
         del unread[name]
     chosen = _chosen(found, [name for name in wanted if name not in unread], lines, set(names), listed, again)
     found.failed += [f"{name}: {reason}" for name, reason in unread.items()]
-    found.clips = list(_clips(found, store, chosen, lines))
+    found.clips = list(_clips(found, store, chosen, lines, known))
     if not given:
         found.skipped += [f"{name}: a tar beside {listed}, which is taken" for name in tars]
         found.skipped += [f"{name}: {REASON_PACKED}" for name in packed]
-        foreign = [name for name in names if extension_of(name) in UNREAD and name not in wanted]
+        taken = set(wanted)
+        foreign = [name for name in names if extension_of(name) in UNREAD and name not in taken]
         found.skipped += [f"{name}: {Path(name).suffix} is not a known video container" for name in foreign]
     return found
 
@@ -86,17 +95,24 @@ def _chosen(
     return chosen
 
 
-def _clips(found: Found, store: Store, chosen: Sequence[str], lines: dict[str, Line]) -> Iterator[Clip]:
-    """A clip for each file; one whose size cannot be asked for goes to `found.failed`."""
+def _clips(
+    found: Found, store: Store, chosen: Sequence[str], lines: dict[str, Line], known: dict[str, int]
+) -> Iterator[Clip]:
+    """A clip for each file; one whose size is not known and cannot be asked for goes to `found.failed`."""
     keys: set[str] = set()
+
+    def size(name: str) -> int:
+        return known[name] if name in known else store.size(name)
+
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        sizes = pool.map(partial(_unless_unreadable, store.size), chosen)
+        sizes = pool.map(partial(_unless_unreadable, size), chosen)
         for name, size_bytes in zip(chosen, sizes, strict=True):
             if isinstance(size_bytes, StoreError):
                 found.failed.append(f"{name}: cannot be read: {size_bytes}")
                 continue
             label = None if found.class_names is None else found.class_names.index(lines[name].label)
-            yield Clip(key_of(name, keys), store, (name,), name, lines[name].captions, size_bytes, label)
+            about = {"label": label, "changed_ns": changed_ns(store, name)}
+            yield Clip(key_of(name, keys), store, (name,), name, lines[name].captions, size_bytes, **about)
 
 
 def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
@@ -109,15 +125,15 @@ def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
         return error
 
 
-def _in_tars(store: Store, tars: list[str], others: list[str]) -> Found:
+def _in_tars(found: Found, store: Store, tars: list[str], others: list[str]) -> Found:
     """The clips of webdataset's and video2dataset's tars, or of shards of ours, whose manifest says what classes mean.
 
     others: videos and archives beside them.
     """
-    again, found, keys = seen_again(store, tars), Found(), set()
+    again, keys = seen_again(store, tars), set()
     is_ours = store.exists(MANIFEST)
     names = found.class_names = load_manifest(store).class_names if is_ours else None
-    found.skipped = [f"{name}: the same as {own}, by a link" for name, own in again.items()]
+    found.skipped += [f"{name}: the same as {own}, by a link" for name, own in again.items()]
     for name in others:
         found.skipped.append(f"{name}: {REASON_PACKED if is_packed(name) else 'beside tars, whose clips are taken'}")
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -136,7 +152,8 @@ def _in_tars(store: Store, tars: list[str], others: list[str]) -> Found:
                     continue
                 key = key_of(f"{tar.removesuffix('.tar').replace('.', '_')}/{member.name}", keys)
                 label = None if names is None else label
-                found.clips.append(Clip(key, store, (tar,), source, captions, member.size, label, offset=member.offset))
+                known = {"label": label, "offset": member.offset, "changed_ns": changed_ns(store, tar)}
+                found.clips.append(Clip(key, store, (tar,), source, captions, member.size, **known))
     found.failed.sort()
     return found
 

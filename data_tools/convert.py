@@ -10,7 +10,7 @@ is damaged is named and left out. A data set of ours that goes there and back is
 clips, captions, classes and .json stay, and members of other kinds (.wav, .npy) are counted and left behind.
 
 The decision worth knowing: the unit of work is a shard, so the same command goes on after an interruption; a folder
-that another source began is refused unless --force.
+that another source began is refused unless --force, which also makes the shards again that lack a sample.
 """
 
 import argparse
@@ -27,7 +27,15 @@ from typing import NamedTuple
 
 from data_tools.converted import Keys, stored_sample, unread_kinds
 from data_tools.mds_file import MdsFile, mds_columns, mds_name
-from data_tools.reports import FOLDER, ConvertReport, drop_damaged_indices, read_report, write_report
+from data_tools.reports import (
+    FOLDER,
+    ConvertReport,
+    drop_damaged_indices,
+    read_report,
+    remove_unfinished,
+    report_name,
+    write_report,
+)
 from data_tools.spawning import Workers
 from latte_scale.data.index import index_name, is_text
 from latte_scale.data.mds import MDS_INDEX, Column, MdsShard, is_mds, write_mds_index
@@ -56,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="URL", help="folder or URL of the data set to write")
     parser.add_argument("--to", required=True, choices=("mds", "tar"), help="format of the shards to write")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one shard each (default 1)")
-    parser.add_argument("--force", action="store_true", help="start over in a folder that another source began")
+    parser.add_argument(
+        "--force", action="store_true", help="start over where another source began; retry samples that were damaged"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -71,6 +81,8 @@ def main(args: argparse.Namespace) -> int:
     _check_folder(store, source.manifest.fingerprint(), args.force)
     drop_damaged_indices(store)
     numbers = range(len(source.manifest.shards))
+    if args.force:
+        _forget_failures(store, [_name(args.to, number) for number in numbers])
     console = Console(stderr=True)
     show = partial(
         track, description="converting", total=len(numbers), console=console, disable=not console.is_terminal
@@ -104,7 +116,7 @@ def convert_shard(source: Dataset, store: Store, to: str, number: int) -> Conver
     with _writer(source, store, name, to, number) as shard:
         for position in range(len(index)):
             try:
-                sample = source.read(number, position)
+                sample = source.read_twice(number, position)
                 key = keys.new(sample.key, position) if to == "tar" else sample.key
                 shard.add(stored_sample(source, number, position, sample, key))
                 report.unread = dict(Counter(report.unread) + unread_kinds(sample.names))
@@ -175,6 +187,14 @@ def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
     store.write(HEADER, (json.dumps(header) + "\n").encode())
 
 
+def _forget_failures(store: Store, shards: list[str]) -> None:
+    """Remove the reports of shards that lack a sample, so that they are made again: the source may have been mended."""
+    for name in shards:
+        report = read_report(store, name, ConvertReport)
+        if report is not None and report.left_out:
+            store.delete(report_name(name))
+
+
 def _is_header(data: bytes, header: dict[str, str]) -> bool:
     """Whether a stored header says the same; a damaged one does not."""
     try:
@@ -203,7 +223,8 @@ def _finish(source: Dataset, store: Store, to: str, outcomes: list[Converted]) -
     if not entries:
         print(f"no sample of {source.store.url} could be stored: see the reasons above", file=sys.stderr)
         return 1
-    for name in (NULL_TEXT, ENCODE_HEADER):
+    remove_unfinished(store)
+    for name in (NULL_TEXT, ENCODE_HEADER) if source.manifest.kind == "latents" else ():
         if source.store.exists(name):
             store.write(name, source.store.read(name))
     if to == "mds":

@@ -93,7 +93,7 @@ def _json(sample: Sample) -> dict[str, Any]:
 def _texts(dataset: Dataset, shard: int, position: int, num_texts: int) -> tuple[bytes, ...]:
     """The embeddings of all captions; one read for each."""
     places = [(number + 0.5) / num_texts for number in range(num_texts)]
-    return tuple(bytes(dataset.read(shard, position, caption_at=place).fields["text"]) for place in places)
+    return tuple(bytes(dataset.read_twice(shard, position, caption_at=place).fields["text"]) for place in places)
 
 
 def _extension(sample: Sample) -> str:

@@ -23,14 +23,12 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from data_tools import claims, reports
@@ -42,6 +40,7 @@ from data_tools.reports import (
     drop_damaged_indices,
     finished,
     read_report,
+    remove_unfinished,
     report_name,
 )
 from data_tools.size_table import size_table
@@ -63,7 +62,7 @@ from latte_scale.data.schema import (
 from latte_scale.data.shards import shard_name
 from latte_scale.encoders import CAPTION_CLEANING, EncoderFacts, encoder_facts
 from latte_scale.settings import flatten, load
-from latte_scale.store import TEMPORARY, LocalStore, Store, open_store
+from latte_scale.store import LocalStore, Store, open_store
 
 _OURS = re.compile(rf"shard-\d{{6,}}\.(tar|index\.safetensors)|({reports.FOLDER}|{claims.FOLDER})/.*")
 _YOUNGER = {("latents", "dtype"): "float16", ("text", "dtype"): "float16"}
@@ -284,8 +283,7 @@ def _close(store: Store, manifest: Manifest) -> None:
         time.sleep(POLL_S)
     with claim:
         every.remove_others(claim)
-        if isinstance(store, LocalStore):
-            _remove_unfinished(store)
+        remove_unfinished(store, quiet_s=0.0)
         if manifest.shards and not _is_there(store, manifest):
             save_manifest(store, manifest)
     if isinstance(store, LocalStore):
@@ -295,14 +293,6 @@ def _close(store: Store, manifest: Manifest) -> None:
 
 def _is_there(store: Store, manifest: Manifest) -> bool:
     return store.exists(MANIFEST) and load_manifest(store).fingerprint() == manifest.fingerprint()
-
-
-def _remove_unfinished(store: LocalStore) -> None:
-    """Remove the temporary files of killed workers; called when no shard is left to make."""
-    for folder, _, files in os.walk(store.root):
-        for file in files:
-            if TEMPORARY.search(file):
-                Path(folder, file).unlink(missing_ok=True)
 
 
 def _latents_info(settings: EncodeSettings, facts: EncoderFacts) -> LatentsInfo:

@@ -147,7 +147,7 @@ class Encoder:
         """First stage: the clip of the frame policy, read and decoded."""
         from latte_scale.data.video import TooShortError, VideoError, read_fitting_clip, read_random_clip
 
-        sample, video = self.source.read(number, position), self.settings.video
+        sample, video = self.source.read_twice(number, position), self.settings.video
         read = read_fitting_clip if video.more_sizes else read_random_clip
         place = 0.5 if self.settings.latents.window == "centre" else 0.0
         try:

@@ -8,6 +8,7 @@ that differ in fewer bits than there are bands agree in a band at least, so look
 the first in the order of the names is kept.
 """
 
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -103,6 +104,12 @@ class Duplicates:
         self.most_bits = most_bits
         self._known: list[tuple[int, str]] = []  # (bits, name) in the order in which they came
         self._bands: dict[tuple[int, str], list[int]] = defaultdict(list)  # band -> places in `_known`
+        self._state = hashlib.sha256()
+
+    @property
+    def state(self) -> str:
+        """A hash of all that is remembered: on it depends what is found."""
+        return self._state.hexdigest()
 
     def find(self, digest: str) -> str | None:
         """The name of the first clip whose hash differs in `most_bits` or fewer, or None.
@@ -121,6 +128,7 @@ class Duplicates:
         for band in self._split(digest):
             self._bands[band].append(len(self._known))
         self._known.append((int(digest, 16), name))
+        self._state.update(f"{digest} {name}\n".encode())
 
     def _is_near(self, place: int, bits: int) -> bool:
         return (self._known[place][0] ^ bits).bit_count() <= self.most_bits

@@ -6,7 +6,7 @@ In: names and stores. Out: clips with keys that differ, and what is left out wit
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latte_scale.data.shards import VIDEO_EXTENSIONS
@@ -15,6 +15,7 @@ from latte_scale.store import CredentialsError, LocalStore, Store, TransientErro
 
 PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".tar.lz4", ".zip")
 REASON_PACKED = "compressed; unpack it first"
+REASON_OUTSIDE = "its name begins with '/' or leads out of the folder; rename it"
 OUTAGES = (TransientError, CredentialsError)
 """Faults of a store that say nothing about the clip: the command ends, and begins with this clip when run again."""
 
@@ -32,6 +33,7 @@ class Clip:
     label: int | None = None
     min_frames: int = 1  # a shorter clip is left out
     offset: int | None = None  # of the video in its tar
+    changed_ns: int = 0  # when its files were last written to, by their folder; 0: not known, as in a bucket
 
     def read(self) -> bytes:
         """The clip as one file. Raises VideoError for images that cannot be joined, StoreError, OSError."""
@@ -99,6 +101,28 @@ def key_of(name: str, taken: set[str]) -> str:
     return key
 
 
+def piece_key(key: str, number: int) -> str:
+    """The key of piece `number` of a clip."""
+    return f"{key}-{number:04d}"
+
+
+def apart_from_pieces(clips: Sequence[Clip]) -> list[Clip]:
+    """The clips, where they may be cut: a key that reads as a piece's of another clip becomes another one."""
+    keys = {clip.key for clip in clips}
+
+    def apart(clip: Clip) -> Clip:
+        found = re.fullmatch(r"(.+)-\d{4,}", clip.key, re.DOTALL)
+        if found is None or found[1] not in keys:
+            return clip
+        key = f"{clip.key}-{clip.extension}"
+        while key in keys:
+            key += "-whole"
+        keys.add(key)
+        return replace(clip, key=key)
+
+    return [apart(clip) for clip in clips]
+
+
 def is_utf8(name: str) -> bool:
     """Whether a name can be written down: bytes of it that are no UTF-8 came as lone surrogates."""
     try:
@@ -108,9 +132,22 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def changed_ns(store: Store, name: str) -> int:
+    """When a file was last written to, as its folder says; 0 in a bucket, or if it is gone."""
+    try:
+        return os.stat(store.root / name).st_mtime_ns if isinstance(store, LocalStore) else 0
+    except OSError:
+        return 0
+
+
 def is_packed(name: str) -> bool:
     """Whether a file is an archive that cannot be read where it lies, by its name."""
     return name.lower().endswith(PACKED)
+
+
+def names_outside(names: Sequence[str]) -> set[str]:
+    """Those that cannot be read by their names below a folder: buckets hold "clips//a.mp4", too."""
+    return {name for name in names if name.startswith("/") or ".." in name.split("/")}
 
 
 def seen_again(store: Store, names: Sequence[str]) -> dict[str, str]:

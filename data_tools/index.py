@@ -28,7 +28,7 @@ from pathlib import Path
 
 from data_tools.captions import decoded
 from data_tools.foreign import Outcome
-from data_tools.found import REASON_PACKED, is_packed, seen_again
+from data_tools.found import REASON_OUTSIDE, REASON_PACKED, is_packed, names_outside, seen_again
 from data_tools.index_mds import index_mds
 from data_tools.index_tar import index_tar
 from latte_scale.data.mds import MDS_INDEX, read_mds_index
@@ -85,6 +85,9 @@ def find_shards(store: Store, outcome: Outcome) -> list[Callable[[Outcome], Shar
     """
     names = store.list()
     tars = [name for name in names if name.endswith(".tar")]
+    outside = names_outside(tars)
+    tars = [name for name in tars if name not in outside]
+    outcome.skipped += [f"{store.join(name)}: {REASON_OUTSIDE}" for name in sorted(outside)]
     again = seen_again(store, tars)
     tars = [name for name in tars if name not in again]
     outcome.skipped += [f"{store.join(name)}: {REASON_PACKED}" for name in names if is_packed(name)]

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from data_tools.captioned import captioned
 from data_tools.captions import is_list
-from data_tools.found import Clip, Found, extension_of, is_utf8, key_of, listing_of, too_short
+from data_tools.found import Clip, Found, changed_ns, extension_of, is_utf8, key_of, listing_of, too_short
 from latte_scale.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from latte_scale.store import LocalStore, open_store
 
@@ -171,12 +171,13 @@ def _add(
     """Add the clip `name`, whose files lie in a folder, or why they cannot be read."""
     try:
         sizes = [_size_bytes(folder / file) for file in files]
+        changed = max(changed_ns(LocalStore(folder), file) for file in files)
     except OSError as error:
         found.failed.append(f"{name}: cannot be read: {error.filename or folder}: {error.strerror or error}")
         return
     named = name if extension_of(files[0]) in VIDEO_EXTENSIONS else f"{name}.{extension_of(files[0])}"
-    key = key_of(named, keys)
-    found.clips.append(Clip(key, LocalStore(folder), tuple(files), name, captions, sum(sizes), label))
+    known = {"label": label, "changed_ns": changed}
+    found.clips.append(Clip(key_of(named, keys), LocalStore(folder), tuple(files), name, captions, sum(sizes), **known))
 
 
 def _size_bytes(path: Path) -> int:

@@ -5,23 +5,25 @@ kept, else why not. Looks are taken by a pool of processes and come in the order
 decoder, and with it a process, costs that file alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from data_tools.cut import CutSettings, Piece, piece_size, pieces
 from data_tools.filters import LOOK_SIDE, NUM_LOOKS, FilterSettings, Measures, measure, rejection
-from data_tools.found import OUTAGES, Clip, too_short
+from data_tools.found import OUTAGES, Clip, piece_key, too_short
 from data_tools.spawning import Workers
 from latte_scale.data.schema import ClipSize, VideoSettings
 from latte_scale.data.video import VideoError, VideoInfo, probe, read_clip
 
 FAILED, SHORT = "failed", "min_frames"
-T = TypeVar("T")
+CRASHED = "its decoder crashed: the file is damaged or hostile, or there was not enough memory"
+Item, T = TypeVar("Item"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _look_at_piece(
     start, stop = found[number]
     fps = facts.fps if clip.is_video else 0.0  # frames that were joined have no rate that means something
     is_piece = stop - start < facts.num_frames
-    name = f"{clip.key}-{number:04d}" if is_piece else clip.key
+    name = piece_key(clip.key, number) if is_piece else clip.key
     source = f"{clip.source}, frames {start} to {stop - 1}" if is_piece else clip.source
     known = {"start": start, "stop": stop, "is_piece": is_piece, "fps": facts.fps}
     known |= {"height": facts.height, "width": facts.width, "codec": facts.codec}
@@ -138,40 +140,55 @@ class Lookers:
 
     def look(self, clips: Sequence[Clip]) -> Iterator[list[Look]]:
         """The looks of each clip, in order."""
+
+        def crashed(clip: Clip) -> list[Look]:
+            return [Look(clip.key, clip.source, left_out_by=FAILED, reason=CRASHED)]
+
+        return self.each(partial(look_at, settings=self.settings), clips, crashed)
+
+    def each(self, function: Callable[[Item], T], items: Iterable[Item], crashed: Callable[[Item], T]) -> Iterator[T]:
+        """`function(item)` of each, in order; `crashed(item)` of one with which a process of its own ends."""
         if self.pool is None:
-            yield from (look_at(clip, self.settings) for clip in clips)
+            yield from map(function, items)
             return
-        waiting = list(clips)
+        waiting = list(items)
         while waiting:
-            futures = [self.pool.submit(look_at, clip, self.settings) for clip in waiting]
+            futures = [self.submit(function, item) for item in waiting]
             for future in futures:
                 try:
-                    looks = future.result()
+                    made = future.result()
                 except BrokenProcessPool:
-                    yield self._look_alone(waiting.pop(0))
+                    yield self._alone(function, waiting.pop(0), crashed)
                     break  # and ask again for the rest
                 waiting.pop(0)
-                yield looks
+                yield made
 
     def submit(self, function: Callable[..., T], *args: object) -> "Future[T]":
-        """Run other work in the pool, or here."""
+        """Run other work in the pool, or here. BrokenProcessPool is its result where a clip has ended a process."""
         if self.pool is not None:
-            return self.pool.submit(function, *args)
+            try:
+                return self.pool.submit(function, *args)
+            except BrokenProcessPool:  # what went before has ended a process
+                self._renew()
+                return self.pool.submit(function, *args)
         future: Future[T] = Future()
         future.set_result(function(*args))
         return future
 
-    def _look_alone(self, clip: Clip) -> list[Look]:
-        """One clip in a process of its own, after some clip has ended one of the pool's."""
-        self.pool.shutdown(wait=True)
+    def _alone(self, function: Callable[[Item], T], item: Item, crashed: Callable[[Item], T]) -> T:
+        """One item in a process of its own, after some item has ended one of the pool's."""
         with self._new(1) as alone:
             try:
-                return alone.submit(look_at, clip, self.settings).result()
+                return alone.submit(function, item).result()
             except BrokenProcessPool:
-                reason = "its decoder crashed: the file is damaged or hostile, or there was not enough memory"
-                return [Look(clip.key, clip.source, left_out_by=FAILED, reason=reason)]
+                return crashed(item)
             finally:
-                self.pool = self._new()
+                self._renew()
+
+    def _renew(self) -> None:
+        """Another pool in the place of one that is broken."""
+        self.pool.shutdown(wait=True)
+        self.pool = self._new()
 
     def _new(self, num_workers: int | None = None) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(num_workers or self.num_workers, Workers())

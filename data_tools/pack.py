@@ -5,7 +5,8 @@ the manifest's entry. A clip that was sound when it was looked at and cannot be 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from data_tools.cut import cut_out
@@ -48,8 +49,23 @@ def _readable(clip: Clip, kept: list[Look], report: PackReport) -> Iterator[Vide
     except OUTAGES:
         raise
     except (VideoError, OSError) as error:
-        report.left_out += [[look.source, FAILED, str(error)] for look in missing.values()]
-        report.hashes = {key: digest for key, digest in report.hashes.items() if key not in missing}
+        leave_out(report, list(missing.values()), str(error))
+
+
+def leave_out(report: PackReport, looks: Sequence[Look], reason: str) -> None:
+    """Note that what was to be stored is not."""
+    keys = {look.key for look in looks}
+    report.left_out += [[look.source, FAILED, reason] for look in looks]
+    report.hashes = {key: digest for key, digest in report.hashes.items() if key not in keys}
+
+
+def can_be_packed(clip_and_looks: tuple[Clip, list[Look]]) -> bool:
+    """Make the samples of a clip for nothing: whoever calls this wants to know whether that ends its process."""
+    clip, looks = clip_and_looks
+    with suppress(VideoError, OSError):  # `pack_shard` will say so
+        for _ in _samples(clip, [look for look in looks if not look.left_out_by]):
+            pass
+    return True
 
 
 def _samples(clip: Clip, kept: list[Look]) -> Iterator[VideoSample]:

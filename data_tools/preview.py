@@ -79,7 +79,7 @@ def chosen(dataset: Dataset, count: int, match: str | None) -> Iterator[tuple[st
     for shard, position in spread(dataset, count if match is None else dataset.manifest.count):
         row = dataset.index(shard).row(position)
         try:
-            sample: Sample | Exception = dataset.read(shard, position)
+            sample: Sample | Exception = dataset.read_twice(shard, position)
         except (DamagedError, StoreError) as error:
             sample = error
         if match is not None and (isinstance(sample, Exception) or match.lower() not in sample.caption.lower()):

@@ -1,23 +1,31 @@
 """What became of the clips of one shard, kept beside it: `reports/shard-000012.json`.
 
-In: counts and, for each clip that is not stored, its reason. Out: a small file, the same bytes for the same clips, from
+In: counts and, for each clip that is not stored, its reason. Out: a small file, the same bytes for the same files, from
 which any later command or host tells the whole story without trying bad clips again. A report is written before its
 shard's index: a shard is finished when both are there and agree on the number of samples.
 """
 
 import json
+import os
+import re
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from latte_scale.data.schema import MANIFEST, ShardEntry, load_manifest
 from latte_scale.data.shards import finished_entry
-from latte_scale.store import MissingError, Store
+from latte_scale.store import TEMPORARY, LocalStore, MissingError, Store, StoreError
+from latte_scale.store.s3 import S3Store
 
 FOLDER = "reports"
 NUM_READERS = 16  # requests at a time for the small files of all shards
+QUIET_S = 60.0  # whoever has not written for so long is dead, where nothing else says so
+_SHARD = re.compile(r"shard[-.]\d{5,}\.(tar|mds)")
 
 
 @dataclass
@@ -47,6 +55,9 @@ class PackReport:
     count: int = 0  # samples that are stored
     left_out: list[list[str]] = field(default_factory=list)  # [clip, what left it out, reason]
     hashes: dict[str, str] = field(default_factory=dict)  # of stored samples, where duplicates are looked for
+    # What may have changed since although the recipe has not; "" in reports of versions that did not ask:
+    earlier: str = ""  # hash of what the shards before it hold, where duplicates are looked for
+    changed: str = ""  # hash of the times at which its files were last written to
 
 
 @dataclass
@@ -102,3 +113,28 @@ def drop_damaged_indices(store: Store) -> None:
         if entry is not None and entry.count == shard.count and entry != shard:
             print(f"{store.join(shard.index)}: damaged, made again", file=sys.stderr)
             store.delete(shard.index)
+
+
+def unfinished(store: LocalStore) -> Iterator[Path]:
+    """What writers have not put in its place: they are at it, or were killed. No listing of the store shows it."""
+    for folder, _, files in os.walk(store.root):
+        yield from (Path(folder, file) for file in sorted(files) if TEMPORARY.search(file))
+
+
+def remove_unfinished(store: Store, quiet_s: float = QUIET_S) -> None:
+    """Remove what killed writers left: files, or in a bucket parts of shards, which it would keep and bill for ever.
+
+    Call it when no shard is left to make. `quiet_s`: for so long nobody has written to it; 0 where all are known dead.
+    """
+    if isinstance(store, LocalStore):
+        for path in unfinished(store):
+            try:
+                if not quiet_s or time.time() - path.stat().st_mtime > quiet_s:
+                    path.unlink()
+            except FileNotFoundError:  # put in its place in this moment
+                continue
+    elif isinstance(store, S3Store):
+        try:
+            store.drop_uploads(lambda name, age_s: bool(_SHARD.fullmatch(name)) and age_s >= quiet_s)
+        except StoreError as error:  # not every service, and not every key, allows to list them
+            print(f"unfinished uploads are not looked for: {error}", file=sys.stderr)

@@ -156,6 +156,8 @@ def _write(output: Path, count: int, seed: int, places: Iterable[int], labels: b
     output.mkdir(parents=True, exist_ok=True)
     draw, words = (_draw_scene, scene_clips.vocabulary(seed)) if scenes else (_draw_clip, vocabulary())
     rows = []
+    for name in ("shapes.json", "held_out.txt", "captions.jsonl"):  # of another seed they would be of other clips
+        (output / name).unlink(missing_ok=True)
     for index in places:
         name = f"{index:06d}.mp4"
         frames, text, label = draw(seed, index)

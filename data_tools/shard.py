@@ -18,7 +18,8 @@ done, skipped and failed; the exit code is 1 only if no clip is left.
 The decision worth knowing: which clips go into which shard follows from the sorted file names and sizes alone, and what
 becomes of them from the settings. So the same command picks up after an interruption: whole shards are kept, the rest
 is written. A finished data set made of the same clips with the same settings is left as it is; another one is refused
-unless --force, which replaces it.
+unless --force, which replaces it: shards that nothing has changed for are kept, those with a clip that failed, or whose
+file was written to since, are made again. A folder with another tool's shards is refused always.
 """
 
 import argparse
@@ -26,23 +27,38 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
+from data_tools.convert import HEADER as CONVERT_HEADER
 from data_tools.filters import Duplicates
-from data_tools.found import Clip
+from data_tools.found import Clip, apart_from_pieces
 from data_tools.layouts import LAYOUTS, find_clips, folder_and_list
-from data_tools.looks import FAILED, SHORT, Look, Lookers, ShardSettings
-from data_tools.pack import pack_shard
-from data_tools.reports import PackReport, read_report, report_name
-from latte_scale.data.schema import MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
+from data_tools.looks import CRASHED, FAILED, SHORT, Look, Lookers, ShardSettings
+from data_tools.pack import can_be_packed, leave_out, pack_shard
+from data_tools.reports import PackReport, read_report, remove_unfinished, report_name
+from latte_scale.data.mds import MDS_INDEX
+from latte_scale.data.schema import ENCODE_HEADER, MANIFEST, Manifest, ShardEntry, load_manifest, save_manifest
 from latte_scale.data.shards import finished_entry, shard_name
 from latte_scale.settings import apply_overrides, from_mapping, read_mapping
 from latte_scale.store import LocalStore, Store, open_store
 
 CLIPS_A_WORKER = 32  # fewer are done sooner than a process begins
+Packed = tuple[PackReport, ShardEntry | None]
+"""A finished shard; no entry where no clip was kept."""
+
+
+class _Packing(NamedTuple):
+    """A shard that a pool writes."""
+
+    number: int
+    what: tuple[Store, str, list[Clip], list[list[Look]], PackReport]
+    future: "Future[Packed]"
 
 
 @dataclass
@@ -54,6 +70,7 @@ class Outcome:
     skipped: list[str] = field(default_factory=list)  # "name: reason": not tried, or not wanted
     failed: list[str] = field(default_factory=list)  # "name: reason": tried
     left_out_by: Counter = field(default_factory=Counter)  # what left it out -> clips, failed ones apart
+    num_changed: int = 0  # shards of a finished data set with a clip whose file was written to since
 
     def take(self, report: PackReport) -> None:
         """Count one shard."""
@@ -92,7 +109,10 @@ def main(args: argparse.Namespace) -> int:
     settings = from_mapping(ShardSettings, apply_overrides(mapping, args.overrides), args.config or "the command")
     store = open_store(args.output)
     _check_apart(args.input, store)
+    _check_output(store)
     found = find_clips(args.input, args.layout, args.min_frames)
+    if settings.cut.is_on:
+        found.clips = apart_from_pieces(found.clips)
     outcome = Outcome(skipped=found.skipped, failed=found.failed)
     outcome.left_out_by[SHORT] += found.num_short
     groups = group_clips(found.clips, args.samples_per_shard, args.bytes_per_shard)
@@ -141,16 +161,26 @@ def _pack_all(
     from rich.progress import track
 
     finished = store.exists(MANIFEST)
-    if finished and force and not dry_run:
-        store.delete(MANIFEST)  # from here on it is an unfinished data set: whole shards are still kept
-        finished = False
+    retry = finished and force
+    if retry:
+        finished = False  # from here on it is an unfinished data set: whole shards are still kept
+        if not dry_run:
+            store.delete(MANIFEST)
     most_bits = lookers.settings.filters.duplicates
     duplicates = None if most_bits is None else Duplicates(most_bits)
-    outcomes: list[tuple[PackReport, ShardEntry | None] | Future] = []
+    outcomes: list[Packed | None] = []
+    packing: deque[_Packing] = deque()  # the shards that the pool still writes, which are None among the outcomes
     console = Console(stderr=True)
     for number, group in track(list(enumerate(groups)), "sharding", console=console, disable=not console.is_terminal):
         name, recipe = shard_name(number), recipe_of(group, lookers.settings)
+        earlier, changed = duplicates.state if duplicates else "", _changed(group)
         kept = _kept(store, name, recipe)
+        if kept is not None and finished:
+            outcome.num_changed += kept[0].changed not in ("", changed)
+        elif kept is not None and (kept[0].earlier not in ("", earlier) or kept[0].changed not in ("", changed)):
+            kept = None
+        if kept is not None and retry and any(by == FAILED for _, by, _ in kept[0].left_out):
+            kept = None
         if kept is not None:
             for key, digest in kept[0].hashes.items() if duplicates else ():
                 duplicates.add(digest, key)
@@ -162,15 +192,45 @@ def _pack_all(
                 "another --output, or replace it with --force"
             )
         looks = [_without_duplicates(each, duplicates) for each in lookers.look(group)]
-        report = _report(recipe, looks)
-        outcomes.append((report, None) if dry_run else lookers.submit(pack_shard, store, name, group, looks, report))
-    done = [each.result() if isinstance(each, Future) else each for each in outcomes]
-    for report, _ in done:
+        report = replace(_report(recipe, looks), earlier=earlier, changed=changed)
+        if dry_run:
+            outcomes.append((report, None))
+            continue
+        what = store, name, group, looks, report
+        packing.append(_Packing(number, what, lookers.submit(pack_shard, *what)))
+        outcomes.append(None)
+        while packing and packing[0].future.done():  # a full disk is told now, not after the last look
+            each = packing.popleft()
+            outcomes[each.number] = _packed(lookers, each)
+    for each in packing:
+        outcomes[each.number] = _packed(lookers, each)
+    for report, _ in outcomes:
         outcome.take(report)
-    return [entry for _, entry in done if entry is not None]
+    return [entry for _, entry in outcomes if entry is not None]
 
 
-def _kept(store: Store, name: str, recipe: str) -> tuple[PackReport, ShardEntry | None] | None:
+def _packed(lookers: Lookers, packing: _Packing) -> Packed:
+    """A shard that was given to the pool. Where a clip has ended a process of it, this shard's or another's: again."""
+    store, name, group, looks, report = packing.what
+    with suppress(BrokenProcessPool):
+        return packing.future.result()
+    with suppress(BrokenProcessPool):
+        return lookers.submit(pack_shard, store, name, group, looks, report).result()
+    pairs = list(zip(group, looks, strict=True))
+    sound = list(lookers.each(can_be_packed, pairs, lambda _: False))
+    for place in [place for place, is_sound in enumerate(sound) if not is_sound]:
+        leave_out(report, [look for look in looks[place] if not look.left_out_by], CRASHED)
+        looks[place] = []
+    return lookers.submit(pack_shard, store, name, group, looks, report).result()
+
+
+def _changed(group: Sequence[Clip]) -> str:
+    """A hash of the times at which the files of a group were last written to; "" where none is known."""
+    times = [clip.changed_ns for clip in group]
+    return hashlib.sha256(json.dumps(times).encode()).hexdigest()[:32] if any(times) else ""
+
+
+def _kept(store: Store, name: str, recipe: str) -> Packed | None:
     """The report and entry of a shard that an earlier run finished from the same clips, else None."""
     report = read_report(store, name, PackReport)
     if report is None or report.recipe != recipe:
@@ -216,6 +276,12 @@ def _tell(outcome: Outcome) -> None:
     for by, count in sorted(outcome.left_out_by.items()):
         if count:
             print(f"{by} left out {count} clips", file=sys.stderr)
+    if outcome.num_changed:
+        print(
+            f"{outcome.num_changed} shards hold clips whose files were written to since; --force makes these shards "
+            "again",
+            file=sys.stderr,
+        )
 
 
 def _tell_of_captions(clips: list[Clip], settings: ShardSettings) -> None:
@@ -238,8 +304,25 @@ def _check_apart(source: str, store: Store) -> None:
         )
 
 
+def _check_output(store: Store) -> None:
+    """Refuse an output with shards that this tool did not write, which it would replace. Raises ValueError."""
+    names = set(store.list())
+    tars = [name for name in names if name.startswith("shard-") and name.endswith(".tar")]
+    foreign = [name for name in tars if report_name(name) not in names]  # ours are told of before they are there
+    foreign += [name for name in (ENCODE_HEADER, CONVERT_HEADER, MDS_INDEX) if name in names]
+    if foreign:
+        raise ValueError(
+            f"{store.url} holds a data set that `latte-data shard` did not make ({min(foreign)}); choose another "
+            "--output"
+        )
+
+
 def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None, num_groups: int) -> None:
-    """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set."""
+    """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set.
+
+    And what killed commands left.
+    """
+    remove_unfinished(store)
     manifest = Manifest("video", tuple(entries), caption_cleaning="none", class_names=class_names)
     if store.exists(MANIFEST):
         known = load_manifest(store)

@@ -1,9 +1,12 @@
-"""Worker processes that Ctrl-C leaves to their command: it ends them, or waits for what they are at, and says one line.
+"""Worker processes that Ctrl-C leaves to their command, and that end with it.
 
 A terminal sends the signal to every process of a command. Workers that took it themselves each died with a traceback,
-wherever they were, half of them while they still imported.
+wherever they were, half of them while they still imported; now the command ends them, or waits for what they are at,
+and says one line. A command that is killed can do neither: its workers see that it is gone, and leave.
 """
 
+import multiprocessing
+import os
 import signal
 import threading
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -11,6 +14,10 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 
 class _Worker(SpawnProcess):
     """A spawned process that ignores SIGINT from its first instruction on: what is ignored is inherited."""
+
+    def run(self) -> None:
+        threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
+        super().run()
 
     def start(self) -> None:
         """Start it, from the main thread as a rule: no other may say what a signal does."""
@@ -28,3 +35,9 @@ class Workers(SpawnContext):
     """The context of such processes, for whoever takes one of multiprocessing's."""
 
     Process = _Worker
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone: nobody would end it otherwise, a pool's workers wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

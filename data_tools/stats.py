@@ -84,7 +84,7 @@ def spread(dataset: Dataset, limit: int) -> Iterator[tuple[int, int]]:
 def measured(dataset: Dataset, shard: int, position: int, measure: Measure, damaged: list[str]) -> Row | None:
     """The numbers of one sample; None, with its name and the reason in `damaged`, if it cannot be read."""
     try:
-        sample = dataset.read(shard, position)
+        sample = dataset.read_twice(shard, position)
         row = measure(sample, dataset, dataset.index(shard).row(position).bucket)
     except (DamagedError, StoreError, VideoError, ValueError) as error:
         damaged.append(f"{dataset.manifest.shards[shard].name}: {error}")

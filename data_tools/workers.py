@@ -6,26 +6,26 @@ make it. Nothing is handed out, so nothing has to survive for the work to go on:
 goes stale, and another one makes its shard.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 from data_tools.claims import BEAT_S, STALE_S, Claims, LostClaimError
 from data_tools.encode_shard import NUM_THREADS, Encoder, EncodeSettings
 from data_tools.progress import following
-from data_tools.reports import finished
+from data_tools.reports import NUM_READERS, finished
 from data_tools.spawning import Workers
 from latte_scale.data.schema import NULL_TEXT
 from latte_scale.data.shards import shard_name
 from latte_scale.rng import hash64
-from latte_scale.store import ExistsError
+from latte_scale.store import ExistsError, open_store
 
 OPEN, FINISHED, MADE = 0, 1, 2
 """What this command knows of a shard: nothing, that it is finished, that it was made here."""
@@ -95,12 +95,22 @@ def encode_all(job: Job, counts: list[int]) -> Board:
     Raises WorkerError, KilledError, or what a worker raised.
     """
     board = Board.empty(counts, job.num_workers)
+    _note_finished(job, board)
     with following("encoding", "clips", sum(counts), board.progress):
         if job.num_workers == 1:
             _work_here(job, board)
         else:
             _work_in_processes(job, board)
     return board
+
+
+def _note_finished(job: Job, board: Board) -> None:
+    """Put what is there already on the board: a worker asks for shard after shard, which takes long in a bucket."""
+    look = partial(finished, open_store(job.output_url))
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        found = pool.map(look, map(shard_name, range(len(board.counts))), board.counts)
+        for number, each in enumerate(found):
+            board.states[number] = OPEN if each is None else FINISHED
 
 
 def work(encoder: Encoder, claims: Claims, board: Board, place: int) -> None:
@@ -215,7 +225,6 @@ def _worker(job: Job, board: Board, place: int, errors: Any) -> None:
     """One worker process."""
     import torch
 
-    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
     torch.set_num_threads(NUM_THREADS)
     try:
         encoder = job.encoder(place)
@@ -226,9 +235,3 @@ def _worker(job: Job, board: Board, place: int, errors: Any) -> None:
     except Exception:
         errors.put((False, traceback.format_exc()))
         sys.exit(1)
-
-
-def _leave_with_parent() -> None:
-    """End this process when its parent is gone: nobody would end it otherwise."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

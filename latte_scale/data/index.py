@@ -164,6 +164,7 @@ class ShardIndex:
         try:
             columns, metadata = read_arrays(data)
             about = json.loads(metadata["latte_scale"])
+            self.num_bytes = len(data)
             self.kind: str = about["kind"]
             self.shard: str = about["shard"]
             self.size_bytes: int = about["size_bytes"]

@@ -28,6 +28,7 @@ from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
 
 NUM_INDEX_READERS = 16  # at a time, where every index is read
 NUM_CACHED_INDICES = 256
+MOST_CACHED_BYTES, FEWEST_CACHED = 64 << 20, 4  # of indices; shards of many samples have large ones
 NUM_CACHED_TEXTS = 64
 _ARRAYS = ("latents", "mirrored")  # fields that are only ever looked at as arrays
 
@@ -112,7 +113,7 @@ class Dataset:
         """The index of shard number `shard` of the manifest. Raises ManifestError or StoreError."""
         if shard not in self._indices:
             self._indices[shard] = self._load_index(self.manifest.shards[shard])
-            _trim(self._indices, NUM_CACHED_INDICES)
+            _trim(self._indices, NUM_CACHED_INDICES, lambda index: index.num_bytes)
         return self._indices[shard]
 
     def _load_index(self, entry: ShardEntry) -> ShardIndex:
@@ -126,7 +127,7 @@ class Dataset:
         key = (shard, bucket, holdout, side)
         if key not in self._positions:
             self._positions[key] = self.index(shard).positions(bucket, holdout, side)
-            _trim(self._positions, NUM_CACHED_INDICES)
+            _trim(self._positions, NUM_CACHED_INDICES, lambda positions: positions.nbytes)
         return self._positions[key]
 
     def counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
@@ -190,6 +191,13 @@ class Dataset:
             self._texts[shard, text_span.offset] = name, bytes(text)
             _trim(self._texts, NUM_CACHED_TEXTS)
         return replace(sample, fields={**sample.fields, "text": text})
+
+    def read_twice(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
+        """`read`, and once more past every cache where bytes were wrong: they may have been damaged on their way."""
+        try:
+            return self.read(shard, position, cached, caption_at)
+        except DamagedError:
+            return self.read(shard, position, cached=False, caption_at=caption_at)
 
     def expect(self, shard: int, position: int, caption_at: float = 0.0) -> None:
         """Announce `read` of the same sample, so that a store far away can fetch it meanwhile."""
@@ -366,7 +374,9 @@ def _damaged(store: Store, entry: ShardEntry, key: str, reason: str) -> str:
     return f"{store.join(entry.name)}: sample {key!r} is damaged: {reason}"
 
 
-def _trim(cache: OrderedDict, limit: int) -> None:
-    """Drop the oldest entries."""
+def _trim(cache: OrderedDict, limit: int, num_bytes: Callable[[Any], int] | None = None) -> None:
+    """Drop the oldest entries beyond the limit, and where their bytes are told beyond MOST_CACHED_BYTES."""
     while len(cache) > limit:
+        cache.popitem(last=False)
+    while num_bytes and len(cache) > FEWEST_CACHED and sum(map(num_bytes, cache.values())) > MOST_CACHED_BYTES:
         cache.popitem(last=False)

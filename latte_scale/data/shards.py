@@ -20,7 +20,7 @@ import google_crc32c
 from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name, text_field
 from latte_scale.data.schema import RAW_BUCKET, ClipSize, Kind, ShardEntry
 from latte_scale.data.tar import END, header, padded, split_name
-from latte_scale.store import Store, explained
+from latte_scale.store import MissingError, Store, explained
 
 VIDEO_EXTENSIONS = ("mp4", "mkv", "avi", "mov", "webm", "m4v", "mpg", "ts")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
@@ -112,14 +112,12 @@ def finished_entry(store: Store, name: str) -> ShardEntry | None:
 
     The index is written after its tar, so it and a tar of the recorded size prove a finished shard.
     """
-    if not store.exists(index_name(name)) or not store.exists(name):
-        return None
-    data = store.read(index_name(name))
     try:
+        data, size_bytes = store.read(index_name(name)), store.size(name)
         index = ShardIndex(data)
-    except ValueError:
+    except (MissingError, ValueError):
         return None
-    return index.entry(data) if index.shard == name and store.size(name) == index.size_bytes else None
+    return index.entry(data) if index.shard == name and size_bytes == index.size_bytes else None
 
 
 class ShardFile:

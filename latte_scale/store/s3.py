@@ -11,8 +11,10 @@ while they are read. Whole reads ask anew; a range of a version that is gone is 
 import os
 import re
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from latte_scale.store.cache import Cache, CacheKey
 from latte_scale.store.connection import Connection, Passed, connection_for
 from latte_scale.store.faults import exists_error
 from latte_scale.store.listing import Found, Prefix
-from latte_scale.store.local import explained
+from latte_scale.store.local import TEMPORARY, explained
 from latte_scale.store.readahead import ReadAhead
 from latte_scale.store.settings import StoreSettings
 from latte_scale.store.threads import run_all
@@ -34,6 +36,8 @@ from latte_scale.store.upload import Upload, content_md5, crc32c_hex
 NUM_VERSIONS = 3  # of an object that change while one read goes on, before it is an error
 NUM_DAMAGED = 3  # whole reads whose digest is wrong, before it is an error
 NUM_REMEMBERED = 8192  # objects whose facts a process keeps, a few hundred bytes each
+ABANDONED_S = 24 * 3600.0  # a scratch file that nobody has written to for so long has lost its writer
+_SCRATCH = "latte-scale-"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
@@ -128,7 +132,8 @@ class S3Store(Store):
         folder = Path(self.settings.scratch_dir or tempfile.gettempdir())
         with explained(str(folder), "making the folder for files on their way up"):
             folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"latte-scale-{Path(name).name}.tmp-{uuid.uuid4().hex}"
+        _remove_abandoned(folder)
+        return folder / f"{_SCRATCH}{Path(name).name}.tmp-{uuid.uuid4().hex}"
 
     def put_file(self, name: str, local_path: str | Path) -> None:
         path = Path(local_path)
@@ -315,6 +320,14 @@ class S3Store(Store):
 
     def _call(self, name: str, doing: str, request: Callable[[Any], Any], passing: tuple[str, ...] = ()) -> Any:
         return self.connection.call(self.join(name), doing, request, passing)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the scratch files that killed processes left: of a shard each, and nobody else would."""
+    for path in folder.glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # another removes it, or it is another user's
+            if TEMPORARY.search(path.name) and time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
 
 
 class _Mine:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latte_scale.data import samples
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.index import load_index
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
@@ -60,6 +61,23 @@ def test_a_shared_embedding_is_read_once_but_again_on_demand(latents, monkeypatc
     assert len([args for args in reads if args]) == 2
     latents.read(0, 5, cached=False)
     assert len([args for args in reads if args]) == 4
+
+
+def test_large_indices_are_not_all_kept(tmp_path, monkeypatch):
+    """A worker meets every shard in an epoch: of a hundred thousand samples each, 256 indices were 3 GB."""
+    make_latents(tmp_path, num_samples=40, per_shard=2)
+    dataset = open_dataset(str(tmp_path))
+    monkeypatch.setattr(samples, "MOST_CACHED_BYTES", 6 * dataset.index(0).num_bytes)
+    for shard in [*range(20), 17, 18, 19]:
+        dataset.index(shard)
+        dataset.positions(shard, BUCKET, 0.0, "train")
+    assert 5 <= len(dataset._indices) <= 7 and {17, 18, 19} <= dataset._indices.keys()
+    monkeypatch.setattr(samples, "MOST_CACHED_BYTES", 1)
+    dataset = open_dataset(str(tmp_path))
+    for shard in range(20):
+        dataset.positions(shard, BUCKET, 0.0, "train")
+    assert len(dataset._indices) == len(dataset._positions) == samples.FEWEST_CACHED
+    assert [sample.key for shard in range(20) for sample in dataset.samples(shard)] == [f"{n:06d}" for n in range(40)]
 
 
 def test_any_flipped_bit_of_a_sample_is_seen(latents):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -248,3 +249,28 @@ def test_a_shard_above_four_gigabytes_is_refused(monkeypatch, tmp_path, capsys):
     assert convert(tmp_path / "tar", tmp_path / "mds", "mds") == 2
     assert "more than an MDS shard can hold (1000)" in capsys.readouterr().err
     assert not list((tmp_path / "mds").glob("shard*"))
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    make_latents(tmp_path / "tars")
+    left = tmp_path / "mds" / f"shard.00000.mds.samples.tmp-{'0' * 32}"
+    left.parent.mkdir()
+    left.write_bytes(b"half a shard")
+    os.utime(left, (0, 0))
+    assert convert(tmp_path / "tars", tmp_path / "mds", "mds") == 0
+    assert not left.exists()
+
+
+def test_samples_of_a_mended_source_are_converted_with_force(tmp_path, capsys):
+    """Its manifest, and so its fingerprint, is the same as when it was damaged."""
+    make_latents(tmp_path / "tars")
+    tar = tmp_path / "tars" / "shard-000001.tar"
+    sound, at = tar.read_bytes(), open_dataset(str(tmp_path / "tars")).index(1).row(1).start + 520
+    tar.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+    assert convert(tmp_path / "tars", tmp_path / "mds", "mds") == 0
+    tar.write_bytes(sound)
+    assert convert(tmp_path / "tars", tmp_path / "mds", "mds") == 0
+    assert "done 19, failed 1; 4 of 4" in capsys.readouterr().out
+    assert convert(tmp_path / "tars", tmp_path / "mds", "mds", "--force") == 0
+    assert "done 20, failed 0; 3 of 4" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path / "mds")]) == 0

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import shapes, verify
+from data_tools import cli, shapes, verify
 from latte_scale.data.arrays import read_arrays
 from latte_scale.data.samples import Dataset, open_dataset
 from latte_scale.data.schema import NULL_TEXT, Manifest, VideoSettings, save_manifest
 from latte_scale.data.shards import VideoSample
 from latte_scale.data.video import read_clip, write_mp4
 from latte_scale.encoders import EncoderSettings, load_encoders
-from latte_scale.store import open_store
+from latte_scale.store import LocalStore, open_store
 from tests.data.loading import load
 from tests.data.making import write_shards
 from tests.data_tools.test_encode import contents, run
@@ -95,6 +95,29 @@ def test_mirrored_clips_are_encoded_not_their_latents_mirrored(
     assert dataset.manifest.video == VideoSettings(4, 32, 32, 4, hflip=True)
     assert samples["clip1"].about["hflip"] is True
     assert run_tool(verify, tmp_path) == 0
+
+
+def test_bytes_damaged_on_their_way_cost_no_clip(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clip that was left out would never be tried again."""
+    read, damaged = LocalStore.read, []
+
+    def on_the_way(self, name, offset=0, size=None, fresh=False):
+        data = read(self, name, offset, size, fresh)
+        if name.endswith(".tar") and size and (name, offset) not in damaged and not fresh:
+            damaged.append((name, offset))
+            data = data[:600] + bytes([data[600] ^ 1]) + data[601:]
+        return data
+
+    monkeypatch.setattr(LocalStore, "read", on_the_way)
+    assert run(source, tmp_path / "latents", "video.frame_interval=2") == 0
+    assert len(damaged) == 6 and capsys.readouterr().out.startswith("done 6, skipped 0, failed 0;")
+    damaged.clear()
+    convert = ["convert", "--input", str(tmp_path / "latents"), "--output", str(tmp_path / "mds"), "--to", "mds"]
+    assert cli.main(convert) == 0
+    assert damaged and capsys.readouterr().out.startswith("done 6, failed 0;")
+    assert cli.main(["verify", str(tmp_path / "mds")]) == 0
 
 
 def test_without_a_text_encoder_there_is_no_text(source: Path, tmp_path: Path) -> None:

@@ -98,6 +98,17 @@ def test_files_are_what_was_drawn(tmp_path: Path) -> None:
     assert 10 * np.log10(255**2 / error.mean()) > 30  # chroma at half size costs most of it
 
 
+def test_interrupted_drawing_leaves_no_captions_of_other_clips(tmp_path: Path) -> None:
+    def interrupted():
+        yield 0
+        raise KeyboardInterrupt
+
+    shapes.write_shapes(tmp_path, 2, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        shapes.write_shapes(tmp_path, 2, seed=1, progress=interrupted())
+    assert {path.name for path in tmp_path.iterdir()} == {"000000.mp4", "000001.mp4"}
+
+
 def test_no_clips_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["shapes", "--output", str(tmp_path), "--count", "0"]) == 2
     assert "--count must be at least 1, got 0" in capsys.readouterr().err

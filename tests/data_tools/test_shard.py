@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import os
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
-from data_tools import index, looks, shard, verify
+from data_tools import index, looks, pack, shard, verify
 from data_tools.found import Clip
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import MANIFEST, ClipSize
@@ -179,6 +182,149 @@ def test_an_interrupted_run_is_picked_up(clips, tmp_path, monkeypatch):
     assert loaded == ["a", "b", "c", "c", "more/d"]
     contents = [{name: data for name, (data, _) in snapshot(tmp_path / each).items()} for each in ("out", "whole")]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("num_broken", [1, 2])
+def test_a_crash_while_a_shard_is_written_costs_one_clip_at_most(clips, tmp_path, capsys, monkeypatch, num_broken):
+    """Shards are written by the pool that looks: a clip that ends a process of it breaks what others write, too."""
+    submit, broken = looks.Lookers.submit, []
+
+    def breaking(self, function, *args):
+        if function is not pack.pack_shard or args[1] != "shard-000001.tar" or len(broken) == num_broken:
+            return submit(self, function, *args)
+        broken.append(Future())
+        broken[-1].set_exception(BrokenProcessPool("ended"))
+        return broken[-1]
+
+    def each(self, function, items, crashed):
+        return [
+            crashed(item) if function is pack.can_be_packed and item[0].key == "c" else function(item) for item in items
+        ]
+
+    monkeypatch.setattr(looks.Lookers, "submit", breaking)
+    monkeypatch.setattr(looks.Lookers, "each", each)
+    assert run(shard, "--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 2) == 0
+    captured = capsys.readouterr()
+    assert len(broken) == num_broken and run(verify, tmp_path / "out") == 0
+    if num_broken == 1:  # by another shard's clip
+        assert stored(tmp_path / "out").keys() == {"a", "b", "c", "more/d"}
+    else:
+        assert stored(tmp_path / "out").keys() == {"a", "b", "more/d"}
+        assert "failed c.avi: its decoder crashed" in captured.err
+
+
+def test_a_pool_goes_on_without_what_ends_its_processes():
+    with looks.Lookers(looks.ShardSettings(), 2) as lookers:
+        for _ in range(2):
+            assert list(lookers.each(_length, ["one", "", "three"], lambda item: -1)) == [3, -1, 5]
+        with pytest.raises(BrokenProcessPool):
+            lookers.submit(_length, "").result()
+        assert lookers.submit(_length, "three").result() == 5
+        assert list(lookers.each(_length, ["one"], lambda item: -1)) == [3]
+
+
+def _length(text: str) -> int:
+    """In a process of a pool, which "" ends."""
+    if not text:
+        os._exit(1)
+    return len(text)
+
+
+def test_a_clip_named_like_a_piece_of_another_is_stored_beside_it(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name, num_frames in (("a", 24), ("a-0000", 12), ("b-0000", 12)):
+        (folder / f"{name}.mp4").write_bytes(make_clip(num_frames))
+    write_captions(folder, ["a.mp4", "a-0000.mp4", "b-0000.mp4"])
+    cut = ("cut.seconds=1.5", "cut.min_seconds=0.1")
+    assert run(shard, "--input", folder, "--output", tmp_path / "out", *cut) == 0
+    assert stored(tmp_path / "out") == {
+        "a-0000": "this is a.mp4",
+        "a-0001": "this is a.mp4",
+        "a-0000-mp4": "this is a-0000.mp4",
+        "b-0000": "this is b-0000.mp4",
+    }
+
+
+def test_what_repeated_a_clip_that_is_gone_comes_back(tmp_path, capsys):
+    """A shard's clips may be left out for what another shard holds."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    files = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
+    same, stripes = make_clip(20), make_clip(21, stripe=True)
+    for name, data in zip(files, (same, stripes, same, make_clip(22, stripe=True)), strict=True):
+        (folder / name).write_bytes(data)
+    write_captions(folder, files)
+    command = ("--input", folder, "--output", tmp_path / "out", "--samples-per-shard", 2, "filters.duplicates=0")
+    assert run(shard, *command) == 0
+    assert stored(tmp_path / "out").keys() == {"a", "b"}
+    (folder / "a.mp4").write_bytes(make_clip(23, gop=3, stripe=True))  # looks like b and d do, not like c
+    assert run(shard, *command, "--force") == 0
+    assert stored(tmp_path / "out").keys() == {"a", "c"}
+    assert run(shard, *command) == 0 and run(verify, tmp_path / "out") == 0
+
+
+def test_a_mended_clip_of_the_same_size_is_told_and_made_again_with_force(clips, tmp_path, capsys):
+    sound, rotated = (clips / "b.mkv").read_bytes(), bytearray((clips / "a.mp4").read_bytes())
+    (clips / "b.mkv").write_bytes(bytes(len(sound)))
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 1)
+    assert run(shard, *command) == 0
+    whole = {name: time for name, (_, time) in snapshot(tmp_path / "out").items()}
+    (clips / "b.mkv").write_bytes(sound)
+    rotated[-1] ^= 1  # in a free atom at its end
+    (clips / "a.mp4").write_bytes(rotated)
+    capsys.readouterr()
+    assert run(shard, *command) == 0
+    assert "2 shards hold clips whose files were written to since; --force makes these" in capsys.readouterr().err
+    assert {name: time for name, (_, time) in snapshot(tmp_path / "out").items()} == whole
+    assert run(shard, *command, "--force") == 0
+    sample = open_dataset(str(tmp_path / "out")).read(0, 0)
+    assert sample.fields["video"] == bytes(rotated) and stored(tmp_path / "out").keys() == {"a", "b", "c", "more/d"}
+    assert snapshot(tmp_path / "out")["shard-000002.tar"][1] == whole["shard-000002.tar"]  # nothing has changed for it
+
+
+def test_failed_clips_are_tried_again_with_force(clips, tmp_path, capsys, monkeypatch):
+    """Whatever it was, as a file that could not be opened for a while."""
+    command = ("--input", clips, "--output", tmp_path / "out", "--samples-per-shard", 2)
+    with monkeypatch.context() as patch:
+
+        def read(clip: Clip) -> bytes:
+            if clip.key == "b":
+                raise PermissionError(13, "Permission denied")
+            return clip.store.read(clip.files[0])
+
+        patch.setattr(Clip, "read", read)
+        assert run(shard, *command) == 0
+    assert stored(tmp_path / "out").keys() == {"a", "c", "more/d"}
+    assert run(shard, *command, "--force") == 0
+    assert stored(tmp_path / "out").keys() == {"a", "b", "c", "more/d"}
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("name", ["shard-000000.tar", "encode.json", "convert.json", "index.json"])
+def test_another_tools_shards_are_not_replaced(clips, tmp_path, name, force):
+    """shard-000000.tar is what webdataset's own example calls a tar, too."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=f"did not make .{name}"):
+        run(shard, "--input", clips, "--output", tmp_path / "out", *force)
+    assert [path.read_bytes() for path in (tmp_path / "out").rglob("*")] == [b"somebody's"]
+
+
+def test_what_killed_commands_left_is_listed_and_removed(clips, tmp_path, capsys):
+    """No listing of the folder shows it, and each kill leaves up to a shard."""
+    command = ("--input", clips, "--output", tmp_path / "out")
+    assert run(shard, *command) == 0
+    dead, living = (tmp_path / "out" / f"shard-000000.tar.tmp-{digit * 32}" for digit in "01")
+    for path in (dead, living):
+        path.write_bytes(b"half a tar")
+    os.utime(dead, (0, 0))
+    capsys.readouterr()
+    assert run(verify, tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    assert all(f"not in the manifest: {path}" in err for path in (dead, living))
+    assert run(shard, *command) == 0
+    assert not dead.exists() and living.exists()  # another command may be writing it
 
 
 def test_a_disk_that_is_full_for_a_moment_costs_no_clip(clips, tmp_path, monkeypatch):

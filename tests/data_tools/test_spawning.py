@@ -1,8 +1,11 @@
-"""Ctrl-C reaches every process of a command: its workers leave it to the command."""
+"""Ctrl-C reaches every process of a command: its workers leave it to the command, and never outlive it."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from data_tools.spawning import Workers
 
@@ -20,3 +23,45 @@ def test_a_worker_ignores_ctrl_c_from_its_first_moment_on():
     finally:
         worker.kill()
         worker.join()
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from data_tools.spawning import Workers
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, Workers())
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_workers_of_a_pool_leave_when_their_command_is_killed(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = subprocess.Popen(
+        [sys.executable, str(tmp_path / "pool.py")], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        worker = int(command.stdout.readline())
+    finally:
+        command.kill()
+        command.wait()
+        command.stdout.close()
+    deadline = time.monotonic() + 10
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        assert not is_alive(worker)
+    finally:
+        if is_alive(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; the zombie of one that nobody waits for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

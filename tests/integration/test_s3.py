@@ -131,6 +131,37 @@ def lose_a_shard(s3: Corner) -> None:
     open_store(f"{s3.url}/latents").delete("shard-000001.tar")
 
 
+def test_who_may_read_a_bucket_and_not_list_it_can_verify_and_convert(s3, data_sets, tmp_path, capsys):
+    """Such a key is told of an object that is not there that it may not see it."""
+    local, remote = open_store(data_sets.shards), open_store(f"{s3.url}/shards")
+    for name in local.list():
+        remote.write(name, local.read(name))
+    for match in (r"GET \S*list-type=2", r"HEAD .*null-text"):
+        s3.fail("answer", match=match, status=403, code="AccessDenied", times=99)
+    assert latte_data(["verify", remote.url]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("0 faults in ") and "the manifest does not name are not looked for: " in err
+    assert latte_data(["convert", "--input", remote.url, "--output", str(tmp_path / "mds"), "--to", "mds"]) == 0
+
+
+def test_odd_names_in_a_bucket_are_passed_over_and_no_clip_is_asked_for_its_size(s3, data_sets, capsys):
+    """ "clips//a.mp4" is an object like any other, and lies below "clips" under no name of a file."""
+    clips, names = open_store(f"{s3.url}/clips"), ("000000.mp4", "000001.mp4", "captions.jsonl")
+    for name in names:
+        clips.write(name, (data_sets.clips / name).read_bytes())
+    for place in ("", "/../"):
+        key = f"{clips.prefix}/{place}/000000.mp4"
+        clips.connection.client.put_object(Bucket=clips.bucket, Key=key, Body=(data_sets.clips / names[0]).read_bytes())
+    s3.proxy.reset()
+    assert latte_data(["shard", "--input", clips.url, "--output", f"{s3.url}/shards"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("done 2, skipped 2,") and "skipped /000000.mp4: its name begins with" in err
+    assert not [seen for seen in s3.proxy.seen if re.match("HEAD .*/clips/.*mp4", seen.line)]
+    clips.connection.client.put_object(Bucket=clips.bucket, Key=f"{s3.url.rpartition('/')[2]}/shards//x.tar", Body=b"x")
+    assert latte_data(["index", f"{s3.url}/shards"]) == 0
+    assert "/x.tar: its name begins with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [(expire, "credentials have expired"), (lose_a_shard, r"shard-000001.tar: .*no such object")],

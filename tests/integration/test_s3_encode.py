@@ -108,3 +108,24 @@ def test_hosts_that_are_killed_are_replaced(s3, latents, folder, tmp_path):
     put = tars_put(s3)
     assert len(put) == NUM_SHARDS and sum(put.values()) <= NUM_SHARDS + 2, put
     assert num_done([logs[name]]) > 0
+
+
+def test_parts_of_shards_that_killed_workers_sent_are_taken_back(
+    s3: Corner, folder: Path, latents: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No listing of objects shows them, and the service bills them; what is nobody's shard stays."""
+    client, root = latents.connection.client, f"{latents.prefix}/"
+    for name in ("shard-000003.tar", "else.tar"):
+        client.create_multipart_upload(Bucket=latents.bucket, Key=root + name)
+    options = command(f"{s3.url}/shards", latents.url, 1)[3:]
+    assert latte_data(options) == 0
+    left = client.list_multipart_uploads(Bucket=latents.bucket, Prefix=root)["Uploads"]
+    assert [each["Key"] for each in left] == [f"{root}else.tar"]
+    assert_whole(latents, folder)
+    s3.fail("answer", match=r"GET \S*uploads", status=403, code="AccessDenied")
+    s3.proxy.seen.clear()
+    capsys.readouterr()
+    assert latte_data(options) == 0
+    assert "unfinished uploads are not looked for: " in capsys.readouterr().err
+    seen = [each.line for each in s3.proxy.seen if "/latents/" in each.line and "shard-" in each.line]
+    assert len(seen) <= 8 * NUM_SHARDS  # of 10,000 finished shards every further request is minutes

@@ -229,3 +229,15 @@ def test_reading_leaves_no_memory_behind(s3):
     read_some(200)
     grown = read_some(600) - read_some(200)
     assert abs(grown) * os.sysconf("SC_PAGESIZE") < 20 << 20
+
+
+def test_scratch_files_of_killed_processes_are_removed(tmp_path):
+    store = open_store("s3://bucket/x", StoreSettings(scratch_dir=str(tmp_path)))
+    dead, living = store.scratch("a.tar"), store.scratch("b.tar")
+    others = tmp_path / "latte-scale-notes.txt"
+    for path in (dead, living, others):
+        path.write_bytes(b"half a tar")
+    for path in (dead, others):
+        os.utime(path, (0, 0))
+    store.scratch("c.tar")
+    assert not dead.exists() and living.exists() and others.exists()
