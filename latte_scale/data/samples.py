@@ -28,7 +28,7 @@ from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
 
 NUM_INDEX_READERS = 16  # at a time, where every index is read
 NUM_CACHED_INDICES = 256
-MOST_CACHED_BYTES, FEWEST_CACHED = 64 << 20, 4  # of indices; shards of many samples have large ones
+MOST_CACHED_BYTES, FEWEST_CACHED = 128 << 20, 4  # of indices: about a million samples, in shards of any size
 NUM_CACHED_TEXTS = 64
 _ARRAYS = ("latents", "mirrored")  # fields that are only ever looked at as arrays
 

@@ -161,9 +161,9 @@ def rendezvous(launch: Launch) -> dist.Store:
     return room
 
 
-# A launcher's store may outlive an attempt (torchrun's does by default), and no variable numbers the attempts the same on
-# all hosts: each torchrun agent counts the failures that it has seen, so that of a host which joins later starts at 0.
-# So rank 0 makes a room (a prefix of keys) with a new name for each attempt and publishes the name under "room". A room
+# A launcher's store may outlive an attempt (torchrun's does by default), and no variable numbers the attempts the same
+# on all hosts: each torchrun agent counts the failures that it has seen, so that of a host which joins later starts at
+# 0. So rank 0 makes a room (a prefix of keys) with a new name for each attempt and publishes it under "room". A room
 # that already has a verdict belongs to an earlier attempt: a rank that finds one waits for the next.
 
 
