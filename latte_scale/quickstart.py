@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except (StageError, ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
 
 

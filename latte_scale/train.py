@@ -384,14 +384,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
     except SettingsError as error:
-        console.print(f"error: {error}", markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return STOP
     signals = StopSignals()
     signals.install()
     try:
         ranks = init_distributed(timeout_s=config.engine.timeout_s)
     except ValueError as error:  # half a launch, a world of the wrong size, a rank without a GPU
-        console.print(f"error: {error}", markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error, config.run.folder)
     folder = RunFolder(config.run.folder, ranks.rank)
     stop = StopSources(signals, folder.path, ranks.rank, config.run.time_budget_s, began_at_s)

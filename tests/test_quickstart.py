@@ -94,13 +94,13 @@ def test_a_loss_that_is_not_finite_does_not_end_the_bar():
 def test_a_folder_that_holds_something_else_is_not_emptied(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert quickstart.main(["--out", str(tmp_path)]) == 1
-    assert "thesis.txt" in capsys.readouterr().out and (tmp_path / "thesis.txt").exists()
+    assert "thesis.txt" in capsys.readouterr().err and (tmp_path / "thesis.txt").exists()
 
 
 def test_a_run_of_ones_own_is_not_emptied_because_its_folders_have_the_same_names(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert quickstart.main(["--out", str(tmp_path)]) == 1
-    assert "was not made by a quickstart" in capsys.readouterr().out and (tmp_path / "run").exists()
+    assert "was not made by a quickstart" in capsys.readouterr().err and (tmp_path / "run").exists()
     (tmp_path / quickstart.MARK).touch()
     quickstart.prepare_out(tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == [quickstart.MARK]
@@ -109,7 +109,7 @@ def test_a_run_of_ones_own_is_not_emptied_because_its_folders_have_the_same_name
 def test_clips_without_captions_are_refused(tmp_path, capsys):
     (tmp_path / "clips").mkdir()
     assert quickstart.main(["--out", str(tmp_path / "out"), "--clips", str(tmp_path / "clips")]) == 1
-    assert "expected captions.jsonl" in capsys.readouterr().out
+    assert "expected captions.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("clips", "message"), [("typo", "expected captions.jsonl"), ("out/clips", "lies in")])
@@ -119,7 +119,7 @@ def test_an_earlier_quickstart_is_not_emptied_for_clips_that_are_refused(tmp_pat
     own.touch()
     (tmp_path / "out" / quickstart.MARK).touch()
     assert quickstart.main(["--out", str(tmp_path / "out"), "--clips", str(tmp_path / clips)]) == 1
-    assert message in capsys.readouterr().out and own.exists()
+    assert message in capsys.readouterr().err and own.exists()
 
 
 @pytest.mark.parametrize("name", ["shapes_cpu.yaml", "shapes_cpu_full.yaml", "overfit_cpu.yaml"])

@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"expected --repeats of 1 or more and --gib above 0, got {args.repeats} and {args.gib:g}")
         trees = None if args.config is None else trees_of_config(load_config(args.config, args.overrides))
     except ValueError as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return STOP
     try:
         check_room(int(args.gib * 2**30) if trees is None else bytes_of(trees), args.folder)
@@ -319,10 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.bucket is not None:
             check_bucket(args.bucket)
     except (OSError, ValueError) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if (args.folder / "bench").exists():
-        print(f"error: {args.folder / 'bench'} exists already; choose another --folder")
+        print(f"error: {args.folder / 'bench'} exists already; choose another --folder", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore", module="torch.distributed")
     torch.set_num_threads(1)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = measured(load_config(args.config, args.overrides), device)
     except ValueError as error:
-        console.print(f"error: {error}", markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return STOP
     console.print(table(result), markup=False)
     if args.out:

@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
         result = measure(config, args)
     except (ManifestError, LoaderError, StoreError, OSError) as error:
-        console.print(f"error: {error}", markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return UNREADABLE
     except ValueError as error:
-        console.print(f"error: {error}", markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return STOP
     console.print(table(result), markup=False)
     if args.out is not None:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = within_memory_of(ranks.device, config, ranks.size)
         result = measure(config, ranks, args, ["latte-scale", "bench", "step", *argv])
     except ValueError as error:
-        console.print(f"error: {error}", markup=False)
+        print(f"error: {error}", file=sys.stderr)
         return STOP
     shutdown()
     if ranks.rank == 0:

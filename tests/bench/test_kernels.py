@@ -54,4 +54,4 @@ def test_bytes_of_the_smallest_case_by_hand() -> None:
 
 def test_a_config_that_cannot_be_is_an_error(capsys) -> None:
     assert main(["kernels", "--config", str(CONFIGS / "tiny_cpu.yaml"), "norm.backend=cuda"]) == 78
-    assert "norm.backend" in capsys.readouterr().out
+    assert "norm.backend" in capsys.readouterr().err

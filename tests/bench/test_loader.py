@@ -67,12 +67,12 @@ def test_it_ends_when_the_time_is_up(data_sets, tmp_path) -> None:
 def test_what_cannot_be_is_told(data_sets, tmp_path, capsys) -> None:
     command = ["loader", "--config", CONFIG]
     assert main([*command, f"data.url={tmp_path / 'nowhere'}"]) == 2
-    assert "no manifest.json" in capsys.readouterr().out
+    assert "no manifest.json" in capsys.readouterr().err
     assert main([*command, f"data.url={data_sets.latents}", "model.patch_size=3"]) in (2, 78)
     assert main([*command, f"data.url={data_sets.latents}", "--steps", "0"]) == 78
-    assert "expected --steps and --ranks of 1 or more" in capsys.readouterr().out
+    assert "expected --steps and --ranks of 1 or more" in capsys.readouterr().err
     assert main([*command, f"data.url={data_sets.latents}", "--ranks", "0"]) == 78
-    assert "expected --steps and --ranks of 1 or more" in capsys.readouterr().out
+    assert "expected --steps and --ranks of 1 or more" in capsys.readouterr().err
     assert main([*command, f"data.url={data_sets.latents}", "--ranks", "3", "engine.kind=fsdp2",
                  "engine.sequence_parallel=2"]) == 78  # fmt: skip
-    assert "3 ranks are no multiple of engine.sequence_parallel=2" in capsys.readouterr().out
+    assert "3 ranks are no multiple of engine.sequence_parallel=2" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_what_ends_a_measurement_leaves_what_it_had(where, tmp_path, capsys, mon
 )
 def test_what_cannot_be_is_refused(arguments, words, capsys) -> None:
     assert bench(["step", "--config", CONFIG, *SHORT, *arguments]) == 78
-    assert words in capsys.readouterr().out
+    assert words in capsys.readouterr().err
 
 
 def test_verbs(capsys) -> None:
