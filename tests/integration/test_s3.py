@@ -12,6 +12,7 @@ import torch
 from data_tools.cli import main as latte_data
 from latte_scale import ckpt
 from latte_scale.bench import main as bench
+from latte_scale.checkpoint import list_steps, load_full
 from latte_scale.checkpoint.content import Content
 from latte_scale.checkpoint.dcp import write_dcp
 from latte_scale.data.schema import MANIFEST
@@ -233,6 +234,30 @@ def test_a_run_with_its_checkpoints_in_the_store_is_killed_and_goes_on(s3, data_
     assert run_in_process(tmp_path / "next", data_sets.latents, f"model.init={there}", "train.steps=1") == 0
     sample = ["--checkpoint", there, "--prompt", "a red circle", "--out", str(tmp_path / "samples"), "--steps", "2"]
     assert sampling(sample) == 0 and list((tmp_path / "samples").glob("*.mp4"))
+
+
+def test_stopped_on_eight_ranks_it_goes_on_with_three(s3, data_sets, latents, train, tmp_path):
+    """fsdp2 and then ZeRO-3, data and checkpoints in the bucket, beside one process that nobody stopped, on a disk."""
+    steps = ("train.steps=12", "train.global_batch=24", "train.micro_batch=3", "checkpoint.every_steps=100")
+    assert run_in_process(tmp_path / "whole", data_sets.latents, *steps) == 0
+    folder, options = tmp_path / "run", (*steps, f"checkpoint.dir={s3.url}/checkpoints", "data.num_workers=0")
+    config, fsdp2 = ROOT / "configs" / "tiny_cpu.yaml", (*options, "engine.kind=fsdp2")
+    eight = processes.start(train_command(config, folder, latents, fsdp2, 8, "torchrun"))
+    while len(read_metrics(folder / "metrics.jsonl")) < 4 and eight.poll() is None:
+        time.sleep(0.02)
+    (folder / "stop").touch()
+    processes.finish([eight])
+    stopped_at = len(Run(0, "", folder).metrics)
+    assert Run(0, "", folder).exit["code"] == 75 and 4 <= stopped_at < 12, eight.output
+
+    three = train("run", *options, "engine.kind=zero", "engine.zero_stage=3", ranks=3, data=latents)
+    whole = Run(0, "", tmp_path / "whole")
+    assert three.code == 0 and f"resumed at step {stopped_at} from s3://" in three.output, three.output
+    assert three.digests == whole.digests
+    assert three.losses == pytest.approx(whole.losses, rel=1e-6)
+    mine, other = list_steps(f"{s3.url}/checkpoints")[-1], list_steps(tmp_path / "whole" / "checkpoints")[-1]
+    for tree in ("model", "ema/0.99", "optim/exp_avg", "optim/exp_avg_sq"):
+        torch.testing.assert_close(load_full(mine, tree), load_full(other, tree), rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_goes_through_other_formats_into_the_store_and_back(s3, data_sets, tmp_path, capsys):
