@@ -66,7 +66,7 @@ def _summary(run: Run) -> dict[str, str]:
     last, train = run.metrics[-1], run.config.get("train", {})
     losses = [r["loss"] for r in run.metrics[-LAST_LINES:] if r.get("loss") is not None]
     checked = [r["loss"] for r in run.validation if r.get("loss") is not None]
-    stalls = _values(run, "checkpoint_stall_s")
+    stalls, replaced = _values(run, "checkpoint_stall_s"), _values(run, "samples_replaced")
     return {
         "state": _state(run),
         "steps": f"{last['step'] + 1:,}" + (f" of {train['steps']:,}" if "steps" in train else ""),
@@ -83,6 +83,7 @@ def _summary(run: Run) -> dict[str, str]:
         "peak memory": _number(max(_values(run, "memory_gib"), default=None), ".2f", " GiB"),
         "restarts": str(len(run.restarts)),
         "skipped updates": _number(last.get("num_skipped"), ".0f"),
+        "samples replaced": _number(sum(replaced) if replaced else None, ",.0f"),
     }
 
 

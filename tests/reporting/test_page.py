@@ -19,6 +19,12 @@ def test_the_overview_stands_side_by_side(tmp_path: Path) -> None:
     assert best[1] > best[0]
 
 
+def test_samples_that_others_came_for_are_counted(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 1.0, "samples_replaced": replaced} for step, replaced in enumerate((0, 3, 1))]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    assert dict(overview([read_run(tmp_path)]))["samples replaced"] == ["4"]
+
+
 def test_rows_that_no_run_has_are_left_out(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"step": 4, "loss": 1.0}])
     rows = dict(overview([read_run(tmp_path)]))
