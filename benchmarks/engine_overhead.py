@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours, Subject, rival
 from latte_scale.bench.timing import Turns
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, leave
 from latte_scale.losses import cost_of
 from latte_scale.plain_json import json_text
+from latte_scale.synthetic import step_inputs
 
 CONFIG = "configs/tiny_cpu.yaml"
 SMALL = (  # matrix products of 1024 tokens by 384 channels: a step is seconds of arithmetic, not of dispatch

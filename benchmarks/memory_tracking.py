@@ -28,7 +28,6 @@ from torch.distributed._tools.mem_tracker import MemTracker, _UpdateType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from latte_scale.bench.inputs import micro_batch
 from latte_scale.config import Config
 from latte_scale.data.shares import micro_batch_shape
 from latte_scale.diffusion.loss import schedule_of
@@ -37,6 +36,7 @@ from latte_scale.engine import Ranks, activations, build_engine
 from latte_scale.losses import losses_of, share_of
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
+from latte_scale.synthetic import micro_batch
 
 # What the trackers call the parts; "made" is then told apart by the pass in which it was.
 NAMES = {

@@ -34,6 +34,8 @@ MAY_IMPORT = {
     # A micro-batch's losses and work, for trainer, estimate and the benchmark of a step. The model is called here,
     # so here clips are split over the ranks of a sequence group and their predictions joined.
     "losses": {"conditioning", "config", "diffusion", "engine.parallel.sequence", "model"},
+    # Micro-batches that no data set is needed for: what estimate runs its fake steps on, and bench its real ones.
+    "synthetic": {"conditioning", "config"},
     # Seconds of a call; what is chosen by measurement before a run's first step (attention; norm and gate).
     "timing": set(),
     "choices": {"choices", "config", "engine.dist", "model", "plain_json", "timing"},
@@ -46,12 +48,11 @@ MAY_IMPORT = {
     # The parts of a report page; they only read run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
-    # memory. It runs the trainer's loss on fake tensors, on the benchmark's synthetic micro-batches, as one rank of a
-    # sequence group, and follows what the engines and the optimizer's groups do with the weights.
+    # memory. It runs the trainer's loss on fake tensors, on synthetic micro-batches, as one rank of a sequence group, and
+    # follows what the engines and the optimizer's groups do with the weights.
     "estimate": {
         "estimate",
         "arguments",
-        "bench.inputs",
         "conditioning",
         "config",
         "data.buckets",
@@ -69,6 +70,7 @@ MAY_IMPORT = {
         "optim",
         "plain_json",
         "run.metrics",
+        "synthetic",
     },
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
     "weights": {"checkpoint", "diffusion", "model", "settings", "store"},

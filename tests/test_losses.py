@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.losses import cost_of, recompute_share, share_of
 from latte_scale.model.flops import flops_by_part, num_flops
+from latte_scale.synthetic import step_inputs
 from tests.bench.test_subjects import CLASSES, CPU, tiny
 
 

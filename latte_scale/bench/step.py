@@ -25,7 +25,6 @@ from rich.console import Console
 from latte_scale.arguments import output_file
 from latte_scale.bench.budget import budget
 from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
-from latte_scale.bench.inputs import Captions, step_inputs
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
 from latte_scale.bench.table import markdown
 from latte_scale.bench.timing import Measured, Turns
@@ -42,6 +41,7 @@ from latte_scale.run.facts import git_commit
 from latte_scale.run.folder import STOP
 from latte_scale.run.metrics import peak_flops, utilization
 from latte_scale.settings import to_mapping
+from latte_scale.synthetic import Captions, step_inputs
 
 console = Console(soft_wrap=True, highlight=False)
 

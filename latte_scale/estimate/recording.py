@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from latte_scale.bench.inputs import micro_batch
 from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config
 from latte_scale.diffusion.loss import schedule_of
@@ -33,6 +32,7 @@ from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.losses import losses_of, share_of
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
+from latte_scale.synthetic import micro_batch
 
 What = Literal["change", "gradient", "complete", "enter", "leave", "back", "passed", "done", "on_host"]
 MODEL = -1  # in place of a block: the model itself, or a weight that is in no block

@@ -3,8 +3,8 @@
 import pytest
 
 from latte_scale.bench.budget import budget, category_of, self_times
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours
+from latte_scale.synthetic import step_inputs
 from tests.bench.test_subjects import ALONE, CPU, TINY, tiny
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours, Subject, rival
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks
+from latte_scale.synthetic import step_inputs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = ("train.global_batch=4", "train.micro_batch=2", "diffusion.objective=epsilon", "model.out_channels=8")

@@ -154,10 +154,10 @@ def test_deterministic_runs_choose_among_deterministic_back_ends() -> None:
     ],
 )
 def test_probes_are_the_calls_that_the_model_makes(overrides, monkeypatch) -> None:
-    from latte_scale.bench.inputs import step_inputs
     from latte_scale.diffusion.loss import schedule_of
     from latte_scale.losses import losses_of
     from latte_scale.model import attention
+    from latte_scale.synthetic import step_inputs
 
     config, seen = tiny(*overrides), set()
 

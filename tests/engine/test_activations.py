@@ -72,8 +72,8 @@ def test_gradients_have_the_same_bits(settings, way, precision) -> None:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_what_runs_again_is_what_hfu_counts(overrides, way, share) -> None:
     """By torch's counter: FLOPs beside those of a run that keeps everything, over 3 x forward."""
-    from latte_scale.bench.inputs import step_inputs
     from latte_scale.diffusion.loss import schedule_of
+    from latte_scale.synthetic import step_inputs
 
     config = tiny(*overrides, f"engine.activation_checkpointing={way}", f"engine.checkpointed_share={share}")
     inputs, schedule = step_inputs(config, CPU, 1)[0], schedule_of(config.diffusion)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latte_scale.bench.inputs import micro_batch
 from latte_scale.config import Config
 from latte_scale.diffusion.loss import schedule_of
 from latte_scale.engine import build_engine
 from latte_scale.engine.compiling import Compilations
 from latte_scale.losses import losses_of
 from latte_scale.model.build import build_model
+from latte_scale.synthetic import micro_batch
 from tests.bench.test_subjects import ALONE, CLASSES, CPU, TINY, tiny
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")

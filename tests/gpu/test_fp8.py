@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours
 from latte_scale.engine import Ranks
 from latte_scale.engine.compiling import Compilations
 from latte_scale.model.fp8 import _by_rows, linear_fp8, why_no_fp8
+from latte_scale.synthetic import step_inputs
 from tests.gpu.test_step import small
 
 ENGINES = [("engine.kind=single",), ("engine.kind=fsdp2",)]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from latte_scale.bench import main as bench
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.bench.subjects import Ours
 from latte_scale.bench.timing import Turns
 from latte_scale.choices.attention import attention_backends, recorded_attention
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks
+from latte_scale.synthetic import step_inputs
 from tests.conftest import ROOT
 
 SMALL = ("model.num_layers=2", "train.global_batch=4", "train.micro_batch=2", "train.steps=5000")

@@ -2,8 +2,8 @@
 
 import torch
 
-from latte_scale.bench.inputs import step_inputs
 from latte_scale.losses import cost_of
+from latte_scale.synthetic import step_inputs
 from tests.bench.test_subjects import CLASSES, CPU, tiny
 
 
