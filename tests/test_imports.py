@@ -48,8 +48,8 @@ MAY_IMPORT = {
     # The parts of a report page; they only read run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
-    # memory. It runs the trainer's loss on fake tensors, on synthetic micro-batches, as one rank of a sequence group, and
-    # follows what the engines and the optimizer's groups do with the weights.
+    # memory. It runs the trainer's loss on fake tensors, on synthetic micro-batches, as one rank of a sequence group,
+    # and follows what the engines and the optimizer's groups do with the weights.
     "estimate": {
         "estimate",
         "arguments",
