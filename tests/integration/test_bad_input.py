@@ -34,9 +34,9 @@ FEW = ("train.steps=4", "checkpoint.every_steps=4")
 )
 def test_a_config_that_cannot_be_used_exits_78_and_says_why(data_sets, tmp_path, capsys, override, words):
     assert run_in_process(tmp_path / "run", data_sets.latents, *FEW, override) == 78
-    output = capsys.readouterr().out
+    said = capsys.readouterr()
     for word in words:
-        assert word in output
+        assert word in said.out + said.err
 
 
 def test_a_file_where_the_run_folder_should_be_exits_78_and_says_so_in_one_line(data_sets, tmp_path, capsys, caplog):
