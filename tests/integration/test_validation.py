@@ -128,7 +128,8 @@ def test_a_run_that_keeps_no_average_and_looks_at_nothing(data_sets, tmp_path):
 )
 def test_settings_that_do_not_fit(data_sets, tmp_path, capsys, overrides, message):
     assert run_in_process(tmp_path / "run", data_sets.latents, *SHORT, *overrides) == 78
-    assert message in capsys.readouterr().err.replace("\n", " ")
+    said = capsys.readouterr()
+    assert message in (said.out + said.err).replace("\n", " ")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()  # not only at the first look
 
 
