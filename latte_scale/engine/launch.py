@@ -258,10 +258,10 @@ def _collect(
 ) -> tuple[dict[int, Card], dict[int, int]]:
     """The cards of the ranks that came in time, or before it `is_over`, and how often each rank came."""
     waiting, until_s = set(range(size)), time.monotonic() + limit_s
-    while waiting and time.monotonic() < until_s and not is_over():
-        waiting = {rank for rank in waiting if not store.check([f"card/{rank}"])}
-        if waiting:
-            time.sleep(0.05)
+    while waiting := {rank for rank in waiting if not store.check([f"card/{rank}"])}:
+        if time.monotonic() >= until_s or is_over():
+            break
+        time.sleep(0.05)
     came = sorted(set(range(size)) - waiting)
     cards = {rank: Card(**json.loads(store.get(f"card/{rank}"))) for rank in came}
     return cards, {rank: store.add(f"count/{rank}", 0) for rank in came}

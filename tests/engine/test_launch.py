@@ -205,6 +205,13 @@ def test_two_hosts_that_take_themselves_for_the_first_are_refused(monkeypatch: p
         assert "came more than once" in str(said) and "needs its own node rank" in str(said)
 
 
+def test_a_room_that_another_first_rank_replaced_at_once_still_holds_its_own_rank() -> None:
+    room = dist.HashStore()
+    launch._enter(room, 0)
+    cards_, counts = launch._collect(room, 2, 5.0, is_over=lambda: True)
+    assert list(cards_) == [0] and counts == {0: 1}
+
+
 def test_a_rank_that_comes_late_and_again_is_refused_and_the_world_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once right after rank 0 has counted, and once when the ranks have met."""
     collect = launch._collect
