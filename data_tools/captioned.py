@@ -111,7 +111,7 @@ def _clips(
                 found.failed.append(f"{name}: cannot be read: {size_bytes}")
                 continue
             label = None if found.class_names is None else found.class_names.index(lines[name].label)
-            about = {"label": label, "changed_ns": changed_ns(store, name)}
+            about = {"label": label, "cut_from": lines[name].cut_from, "changed_ns": changed_ns(store, name)}
             yield Clip(key_of(name, keys), store, (name,), name, lines[name].captions, size_bytes, **about)
 
 
@@ -139,7 +139,7 @@ def _in_tars(found: Found, store: Store, tars: list[str], others: list[str]) -> 
     with ThreadPoolExecutor(NUM_READERS) as pool:
         look = partial(tar_clips, store, failed=found.failed, is_ours=is_ours)
         for clips in pool.map(look, [tar for tar in tars if tar not in again]):
-            for tar, member, captions, label in clips:
+            for tar, member, captions, label, cut_from in clips:
                 source = f"{tar}/{member.name}"
                 if not captions:
                     found.skipped.append(f"{source}: no caption in a .txt or .json beside it")
@@ -152,7 +152,12 @@ def _in_tars(found: Found, store: Store, tars: list[str], others: list[str]) -> 
                     continue
                 key = key_of(f"{tar.removesuffix('.tar').replace('.', '_')}/{member.name}", keys)
                 label = None if names is None else label
-                known = {"label": label, "offset": member.offset, "changed_ns": changed_ns(store, tar)}
+                known = {
+                    "label": label,
+                    "offset": member.offset,
+                    "cut_from": cut_from,
+                    "changed_ns": changed_ns(store, tar),
+                }
                 found.clips.append(Clip(key, store, (tar,), source, captions, member.size, **known))
     found.failed.sort()
     return found

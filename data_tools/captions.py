@@ -1,9 +1,10 @@
 """Captions as people keep them: lists (jsonl, csv, parquet) and .txt files, hostile ones included.
 
 In: a list with a column for the file and one for its caption, or the text of a caption. Out: what is said of each file.
-In .jsonl "text" is a caption or a list of several; "label" names a class, on every line or on none. Captions are made
-one line of printable text: control characters become spaces, broken Unicode becomes "?", and what goes beyond
-MAX_CHARACTERS is cut, since no text encoder reads that far and a shard holds every caption twice.
+In .jsonl "text" is a caption or a list of several; "label" names a class, on every line or on none; "cut_from" names
+the video that a clip was cut from. Captions are made one line of printable text: control characters become spaces,
+broken Unicode becomes "?", and what goes beyond MAX_CHARACTERS is cut, since no text encoder reads that far and a shard
+holds every caption twice.
 """
 
 import codecs
@@ -23,6 +24,7 @@ LISTS = ("captions.jsonl", "captions.csv", "captions.parquet")
 """Names of lists that are found by themselves, the first that is there; a list of another name is given as --input."""
 FILE_COLUMNS = ("file", "path", "video", "video_path", "filename")
 TEXT_COLUMNS = ("text", "caption")
+_OPTIONAL = ("label", "cut_from")
 MAX_CHARACTERS = 8192
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]+")
@@ -34,6 +36,7 @@ class Line:
 
     captions: tuple[str, ...]
     label: str | None = None  # name of the class
+    cut_from: str | None = None  # the video that the clip was cut from
 
 
 def is_list(name: str) -> bool:
@@ -70,7 +73,7 @@ def read_list(store: Store, name: str) -> dict[str, Line]:
             raise ValueError(f"{place}: {file!r} leaves the folder; give paths relative to {store.url}")
         if lines.setdefault(relative, line) != line:
             raise ValueError(
-                f"{place}: {file!r} has a second, different caption or label; keep one line (in a .jsonl several "
+                f"{place}: {file!r} has a second line that says something else; keep one line (in a .jsonl several "
                 'captions go into one "text" list)'
             )
     return lines
@@ -98,7 +101,7 @@ def _json_rows(data: bytes, where: str) -> Iterator[Row]:
         place = f"{where}, line {number}"
         expected = (
             f'{place}: expected {{"file": "clip.mp4", "text": "a caption"}} ("text" may be a list of captions; '
-            f'"label", the name of a class, may follow), got {text[:80]!r}'
+            f'"label", the name of a class, and "cut_from", the video it was cut from, may follow), got {text[:80]!r}'
         )
         try:
             content = json.loads(text)
@@ -137,7 +140,7 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
             f"{where}: expected a column of files ({', '.join(FILE_COLUMNS)}) and one of captions "
             f"({', '.join(TEXT_COLUMNS)}), got {', '.join(map(str, columns)) or 'none'}"
         )
-    for name in (file_column, text_column, "label"):
+    for name in (file_column, text_column, *_OPTIONAL):
         if columns.count(name) > 1:
             raise ValueError(f"{where}: column {name!r} stands {columns.count(name)} times; keep one")
     for number, row in enumerate(rows, 1):
@@ -145,12 +148,12 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
         content = {
             "file": row[file_column],
             "text": row[text_column],
-            "label": None if row.get("label") == "" else row.get("label"),
+            **{name: None if row.get(name) == "" else row.get(name) for name in _OPTIONAL},
         }
         file, line = _parse(content)
         if file is None or line is None:
             raise ValueError(
-                f"{place}: expected a file, a caption and, if there is one, a label, each of them text; got "
+                f"{place}: expected a file, a caption and, if there are any, a label and a cut_from, all text; got "
                 f"{str(content)[:80]}"
             )
         yield place, file, line
@@ -158,7 +161,7 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
 
 def _parse(content: dict[str, Any]) -> tuple[str | None, Line | None]:
     """(file, what is said of it); None for what is missing or of another type."""
-    file, text, label = content.get("file"), content.get("text"), content.get("label")
+    file, text, optional = content.get("file"), content.get("text"), [content.get(name) for name in _OPTIONAL]
     captions = text if isinstance(text, list) else [text]
     sound = captions and all(isinstance(caption, str) for caption in captions)
     if (
@@ -166,7 +169,7 @@ def _parse(content: dict[str, Any]) -> tuple[str | None, Line | None]:
         or not file
         or "\0" in file
         or not sound
-        or not (label is None or isinstance(label, str))
+        or not all(value is None or isinstance(value, str) for value in optional)
     ):
         return None, None
-    return file, Line(tuple(tidy(caption) for caption in captions), label)
+    return file, Line(tuple(tidy(caption) for caption in captions), *optional)

@@ -27,7 +27,7 @@ from latte_scale.data.index import index_name
 from latte_scale.data.latents import pack_latents, pack_text
 from latte_scale.data.samples import DamagedError, Dataset, Sample, open_dataset
 from latte_scale.data.schema import LatentKind, LatentsInfo, NumberType, VideoSettings
-from latte_scale.data.shards import LatentSample, ShardFile, shard_name
+from latte_scale.data.shards import LatentSample, ShardFile, cut_from, shard_name
 from latte_scale.data.sizes import Fit
 from latte_scale.encoders import EncoderSettings, TextEncoder, VideoAutoencoder, clean_caption, load_encoders
 from latte_scale.store import Store, open_store
@@ -192,6 +192,8 @@ class Encoder:
         frames, _, height, width = clip.posteriors[0][0].shape
         policy = self.settings.video if clip.fit is None else clip.fit.policy
         about = {name: sample.about[name] for name in ("source", "sha256", "fps") if name in sample.about}
+        if video := cut_from(sample.key, sample.about):
+            about["cut_from"] = video
         return LatentSample(
             sample.key,
             captions[0],

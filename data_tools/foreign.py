@@ -17,7 +17,7 @@ import google_crc32c
 from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name
 from latte_scale.data.samples import Sample
 from latte_scale.data.schema import RAW_BUCKET, ClipSize, ShardEntry
-from latte_scale.data.shards import stored_size
+from latte_scale.data.shards import cut_from, stored_size
 from latte_scale.store import Store
 
 CHUNK = 8 << 20  # bytes read at a time
@@ -91,7 +91,7 @@ class FileStream:
 
 def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome) -> None:
     """Put a sample into the index, or its reason into `outcome.skipped`. Raises ValueError for a repeated key."""
-    reason, label, caption, size = None, None, "", None
+    reason, label, caption, size, video = None, None, "", None, None
     if "video" not in found.spans:
         reason = "no video"
     elif not found.spans["video"].size:
@@ -103,6 +103,7 @@ def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome
             about = json.loads(found.small.get("json", b"{}") or b"{}")
             sample = Sample(found.key, found.small, about if isinstance(about, dict) else {})
             label, caption = _label(sample, outcome.class_names), sample.caption
+            video = cut_from(sample.key, sample.about)
             size = stored_size(sample.about) if found.clip is None else _opened_size(found.clip)
         except RecursionError:
             reason = "its .json cannot be read (nested too deeply)"
@@ -113,7 +114,7 @@ def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome
         outcome.skipped.append(f"{where}: sample {found.key!r}: {reason}")
         return
     spans = {name: span for name, span in found.spans.items() if name != "cls"}
-    builder.add(Row(found.key, RAW_BUCKET, found.start, found.end, spans, label, size), caption)
+    builder.add(Row(found.key, RAW_BUCKET, found.start, found.end, spans, label, size), caption, video)
     outcome.num_done += 1
     outcome.num_without_caption += not caption
 

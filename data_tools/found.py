@@ -33,6 +33,7 @@ class Clip:
     label: int | None = None
     min_frames: int = 1  # a shorter clip is left out
     offset: int | None = None  # of the video in its tar
+    cut_from: str | None = None  # the video that somebody cut it from, so that both are held out of training or neither
     changed_ns: int = 0  # when its files were last written to, by their folder; 0: not known, as in a bucket
 
     def read(self) -> bytes:

@@ -14,6 +14,9 @@ ucf101  UCF101: a folder a class with its videos. The label is the place of the 
         the caption its name in words ("ApplyEyeMakeup": "apply eye makeup").
 taichi  Taichi-HD: folders of frames as for sky, of any length.
 
+What names say of the video that a clip was cut from is noted: UCF101's groups (v_Rowing_g03_c01), SkyTimelapse's
+numbered folders in a folder of their name (VIDEO/VIDEO_2), Taichi-HD's VIDEO#first#last.
+
 The decision worth knowing: an empty class folder keeps its place among the labels, so that two splits of one data set
 agree on them.
 """
@@ -34,6 +37,12 @@ from latte_scale.store import LocalStore, open_store
 LAYOUTS = ("clips", "ffs", "sky", "ucf101", "taichi")
 SKY_MIN_FRAMES = 49  # more than 16 frames, one in 3
 
+_CUT_NAMES = {
+    "sky": re.compile(r"(?:.*/)?(?P<video>[^/]+)/(?P=video)_\d+"),
+    "ucf101": re.compile(r"(?P<video>.+_g\d+)_c\d+\.\w+"),
+    "taichi": re.compile(r"(?P<video>.+)#\d+#\d+(\.\w+)?"),
+}
+"""Names of clips, relative to the input, by which clips of one video are known."""
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[_\-\s]+")
 
 
@@ -62,6 +71,9 @@ def find_clips(source: str | Path, layout: str = "clips", min_frames: int | None
     nameless = [clip.source.encode(errors="backslashreplace") for clip in found.clips if not is_utf8(clip.source)]
     found.failed += [f"{name.decode()}: its name is no UTF-8; rename it" for name in nameless]
     found.clips = [replace(clip, min_frames=min_frames) for clip in found.clips if is_utf8(clip.source)]
+    if pattern := _CUT_NAMES.get(layout):
+        named = [(clip, pattern.fullmatch(clip.source)) for clip in found.clips]
+        found.clips = [replace(clip, cut_from=match["video"]) if match else clip for clip, match in named]
     return found
 
 

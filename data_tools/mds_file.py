@@ -17,7 +17,7 @@ import google_crc32c
 from latte_scale.data.index import IndexBuilder, Row, ShardIndex, Span, index_name, text_field
 from latte_scale.data.mds import Column, column_ranges, pack_head, pack_sizes
 from latte_scale.data.schema import RAW_BUCKET, Kind, ShardEntry
-from latte_scale.data.shards import LatentSample, VideoSample, description, sample_json
+from latte_scale.data.shards import LatentSample, VideoSample, cut_from, description, sample_json
 from latte_scale.store import Store, explained
 
 CHUNK = 8 << 20  # bytes copied at a time
@@ -61,7 +61,7 @@ class MdsFile:
 
     def __init__(self, store: Store, name: str, kind: Kind, columns: tuple[Column, ...]) -> None:
         self.store, self.name, self.kind, self.columns = store, name, kind, columns
-        self._rows: list[tuple[Row, str]] = []  # as if the samples began at byte 0
+        self._rows: list[tuple[Row, str, str | None]] = []  # as if the samples began at byte 0
         self._size_bytes = 0
         self._body, self._path = store.scratch(f"{name}.samples"), store.scratch(name)
         with explained(store.join(name), "creating it"):
@@ -96,14 +96,15 @@ class MdsFile:
         bucket, source_bytes = (RAW_BUCKET, sample.source_bytes) if is_clip else (sample.bucket, None)
         size = sample.size if is_clip else None
         described = description((sample.caption, *sample.more_captions), sample.label, source_bytes)
-        self._rows.append((Row(sample.key, bucket, begin, self._size_bytes, fields, size=size), described))
+        row = Row(sample.key, bucket, begin, self._size_bytes, fields, size=size)
+        self._rows.append((row, described, cut_from(sample.key, sample.info)))
 
     def close(self) -> ShardEntry:
         """Finish the file, put it and then its index in place, and return the manifest entry."""
         if not self._rows:
             raise ValueError(f"{self.store.join(self.name)}: a shard needs at least one sample")
         self._file.close()
-        head, size_bytes = pack_head([row.end - row.start for row, _ in self._rows], self.columns)
+        head, size_bytes = pack_head([row.end - row.start for row, _, _ in self._rows], self.columns)
         sha256 = hashlib.sha256(head)
         with (
             explained(self.store.join(self.name), "writing"),
@@ -122,7 +123,7 @@ class MdsFile:
     def _index(self, first: int) -> IndexBuilder:
         """The index, with the samples where they are: behind `first` bytes."""
         builder = IndexBuilder(self.kind)
-        for row, described in self._rows:
+        for row, *hashed in self._rows:
             fields = {name: span._replace(offset=span.offset + first) for name, span in row.fields.items()}
-            builder.add(row._replace(start=row.start + first, end=row.end + first, fields=fields), described)
+            builder.add(row._replace(start=row.start + first, end=row.end + first, fields=fields), *hashed)
         return builder

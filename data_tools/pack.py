@@ -91,8 +91,10 @@ def _sample(clip: Clip, look: Look, data: bytes, extension: str) -> VideoSample:
         "width": look.width,
         "codec": look.codec,
     }
+    if clip.cut_from:
+        info["cut_from"] = clip.cut_from
     if look.is_piece:
-        info |= {"first_frame": look.start, "codec": "h264"}
+        info |= {"first_frame": look.start, "codec": "h264", "cut_from": clip.cut_from or clip.key}
         info |= {"height": look.size.height, "width": look.size.width}
     if not clip.is_video:
         del info["fps"]  # nobody knows it

@@ -150,6 +150,8 @@ def group_clips(clips: list[Clip], max_samples: int, max_bytes: int) -> list[lis
 def recipe_of(group: Sequence[Clip], settings: ShardSettings) -> str:
     """A hash of everything that a shard follows from, but for the bytes of its files."""
     clips = [[clip.source, clip.size_bytes, clip.captions, clip.label, clip.min_frames] for clip in group]
+    for clip, described in zip(group, clips, strict=True):
+        described += [clip.cut_from] * (clip.cut_from is not None)  # the others keep the hash that they always had
     return hashlib.sha256(json.dumps([clips, asdict(settings)]).encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
 """Clips inside tars, as webdataset and video2dataset write them, found without unpacking.
 
 In: a store with tars of files that share a key, KEY.mp4 with KEY.txt or "caption" in KEY.json; in shards of ours with
-"captions" and "label" as well. Out: where each video lies, its captions and its class. Only headers and captions are
-read. A tar that is cut, damaged or hostile is left out and named.
+"captions" and "label" as well. Out: where each video lies, its captions, its class and the video that it was cut from.
+Only headers, .txt and .json are read. A tar that is cut, damaged or hostile is left out and named.
 Pickled members are not opened. To train on such tars as they are, `latte-data index` is quicker; this way their clips
 can be filtered, cut and packed anew.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from data_tools.captions import decoded, tidy
-from latte_scale.data.shards import VIDEO_EXTENSIONS
+from latte_scale.data.shards import VIDEO_EXTENSIONS, cut_from
 from latte_scale.data.tar import Member, TarError, split_name, walk
 from latte_scale.store import Store
 
@@ -27,6 +27,7 @@ class TarClip(NamedTuple):
     member: Member
     captions: tuple[str, ...]  # none where there is none
     label: int | None
+    cut_from: str | None  # as latte_scale.data.shards.cut_from
 
 
 @dataclass
@@ -59,8 +60,8 @@ def tar_clips(store: Store, tar: str, failed: list[str], is_ours: bool = False) 
                 group.texts[extension] = member
         double = [video for group in groups.values() if group.is_double for video in group.videos]
         clips = [
-            TarClip(tar, video, *_captions_and_label(store, tar, group.texts, is_ours))
-            for group in groups.values()
+            TarClip(tar, video, *_facts(store, tar, key, group.texts, is_ours))
+            for key, group in groups.items()
             for video in group.videos
             if not group.is_double
         ]
@@ -72,14 +73,14 @@ def tar_clips(store: Store, tar: str, failed: list[str], is_ours: bool = False) 
     return clips
 
 
-def _captions_and_label(
-    store: Store, tar: str, texts: dict[str, Member], is_ours: bool
-) -> tuple[tuple[str, ...], int | None]:
-    """What a clip is: the caption of its .txt, else that of its .json; of ours all that the .json has."""
+def _facts(
+    store: Store, tar: str, key: str, texts: dict[str, Member], is_ours: bool
+) -> tuple[tuple[str, ...], int | None, str | None]:
+    """Captions, label, cut_from: the caption is that of the .txt, else of the .json; of ours all that the .json has."""
     first, about = None, {}
     for kind in ("txt", "json"):
         member = texts.get(kind)
-        if member is None or member.size > MAX_TEXT_BYTES or (first is not None and not is_ours):
+        if member is None or member.size > MAX_TEXT_BYTES:
             continue
         text = decoded(store.read(tar, member.offset, member.size))
         if kind == "txt":
@@ -95,7 +96,7 @@ def _captions_and_label(
         several, label = about.get("captions"), about.get("label")
         if isinstance(several, list) and several[:1] == [first] and all(isinstance(each, str) for each in several):
             captions = [tidy(each) for each in several]
-    return tuple(captions), label if type(label) is int else None
+    return tuple(captions), label if type(label) is int else None, cut_from(key, about)
 
 
 def _read(store: Store, tar: str, offset: int, size: int) -> bytes:

@@ -3,16 +3,17 @@
 In: a tar's members (from the shard writer or a walk over a foreign tar). Out: `NAME.index.safetensors`, columns over
 the samples of the tar, and `ShardIndex`, which reads them back as numpy views without copying. A column is a few
 bytes a sample, keys are one text blob, and no Python object is made per sample, so a worker's memory stays flat.
-The hash of each key is stored too: which samples are held out of training is then one comparison over a column.
+Which samples are held out of training is one comparison over a column of hashes: of each sample's key, or of the video
+that it was cut from, so that what is trained on and what is held out never share a video.
 
-Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash, caption_hash u64 [n]; bucket i32 [n] (names in the
-metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field f.offset,
-f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "video" set; latents, json, text in a
-"latents" set, where text lies in a member that samples with the same caption share. A tar that uses them has more:
-text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip, a
-column label i32 [n] (-1: none) for classes that a foreign sample's .json does not number, and of whole clips frames,
-height and width i32 [n] (-1: unknown), by which a run of several sizes sorts them. In an MDS shard (data/mds.py) start
-and end bound the whole sample with all its fields and embeddings, and key and extension are fields, too.
+Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash (that of the holdout), caption_hash u64 [n]; bucket i32
+[n] (names in the metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field
+f.offset, f.size i64 [n] (-1: absent), f.crc32c u32 [n]. Fields: video, txt, json in a "video" set; latents, json, text
+in a "latents" set, where text lies in a member that samples with the same caption share. A tar that uses them has more:
+text1, text2, ... for the second and later captions of a clip, mirrored for the latents of the mirrored clip, a column
+label i32 [n] (-1: none) for classes that a foreign sample's .json does not number, and of whole clips frames, height
+and width i32 [n] (-1: unknown), by which a run of several sizes sorts them. In an MDS shard (data/mds.py) start and end
+bound the whole sample with all its fields and embeddings, and key and extension are fields, too.
 """
 
 import functools
@@ -95,6 +96,7 @@ class IndexBuilder:
         self._rows: list[Row] = []
         self._keys: set[str] = set()
         self._captions: list[int] = []
+        self._sources: list[str] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,13 +104,17 @@ class IndexBuilder:
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 
-    def add(self, row: Row, caption: str) -> None:
-        """Append a sample; `caption` is hashed. Raises ValueError for a key that is already there."""
+    def add(self, row: Row, caption: str, cut_from: str | None = None) -> None:
+        """Append a sample; `caption` is hashed, and the video that it was cut from or, without one, its key.
+
+        Raises ValueError for a key that is already there.
+        """
         if row.key in self._keys:
             raise ValueError(f"sample key {row.key!r} appears twice in one shard; keys must differ")
         self._keys.add(row.key)
         self._rows.append(row)
         self._captions.append(caption_hash(caption))
+        self._sources.append(cut_from or row.key)
 
     def _more_fields(self) -> list[str]:
         """Fields beyond those that every tar of the kind has, sorted."""
@@ -128,7 +134,7 @@ class IndexBuilder:
         columns = {
             "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
             "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
-            "key_hash": np.array([hash64(key) for key in keys], np.uint64),
+            "key_hash": np.array([hash64(source) for source in self._sources], np.uint64),
             "caption_hash": np.array(self._captions, np.uint64),
             "bucket": np.array([buckets.index(row.bucket) for row in rows], np.int32),
             "start": np.array([row.start for row in rows], np.int64),
@@ -267,7 +273,7 @@ class ShardIndex:
 
 
 def is_held_out(key_hash: np.ndarray, share: float) -> np.ndarray:
-    """Which keys belong to the held-out share in [0, 1): those whose hash lies below it. bool, as key_hash."""
+    """Which samples belong to the held-out share in [0, 1): those whose hash lies below it. bool, as key_hash."""
     if not 0.0 <= share < 1.0:
         raise ValueError(f"data.holdout must be a share in [0, 1), got {share}")
     return key_hash < np.uint64(int(share * 2.0**64))

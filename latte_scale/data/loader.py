@@ -59,7 +59,8 @@ class DataSettings:
     url: str | tuple[str | SourceSettings, ...]  # one data set, or a list: "URL" or {url: URL, weight: 0.7}
     num_workers: int = 2  # processes per rank that read and decode; 0: this process does
     prefetch: int = 2  # micro-batches that each worker makes ahead
-    holdout: float = 0.0  # share in [0, 1) of samples, by a hash of their keys, kept out of training
+    # Share in [0, 1) of samples kept out of training, by a hash of their keys; clips cut from one video stay together.
+    holdout: float = 0.0
     shuffle_window: int | None = None  # samples shuffled together; null: 65,536, or all if fewer; then written out
     # Image set for joint training (folder path or URL), made like the clips with video.frames=1; null: the images of
     # train.joint_images are frames of the clips.

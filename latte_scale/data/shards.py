@@ -10,6 +10,7 @@ the same.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -34,7 +35,7 @@ class VideoSample:
     caption: str
     video: bytes
     extension: str  # the container's own: "mp4", "mkv", ...
-    info: dict[str, Any] = field(default_factory=dict)  # more for the .json: "source", frames, fps, ...
+    info: dict[str, Any] = field(default_factory=dict)  # more for the .json: "source", "cut_from", frames, fps, ...
     more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
     label: int | None = None  # class, by its place in the manifest's class_names; None: the data set has none
     source_bytes: int | None = None  # size of the files that `video` was joined from; None: it is one file as it came
@@ -107,6 +108,18 @@ def stored_size(about: dict[str, Any]) -> ClipSize | None:
     return ClipSize(*size)
 
 
+def cut_from(key: str, about: dict[str, Any]) -> str | None:
+    """The video that a clip was cut from, as its .json says; None for a whole one and where nobody noted it.
+
+    Ours has "cut_from", cosmos-curate's "source_video"; video2dataset notes "clips" and numbers those of one key.
+    """
+    named = [about.get(name) for name in ("cut_from", "source_video")]
+    if "clips" in about and (numbered := re.fullmatch(r"(.+)_\d+", key, re.DOTALL)):
+        named.append(numbered[1])
+    video = next((name for name in named if isinstance(name, str) and name), None)
+    return None if video is None else video.encode(errors="replace").decode()  # JSON may hold half a character
+
+
 def finished_entry(store: Store, name: str) -> ShardEntry | None:
     """The manifest entry of a shard that an earlier run finished, or None if it must be written.
 
@@ -160,7 +173,8 @@ class ShardFile:
         source_bytes = sample.source_bytes if isinstance(sample, VideoSample) else None
         described = description((sample.caption, *sample.more_captions), sample.label, source_bytes)
         size = sample.size if isinstance(sample, VideoSample) else None
-        self._index.add(Row(sample.key, bucket, start, self.size_bytes, fields, size=size), described)
+        row = Row(sample.key, bucket, start, self.size_bytes, fields, size=size)
+        self._index.add(row, described, cut_from(sample.key, sample.info))
 
     def close(self) -> ShardEntry:
         """Finish the tar, put it and then its index in place, and return the manifest entry."""

@@ -133,8 +133,8 @@ def _parts(config: Config, datasets: Sequence[Dataset], ranks: Ranks) -> list[_P
         counts.update({bucket: int(per_shard.sum()) for bucket, per_shard in data.counts.items()})
     if not sum(counts.values()):
         raise ValueError(
-            f"data.holdout={config.data.holdout} holds out no sample of these data sets; raise it, or set "
-            "validation.every_steps=0"
+            f"data.holdout={config.data.holdout} holds out no sample of these data sets (clips cut from one video stay "
+            "together); raise it, or set validation.every_steps=0"
         )
     costs = bucket_costs(config.train.batch_budget, config.video, datasets) or {}
     seed, parts, first = rng.hash64("validation", config.validation.seed), [], 0
