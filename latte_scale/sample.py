@@ -141,6 +141,8 @@ def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     how = how_to_sample(args, loaded, records)
     check_start(how.strength, args.init_video is not None, how.num_known or None, video.frames)
+    if ranks.rank == 0 and (warning := unlearned(loaded, how.num_known)):
+        print(f"warning: {warning}", file=sys.stderr)
     set_precision(loaded.model, args.precision, ranks.device.type)
     if isinstance(loaded.architecture, LatteSettings):
         encoder_settings = replace(encoder_settings, text=None)
@@ -153,6 +155,20 @@ def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str
     shape = (vae.channels, video.frames, video.height // vae.downscale, video.width // vae.downscale)
     clip_CFHW = read_init_video(args.init_video, video, vae, how.num_known if how.strength == 1.0 else 0)
     return Setup(loaded, how, video, text, decoder, shape, clip_CFHW, ranks.device)
+
+
+def unlearned(loaded: Loaded, num_known: int) -> str:
+    """What --known-frames asks of a run that it was not trained to do; "" where nothing is, or nobody knows."""
+    if not num_known or loaded.config is None:
+        return ""
+    known = loaded.config["train"].get("known_frames", {})
+    if not known.get("share"):
+        came, remedy = "was trained without known frames (train.known_frames.share=0)", "train.known_frames.share=0.3"
+    elif known.get("most") is not None and num_known > known["most"]:
+        came, remedy = f"was trained on {known['most']} known frames at most", f"train.known_frames.most={num_known}"
+    else:
+        return ""
+    return f"{loaded.source} {came}, so what follows them may not go on from them; train it further with {remedy}"
 
 
 def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from latte_scale.data.video import probe, read_clip, write_mp4
 from latte_scale.encoders import EncoderSettings, load_encoders
 from latte_scale.model.transformer_folder import read_transformer
 from latte_scale.sampling.latents import Sampling, sample_latents
+from latte_scale.sampling.loading import Loaded
 from latte_scale.sampling.requests import requests_of
 from latte_scale.weights import load_weights
 from tests import processes
@@ -335,6 +336,7 @@ def test_a_clip_to_continue_needs_its_known_frames_only(run, data_sets, tmp_path
     for name, source, known in (("whole", whole, 2), ("short", short, 2), ("still", still, 1)):
         out = ["--init-video", str(source), "--known-frames", str(known), "--out", str(tmp_path / name)]
         assert sample.main([*command, *out]) == 0, name
+        assert "warning: " in capsys.readouterr().err
         seen[name] = read_clip(tmp_path / name / "00000.mp4", VideoSettings(4, 32, 32, 1)).astype(float)
     assert abs(seen["short"] - seen["whole"]).mean() < 3  # H.264 has been at the short one twice
     assert abs(seen["still"] - seen["whole"])[0].mean() < 3
@@ -342,6 +344,24 @@ def test_a_clip_to_continue_needs_its_known_frames_only(run, data_sets, tmp_path
     assert "too short: expected 13 frames" in capsys.readouterr().err
     assert sample.main([*command, "--init-video", str(short), "--known-frames", "3", "--out", str(tmp_path / "n")]) == 2
     assert "too short: expected 9 frames (3 frames, one in 4), got 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trained", "num_known", "warning"),
+    [
+        (None, 2, ""),  # a folder of weights
+        ({}, 0, ""),
+        ({}, 1, "was trained without known frames (train.known_frames.share=0), so what follows"),
+        ({"known_frames": {"share": 0.0, "most": None}}, 1, "train it further with train.known_frames.share=0.3"),
+        ({"known_frames": {"share": 0.5, "most": None}}, 3, ""),
+        ({"known_frames": {"share": 0.5, "most": 2}}, 2, ""),
+        ({"known_frames": {"share": 0.5, "most": 2}}, 3, "on 2 known frames at most, so what follows"),
+    ],
+)
+def test_a_run_that_has_not_learned_to_continue_says_so(trained, num_known, warning):
+    config = None if trained is None else {"train": trained}
+    said = sample.unlearned(Loaded(None, None, None, "runs/x#ema", config), num_known)
+    assert warning in said and bool(said) == bool(warning)
 
 
 def test_a_clip_needs_to_be_there_for_what_is_done_with_it(run, tmp_path, capsys):
