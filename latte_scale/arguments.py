@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several verbs share.
+"""Command-line arguments that several verbs share: a config with its overrides, and types of paths.
 
 The decision worth knowing: options that take a path on a disk do not have the type `Path`, which turns a URL into a
 folder named "s3:": results meant for a bucket would be written there.
@@ -7,6 +7,12 @@ folder named "s3:": results meant for a bucket would be written there.
 import argparse
 import os
 from pathlib import Path
+
+
+def add_config(parser: argparse.ArgumentParser, what: str = "training YAML, see configs/") -> None:
+    """The config of a run as every verb takes it: `--config X.yaml key.sub=value ...`."""
+    parser.add_argument("--config", required=True, help=what)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
 
 
 def disk_path(text: str) -> Path:

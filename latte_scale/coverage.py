@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from latte_scale.arguments import output_file
+from latte_scale.arguments import add_config, output_file
 from latte_scale.atomic import write_text
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
@@ -29,8 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale coverage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="training YAML, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    add_config(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="also list each of N ranks' micro-batches per step")
     parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table as JSON")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options

@@ -24,6 +24,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
+from latte_scale.arguments import add_config
 from latte_scale.check_data import check_data
 from latte_scale.check_folders import check_folders
 from latte_scale.checkpoint import (
@@ -349,8 +350,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="training YAML, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    add_config(parser)
     parser.add_argument(
         "--allow-change",
         action="append",

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from latte_scale.arguments import output_file
+from latte_scale.arguments import add_config, output_file
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.batches import MicroBatch
@@ -68,8 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale bench loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="training YAML, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    add_config(parser)
     parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, of which one is read (default 1)")
     parser.add_argument("--start-step", type=int, default=0, help="first step that is read (default 0)")
     parser.add_argument("--steps", type=int, default=200, help="steps after the first one (default 200)")

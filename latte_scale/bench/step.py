@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import output_file
+from latte_scale.arguments import add_config, output_file
 from latte_scale.bench.budget import budget
 from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
@@ -75,8 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latte-scale bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="training YAML, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    add_config(parser)
     parser.add_argument("--against", choices=get_args(Rival), help="another way to do the work, timed by turns")
     parser.add_argument(
         "--captions", choices=get_args(Captions), default="full", help="all of the maximum length, or of mixed lengths"
