@@ -133,7 +133,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
     """The model, whole on every rank or cut over them."""
     if args.shard:
         return load_sharded(args.checkpoint, args.weights, ranks)
-    return load_model(args.checkpoint, args.weights, ranks.device)
+    return load_model(args.checkpoint, args.weights, ranks)
 
 
 def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]], ranks: Ranks) -> Setup:

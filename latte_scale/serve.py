@@ -25,7 +25,7 @@ from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.sampler import SAMPLERS
 from latte_scale.encoders import TextEncoder, VideoAutoencoder, load_encoders
 from latte_scale.engine.base import set_precision
-from latte_scale.engine.dist import one_device
+from latte_scale.engine.dist import Ranks, one_device
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.sampling.latents import Sampling, sample_latents
 from latte_scale.sampling.loading import Loaded, check_fit, load_model, surroundings
@@ -77,7 +77,7 @@ def load_demo(args: argparse.Namespace, folder: Path) -> Demo:
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port: expected 1 to 65535, got {args.port}")
     device = one_device()
-    loaded = load_model(args.checkpoint, args.weights, device)
+    loaded = load_model(args.checkpoint, args.weights, Ranks(0, 1, 0, device))
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     set_precision(loaded.model, args.precision, device.type)
     if isinstance(loaded.architecture, LatteSettings):

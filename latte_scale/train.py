@@ -83,7 +83,7 @@ from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
 from latte_scale.settings import SettingsError, to_mapping
 from latte_scale.store import NeverAllowedError, NeverReachedError
 from latte_scale.validation.validator import Validator
-from latte_scale.weights import check_init, fit_contrastive, load_weights
+from latte_scale.weights import begin_with, load_weights, settle
 
 EXPECTED = (StopRunError, ManifestError, CheckpointError, NeverReachedError, NeverAllowedError, ImportError, ValueError)
 """Faults that the user can mend, and that their message explains. Anything else is a bug, and ends with a traceback."""
@@ -123,7 +123,7 @@ def train(
     validator = Validator(config, datasets, conditioner, ranks, folder, fence, console)
 
     # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
-    model = initial_model(config, ranks.rank, is_new=found is None)
+    model = initial_model(config, ranks, is_new=found is None)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
     if config.train.precision == "fp8":
@@ -233,7 +233,7 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
     )
 
 
-def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
+def initial_model(config: Config, ranks: Ranks, is_new: bool) -> Latte | LatteT2V:
     """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank.
 
     Rank 0 prints in which settings the run differs from those the weights were trained with. `is_new`: False for a run
@@ -241,13 +241,11 @@ def initial_model(config: Config, rank: int, is_new: bool) -> Latte | LatteT2V:
     """
     model = build_model(config.model, torch.Generator().manual_seed(config.run.seed))
     if is_new and config.model.init is not None:
-        weights = load_weights(config.model.init)
-        state, told = fit_contrastive(weights, config.model.contrastive_width, model.state_dict())
-        weights = replace(weights, state_dict=state)
-        changes = check_init(weights, config.model, config.diffusion) + told
-        if changes and rank == 0:
+        weights = load_weights(settle(config.model.init, None, ranks))
+        state, changes = begin_with(weights, config.model, config.diffusion, model.state_dict())
+        if changes and ranks.rank == 0:
             console.print(f"model.init {weights.source}: {'; '.join(changes)}", markup=False)
-        model.load_state_dict(weights.state_dict, strict=True)
+        model.load_state_dict(state, strict=True)
     return model
 
 

@@ -8,9 +8,10 @@ never comes here.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from latte_scale import checkpoint, settings
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import settings_of_scheduler
+from latte_scale.engine.base import Ranks
 from latte_scale.model.build import build_model
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_settings import LatteSettings
@@ -32,6 +34,7 @@ from latte_scale.model.transformer_folder import (
 from latte_scale.store import Store, StoreSettings, open_store
 
 logger = logging.getLogger("latte_scale")
+T = TypeVar("T")
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
 # What may differ from the weights that a run starts from without any tensor's shape showing it: positions and order of
@@ -74,27 +77,62 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
     """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a folder of weights.
 
     A .safetensors file stands for its folder, whose config.json says what the weights are. tree: "raw", "ema" (the
-    first decay) or a tree's own name; overrides the one after "#"; a folder of weights has no trees. Raises ValueError
-    naming what was found instead.
+    first decay) or a tree's own name; overrides the one after "#"; a folder of weights has no trees. Of a run the
+    newest checkpoint is read in which that tree is sound. Raises ValueError naming what was found instead,
+    CheckpointError if there are checkpoints and none will do. Several ranks ask `settle` first.
     """
-    stored = find_stored(source, tree)
+    found = _newest(source, tree, lambda stored: checkpoint.load_full(stored.checkpoint.store, stored.tree))
+    if found is not None:
+        stored, state_dict = found
+        return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
+    return _from_folder(source, tree)
+
+
+def outline(source: str) -> Weights:
+    """What `load_weights` would read, as a look that takes no time: of a run's newest checkpoint shapes alone (tensors
+    on the meta device), whether sound or not; of a folder of weights the tensors as they are stored, mapped from it.
+    """
+    stored = find_stored(source)
     if stored is None:
-        path, named = split_tree(source)
-        root, wanted = Path(path), tree or named or "ema"
-        if wanted != "ema":
-            raise ValueError(
-                f"{root}: a folder of weights holds one set of them, got a wish for {wanted!r}; leave it out"
-            )
-        architecture, state_dict = read_transformer(root)
-        return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
-    state_dict = checkpoint.load_full(stored.checkpoint.store, stored.tree)
+        return _from_folder(source, None, as_stored=True)
+    with torch.device("meta"):
+        state_dict = build_model(stored.architecture).state_dict()
     return Weights(stored.source, stored.architecture, state_dict, stored.diffusion, stored.config)
+
+
+def settle(source: str, tree: str | None, ranks: Ranks) -> str:
+    """`source` and `tree` as the `PATH#TREE` that all ranks are to read. A collective.
+
+    Of a run that is rank 0's choice, which verifies it: were each rank to look for itself, a run that saves meanwhile
+    would give them different weights. Raises what `load_weights` does, on all ranks.
+    """
+
+    def choose() -> str:
+        found = _newest(source, tree, lambda stored: checkpoint.verify_tree(stored.checkpoint, stored.tree))
+        return named if found is None else found[0].source
+
+    named = source if tree is None else f"{split_tree(source)[0]}#{tree}"
+    return named if ranks.size == 1 else checkpoint.on_rank_0(ranks, choose)
 
 
 def split_tree(source: str) -> tuple[str, str]:
     """PATH and TREE of `PATH#TREE`, "" without one; `~` is the home directory, as in the other paths of a config."""
     path, _, named = source.partition("#")
     return os.path.expanduser(path), named
+
+
+def begin_with(
+    weights: Weights,
+    architecture: LatteSettings | LatteT2VSettings,
+    diffusion: DiffusionSettings,
+    first: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict with which a run begins from these weights, and what there is to tell of the differences.
+
+    first: the state dict of its model as it was drawn. Raises ValueError as `check_init` does.
+    """
+    state, told = fit_contrastive(weights, architecture.contrastive_width, first)
+    return state, check_init(replace(weights, state_dict=state), architecture, diffusion) + told
 
 
 def check_init(
@@ -136,33 +174,79 @@ def fit_contrastive(weights: Weights, width: int, first: Mapping[str, Tensor]) -
 
 
 def find_stored(source: str, tree: str | None = None) -> Stored | None:
-    """The tree of a checkpoint that `load_weights` would read, by its manifest; None for a folder of weights."""
-    path, named = split_tree(source)
+    """The tree of the newest checkpoint, or of the one that `source` names; None for a folder of weights.
+
+    By its manifest alone: whether the files are sound is not asked.
+    """
+    found = _newest(source, tree, lambda stored: None)
+    return None if found is None else found[0]
+
+
+def _newest(source: str, tree: str | None, read: Callable[[Stored], T]) -> tuple[Stored, T] | None:
+    """The newest checkpoint for which `read` raises no CheckpointError, and what it returned; older ones are tried.
+
+    None for a folder of weights. Newer ones that are not sound are logged; CheckpointError if none is. Raises one of
+    checkpoint.INCONCLUSIVE where a store cannot tell.
+    """
+    (path, named), problems = split_tree(source), []
+    for step in _steps_of(path):
+        try:
+            stored = _stored(step, tree or named or "ema")
+            content = read(stored)
+        except checkpoint.CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            logger.warning("%s is read, what is newer is not sound:\n  %s", step.url, "\n  ".join(problems))
+        return stored, content
+    if len(problems) == 1:
+        raise checkpoint.CheckpointError(problems[0])
+    if problems:
+        listing = "\n  ".join(problems)
+        raise checkpoint.CheckpointError(f"{path} holds checkpoints and none is sound:\n  {listing}")
+    return None
+
+
+def _steps_of(path: str) -> list[Store]:
+    """The checkpoints of a path, newest first, none if it is a folder of weights. ValueError if it is neither."""
     root = Path(path)
     if root.suffix in (".safetensors", ".json") and root.is_file():
-        return None
+        return []
     if "://" not in path and root.is_file():
         raise ValueError(f"{root}: expected a folder, got a file; bring it in with latte-scale import --source {root}")
     if "://" not in path and not root.is_dir():
         raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
-    step = find_step(path)
-    if step is None and "://" in path:
+    steps = find_steps(path)
+    if not steps and "://" in path:
         raise ValueError(
             f"{path}: expected a checkpoint or a place with some, none is there; a folder of weights is read from a "
             "disk: copy it there"
         )
-    if step is None and any((root / name).is_file() for name in ("run_id", "metrics.jsonl")):
+    if not steps and any((root / name).is_file() for name in ("run_id", "metrics.jsonl")):
         raise ValueError(
             f"{root}: expected a run with a checkpoint, this one has saved none yet; it saves every "
             "checkpoint.every_steps steps, and when it is stopped"
         )
-    if step is None:
-        return None
+    return steps
+
+
+def _stored(step: Store, wanted: str) -> Stored:
+    """A checkpoint's tree by the manifest. Raises CheckpointError without a sound one, ValueError for another tree."""
     found = checkpoint.open_checkpoint(step)
-    name, config = _tree_name(tree or named or "ema", found.manifest.trees, step.url), found.manifest.config
+    name, config = _tree_name(wanted, found.manifest.trees, step.url), found.manifest.config
     architecture = _architecture(config["model"], step.url)
     diffusion = settings.from_mapping(DiffusionSettings, config["diffusion"], step.url, "diffusion.")
     return Stored(f"{step.url}#{name}", found, name, architecture, diffusion, config)
+
+
+def _from_folder(source: str, tree: str | None, as_stored: bool = False) -> Weights:
+    """The weights of a folder. as_stored: in the dtype that they have there."""
+    path, named = split_tree(source)
+    root, wanted = Path(path), tree or named or "ema"
+    if wanted != "ema":
+        raise ValueError(f"{root}: a folder of weights holds one set of them, got a wish for {wanted!r}; leave it out")
+    architecture, state_dict = read_transformer(root, as_stored)
+    return Weights(str(root), architecture, state_dict, _diffusion_of(root), None)
 
 
 def _architecture(section: dict, where: str) -> LatteSettings | LatteT2VSettings:
@@ -184,25 +268,14 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
     return DiffusionSettings()
 
 
-def find_step(where: str) -> Store | None:
-    """The checkpoint that `where` is, or the newest sound one of a run or a place with checkpoints; None without any.
-
-    Newer ones that are not sound are logged. Raises CheckpointError if there are checkpoints and none is sound.
-    """
-    problems = []
+def find_steps(where: str) -> list[Store]:
+    """The checkpoint that `where` is, or all of a run or a place with checkpoints, newest first; sound or not."""
+    steps = []
     for place in places(where):
         if place.exists(checkpoint.MANIFEST):
-            return place
-        for step in reversed(checkpoint.list_steps(place)):
-            found = checkpoint.verify(step)
-            if not found:
-                if problems:
-                    logger.warning("%s is read, what is newer is not sound:\n%s", step.url, "\n".join(problems))
-                return step
-            problems += [f"  {step.url}: {problem}" for problem in found]
-    if problems:
-        raise checkpoint.CheckpointError(f"{where} holds checkpoints and none is sound:\n" + "\n".join(problems))
-    return None
+            return [*steps, place]
+        steps += reversed(checkpoint.list_steps(place))
+    return steps
 
 
 def places(where: str) -> list[Store]:

@@ -72,8 +72,8 @@ MAY_IMPORT = {
         "run.metrics",
         "synthetic",
     },
-    # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them.
-    "weights": {"checkpoint", "diffusion", "model", "settings", "store"},
+    # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them; equal on all ranks.
+    "weights": {"checkpoint", "diffusion", "engine.base", "model", "settings", "store"},
     # Requests, models and walks from noise to videos, for everything that samples: the command and validation.
     "sampling": {
         "sampling",

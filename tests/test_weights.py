@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from latte_scale.checkpoint import CheckpointError
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
 from latte_scale.model.build import build_model
@@ -15,7 +16,8 @@ from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2V, LatteT2VSettings
 from latte_scale.model.transformer_folder import write_transformer
 from latte_scale.settings import to_mapping
-from latte_scale.weights import check_init, fit_contrastive, load_weights
+from latte_scale.weights import check_init, fit_contrastive, load_weights, settle
+from tests.engine.toy import on_ranks
 from tests.weight_files import randomise, save_run
 
 CLASSES = LatteSettings(depth=2, width=16, num_heads=2, num_frames=4, num_classes=3, temporal_position="learnable")
@@ -62,7 +64,42 @@ def test_an_older_checkpoint_is_not_taken_in_silence(tmp_path, caplog):
     shutil.copytree(older, newer)
     (newer / "manifest.json").write_text("{")
     assert load_weights(str(tmp_path)).source.startswith(str(older))
-    assert f"{older} is read, what is newer is not sound" in caplog.text and f"{newer}: " in caplog.text
+    assert f"{older} is read, what is newer is not sound" in caplog.text and f"{newer}/" in caplog.text
+
+
+def test_only_the_weights_that_are_asked_for_are_read(tmp_path, caplog):
+    """A checkpoint is four times as large as one of its trees, and another tree's damage is no reason to go back."""
+    for step in (1, 2):
+        save_run(tmp_path, {"model": to_mapping(TEXT), "diffusion": {}}, build_model(TEXT).state_dict(), step)
+    older, newer = sorted((tmp_path / "checkpoints").iterdir())
+    (raw,) = newer.rglob("model.rank-*.safetensors")
+    raw.write_bytes(raw.read_bytes()[:-1] + b"?")
+    assert load_weights(str(tmp_path), "ema").source == f"{newer}#ema/0.99" and not caplog.records
+    assert load_weights(str(tmp_path), "raw").source == f"{older}#model"
+    assert f"{older} is read, what is newer is not sound" in caplog.text and raw.name in caplog.text
+    shutil.rmtree(older)
+    with pytest.raises(CheckpointError, match=rf"^{newer} is not sound: .*checksum.*; use another checkpoint"):
+        load_weights(str(tmp_path), "raw")
+
+
+def test_all_ranks_read_what_rank_0_found(tmp_path):
+    """A run that saves meanwhile shows another newest checkpoint to each; here each is even shown another run."""
+    for name in ("first", "second"):
+        save_run(tmp_path / name, {"model": to_mapping(TEXT), "diffusion": {}}, build_model(TEXT).state_dict())
+    (step,) = (tmp_path / "first" / "checkpoints").iterdir()
+    assert on_ranks(2, settle_each, [str(tmp_path / "first"), str(tmp_path / "second")], "raw") == [f"{step}#model"] * 2
+    write_transformer(tmp_path / "folder", TEXT, build_model(TEXT).state_dict())
+    folder = str(tmp_path / "folder")
+    assert on_ranks(2, settle_each, [folder] * 2, None) == [folder] * 2
+    for said in on_ranks(2, settle_each, [str(tmp_path / "nowhere"), folder], None):
+        assert said == f"{tmp_path}/nowhere: expected a run, a checkpoint or a folder of weights; no such folder"
+
+
+def settle_each(ranks, sources, tree):
+    try:
+        return settle(sources[ranks.rank], tree, ranks)
+    except ValueError as error:
+        return str(error)
 
 
 def test_a_run_from_before_the_kinds_is_text_to_video(tmp_path):

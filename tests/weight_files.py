@@ -171,11 +171,11 @@ def named(theirs: dict[str, Tensor], renamed: dict[str, str]) -> dict[str, Tenso
     }
 
 
-def save_run(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+def save_run(folder: Path, config: dict[str, Any], state: dict[str, Tensor], step: int = 1) -> None:
     """A checkpoint as a run leaves it: raw weights, and an average that is twice as large."""
     trees = {
         tree: [Piece(name, tuple(t.shape), 0, t.numel(), factor * t.flatten()) for name, t in state.items()]
         for tree, factor in (("model", 1.0), ("ema/0.99", 2.0), ("optim/exp_avg", 0.0), ("optim/exp_avg_sq", 0.0))
     }
-    ranks = Ranks(0, 1, 0, torch.device("cpu"))
-    Checkpointer(folder / "checkpoints", CheckpointSettings(asynchronous=False), ranks).save(1, trees, {}, config, "")
+    ranks, how = Ranks(0, 1, 0, torch.device("cpu")), CheckpointSettings(asynchronous=False)
+    Checkpointer(folder / "checkpoints", how, ranks).save(step, trees, {}, config, "")

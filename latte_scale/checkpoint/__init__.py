@@ -24,9 +24,10 @@ from latte_scale.checkpoint.load import (
     list_steps,
     load_full,
     load_into,
+    on_rank_0,
     open_checkpoint,
     verify,
-    verify_in_shares,
+    verify_tree,
 )
 from latte_scale.checkpoint.save import Checkpointer
 from latte_scale.checkpoint.settings import CheckpointSettings
@@ -47,9 +48,10 @@ __all__ = [
     "list_steps",
     "load_full",
     "load_into",
+    "on_rank_0",
     "open_checkpoint",
     "part_of_copies",
     "state_trees",
     "verify",
-    "verify_in_shares",
+    "verify_tree",
 ]

@@ -98,13 +98,13 @@ def open_checkpoint(where: str | Path | Store) -> Checkpoint:
     return Checkpoint(store, manifest)
 
 
-def verify_in_shares(checkpoint: Checkpoint, ranks: Ranks, tree: str) -> None:
-    """CheckpointError on all ranks if a file of one tree is damaged; each rank reads its share. A collective."""
-    names = Reader(checkpoint).files_of(tree)
-    shares = ranks.all_gather_object(_verify_share(checkpoint, names[ranks.rank :: ranks.size]))
-    found = "; ".join([problem for share, _ in shares for problem in share] + [why for _, why in shares if why])
-    if found:
-        raise CheckpointError(f"{checkpoint.url} is not sound: {found}; use another checkpoint")
+def verify_tree(checkpoint: Checkpoint, tree: str) -> None:
+    """CheckpointError if a file of one tree is damaged, or there is no such tree. Raises one of INCONCLUSIVE."""
+    if tree not in checkpoint.manifest.trees:
+        raise CheckpointError(f"{checkpoint.url} has no tree {tree!r}; it has {', '.join(checkpoint.manifest.trees)}")
+    problems = verify_files(checkpoint, Reader(checkpoint).files_of(tree))
+    if problems:
+        raise CheckpointError(f"{checkpoint.url} is not sound: {'; '.join(problems)}; use another checkpoint")
 
 
 def list_steps(where: str | Path | Store) -> list[Store]:
@@ -170,14 +170,19 @@ def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[st
 
 
 def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
-    """The result of `function` on rank 0, on all ranks; its CheckpointError or OSError is a CheckpointError on all."""
+    """The result of `function` on rank 0, on all ranks.
+
+    Its CheckpointError or OSError is a CheckpointError on all, and its ValueError a ValueError.
+    """
     result: T | None = None
-    error: CheckpointError | None = None
+    error: CheckpointError | ValueError | None = None
     if ranks.rank == 0:
         try:
             result = function()
         except (CheckpointError, OSError) as raised:
             error = error_class_of(raised)(str(raised))
+        except ValueError as raised:
+            error = ValueError(str(raised))
     result, error = ranks.broadcast_object((result, error))
     if error is not None:
         raise error
@@ -218,14 +223,9 @@ def load_full(where: str | Path | Store, tree: str = "model") -> dict[str, Tenso
     Raises CheckpointError if the checkpoint or the tree is not there, or a file is damaged.
     """
     checkpoint = open_checkpoint(where)
-    manifest, reader = checkpoint.manifest, Reader(checkpoint)
-    if tree not in manifest.trees:
-        raise CheckpointError(f"{checkpoint.url} has no tree {tree!r}; it has {', '.join(manifest.trees)}")
-    problems = verify_files(checkpoint, reader.files_of(tree))
-    if problems:
-        raise CheckpointError(f"{checkpoint.url} is not sound: {'; '.join(problems)}; use another checkpoint")
-    tensors = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest.shapes.items()}
-    reader.fill(tree, [whole_piece(name, tensor) for name, tensor in tensors.items()])
+    verify_tree(checkpoint, tree)
+    tensors = {name: torch.empty(shape, dtype=torch.float32) for name, shape in checkpoint.manifest.shapes.items()}
+    Reader(checkpoint).fill(tree, [whole_piece(name, tensor) for name, tensor in tensors.items()])
     return tensors
 
 

@@ -107,15 +107,20 @@ def write_transformer(
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def read_transformer(source: str | Path) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor]]:
+def read_transformer(
+    source: str | Path, as_stored: bool = False
+) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor]]:
     """Settings and float32 state dict of a pipeline's folder, its transformer/ folder, or a file in it.
+
+    as_stored: in the dtype that it has there, mapped from the files and not read.
 
     A pipeline needs a variance half in the output, so export pads one of zeros where the model has none; padding is
     taken off again. Raises ValueError that names the file, what was expected, what came and what to do.
     """
     folder = model_folder(Path(source))
     settings = settings_from_config(read_config(folder), str(folder / CONFIG))
-    state = {name: tensor.float() for name, tensor in read_weights(folder).items() if name != UNUSED}
+    stored = {name: tensor for name, tensor in read_weights(folder).items() if name != UNUSED}
+    state = stored if as_stored else {name: tensor.float() for name, tensor in stored.items()}
     check_state(settings, state, str(folder))
     return (settings, state) if isinstance(settings, LatteSettings) else _without_padding(settings, state)
 

@@ -19,7 +19,7 @@ from latte_scale.engine.dist import Ranks
 from latte_scale.model.build import build_model
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.sampling.requests import Architecture
-from latte_scale.weights import find_stored, load_weights, split_tree
+from latte_scale.weights import find_stored, load_weights, settle, split_tree
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Loaded:
     config: dict | None  # the run's; None for a folder of weights
 
 
-def load_model(source: str, tree: str | None, device: torch.device) -> Loaded:
-    """The model whole on a device; `source` and `tree` as `load_weights` takes them, with its ValueErrors."""
-    weights = load_weights(source, tree)
-    model = weights.build().to(device)
+def load_model(source: str, tree: str | None, ranks: Ranks) -> Loaded:
+    """The model whole on each rank's device; `source` and `tree` as `load_weights` takes them, with its errors."""
+    weights = load_weights(settle(source, tree, ranks))
+    model = weights.build().to(ranks.device)
     return Loaded(model, weights.architecture, weights.diffusion, weights.source, weights.config)
 
 
 def load_sharded(source: str, tree: str | None, ranks: Ranks) -> Loaded:
     """The model under FSDP2, each rank's rows read straight from the pieces of a checkpoint. A collective."""
-    stored = find_stored(source, tree)
+    stored = find_stored(settle(source, tree, ranks))
     if stored is None or ranks.size == 1:
         came = "one rank" if stored is not None else f"a folder of weights, {source}"
         raise ValueError(f"--shard: expected a run's checkpoint and several ranks, got {came}; leave it out")
@@ -51,7 +51,6 @@ def load_sharded(source: str, tree: str | None, ranks: Ranks) -> Loaded:
     with torch.device("meta"):
         model = build_model(stored.architecture)
     shards = shard_empty(model, model.repeated_blocks(), ranks)
-    checkpoint.verify_in_shares(stored.checkpoint, ranks, stored.tree)
     pieces = [checkpoint.Piece(shard.name, shard.shape, shard.start, shard.stop, shard.param) for shard in shards]
     checkpoint.load_into(stored.checkpoint, {stored.tree: pieces})
     return Loaded(model.eval(), stored.architecture, stored.diffusion, stored.source, stored.config)

@@ -53,7 +53,7 @@ def requests(architecture: Any, count: int = 5) -> list[Request]:
 
 def sample_on(ranks: Ranks, folder: str, sharded: bool) -> dict[int, torch.Tensor]:
     """Latents by number: this rank's share."""
-    loaded = load_sharded(folder, None, ranks) if sharded else load_model(folder, None, CPU)
+    loaded = load_sharded(folder, None, ranks) if sharded else load_model(folder, None, ranks)
     asked, drawn = requests(loaded.architecture), {}
     for batch in batches_of(5, 2, ranks.rank, ranks.size):
         chosen = [asked[number or 0] for number in batch]
