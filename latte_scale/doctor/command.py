@@ -112,6 +112,7 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
         "modules": variables.shadow_lines,
         "names": lambda: network.name_lines(environ, several_hosts),
         "data": lambda: stored.data_lines(config, ranks.rank, ranks.size),
+        "init": lambda: stored.init_lines(config),
     }
     if first_here:  # one write a machine: every rank of a large job at once would measure itself
         checks["writing"] = lambda: saving.saving_lines(config, environ)

@@ -1,8 +1,8 @@
 """The data: whether it fits the config, whether a spot check finds it sound, how fast this machine reads it.
 
-In: a Config and which rank this is. Out: lines, and bytes a second, which `rate_lines` judges over all machines. The
-decision worth knowing: this is a spot check. Every rank looks at shards and samples of its own, so a job of many ranks
-looks at many; `latte-data verify` alone reads everything.
+Also whether model.init, the weights to begin from, fits. In: a Config and which rank this is. Out: lines, and bytes a
+second, which `rate_lines` judges over all machines. The decision worth knowing: this is a spot check. Every rank looks
+at shards and samples of its own, so a job of many ranks looks at many; `latte-data verify` alone reads everything.
 """
 
 import time
@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from latte_scale.check_data import check_data
+from latte_scale.checkpoint import CheckpointError, list_steps
 from latte_scale.config import Config
 from latte_scale.data.idle import idle_words
 from latte_scale.data.loader import open_datasets, open_images
@@ -21,9 +24,11 @@ from latte_scale.data.shares import check_ranks, rank_range
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.encoders import EncoderError, are_local, encoder_folders, find_vae
 from latte_scale.estimate.buckets import buckets_of
+from latte_scale.model.build import build_model
 from latte_scale.planning import open_data, plan_of
 from latte_scale.run.metrics import read_metrics
 from latte_scale.store import StoreError
+from latte_scale.weights import begin_with, outline
 
 NUM_SHARDS, NUM_SAMPLES = 3, 4
 """Shards that a rank looks at, and samples of each."""
@@ -95,6 +100,22 @@ def local_folders(config: Config) -> list[Path]:
     """The folders of those encoders that the config names by folder."""
     names = (config.read_encoders.vae, config.read_encoders.text)
     return [Path(name) for name in names if name is not None and Path(name).is_dir()]
+
+
+def init_lines(config: Config) -> list[Line]:
+    """Whether a new run could begin from model.init: by names and shapes, its weights are not read."""
+    if config.model.init is None:
+        return []
+    try:
+        if list_steps(config.checkpoint_store):
+            return [Line("ok", "init", "model.init is not read: the run goes on from its own checkpoint")]
+        weights = outline(config.model.init)
+        with torch.device("meta"):
+            first = build_model(config.model).state_dict()
+        _, changes = begin_with(weights, config.model, config.diffusion, first)
+    except (ValueError, CheckpointError, StoreError) as error:
+        return [fault_of("init", error)]
+    return [Line("ok", "init", f"{weights.source}: {'; '.join(changes) or 'the same model and diffusion'}")]
 
 
 def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:

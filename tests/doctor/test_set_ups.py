@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,11 @@ from latte_scale.doctor import command as doctor
 from latte_scale.doctor import saving
 from latte_scale.doctor.stored import world_lines
 from latte_scale.engine import shutdown
+from latte_scale.model.build import build_model
 from latte_scale.run.lease import this_process
+from latte_scale.settings import to_mapping
 from tests.conftest import ROOT
+from tests.weight_files import save_run
 
 CONFIG = str(ROOT / "configs" / "tiny_cpu.yaml")
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29511"}
@@ -92,6 +95,23 @@ def test_an_index_of_another_shard(ask, data_sets, tmp_path):
 def test_data_that_does_not_fit(ask):
     code, lines = ask("model.caption_channels=32")
     assert code == 1 and "caption_channels" in of(lines, "fit")["found"]
+
+
+def test_weights_to_begin_from(ask, tmp_path):
+    """By names and shapes; once the run has a checkpoint nothing reads them any more."""
+    tiny = load_config(CONFIG, [f"data.url={tmp_path}"])
+    for name, model in (("same", tiny.model), ("deeper", replace(tiny.model, num_layers=tiny.model.num_layers + 1))):
+        section = {**to_mapping(tiny), "model": to_mapping(model)}
+        save_run(tmp_path / name, section, build_model(model).state_dict())
+    code, lines = ask(f"model.init={tmp_path / 'same'}#raw", "diffusion.objective=flow")
+    (step,) = (tmp_path / "same" / "checkpoints").iterdir()
+    assert code == 0 and of(lines, "init")["found"] == f"{step}#model: diffusion.objective was 'v', is 'flow'"
+    code, lines = ask(f"model.init={tmp_path / 'nowhere'}")
+    assert code == 1 and faults(lines) == ["init"] and of(lines, "init")["remedy"] == "no such folder"
+    code, lines = ask(f"model.init={tmp_path / 'deeper'}")
+    assert code == 1 and faults(lines) == ["init"] and "tensors do not fit" in of(lines, "init")["found"]
+    code, lines = ask(f"model.init={tmp_path / 'deeper'}", f"run.dir={tmp_path / 'same'}")
+    assert code == 0 and "goes on from its own checkpoint" in of(lines, "init")["found"]
 
 
 def test_a_folder_that_cannot_be_written(ask, tmp_path):
