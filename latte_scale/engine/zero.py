@@ -83,6 +83,7 @@ class ZeroEngine:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self._forget_gradients()
         applied = self._engine.was_step_applied()
         self._num_updates += int(applied)
         norm = self._engine.get_global_grad_norm() if applied else float("inf")
@@ -111,17 +112,34 @@ class ZeroEngine:
         if persistent:
             persistent[0].all_gather(persistent)
 
+    @torch.no_grad()
+    def _forget_gradients(self) -> None:
+        """Zero the gradient buffers that outlive a step: a backward only writes those of parameters that it reaches.
+
+        Else one that the next step does not use (temporal positions, in a step of images) would be updated once more
+        with its old gradient.
+        """
+        if self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        for flat in self._flat_weights():
+            if flat.grad is not None:  # kept with offload alone
+                flat.grad.zero_()
+
     def _make_states(self) -> None:
         """Create the moments and step counters, which DeepSpeed leaves to the first step, where a load can find them.
 
         Versions that do create them took a step on zero gradients for it: the counters are set back, so that the bias
         correction of the first real update is that of plain torch.
         """
-        zero = self._zero
-        for flat in zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups:
+        for flat in self._flat_weights():
             self._adamw.state[flat] = zero_state(flat.detach())
         if self._stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _flat_weights(self) -> list[Tensor]:
+        """This rank's flat fp32 partitions, which the optimizer updates."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
 
 def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_elements: int) -> dict[str, Any]:
