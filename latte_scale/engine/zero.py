@@ -156,7 +156,7 @@ def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_element
             "stage3_param_persistence_threshold": settings.zero_persistent_elements,
         }
     else:
-        zero["allgather_bucket_size"] = bucket
+        zero["allgather_bucket_size"] = bucket + bucket % 2  # an odd one is refused
     if settings.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
