@@ -6,6 +6,7 @@ The decision worth knowing: this is the only file that touches DeepSpeed's priva
 `_*_shards` functions and refreshed in `after_load`; tests/engine/test_zero.py pins them to the versions it has seen.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from latte_scale.engine.base import (
     EngineSettings,
@@ -64,6 +66,8 @@ class ZeroEngine:
         self._zero = self._engine.optimizer
         self._clip_norm = optim.clip_norm or 0.0
         self._make_states()
+        if self._stage == 3 and "selective" in (settings.activation_checkpointing, settings.other_blocks):
+            self._hide_gathering()
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -112,6 +116,16 @@ class ZeroEngine:
         if persistent:
             persistent[0].all_gather(persistent)
 
+    def _hide_gathering(self) -> None:
+        """Let selective checkpointing see the operators of the blocks alone, and not how their weights are gathered.
+
+        It counts operators, and refuses a block that runs more of one kind again than it ran before. DeepSpeed gathers
+        and frees inside the blocks, and not alike in both: not in the first step after a load, nor after a validation.
+        """
+        coordinator = self._zero.parameter_offload.get_param_coordinator()
+        for name in ("trace_prologue", "fetch_sub_module", "release_sub_module"):
+            setattr(coordinator, name, _without_modes(getattr(coordinator, name)))
+
     @torch.no_grad()
     def _forget_gradients(self) -> None:
         """Zero the gradient buffers that outlive a step: a backward only writes those of parameters that it reaches.
@@ -140,6 +154,17 @@ class ZeroEngine:
         """This rank's flat fp32 partitions, which the optimizer updates."""
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def _without_modes(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, unseen by the dispatch modes that are on around it."""
+
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_elements: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def test_the_version_is_one_whose_private_attributes_were_checked() -> None:
     version = importlib.metadata.version("deepspeed")
     assert version.startswith(SEEN_VERSIONS), (
         f"deepspeed {version}: run tests/engine, look at _fragment_shards, _partition_shards, _make_states, "
-        "_forget_gradients and after_load of engine/zero.py against its sources, then add it here"
+        "_forget_gradients, _hide_gathering and after_load of engine/zero.py against its sources, then add it here"
     )
 
 
