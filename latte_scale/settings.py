@@ -170,7 +170,7 @@ def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted:
     if len(sections) == 1 or not isinstance(value, dict) or "kind" not in value:
         return sections[0]
     by_kind = {_kind(section): section for section in sections}
-    if value["kind"] not in by_kind:
+    if value["kind"] not in list(by_kind):  # a list: the value may be anything, also what no dict has as a key
         raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, got {value['kind']!r}")
     return by_kind[value["kind"]]
 

@@ -137,6 +137,7 @@ def test_a_section_of_several_kinds_is_chosen_by_kind(mapping, expected):
     ("mapping", "words"),
     [
         ({"shape": {"kind": "star"}}, ["shape.kind", "one of circle, square", "'star'"]),
+        ({"shape": {"kind": ["circle"]}}, ["shape.kind", "one of circle, square", "['circle']"]),
         ({"shape": {"kind": "square", "radius": 1}}, ["shape.radius", "did you mean shape.side"]),
         ({"shape": 3}, ["shape", "expected a section", "3"]),
     ],

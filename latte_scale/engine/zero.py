@@ -6,6 +6,7 @@ The decision worth knowing: this is the only file that touches DeepSpeed's priva
 `_*_shards` functions and refreshed in `after_load`; tests/engine/test_zero.py pins them to the versions it has seen.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from latte_scale.engine.base import (
     EngineSettings,
@@ -64,6 +66,8 @@ class ZeroEngine:
         self._zero = self._engine.optimizer
         self._clip_norm = optim.clip_norm or 0.0
         self._make_states()
+        if self._stage == 3 and "selective" in (settings.activation_checkpointing, settings.other_blocks):
+            self._hide_gathering()
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -83,6 +87,7 @@ class ZeroEngine:
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self._forget_gradients()
         applied = self._engine.was_step_applied()
         self._num_updates += int(applied)
         norm = self._engine.get_global_grad_norm() if applied else float("inf")
@@ -111,17 +116,55 @@ class ZeroEngine:
         if persistent:
             persistent[0].all_gather(persistent)
 
+    def _hide_gathering(self) -> None:
+        """Let selective checkpointing see the operators of the blocks alone, and not how their weights are gathered.
+
+        It counts operators, and refuses a block that runs more of one kind again than it ran before. DeepSpeed gathers
+        and frees inside the blocks, and not alike in both: not in the first step after a load, nor after a validation.
+        """
+        coordinator = self._zero.parameter_offload.get_param_coordinator()
+        for name in ("trace_prologue", "fetch_sub_module", "release_sub_module"):
+            setattr(coordinator, name, _without_modes(getattr(coordinator, name)))
+
+    @torch.no_grad()
+    def _forget_gradients(self) -> None:
+        """Zero the gradient buffers that outlive a step: a backward only writes those of parameters that it reaches.
+
+        Else one that the next step does not use (temporal positions, in a step of images) would be updated once more
+        with its old gradient.
+        """
+        if self._stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        for flat in self._flat_weights():
+            if flat.grad is not None:  # kept with offload alone
+                flat.grad.zero_()
+
     def _make_states(self) -> None:
         """Create the moments and step counters, which DeepSpeed leaves to the first step, where a load can find them.
 
         Versions that do create them took a step on zero gradients for it: the counters are set back, so that the bias
         correction of the first real update is that of plain torch.
         """
-        zero = self._zero
-        for flat in zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups:
+        for flat in self._flat_weights():
             self._adamw.state[flat] = zero_state(flat.detach())
         if self._stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _flat_weights(self) -> list[Tensor]:
+        """This rank's flat fp32 partitions, which the optimizer updates."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def _without_modes(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, unseen by the dispatch modes that are on around it."""
+
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_elements: int) -> dict[str, Any]:
@@ -138,7 +181,7 @@ def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_element
             "stage3_param_persistence_threshold": settings.zero_persistent_elements,
         }
     else:
-        zero["allgather_bucket_size"] = bucket
+        zero["allgather_bucket_size"] = bucket + bucket % 2  # an odd one is refused
     if settings.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -9,7 +9,7 @@ from latte_scale.engine import EngineSettings, Ranks, build_engine
 from latte_scale.engine.activations import checkpoint_blocks
 from latte_scale.engine.compiling import compile_blocks
 from latte_scale.optim import OptimSettings
-from tests.engine.toy import GLOBAL_BATCH, Toy, build, full_weights, on_one, on_ranks, toy, train, train_step
+from tests.engine.toy import GLOBAL_BATCH, Toy, build, full_weights, on_one, on_ranks, settings, toy, train, train_step
 
 SHARDED = ("fsdp2", "zero1", "zero2", "zero3")
 TOLERANCE_FP32 = 1e-5  # relative, over 20 steps; measured at most 3e-7: only the order of the sums differs
@@ -333,3 +333,64 @@ def test_ranks_with_different_weights_are_refused() -> None:
         on_ranks(2, different_seeds)
         == ["the initial weights of ranks [1] differ from rank 0's; build the model from one seed"] * 2
     )
+
+
+class Seldom(torch.nn.Module):
+    """A layer, and a table that only some steps use: as temporal positions, of which a step of images needs none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.zeros(3, 8))
+
+    def forward(self, x_BC: torch.Tensor, uses_table: bool) -> torch.Tensor:
+        return self.layer(x_BC + self.table.sum(0) if uses_table else x_BC)
+
+
+def seldom_used(ranks: Ranks, kinds: list[str]) -> dict[str, tuple[list[float], torch.Tensor]]:
+    """Gradient norms of two steps that use the table, two that do not and one more that does, and the table then."""
+    found = {}
+    for case in kinds:
+        kind, _, offload = case.partition("+")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Seldom()
+        optim = OptimSettings(clip_norm=None, eps=1e-3)  # eps: a gradient of rounding errors alone moves nothing
+        engine = build_engine(settings(kind, cpu_offload=bool(offload)), optim, "fp32", model, [model.layer], ranks)
+        norms = []
+        for step, uses_table in enumerate((True, True, False, False, True)):
+            for micro in range(2):
+                x_BC = torch.randn(4, 8, generator=torch.Generator().manual_seed(2 * step + micro))
+                mine = x_BC[4 * ranks.rank // ranks.size : 4 * (ranks.rank + 1) // ranks.size]
+                engine.backward(engine.model(mine, uses_table).square().sum() / 8, last_microbatch=micro == 1)
+            norms.append(float(engine.step(1e-2).grad_norm))
+        found[case] = norms, full_weights(engine)["table"]
+    return found
+
+
+def test_a_parameter_that_a_step_does_not_use_has_no_gradient_in_it():
+    """And not once more that of the step before, which ZeRO keeps in its buffers (stage 3, or offload)."""
+    norms, table = on_one(seldom_used, ["single"])["single"]
+    kinds = [*SHARDED, "zero1+offload", "zero2+offload", "zero3+offload"]
+    for kind, (came, its) in on_ranks(2, seldom_used, kinds)[0].items():
+        assert apart(came, norms) < TOLERANCE_FP32, kind
+        torch.testing.assert_close(its, table, rtol=1e-5, atol=1e-6, msg=kind)
+
+
+def after_loads_and_looks(ranks: Ranks, ways: list[str]) -> list[list[float]]:
+    """Losses under stage 3 of two steps right after a load, and of two after forwards alone."""
+    found = []
+    for way in ways:
+        engine = build("zero3", ranks, activation_checkpointing=way, zero_persistent_elements=200)
+        engine.after_load(0)
+        losses = train(engine, 2)
+        with torch.no_grad():
+            for step in range(2):
+                engine.model(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(step)))
+        found.append(losses + train(engine, range(2, 4)))
+    return found
+
+
+def test_selective_checkpointing_does_not_mind_how_stage_3_gathers_weights():
+    """DeepSpeed gathers inside the blocks, and more in some steps than in others: torch took that for another model."""
+    selective, full = on_ranks(2, after_loads_and_looks, ["selective", "full"])[0]
+    assert selective == full

@@ -11,7 +11,7 @@ import torch
 from latte_scale.engine import EngineSettings, OptimSettings, Ranks
 from latte_scale.engine.zero import deepspeed_config
 from tests.conftest import run_in_process
-from tests.engine.toy import build, full_weights, on_ranks, toy, train, train_step
+from tests.engine.toy import build, full_weights, on_one, on_ranks, toy, train, train_step
 
 pytest.importorskip("deepspeed")
 
@@ -21,8 +21,8 @@ SEEN_VERSIONS = ("0.19.",)
 def test_the_version_is_one_whose_private_attributes_were_checked() -> None:
     version = importlib.metadata.version("deepspeed")
     assert version.startswith(SEEN_VERSIONS), (
-        f"deepspeed {version}: run tests/engine, look at _fragment_shards, _partition_shards, _make_states and "
-        "after_load of engine/zero.py against its sources, then add it here"
+        f"deepspeed {version}: run tests/engine, look at _fragment_shards, _partition_shards, _make_states, "
+        "_forget_gradients, _hide_gathering and after_load of engine/zero.py against its sources, then add it here"
     )
 
 
@@ -59,7 +59,18 @@ def test_bucket_sizes_can_be_set() -> None:
     zero = third["zero_optimization"]
     assert zero["reduce_bucket_size"] == 7 and zero["stage3_prefetch_bucket_size"] == 5
     assert zero["stage3_param_persistence_threshold"] == 3
-    assert second["zero_optimization"]["allgather_bucket_size"] == 7
+    assert second["zero_optimization"]["reduce_bucket_size"] == 7
+    assert second["zero_optimization"]["allgather_bucket_size"] == 8  # DeepSpeed refuses an odd one
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_bucket_of_an_odd_number_of_elements_trains(stage: str) -> None:
+    """Also by default, in a small model: the bucket is no larger than its number of parameters."""
+    assert on_one(two_losses, stage, 2001) == on_one(two_losses, stage, 2000)
+
+
+def two_losses(ranks: Ranks, kind: str, bucket: int) -> list[float]:
+    return train(build(kind, ranks, zero_bucket_elements=bucket), 2)
 
 
 def inside(ranks: Ranks) -> list[dict[str, Any]]:
