@@ -107,13 +107,19 @@ class Lease:
         threading.Thread(target=self._live, name="lease", daemon=True).start()
 
     def _live(self) -> None:
-        """Send heartbeats (touch the file) as long as the lease is ours."""
+        """Send heartbeats (touch the file) as long as the lease is ours.
+
+        The file that was read is touched, not the path: another attempt may put its own there in between.
+        """
         while not self._given_back.wait(TOUCH_EVERY_S):
             try:
-                current = self._read()
-                if current is None or current.token != self.holder.token:
-                    return  # `check` raises before the next write
-                os.utime(self.path)
+                with open(self.path, "rb") as file:
+                    current = _parse(file.read())
+                    if current is None or current.token != self.holder.token:
+                        return  # `check` raises before the next write
+                    os.utime(file.fileno())
+            except FileNotFoundError:  # given back
+                return
             except OSError:  # a shared folder that does not answer for a moment; the next heartbeat may arrive
                 continue
 
@@ -225,6 +231,14 @@ class Lease:
 def holder_of(folder: str | Path) -> Holder | None:
     """Who holds a run folder; None if nobody does, or if the lease is cut (by a full disk) or of another version."""
     try:
-        return Holder(**json.loads((Path(folder) / "lease.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return _parse((Path(folder) / "lease.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _parse(content: bytes) -> Holder | None:
+    """The holder that a lease names; None if it is cut or of another version."""
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError):
         return None

@@ -125,6 +125,23 @@ def test_a_holder_that_is_busy_for_long_shows_that_it_lives_until_it_gives_the_f
     assert path.stat().st_mtime == 1.0, "the next holder's signs are its own"
 
 
+def test_a_holder_that_is_replaced_as_it_shows_a_sign_gives_none_for_the_next(tmp_path, monkeypatch):
+    """Between its look at the lease and its touch."""
+    path, touch, touched = tmp_path / "lease.json", os.utime, threading.Event()
+
+    def touch_late(what, *times):
+        path.unlink()
+        write(tmp_path, other_host())
+        touch(path, (1.0, 1.0))
+        touch(what, *times)
+        touched.set()
+
+    monkeypatch.setattr(module, "TOUCH_EVERY_S", 0.05)
+    monkeypatch.setattr(os, "utime", touch_late)
+    Lease(tmp_path, this_process())
+    assert touched.wait(60) and path.stat().st_mtime == 1.0
+
+
 @pytest.mark.parametrize(("offset_s", "words"), [(-3600, "3600 s behind"), (3600, "3600 s ahead")])
 def test_a_holder_that_stamps_files_in_another_hour_is_seen_to_live(tmp_path, monkeypatch, offset_s, words):
     """Where machines stamp files with their own clocks: its touches look hours old, or come from the future."""
