@@ -138,12 +138,13 @@ class Lease:
     def _wait_for_holder(self, temporary: Path, tell: Callable[[str], None]) -> None:
         """Return once nobody holds the folder. LeaseError at once, or where a holder of the same job does not die."""
         mine, until_s, has_told = self.holder, time.monotonic() + LOST_S + WATCH_S, False
+        is_late = False  # by the clock before the look, for a shared folder may answer it a minute later
         while (reason := self._refusal(now=temporary.stat().st_mtime)) is not None:
             current = self._read()
             if current is None:  # given back in this moment
                 continue
             is_peer = self._same_job(current) and current.restart == mine.restart and current.host != mine.host
-            if not is_peer or time.monotonic() > until_s:
+            if not is_peer or is_late:
                 raise LeaseError(reason)
             if not has_told:
                 tell(
@@ -152,6 +153,7 @@ class Lease:
                 )
                 has_told = True
             time.sleep(WATCH_S / 20)
+            is_late = time.monotonic() > until_s
             os.utime(temporary)  # `now`, by the folder's clock
 
     def check(self) -> None:

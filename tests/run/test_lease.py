@@ -250,6 +250,21 @@ def test_torchruns_next_attempt_waits_for_a_lost_host_and_not_for_a_living_one(t
     assert told == [line], "these wait for nobody"
 
 
+def test_a_folder_that_answers_late_does_not_keep_a_lost_hosts_lease_alive(tmp_path, monkeypatch):
+    """The first look begins right after the last heartbeat, and its answer comes when all patience is used up."""
+    monkeypatch.setattr(module, "LOST_S", 0.3)
+    monkeypatch.setattr(module, "WATCH_S", 0.1)
+
+    def read_late(folder):
+        monkeypatch.setattr(module, "holder_of", holder_of)
+        time.sleep(0.5)
+        return holder_of(folder)
+
+    write(tmp_path, other_host(job_id="t2v"))
+    monkeypatch.setattr(module, "holder_of", read_late)
+    Lease(tmp_path, this_process({"TORCHELASTIC_RUN_ID": "t2v"})).check()
+
+
 def test_a_released_or_unreadable_lease_holds_nobody(tmp_path):
     lease = Lease(tmp_path, this_process())
     lease.release()
