@@ -140,9 +140,8 @@ def test_everything_at_once(s3):
 
 
 def test_a_slow_read_is_asked_for_once_more_and_the_first_answer_counts(s3):
-    store = with_shard(
-        s3, hedge_after_s=2.0, request_timeout_s=20.0, stall_budget_s=60.0
-    )  # the first bytes come before
+    # After so long that the bytes before the stall have come, on a slow machine too.
+    store = with_shard(s3, hedge_after_s=2.0, request_timeout_s=20.0, stall_budget_s=60.0)
     s3.fail("stall", match="GET", at=250_000, seconds=60)
     begun = time.monotonic()
     assert store.read("shard.tar", 0, SIZE) == DATA
