@@ -1,7 +1,9 @@
 """Commands that tests start and wait for. Of one that hangs the test says where: the stacks of all its processes."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -51,6 +53,16 @@ def _finish(process: Popen, until_s: float) -> str | None:
             words += "".join(process.communicate(timeout=LAST_WORDS_S))
             break
     return f"{' '.join(process.args)}:\n{words}"
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now, and that no connection gets before it is used: those begin at
+    32768 (ip_local_port_range)."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def descendants(pid: int) -> set[int]:

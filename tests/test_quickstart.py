@@ -24,7 +24,7 @@ def test_from_clips_to_a_report_with_a_kill_on_the_way(tmp_path, monkeypatch):
     assert quickstart.main(["--out", str(out)]) == 0
 
     (restart,) = read_metrics(out / "run" / "logs" / "restarts.jsonl")
-    assert restart["step"] in (60, 120) and restart["replayed_steps"]
+    assert restart["step"] in (60, 120, 180) and restart["replayed_steps"]  # 60 unless the kill came late
     records = read_metrics(out / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(240))
     assert json.loads((out / "run" / "exit.json").read_text())["code"] == 0

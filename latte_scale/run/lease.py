@@ -107,13 +107,19 @@ class Lease:
         threading.Thread(target=self._live, name="lease", daemon=True).start()
 
     def _live(self) -> None:
-        """Send heartbeats (touch the file) as long as the lease is ours."""
+        """Send heartbeats (touch the file) as long as the lease is ours.
+
+        The file that was read is touched, not the path: another attempt may put its own there in between.
+        """
         while not self._given_back.wait(TOUCH_EVERY_S):
             try:
-                current = self._read()
-                if current is None or current.token != self.holder.token:
-                    return  # `check` raises before the next write
-                os.utime(self.path)
+                with open(self.path, "rb") as file:
+                    current = _parse(file.read())
+                    if current is None or current.token != self.holder.token:
+                        return  # `check` raises before the next write
+                    os.utime(file.fileno())
+            except FileNotFoundError:  # given back
+                return
             except OSError:  # a shared folder that does not answer for a moment; the next heartbeat may arrive
                 continue
 
@@ -132,12 +138,13 @@ class Lease:
     def _wait_for_holder(self, temporary: Path, tell: Callable[[str], None]) -> None:
         """Return once nobody holds the folder. LeaseError at once, or where a holder of the same job does not die."""
         mine, until_s, has_told = self.holder, time.monotonic() + LOST_S + WATCH_S, False
+        is_late = False  # by the clock before the look, for a shared folder may answer it a minute later
         while (reason := self._refusal(now=temporary.stat().st_mtime)) is not None:
             current = self._read()
             if current is None:  # given back in this moment
                 continue
             is_peer = self._same_job(current) and current.restart == mine.restart and current.host != mine.host
-            if not is_peer or time.monotonic() > until_s:
+            if not is_peer or is_late:
                 raise LeaseError(reason)
             if not has_told:
                 tell(
@@ -146,6 +153,7 @@ class Lease:
                 )
                 has_told = True
             time.sleep(WATCH_S / 20)
+            is_late = time.monotonic() > until_s
             os.utime(temporary)  # `now`, by the folder's clock
 
     def check(self) -> None:
@@ -225,6 +233,14 @@ class Lease:
 def holder_of(folder: str | Path) -> Holder | None:
     """Who holds a run folder; None if nobody does, or if the lease is cut (by a full disk) or of another version."""
     try:
-        return Holder(**json.loads((Path(folder) / "lease.json").read_text()))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return _parse((Path(folder) / "lease.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _parse(content: bytes) -> Holder | None:
+    """The holder that a lease names; None if it is cut or of another version."""
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError):
         return None

@@ -30,6 +30,7 @@ TEMPORARY_AGE_S = 600.0  # a temporary file older than this has lost its writer
 FILL_TO = 0.9  # of the limit, after making room
 LOCK_WAIT_S = 0.05
 CLAIM_WAIT_S, CLAIM_POLL_S = 10.0, 0.002  # for another who fetches the same
+NUM_LISTINGS = 20  # of one folder: its unfinished entries are as many as writers, and each gets its name once
 PAUSE_S = 30.0  # without writing, after the disk refused
 
 log = logging.getLogger(__name__)
@@ -188,13 +189,15 @@ class Cache:
         return total
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """(time of last use, bytes, path) of every entry; an unfinished one whose writer is gone counts as unused."""
+        """(time of last use, bytes, path) of every entry; an unfinished one whose writer is gone counts as unused.
+
+        Called under the lock, which an unfinished one needs no more to get its name: it may do so between the listing
+        of its folder and the look at it, and would be missing in the total for good.
+        """
         for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
-            with suppress(OSError), os.scandir(folder) as files:
-                for file in files:
-                    info = file.stat(follow_symlinks=False)
-                    lost = TEMPORARY in file.name and time.time() - info.st_mtime > TEMPORARY_AGE_S
-                    yield (0.0 if lost else info.st_mtime), info.st_size, Path(file.path)
+            for path, info in _listed(folder):
+                lost = TEMPORARY in path.name and time.time() - info.st_mtime > TEMPORARY_AGE_S
+                yield (0.0 if lost else info.st_mtime), info.st_size, path
 
     @contextmanager
     def _locked(self) -> Iterator[int | None]:
@@ -220,6 +223,22 @@ class Cache:
 
 class _UnsoundError(Exception):
     """An entry that is not what its name says."""
+
+
+def _listed(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of a folder, listed until none of them is gone when it is looked at; none if it cannot be read."""
+    found = []
+    for _ in range(NUM_LISTINGS):
+        found, is_whole = [], True
+        with suppress(OSError), os.scandir(folder) as files:
+            for file in files:
+                try:
+                    found.append((Path(file.path), file.stat(follow_symlinks=False)))
+                except FileNotFoundError:
+                    is_whole = False
+        if is_whole:
+            break
+    return found
 
 
 def _locked_now(descriptor: int) -> bool:

@@ -8,6 +8,7 @@ workers, at a random moment while shards are made; then the same command is type
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -88,9 +89,10 @@ def workers_of(command_pid: int) -> list[int]:
     """Process ids of a command's spawned workers."""
     found = []
     for path in Path(f"/proc/{command_pid}/task").glob("*/children"):
-        for pid in map(int, path.read_text().split()):
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+        with contextlib.suppress(OSError):  # a thread, or a child of the command that is no worker, has ended meanwhile
+            for pid in map(int, path.read_text().split()):
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
     return found
 
 

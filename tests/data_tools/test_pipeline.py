@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -28,13 +29,19 @@ def test_the_order_is_kept_over_three_stages(num_items, num_threads, ahead):
 
 
 def test_stages_overlap():
-    def wait(item: int | Future) -> int:
-        time.sleep(0.02)
-        return item if isinstance(item, int) else item.result()
+    """The third stage is at an item while the second is at one further on and the first at one beyond that."""
+    together = threading.Barrier(3, timeout=60)
 
-    began_s = time.monotonic()
-    assert results(in_order(wait, in_order(wait, in_order(wait, range(20))))) == list(range(20))
-    assert time.monotonic() - began_s < 0.7 * 3 * 20 * 0.02
+    def stage(meets_at: int) -> Callable[[int | Future], int]:
+        def work(each: int | Future) -> int:
+            item = each if isinstance(each, int) else each.result()
+            if item == meets_at:
+                together.wait()
+            return item
+
+        return work
+
+    assert results(in_order(stage(0), in_order(stage(2), in_order(stage(4), range(20))))) == list(range(20))
 
 
 def test_no_stage_runs_further_ahead_than_it_may():
@@ -60,15 +67,20 @@ def test_one_bad_item_stops_no_other():
     assert outcomes == [1, 3]
 
 
-def test_closing_drops_what_has_not_begun():
-    gate, begun = threading.Event(), []
+def test_closing_drops_what_has_not_begun(monkeypatch):
+    gate, begun, shutdown = threading.Event(), [], ThreadPoolExecutor.shutdown
 
     def work(item: int) -> None:
         begun.append(item)
-        gate.wait(5)
+        gate.wait(60)
+
+    def shutdown_and_open(pool: ThreadPoolExecutor, wait: bool, cancel_futures: bool) -> None:
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        gate.set()  # what has begun ends only after what has not is dropped
+        shutdown(pool, wait=wait)
 
     futures = in_order(work, range(100), 1, ahead=5)
-    threading.Timer(0.05, gate.set).start()
     first = next(futures)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown_and_open)
     futures.close()
-    assert first.done() and len(begun) <= 2
+    assert first.done() and len(begun) <= 1

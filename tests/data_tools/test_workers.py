@@ -29,9 +29,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("data") / "shards", num_clips=WIDE, per_shard=1)
 
 
-def job(source: Path, output: Path) -> Job:
+def job(source: Path, output: Path, stale_s: float = 60.0) -> Job:
     settings = load(workers.EncodeSettings, CONFIG)
-    return Job(str(source), str(output), settings, beat_s=0.05, stale_s=0.5)
+    return Job(str(source), str(output), settings, beat_s=0.05, stale_s=stale_s)
 
 
 def test_commands_that_share_a_folder_share_the_work(source: Path, tmp_path: Path, one_thread: None) -> None:
@@ -58,7 +58,7 @@ def test_commands_that_share_a_folder_share_the_work(source: Path, tmp_path: Pat
 
 
 def test_the_shard_of_a_silent_worker_is_made_by_another(source: Path, tmp_path: Path, one_thread: None) -> None:
-    shared = job(source, tmp_path / "out")
+    shared = job(source, tmp_path / "out", stale_s=0.5)
     encoder = shared.encoder(0)
     elsewhere = Claims(encoder.store, shared.beat_s, shared.stale_s)
     elsewhere.holder = type(elsewhere.holder)("far", "far", 1, "1", "token")

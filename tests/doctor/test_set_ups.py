@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -191,13 +192,12 @@ def test_a_rank_that_does_not_come(ask, monkeypatch):
 
 def test_a_store_that_hangs_is_one_line(ask, tmp_path, monkeypatch):
     """A pipe that nobody writes: opening it never returns, as on a mount whose server is gone."""
-    monkeypatch.setattr(doctor, "ALONE_S", 2.0)
-    monkeypatch.setattr(doctor, "TOGETHER_S", 2.0)
+    monkeypatch.setattr(doctor, "ALONE_S", 5.0)  # enough for all others, also on a busy machine
     hanging = tmp_path / "data"
     hanging.mkdir()
     os.mkfifo(hanging / "manifest.json")
     code, lines = ask(data=hanging)
-    assert code == 1 and "no answer within 2 s" in of(lines, "data")["found"]
+    assert code == 1 and re.fullmatch(r"no answer within \d+ s", of(lines, "data")["found"])
     assert faults(lines) == ["data"] and of(lines, "slow rank")["level"] == "ok"
     descriptor = os.open(hanging / "manifest.json", os.O_RDWR | os.O_NONBLOCK)  # let the thread go
     time.sleep(0.05)

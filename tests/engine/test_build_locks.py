@@ -33,8 +33,8 @@ def test_a_lock_that_a_process_holds_stays(tmp_path: Path) -> None:
 
 def test_a_young_one_is_waited_for(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(build_locks, "STALE_S", 1.0)
-    lock = make_lock(tmp_path, age_s=0.5)
     began_at_s = time.monotonic()
+    lock = make_lock(tmp_path, age_s=0.5)
     assert drop_stale_locks(tmp_path) == [lock] and time.monotonic() - began_at_s > 0.4
 
 

@@ -23,6 +23,7 @@ from latte_scale.engine.launch import (
     rendezvous,
     roll_call_limit_s,
 )
+from tests.processes import free_port
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
@@ -157,9 +158,7 @@ def join(
     port: int | None = None,
 ) -> list[LaunchError | str]:
     """What `rendezvous` says to each of these ranks, a thread each: "" or the refusal. `port`: of an existing store."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(port or probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(port or free_port()))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("LATTE_ROLL_CALL_S", "2")
     here = threading.local()

@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from latte_scale.run.metrics import read_metrics
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENGINES = ("single", "fsdp2", "zero")
@@ -143,12 +143,6 @@ def fork_rank(rank: int, size: int, port: int, request: dict[str, Any]) -> int:
         sys.stderr.flush()
     finally:
         os._exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(pids: list[int], timeout_s: float) -> list[int]:

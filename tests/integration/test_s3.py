@@ -243,10 +243,12 @@ def test_stopped_on_eight_ranks_it_goes_on_with_three(s3, data_sets, latents, tr
     folder, options = tmp_path / "run", (*steps, f"checkpoint.dir={s3.url}/checkpoints", "data.num_workers=0")
     config, fsdp2 = ROOT / "configs" / "tiny_cpu.yaml", (*options, "engine.kind=fsdp2")
     eight = processes.start(train_command(config, folder, latents, fsdp2, 8, "torchrun"))
-    while len(read_metrics(folder / "metrics.jsonl")) < 4 and eight.poll() is None:
+    while (done := len(read_metrics(folder / "metrics.jsonl"))) < 4 and eight.poll() is None:
+        s3.proxy.latency_s = 0.5 if done else 0.0  # of every step's reads: rank 0 looks for the file once a second
         time.sleep(0.02)
     (folder / "stop").touch()
     processes.finish([eight])
+    s3.proxy.latency_s = 0.0
     stopped_at = len(Run(0, "", folder).metrics)
     assert Run(0, "", folder).exit["code"] == 75 and 4 <= stopped_at < 12, eight.output
 

@@ -44,9 +44,9 @@ def latents(s3: Corner, folder: Path) -> Store:
     return open_store(f"{s3.url}/latents")
 
 
-def start(s3: Corner, log: Path, host: str) -> subprocess.Popen:
+def start(s3: Corner, log: Path, host: str, stale_s: float) -> subprocess.Popen:
     options = command(f"{s3.url}/shards", f"{s3.url}/latents", 1)[4:]
-    words = [sys.executable, "-m", "tests.data_tools.other_host", host, *options]
+    words = [sys.executable, "-m", "tests.data_tools.other_host", host, str(stale_s), *options]
     with log.open("wb") as file:
         return subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file)
 
@@ -85,7 +85,7 @@ def assert_whole(store: Store, folder: Path) -> None:
 
 def test_hosts_share_a_bucket_and_make_every_shard_once(s3, latents, folder, tmp_path):
     logs = [tmp_path / f"host{number}.log" for number in range(NUM_HOSTS)]
-    hosts = [start(s3, log, log.stem) for log in logs]
+    hosts = [start(s3, log, log.stem, stale_s=60.0) for log in logs]  # nobody dies
     assert [host.wait(120) for host in hosts] == [0] * NUM_HOSTS, [log.read_text() for log in logs]
     assert_whole(latents, folder)
     assert num_done(logs) == sum(shard["count"] for shard in json.loads(latents.read(MANIFEST))["shards"])
@@ -97,7 +97,7 @@ def test_hosts_share_a_bucket_and_make_every_shard_once(s3, latents, folder, tmp
 def test_hosts_that_are_killed_are_replaced(s3, latents, folder, tmp_path):
     """Two of three, one after the other, each while it holds a claim: the third finds their claims silent."""
     logs = {f"host{number}": tmp_path / f"host{number}.log" for number in range(NUM_HOSTS)}
-    hosts = {name: start(s3, log, name) for name, log in logs.items()}
+    hosts = {name: start(s3, log, name, stale_s=4.0) for name, log in logs.items()}
     for _ in range(2):
         victim = hosts.pop(wait_claim(latents, hosts))
         os.kill(victim.pid, signal.SIGKILL)

@@ -104,7 +104,8 @@ def test_a_flip_on_the_way_is_read_again(s3, folder, tmp_path, cached, block_byt
         assert not replacements(steps) and not s3.proxy.faults[-1].times
 
 
-def test_blocks_bring_the_same_batches_with_a_request_a_shard(s3, folder, tmp_path):
+def test_blocks_bring_the_same_batches_with_a_request_a_shard(s3, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("latte_scale.store.cache.LOCK_WAIT_S", 60.0)  # a busy lock would cost a second request
     for number, workers in enumerate((0, 2)):
         s3.proxy.reset()
         blocks = {"cache_dir": str(tmp_path / str(number)), "block_bytes": MEBIBYTE}

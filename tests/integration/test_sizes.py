@@ -17,6 +17,7 @@ from latte_scale.doctor import stored
 from latte_scale.doctor.stored import size_lines
 from latte_scale.planning import open_data
 from latte_scale.run.lease import holder_of, process_start
+from latte_scale.run.metrics import read_metrics
 from tests import processes
 from tests.conftest import ROOT, Run, train_command
 from tests.integration.test_resume import kill_at
@@ -179,20 +180,21 @@ def test_whole_clips_get_the_sizes_that_encode_gives_them(latents):
 def test_whole_clips_train_killed_on_two_ranks_and_on_one(latents, tmp_path):
     """VAE and T5 inside the step, steps of one size each: killed on 2 ranks, gone on on 1, as 1 alone does it."""
     shards = latents.parent / "shards"
-    alone = run(tmp_path / "alone", shards, "train.steps=30")
+    options = ("engine.kind=fsdp2", "train.micro_batch=4", "checkpoint.every_steps=5", "train.steps=1000")
+    kill_at(13, tmp_path / "run", train_command(CONFIG, tmp_path / "run", shards, options, 2, "torchrun"))
+    holder = holder_of(tmp_path / "run")  # none if a rank gave it back, because it saw its launcher die before it did
+    while holder is not None and process_start(holder.pid) is not None:  # a killed rank is there for a moment
+        time.sleep(0.01)
+    steps = f"train.steps={max(30, read_metrics(tmp_path / 'run' / 'metrics.jsonl')[-1]['step'] + 5)}"
+    resumed = run(tmp_path / "run", shards, steps)
+
+    alone = run(tmp_path / "alone", shards, steps)
     assert alone.code == 0 and len({record["bucket"] for record in alone.metrics}) == 3
     seen = [record["samples_seen"] for record in alone.metrics]
     sizes = [BATCHES[record["bucket"]] for record in alone.metrics]
     assert [b - a for a, b in zip([0, *seen], seen, strict=False)] == sizes
     told = json.loads((alone.folder / "coverage.json").read_text())
     assert {row["bucket"]: row["steps"] for row in told["rows"]} == Counter(r["bucket"] for r in alone.metrics)
-
-    options = ("engine.kind=fsdp2", "train.micro_batch=4", "checkpoint.every_steps=5", "train.steps=1000")
-    kill_at(13, tmp_path / "run", train_command(CONFIG, tmp_path / "run", shards, options, 2, "torchrun"))
-    holder = holder_of(tmp_path / "run")  # none if a rank gave it back, because it saw its launcher die before it did
-    while holder is not None and process_start(holder.pid) is not None:  # a killed rank is there for a moment
-        time.sleep(0.01)
-    resumed = run(tmp_path / "run", shards, "train.steps=30")
     assert resumed.code == 0 and resumed.digests == alone.digests
     assert (tmp_path / "run" / "logs" / "restarts.jsonl").exists()
     assert resumed.losses == pytest.approx(alone.losses, rel=1e-5)

@@ -24,7 +24,7 @@ def test_a_signal_only_sets_a_flag():
         assert stop.signal_name is None
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.signal_name == "SIGUSR2"
-        assert re.fullmatch(r"stopped by SIGUSR2, saved 0\.\d s after it", stop.reason())
+        assert re.fullmatch(r"stopped by SIGUSR2, saved \d+\.\d s after it", stop.reason())
         assert StopSignals().reason() == "stopped by a signal on another rank, saved"
     finally:
         for number, handler in before.items():
@@ -85,7 +85,6 @@ def test_the_disk_is_not_asked_at_every_step(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_end_of_the_budget_asks(tmp_path: Path) -> None:
-    sources = StopSources(StopSignals(), tmp_path, 5, 0.05, time.monotonic())
-    assert not sources.asked()
-    time.sleep(0.06)
-    assert sources.asked() and sources.reason() == "stopped by the end of run.time_budget_s=0.05, saved"
+    assert not StopSources(StopSignals(), tmp_path, 5, 60.0, time.monotonic()).asked()
+    sources = StopSources(StopSignals(), tmp_path, 5, 60.0, time.monotonic() - 60.0)
+    assert sources.asked() and sources.reason() == "stopped by the end of run.time_budget_s=60, saved"

@@ -46,8 +46,9 @@ class Array:
 
     def wait_worker(self) -> tuple[Job, int]:
         """Wait until a shard is being made; by which task, and the process of its one worker."""
-        self.tasks[0].wait(lambda: holders(self.output), "a claim")
-        pid = holders(self.output)[0]
+        found: list[int] = []
+        self.tasks[0].wait(lambda: found.extend(holders(self.output)) or bool(found), "a claim")
+        pid = found[0]
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         (number,) = [int(each.partition(b"=")[2]) for each in environ if each.startswith(b"SLURM_ARRAY_TASK_ID=")]
         return self.tasks[number], pid

@@ -14,6 +14,8 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.processes import free_port
+
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool")
 
@@ -75,13 +77,6 @@ class CephError(RuntimeError):
 def missing_programs() -> list[str]:
     """The programs that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
-
-
-def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _end_with_parent() -> None:

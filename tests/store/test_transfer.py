@@ -140,11 +140,12 @@ def test_everything_at_once(s3):
 
 
 def test_a_slow_read_is_asked_for_once_more_and_the_first_answer_counts(s3):
-    store = with_shard(s3, hedge_after_s=0.3, request_timeout_s=20.0, stall_budget_s=60.0)
+    # After so long that the bytes before the stall have come, on a slow machine too.
+    store = with_shard(s3, hedge_after_s=2.0, request_timeout_s=20.0, stall_budget_s=60.0)
     s3.fail("stall", match="GET", at=250_000, seconds=60)
     begun = time.monotonic()
     assert store.read("shard.tar", 0, SIZE) == DATA
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20, "it was given up, not overtaken"
     counters = store.connection.counters
     assert (counters.num_hedges, counters.num_retries) == (1, 0)
     assert s3.proxy.ranges() == [f"0-{SIZE - 1}", f"250000-{SIZE - 1}"]  # only what had not come
