@@ -35,18 +35,26 @@ class Connection:
         self.settings = settings
         self.client: Any
         self.getter: Getter
-        self.renew()
-        self.endpoint: str = self.client.meta.endpoint_url
         self.counters = Counters()
         self.reached = False  # the endpoint has answered this process, whatever it said
         self.allowed = False  # and has done what it was asked
+        self.endpoint = settings.endpoint_url or "the endpoint of the environment"
+        self.renew()
+        self.endpoint = self.client.meta.endpoint_url
         self.hedges = HedgeAllowance()
         self.requests = Threads(settings.num_connections, "store-request")
         self.readers = Threads(settings.num_connections, "store-reader")
 
     def renew(self) -> None:
-        """Read the credentials (again: another program may have renewed them on the disk)."""
-        session, self.client = _client(self.settings)
+        """Read the credentials (again: another program may have renewed them on the disk). Raises CredentialsError."""
+        try:
+            session, self.client = _client(self.settings)
+        except Exception as error:
+            if isinstance(error, ValueError):
+                raise
+            found = store_error(fault_of(error), "s3://", "reading settings and credentials", self.endpoint)
+            is_first = isinstance(found, CredentialsError) and not self.allowed
+            raise (NeverAllowedError(str(found)) if is_first else found) from error
         self.getter = Getter(session, self.client, self.settings)
 
     def call(self, url: str, doing: str, request: Callable[[Any], T], passing: tuple[str, ...] = ()) -> T:

@@ -20,6 +20,7 @@ Kind = Literal[
     "no credentials",
     "expired",
     "denied",
+    "setup",  # boto3 cannot work with what is set on this machine
     "unreachable",  # no connection
     "silent",  # a connection, and then not a byte in time
     "transient",  # a connection, and then no whole answer
@@ -81,6 +82,8 @@ _ADVICE: dict[Kind, str] = {
     "same command again",
     "denied": "access is denied; check that AWS_ACCESS_KEY_ID or AWS_PROFILE are those of this bucket and that its "
     "policy allows this (a missing object is denied too, where listing is not allowed)",
+    "setup": "boto3 cannot work with what is set here; check AWS_PROFILE and the other AWS_ variables, ~/.aws/config, "
+    "~/.aws/credentials and store.endpoint_url",
     "unreachable": "check store.endpoint_url or AWS_ENDPOINT_URL and the network, then run the same command again",
     "silent": _LATER,
     "transient": _LATER,
@@ -139,7 +142,7 @@ def fault_of(error: Exception) -> Fault:
         return _refused(error.status, error.code)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.NoAuthTokenError):
         return Fault("no credentials", type(error).__name__)
-    if isinstance(error, boto.TokenRetrievalError | boto.CredentialRetrievalError):
+    if isinstance(error, boto.TokenRetrievalError | boto.CredentialRetrievalError | boto.SSOError):
         return Fault("expired", type(error).__name__)
     if isinstance(error, boto.SSLError | http.SSLError | ssl.SSLError):
         certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
@@ -156,7 +159,7 @@ def fault_of(error: Exception) -> Fault:
     if type(error).__name__ == "ResponseParserError":  # an answer that is not XML, as a proxy's error page
         return Fault("transient", "an answer that is not S3's")
     if isinstance(error, boto.BotoCoreError):
-        return Fault("other", type(error).__name__)
+        return Fault("setup", type(error).__name__)
     raise error
 
 
@@ -204,6 +207,7 @@ _CLASSES: dict[Kind, type[StoreError]] = {
     "no credentials": CredentialsError,
     "expired": CredentialsError,
     "denied": CredentialsError,
+    "setup": CredentialsError,
 }
 
 

@@ -10,7 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from latte_scale.store import NeverReachedError, StoreError, StoreSettings, UnreachableError, connection, open_store
+from latte_scale.store import (
+    NeverAllowedError,
+    NeverReachedError,
+    StoreError,
+    StoreSettings,
+    UnreachableError,
+    connection,
+    open_store,
+)
 from latte_scale.store.connection import connection_for
 
 pytest.importorskip("boto3")
@@ -63,6 +71,34 @@ def test_a_metadata_service_that_is_busy_is_asked_again(monkeypatch):
         credentials = client._request_signer._credentials  # asked for when it was made
         server.shutdown()
     assert credentials is not None and credentials.access_key == "key"
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"AWS_PROFILE": "unheard-of"}, "boto3 cannot work with what is set here; check AWS_PROFILE .*ProfileNotFound"),
+        ({"AWS_ACCESS_KEY_ID": "alone"}, "no credentials were found; set AWS_ACCESS_KEY_ID .*PartialCredentialsError"),
+        ({"AWS_PROFILE": "program"}, "the credentials have expired; renew them .*CredentialRetrievalError"),
+        ({"AWS_PROFILE": "role"}, "check AWS_PROFILE .*InvalidConfigError"),
+        ({"AWS_PROFILE": "sign-on"}, "the credentials have expired; renew them .*SSOTokenLoadError"),
+    ],
+)
+def test_settings_of_boto3_that_are_wrong_say_what_to_do(tmp_path, monkeypatch, variables, reason):
+    (tmp_path / "config").write_text(
+        "[profile program]\ncredential_process = /bin/false\n"
+        "[profile role]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = unheard-of\n"
+        "[profile sign-on]\nsso_start_url = https://x.example\nsso_region = us-east-1\nsso_account_id = 123\n"
+        "sso_role_name = x\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    outside = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    for name, value in {**outside, "AWS_EC2_METADATA_DISABLED": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(connection, "_connections", {})
+    store = open_store("s3://bucket/x", StoreSettings(endpoint_url="http://127.0.0.1:9"))
+    with pytest.raises(NeverAllowedError, match=f"^s3://.*{reason}.*http://127.0.0.1:9"):
+        store.read("x", 0, 1)
 
 
 def has_connections() -> bool:
