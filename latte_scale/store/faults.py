@@ -89,6 +89,8 @@ _ADVICE: dict[Kind, str] = {
     "transient": _LATER,
     "other": "look the code up in the documentation of the service",
 }
+_REGION = "the bucket is in another region, or behind another endpoint; set store.region or AWS_REGION to its region"
+_REGION_CODES = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301", "307")
 _CLOCK = "the clock of this machine is wrong: set it, then run the same command again"
 
 
@@ -192,7 +194,11 @@ def _cause(error: BaseException) -> str:
 
 def store_error(fault: Fault, url: str, doing: str, endpoint: str, tries: int = 1, spent_s: float = 0.0) -> StoreError:
     """The error that a caller sees: what, where, why, and what to do."""
-    advice = _CLOCK if "RequestTimeTooSkewed" in fault.reason else _ADVICE[fault.kind]
+    advice = _ADVICE[fault.kind]
+    if "RequestTimeTooSkewed" in fault.reason:
+        advice = _CLOCK
+    elif fault.kind == "other" and any(code in fault.reason for code in _REGION_CODES):
+        advice = _REGION
     if not fault.retryable:
         return _CLASSES.get(fault.kind, StoreError)(f"{url}: {doing} failed: {advice} ({fault.reason}, {endpoint})")
     times = f"{tries} tries in {spent_s:.1f} s"

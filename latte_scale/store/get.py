@@ -17,8 +17,14 @@ from latte_scale.store.settings import StoreSettings
 
 NUM_URLS = 4096  # of objects, remembered
 _CODE = re.compile(rb"<Code>\s*(\w+)\s*</Code>")
-_ELSEWHERE = (301, 307)
-_ELSEWHERE_CODES = ("AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "InvalidRequest")
+_ELSEWHERE = (301, 302, 307)
+_ELSEWHERE_CODES = (
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",  # the bucket is in one of Amazon's regions that have to be opted into
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "InvalidRequest",
+)
 
 
 class Answer(NamedTuple):

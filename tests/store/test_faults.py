@@ -71,6 +71,12 @@ def test_every_error_names_the_object_the_reason_and_what_to_do(kind):
         assert part in str(error)
 
 
+def test_another_region_is_named_as_the_reason():
+    for code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        error = store_error(fault_of(answer(400, code)), "s3://b/k", "reading", "http://e")
+        assert "the bucket is in another region" in str(error) and "AWS_REGION" in str(error)
+
+
 def test_classes_tell_errors_apart():
     kinds = ("missing", "denied", "expired", "no credentials", "transient", "unreachable", "other")
     classes = [type(store_error(Fault(kind, ""), "u", "d", "e")) for kind in kinds]
