@@ -35,6 +35,7 @@ class Connection:
         self.settings = settings
         self.client: Any
         self.getter: Getter
+        self.is_anonymous: bool  # there are no credentials: requests go unsigned, which a public bucket answers
         self.counters = Counters()
         self.reached = False  # the endpoint has answered this process, whatever it said
         self.allowed = False  # and has done what it was asked
@@ -48,14 +49,14 @@ class Connection:
     def renew(self) -> None:
         """Read the credentials (again: another program may have renewed them on the disk). Raises CredentialsError."""
         try:
-            session, self.client = _client(self.settings)
+            session, self.client, self.is_anonymous = _client(self.settings)
         except Exception as error:
             if isinstance(error, ValueError):
                 raise
             found = store_error(fault_of(error), "s3://", "reading settings and credentials", self.endpoint)
             is_first = isinstance(found, CredentialsError) and not self.allowed
             raise (NeverAllowedError(str(found)) if is_first else found) from error
-        self.getter = Getter(session, self.client, self.settings)
+        self.getter = Getter(session, self.client, self.settings, self.is_anonymous)
 
     def call(self, url: str, doing: str, request: Callable[[Any], T], passing: tuple[str, ...] = ()) -> T:
         """The result of `request(client)`, tried again while its faults are transient and the budget lasts.
@@ -114,6 +115,8 @@ class Tries:
 
     def error(self, fault: Fault) -> Exception:
         """The StoreError that ends the operation now."""
+        if fault.kind == "denied" and self.connection.is_anonymous:
+            fault = Fault("no credentials", fault.reason)
         spent_s = self.budget.spent_s
         error = store_error(fault, self.url, self.doing, self.connection.endpoint, self.num_failed, spent_s)
         if not fault.is_answer and not self.connection.reached:
@@ -153,11 +156,15 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _client(settings: StoreSettings) -> tuple[Any, Any]:
-    """A botocore session and an S3 client of it; ValueError without boto3 or for an endpoint that holds credentials."""
+def _client(settings: StoreSettings) -> tuple[Any, Any, bool]:
+    """A botocore session, an S3 client of it, and whether there are no credentials, so that it signs nothing.
+
+    Raises ValueError without boto3 or for an endpoint that holds credentials.
+    """
     try:
         import boto3
         import botocore.session
+        from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError as error:
         raise ValueError("s3:// needs boto3: run pip install 'latte_scale[s3]'") from error
@@ -169,6 +176,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
         if session.get_config_variable(name) == 1:  # botocore's own
             session.set_config_variable(name, value)
     boto = boto3.session.Session(botocore_session=session)
+    is_anonymous = session.get_credentials() is None
 
     def make(addressing: str) -> Any:
         config = Config(
@@ -181,6 +189,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"addressing_style": addressing},
+            **({"signature_version": UNSIGNED} if is_anonymous else {}),
         )
         return boto.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
 
@@ -189,7 +198,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
     check_endpoint(client.meta.endpoint_url, "the endpoint of the environment")
     if not known and settings.addressing == "auto" and not _is_amazon(client.meta.endpoint_url):
         client = make("path")  # few services of one's own have a host name for every bucket
-    return session, client
+    return session, client, is_anonymous
 
 
 def _is_amazon(endpoint: str) -> bool:

@@ -77,7 +77,7 @@ _ADVICE: dict[Kind, str] = {
     "no upload": "the upload was cancelled by someone else; run the same command again",
     "precondition": "it is replaced again and again while it is read; wait for its writer, then run again",
     "no credentials": "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or run "
-    "where an instance role gives them",
+    "where an instance role gives them (only what is public can be read without)",
     "expired": "the credentials have expired; renew them (sign in again, or set a new AWS_SESSION_TOKEN), then run the "
     "same command again",
     "denied": "access is denied; check that AWS_ACCESS_KEY_ID or AWS_PROFILE are those of this bucket and that its "
@@ -90,7 +90,13 @@ _ADVICE: dict[Kind, str] = {
     "other": "look the code up in the documentation of the service",
 }
 _REGION = "the bucket is in another region, or behind another endpoint; set store.region or AWS_REGION to its region"
-_REGION_CODES = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301", "307")
+_REGION_CODES = (
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+    "301",
+    "307",
+)
 _CLOCK = "the clock of this machine is wrong: set it, then run the same command again"
 
 

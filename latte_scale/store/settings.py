@@ -1,4 +1,8 @@
-"""How object stores are reached and cached. Credentials are no settings: boto3's own chain finds them."""
+"""How object stores are reached and cached.
+
+Credentials are no settings: boto3's own chain finds them, and where it finds none, requests go out unsigned, which is
+enough for a public bucket.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -67,7 +67,7 @@ def test_a_metadata_service_that_is_busy_is_asked_again(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), MetadataService) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        _, client = connection._client(StoreSettings(endpoint_url="http://127.0.0.1:1", region="x"))
+        _, client, _ = connection._client(StoreSettings(endpoint_url="http://127.0.0.1:1", region="x"))
         credentials = client._request_signer._credentials  # asked for when it was made
         server.shutdown()
     assert credentials is not None and credentials.access_key == "key"

@@ -225,5 +225,22 @@ def test_wrong_credentials_fail_at_once(s3, store, monkeypatch, name, value, cod
 def test_no_credentials_are_told_apart(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(CredentialsError, match="no credentials were found; set AWS_ACCESS_KEY_ID"):
-        s3.store().read("shard.tar", 0, 5)
+    private = s3.store()
+    for use in (lambda: private.read("shard.tar", 0, 5), lambda: private.read("shard.tar"), private.list):
+        with pytest.raises(NeverAllowedError, match=r"no credentials were found; set AWS_ACCESS_KEY_ID .*403"):
+            use()
+
+
+def test_what_is_public_is_read_without_credentials(s3, monkeypatch):
+    key, store = f"{s3.url.rpartition('/')[2]}/public.tar", s3.store()
+    data = bytes(range(256)) * 100_000
+    store.upload("public.tar", lambda offset, size: data[offset : offset + size], len(data))
+    store.connection.client.put_object_acl(Bucket=store.bucket, Key=key, ACL="public-read")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setattr("latte_scale.store.connection._connections", {})
+    public = s3.store()
+    s3.proxy.reset()
+    assert public.size("public.tar") == len(data) and public.read("public.tar", 5, 10) == data[5:15]
+    assert public.read("public.tar") == data
+    assert not [seen for seen in s3.proxy.seen if "authorization" in seen.headers or "?" in seen.line]
