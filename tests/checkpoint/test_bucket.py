@@ -326,6 +326,16 @@ def test_parts_of_an_upload_that_died_are_taken_back(s3) -> None:
     assert [each["Key"] for each in left] == [keys["other"]]
 
 
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+def test_who_may_not_list_unfinished_uploads_can_save(s3, caplog, status: int, code: str) -> None:
+    """A policy of get, put, delete and list names does without; some services do not know such uploads at all."""
+    s3.fail("answer", match=r"GET \S*uploads", status=status, code=code)
+    writer = saver(s3.store(), run_id="mine")
+    assert writer.removed == [] and f"{status} {code}" in caplog.text and "s3:ListBucketMultipartUploads" in caplog.text
+    save(writer, 1)
+    assert newest(s3.store()) == 1
+
+
 def test_a_damaged_manifest_keeps_its_files(s3) -> None:
     store = s3.store()
     save(saver(store, run_id="mine"), 1)
