@@ -324,6 +324,11 @@ def test_doctor_looks_at_data_and_checkpoints_in_the_store(s3, latents, tmp_path
     assert "access is denied" in lines["writing"]["found"] and "AWS_ACCESS_KEY_ID" in lines["writing"]["remedy"]
     assert lines["data"]["level"] == "ok"
 
+    s3.proxy.reset()
+    s3.fail("answer", match=r"GET \S*list-type=2\S*checkpoints", status=403, code="AccessDenied", times=100)
+    code, lines = ask()  # training would look for checkpoints, and be refused
+    assert code == 1 and lines["writing"]["level"] == "fault", lines
+
 
 def test_a_bucket_that_is_down_as_a_run_starts_or_ends_asks_for_another_attempt(s3, data_sets, tmp_path):
     """Not 78, which ends a job for good: what is there is sound, and the same command goes on once the service does."""
