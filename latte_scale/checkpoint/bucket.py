@@ -189,4 +189,7 @@ def _named(manifest: Manifest) -> set[str]:
 
 def _exists(store: Store) -> CheckpointError:
     step = int(store.url.rpartition("-")[2])
-    return CheckpointError(f"{store.url} exists already and is never overwritten; move it away to save step {step}")
+    return CheckpointError(
+        f"{store.url} exists already and is never overwritten; if another run saves there, too, give each a "
+        f"checkpoint.dir of its own, else move it away to save step {step}"
+    )

@@ -213,7 +213,7 @@ def test_a_place_where_one_may_not_write_is_known_at_the_start(s3) -> None:
 def test_a_step_is_never_overwritten_also_not_by_two_at_once(s3) -> None:
     store = s3.store()
     save(saver(store), 5)
-    with pytest.raises(CheckpointError, match="never overwritten"):
+    with pytest.raises(CheckpointError, match=r"never overwritten; .* give each a checkpoint.dir of its own"):
         save(saver(store), 5, value=6.0)
     begun = open_depot(store).begin(6, 0)  # and somebody else commits the same step meanwhile
     save(saver(store), 6)
