@@ -8,7 +8,14 @@ import ssl
 from dataclasses import dataclass
 from typing import Literal
 
-from latte_scale.store.base import CredentialsError, ExistsError, MissingError, StoreError, TransientError
+from latte_scale.store.base import (
+    CredentialsError,
+    ExistsError,
+    MissingError,
+    NoBucketError,
+    StoreError,
+    TransientError,
+)
 from latte_scale.store.base import UnreachableError as Unreachable
 
 Kind = Literal[
@@ -215,7 +222,7 @@ def store_error(fault: Fault, url: str, doing: str, endpoint: str, tries: int = 
 
 _CLASSES: dict[Kind, type[StoreError]] = {
     "missing": MissingError,
-    "no bucket": MissingError,
+    "no bucket": NoBucketError,
     "no credentials": CredentialsError,
     "expired": CredentialsError,
     "denied": CredentialsError,

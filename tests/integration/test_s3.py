@@ -145,6 +145,11 @@ def test_who_may_read_a_bucket_and_not_list_it_can_verify_and_convert(s3, data_s
     assert latte_data(["convert", "--input", remote.url, "--output", str(tmp_path / "mds"), "--to", "mds"]) == 0
 
 
+def test_a_bucket_that_is_not_there_is_not_taken_for_an_unfinished_data_set(s3, capsys):
+    assert latte_data(["verify", "s3://latte-scale-no-such-bucket/shards"]) == 2
+    assert "no such bucket; check its name and the endpoint" in capsys.readouterr().err
+
+
 def test_odd_names_in_a_bucket_are_passed_over_and_no_clip_is_asked_for_its_size(s3, data_sets, capsys):
     """ "clips//a.mp4" is an object like any other, and lies below "clips" under no name of a file."""
     clips, names = open_store(f"{s3.url}/clips"), ("000000.mp4", "000001.mp4", "captions.jsonl")
