@@ -4,7 +4,7 @@ Credentials are no settings: boto3's own chain finds them, and where it finds no
 enough for a public bucket.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +54,11 @@ class StoreSettings:
             check_endpoint(self.endpoint_url, "store.endpoint_url")
         if self.cache_dir is not None and not self.cache_dir:
             raise ValueError("store.cache_dir is empty: give a folder, or leave the key out for no cache")
+
+    @property
+    def without_cache(self) -> "StoreSettings":
+        """The same for what is read only once."""
+        return replace(self, cache_dir=None, block_bytes=None)
 
     @property
     def timeouts_s(self) -> tuple[float, float]:

@@ -200,6 +200,17 @@ def test_the_config_reaches_the_store_and_no_credentials_are_written_anywhere(
     assert again.code == 0 and "resumed at step 4" in again.output, again.output
 
 
+def test_training_through_blocks_and_with_checkpoints_in_the_store(s3, data_sets, latents, tmp_path):
+    """As README says it; checkpoints take no part in the cache, and sampling finds them where the run's config says."""
+    cached = (f"store.cache_dir={tmp_path / 'cache'}", "store.block_bytes=1048576")
+    saving = f"checkpoint.dir={s3.url}/checkpoints"
+    for name, data, options in (("folder", data_sets.latents, ()), ("blocks", latents, (*cached, saving))):
+        assert run_in_process(tmp_path / name, data, "train.steps=4", *options) == 0
+    runs = [Run(0, "", tmp_path / name) for name in ("folder", "blocks")]
+    assert runs[0].losses == runs[1].losses and runs[0].digests == runs[1].digests
+    assert ckpt.main(["ls", str(runs[1].folder)]) == 0
+
+
 @pytest.mark.parametrize(
     ("url", "message"), [(str(ROOT / "configs"), ""), ("s3://bucket/x", "pip install 'latte_scale[s3]'")]
 )

@@ -36,6 +36,11 @@ def test_what_cannot_work_is_refused(values, message):
         StoreSettings(**values)
 
 
+def test_what_is_read_once_goes_past_cache_and_blocks():
+    cached = StoreSettings(region="x", cache_dir="c", block_bytes=1 << 20)
+    assert cached.without_cache == StoreSettings(region="x")
+
+
 def test_credentials_have_no_place_in_settings_and_urls():
     with pytest.raises(ValueError, match="holds a user name or password") as refused:
         StoreSettings(endpoint_url="http://someone:hunter2@host:9000")
