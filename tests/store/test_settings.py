@@ -28,6 +28,10 @@ def test_they_are_a_config_section():
         ({"endpoint_url": "127.0.0.1:9000"}, "expected http://HOST:PORT"),
         ({"block_bytes": 1 << 20}, "store.block_bytes needs store.cache_dir"),
         ({"block_bytes": 1 << 19, "cache_dir": "c"}, "store.block_bytes must be a multiple of 1048576"),
+        ({"block_bytes": 8 << 20, "cache_dir": "c", "cache_bytes": 9 << 20}, "store.cache_bytes must hold two blocks"),
+        ({"cache_dir": "s3://bucket/cache"}, "store.cache_dir must be a folder on a local disk, got s3://bucket/cache"),
+        ({"cache_dir": "file:///tmp/cache"}, "store.cache_dir must be a folder on a local disk"),
+        ({"scratch_dir": "s3://bucket/x"}, "store.scratch_dir must be a folder on a local disk"),
         ({"cache_dir": ""}, "leave the key out for no cache"),
     ],
 )
