@@ -91,7 +91,10 @@ class Prefix(NamedTuple):
 
 
 def _age_s(answer: dict[str, Any], since: datetime) -> float:
-    """Seconds from `since` to the moment of the answer."""
-    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-    now = parsedate_to_datetime(date) if date else datetime.now(UTC)
-    return (now - since).total_seconds()
+    """Seconds from `since` to the moment of the answer; by this machine's clock if the answer has no date."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        now = parsedate_to_datetime(date)
+    except ValueError:
+        now = datetime.now(UTC)
+    return (now.replace(tzinfo=now.tzinfo or UTC) - since).total_seconds()

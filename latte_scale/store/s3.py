@@ -129,7 +129,7 @@ class S3Store(Store):
 
     def scratch(self, name: str) -> Path:
         check_name(name, self.url)
-        folder = Path(self.settings.scratch_dir or tempfile.gettempdir())
+        folder = Path(self.settings.scratch_dir or tempfile.gettempdir()).expanduser()
         with explained(str(folder), "making the folder for files on their way up"):
             folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
