@@ -104,6 +104,7 @@ _REGION_CODES = (
     "301",
     "307",
 )
+NOT_S3 = "an answer that is not S3's: is it the right port, and http or https?"
 _CLOCK = "the clock of this machine is wrong: set it, then run the same command again"
 
 
@@ -117,6 +118,10 @@ class SilenceError(Exception):
 
 class NoRangesError(Exception):
     """The endpoint sent the whole object where a range was asked for."""
+
+
+class NotS3Error(Exception):
+    """An answer without what every S3 service answers, as that of a web page on another port."""
 
 
 class RefusedError(Exception):
@@ -160,6 +165,8 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, boto.TokenRetrievalError | boto.CredentialRetrievalError | boto.SSOError):
         return Fault("expired", type(error).__name__)
     if isinstance(error, boto.SSLError | http.SSLError | ssl.SSLError):
+        if "WRONG_VERSION_NUMBER" in str(error):  # the other side speaks no TLS
+            return Fault("unreachable", "no https on this port: is it http?")
         certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
         return Fault("other", "certificate not trusted: set AWS_CA_BUNDLE") if certificate else _broken(error)
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
@@ -168,6 +175,10 @@ def fault_of(error: Exception) -> Fault:
         return Fault("silent", _cause(error))
     if isinstance(error, NoRangesError):
         return Fault("other", "the endpoint ignores byte ranges, which this loader stands on: use another S3 service")
+    if isinstance(error, NotS3Error):
+        return Fault("setup", NOT_S3)
+    if isinstance(error, RecursionError):  # boto3 asks where the bucket is, and is sent on to ask where it is
+        return Fault("setup", "sent on to another address again and again: is the endpoint http or https?")
     connection = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, http.HTTPError, OSError)
     if isinstance(error, (*connection, BrokenBodyError)):
         return _broken(error)
@@ -181,6 +192,8 @@ def fault_of(error: Exception) -> Fault:
 def _refused(status: int, code: str) -> Fault:
     """The fault that the service named."""
     kind = _KINDS.get(code) or _KINDS.get(str(status))
+    if kind is None and code in ("", str(status)) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
+        return Fault("setup", f"{status}, {NOT_S3}")
     if kind is None:
         kind = "transient" if status in _TRANSIENT_STATUS else "other"
     return Fault(kind, f"{status} {code}".strip() if code != str(status) else code)

@@ -6,6 +6,7 @@ import multiprocessing
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -159,3 +160,44 @@ def test_an_endpoint_that_never_answers_is_told_early_and_one_that_did_is_waited
         while True:  # what is connected already may be answered once more
             store.read("x")
     assert not isinstance(caught.value, NeverReachedError) and time.monotonic() - begun > 0.5
+
+
+class WebPage(BaseHTTPRequestHandler):
+    """What answers on another port of some services: a page, whatever it is asked for."""
+
+    def do_GET(self) -> None:
+        body = b"<html>sign in</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def web_page(monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with ThreadingHTTPServer(("127.0.0.1", 0), WebPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_web_page_is_not_taken_for_an_empty_bucket(web_page):
+    """A run would find no checkpoint there, and start at step 0."""
+    store = open_store("s3://bucket/x", StoreSettings(endpoint_url=f"http://{web_page}"))
+    for look in (store.list, store.folders, lambda: store.size("a"), lambda: store.exists("a")):
+        with pytest.raises(NeverAllowedError, match=r"check .* store.endpoint_url \(an answer that is not S3's"):
+            look()
+
+
+def test_https_where_http_is_spoken_is_told_early(web_page):
+    store = open_store("s3://bucket/x", StoreSettings(endpoint_url=f"https://{web_page}", first_answer_s=11.0))
+    for look in (store.list, lambda: store.read("a", 0, 1)):
+        with pytest.raises(NeverReachedError, match="is it http"):
+            look()
