@@ -99,7 +99,7 @@ class Tries:
         self.num_failed += 1
         self.budget.earn(num_bytes)
         self.connection.reached |= fault.is_answer or num_bytes > 0
-        if fault.kind == "expired" and not self._renewed:
+        if fault.kind in ("expired", "setup") and not self._renewed:
             self._renewed = True
             self.connection.renew()
             return

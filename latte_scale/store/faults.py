@@ -193,7 +193,9 @@ def _refused(status: int, code: str) -> Fault:
     """The fault that the service named."""
     kind = _KINDS.get(code) or _KINDS.get(str(status))
     if kind is None and code in ("", str(status)) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
-        return Fault("setup", f"{status}, {NOT_S3}")
+        # A request for the head of an object is told of expired credentials like this, for its answer has no body.
+        hint = "credentials that have expired, or http where https is spoken?" if status == 400 else NOT_S3
+        return Fault("setup", f"{status} without a code: {hint}")
     if kind is None:
         kind = "transient" if status in _TRANSIENT_STATUS else "other"
     return Fault(kind, f"{status} {code}".strip() if code != str(status) else code)

@@ -210,6 +210,18 @@ def test_expired_credentials_are_read_again_once_and_then_an_error(s3, store):
     assert not isinstance(raised.value, NeverAllowedError), "they were good before"
 
 
+def test_expired_credentials_are_read_again_where_only_a_head_is_asked_for(s3, store):
+    """The answer has no body, and so no code: a bare 400."""
+    client = store.connection.client
+    s3.fail("answer", match="HEAD", status=400, code="ExpiredToken")
+    assert store.size("shard.tar") == len(DATA) and store.connection.client is not client
+    s3.fail("answer", match="HEAD", status=400, code="ExpiredToken", times=9)
+    s3.proxy.seen.clear()
+    with pytest.raises(CredentialsError, match="400 without a code: credentials that have expired, or http"):
+        store.size("shard.tar")
+    assert len([seen for seen in s3.proxy.seen if "shard.tar" in seen.line]) == 2  # boto3 also asks for the region
+
+
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [("AWS_ACCESS_KEY_ID", "unknown", "InvalidAccessKeyId"), ("AWS_SECRET_ACCESS_KEY", "x", "SignatureDoesNotMatch")],
