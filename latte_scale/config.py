@@ -258,7 +258,7 @@ class Config:
     @property
     def checkpoint_store(self) -> Store:
         """The store at `checkpoint_dir`, as `store` says but without its cache: a checkpoint is read only once."""
-        return open_store(self.checkpoint_dir, replace(self.store, cache_dir=None))
+        return open_store(self.checkpoint_dir, self.store.without_cache)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -107,8 +107,9 @@ def check_changes(
         listing = "\n".join(f"  {key}: {line}" for key, line in lines.items())
         allow = " ".join(f"--allow-change {key}" for key in lines)
         raise StopRunError(
-            f"the config differs from that of the checkpoint:\n{listing}\nset the old values, choose another run.dir, "
-            f"or, if the change is meant, pass {allow}"
+            f"the config differs from that of the checkpoint {checkpoint_url}:\n{listing}\nset the old values, choose "
+            "another run.dir (and another checkpoint.dir, where that is set: each run has its own), or, if the change "
+            f"is meant, pass {allow}"
         )
 
 

@@ -288,7 +288,7 @@ def places(where: str) -> list[Store]:
         raise ValueError(f"{config}: checkpoint: expected a section with keys, got {saving!r}; mend it or remove it")
     if folder := saving.get("dir"):
         reached = settings.from_mapping(StoreSettings, section.get("store") or {}, str(config), "store.")
-        found.append(open_store(folder, replace(reached, cache_dir=None)))
+        found.append(open_store(folder, reached.without_cache))
     return found
 
 

@@ -29,6 +29,12 @@ def test_a_run_folder_below_the_home_directory_is_one_place_for_all_its_files(mo
     assert load_config(ROOT / "configs" / "tiny_cpu.yaml", ["checkpoint.dir=~/c"]).checkpoint_dir == "/home/somebody/c"
 
 
+def test_checkpoints_are_read_past_the_cache_and_its_blocks():
+    blocks = ["store.cache_dir=c", "store.block_bytes=1048576", "checkpoint.dir=s3://bucket/x"]
+    found = load_config(ROOT / "configs" / "tiny_cpu.yaml", blocks).checkpoint_store.settings
+    assert found.cache_dir is None and found.block_bytes is None
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_every_row_of_a_study_loads(path):
     study = read_mapping(path)

@@ -26,6 +26,7 @@ def test_every_changed_key_is_named_with_both_values_and_what_lets_it_through() 
     message = str(refused.value)
     assert "train.lr: was 0.001, now 0.5" in message and "optim.eps: was 1e-08, now 1e-06" in message
     assert "engine.kind" not in message  # free to change
+    assert URL in message and "another checkpoint.dir" in message  # where another run.dir alone finds the same again
     assert message.endswith("pass --allow-change optim.eps --allow-change train.lr")
 
 

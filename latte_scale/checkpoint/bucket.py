@@ -9,10 +9,11 @@ only if their name begins with the id of the run whose lease this process holds,
 ORPHAN_AGE_S old.
 """
 
+import logging
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from latte_scale.checkpoint.format import (
@@ -28,7 +29,7 @@ from latte_scale.checkpoint.format import (
     folder_name,
     read_manifest,
 )
-from latte_scale.store import ExistsError, Store
+from latte_scale.store import ExistsError, Store, StoreError, TransientError
 from latte_scale.store.listing import Found
 from latte_scale.store.s3 import S3Store
 
@@ -36,6 +37,7 @@ ORPHAN_AGE_S = 24 * 3600.0
 """Age of the newest file at which a save that was not committed counts as abandoned by its writer."""
 BROKEN = "manifest.broken-"
 """A manifest that was set aside begins with this; the files of its step are left for a person to look at."""
+logger = logging.getLogger("latte_scale")
 _REPORT = re.compile(r"rank-(\d+)\.json")
 
 
@@ -121,8 +123,7 @@ class Bucket:
     def clean(self) -> list[str]:
         found = self._orphans()
         self.store.delete_all(each.name for objects in found.values() for each in objects)
-        uploads = self.store.drop_uploads(lambda name, age_s: self._is_dead(name, age_s) and STEP_FOLDER.match(name))
-        return sorted({*found, *(name.rpartition("/")[0] for name in uploads)})
+        return sorted({*found, *(name.rpartition("/")[0] for name in self._drop_uploads())})
 
     def set_aside(self, url: str) -> str:
         step = self.store.below(url.rpartition("/")[2])
@@ -132,6 +133,20 @@ class Bucket:
 
     def advice(self, error: Exception, needed: int) -> str:
         return ""  # the store's errors say what to do
+
+    def _drop_uploads(self) -> Sequence[str]:
+        """Names of unfinished uploads of dead writers, taken back. Many keys may do all else and not see these."""
+        try:
+            return self.store.drop_uploads(lambda name, age_s: self._is_dead(name, age_s) and STEP_FOLDER.match(name))
+        except TransientError:
+            raise
+        except StoreError as error:
+            logger.warning(
+                "unfinished uploads of dead attempts are not looked for (%s); allow s3:ListBucketMultipartUploads and "
+                "s3:AbortMultipartUpload, or give the bucket a lifecycle rule that ends them: they are billed",
+                error,
+            )
+            return []
 
     def _orphans(self) -> dict[str, list[Found]]:
         """Prefixes of saves that were not committed and whose writer is dead, with their objects."""
@@ -174,4 +189,7 @@ def _named(manifest: Manifest) -> set[str]:
 
 def _exists(store: Store) -> CheckpointError:
     step = int(store.url.rpartition("-")[2])
-    return CheckpointError(f"{store.url} exists already and is never overwritten; move it away to save step {step}")
+    return CheckpointError(
+        f"{store.url} exists already and is never overwritten; if another run saves there, too, give each a "
+        f"checkpoint.dir of its own, else move it away to save step {step}"
+    )

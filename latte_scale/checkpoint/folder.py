@@ -107,7 +107,10 @@ class Folder:
     def begin(self, step: int, needed: int) -> FolderDraft:
         final = self.path / folder_name(step)
         if final.exists():
-            raise CheckpointError(f"{final} exists already and is never overwritten; move it away to save step {step}")
+            raise CheckpointError(
+                f"{final} exists already and is never overwritten; if another run saves there, too, give each a "
+                f"checkpoint.dir of its own, else move it away to save step {step}"
+            )
         draft = FolderDraft(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}"), final)
         disk.make_folder(draft.temporary)
         if disk.free_bytes(draft.temporary) < needed:

@@ -177,9 +177,9 @@ class Dataset:
             if text_span is None:
                 return sample
             name, text = known or self._read_text(entry, text_span, data, window[0], fresh=not cached)
-        except (ShortReadError, TarError) as error:
-            raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
-        except _Mismatch as error:
+        except (ShortReadError, TarError, _Mismatch) as error:
+            if not cached:
+                self._check_indexed(entry, row)
             raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
         names = sample.about.get("texts") or [sample.about.get("text")]
         if len(names) != row.num_texts or name != names[number]:
@@ -247,6 +247,20 @@ class Dataset:
             raise ManifestError(
                 f"{self.store.join(info.name)}: expected an embedding, got other bytes ({error}); encode again"
             ) from error
+
+    def _check_indexed(self, entry: ShardEntry, row: Row) -> None:
+        """Raise ManifestError for a whole tar of another size, as after a data set was replaced while it is read.
+
+        A tar ends with two empty blocks; one that was only cut short does not, and keeps what lies before the cut.
+        """
+        size = self.store.size(entry.name)
+        if size == entry.size_bytes or size < 2 * BLOCK:
+            return
+        if not any(self.store.read(entry.name, size - 2 * BLOCK, 2 * BLOCK, fresh=True)):
+            raise ManifestError(
+                f"{self.store.join(entry.name)} has {size} bytes, the index is that of a file of {entry.size_bytes}: "
+                f"{_other_file(entry, row)}"
+            )
 
     def _read_mds(self, entry: ShardEntry, row: Row, number: int, fresh: bool) -> Sample:
         """The same of an MDS shard, whose samples hold all their fields and embeddings and have no headers."""
@@ -341,11 +355,14 @@ def _valid(text: str) -> str:
 
 
 def _not_indexed(where: str, entry: ShardEntry, row: Row, found: list[Any]) -> str:
-    remedy = "delete it and encode again" if "latents" in row.fields else "run `latte-data index` on the folder"
     return (
-        f"{where}: bytes {row.start} to {row.end} hold {found}, the index says {row.key!r}: this is not the "
-        f"file that was indexed (sha256 {entry.sha256[:16]}...); restore it, or {remedy}"
+        f"{where}: bytes {row.start} to {row.end} hold {found}, the index says {row.key!r}: {_other_file(entry, row)}"
     )
+
+
+def _other_file(entry: ShardEntry, row: Row) -> str:
+    remedy = "delete it and encode again" if "latents" in row.fields else "run `latte-data index` on the folder"
+    return f"this is not the file that was indexed (sha256 {entry.sha256[:16]}...); restore it, or {remedy}"
 
 
 def _reader(data: bytes, begin: int) -> Callable[[int, int], bytes]:

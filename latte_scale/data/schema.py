@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
-from latte_scale.store import MissingError, Store
+from latte_scale.store import MissingError, NoBucketError, Store
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -298,6 +298,8 @@ def load_manifest(store: Store) -> Manifest:
     """Read and check `manifest.json`. Raises ManifestError with what to do if it is missing or unreadable."""
     try:
         data = store.read(MANIFEST)
+    except NoBucketError as error:
+        raise ManifestError(str(error)) from error
     except MissingError as error:
         raise ManifestError(
             f"{store.url}: no {MANIFEST}, so this is not a finished data set. Make one with `latte-data shard` or "

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from latte_scale.check_folders import place_of
-from latte_scale.checkpoint import disk
+from latte_scale.checkpoint import disk, list_steps
 from latte_scale.config import Config
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.model.build import build_model
@@ -51,7 +51,7 @@ def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
     try:
         if place.startswith("s3://"):
             rate = store_write(place, config)
-            lines.append(Line("ok", "writing", f"{place}: put, get and delete, {rate / 1e6:,.0f} MB/s"))
+            lines.append(Line("ok", "writing", f"{place}: list, put, get and delete, {rate / 1e6:,.0f} MB/s"))
         else:
             lines += room_lines(Path(place), needed, "checkpoint.dir", config.checkpoint.keep_last)
             rate, ahead_s = folder_write(Path(place))
@@ -114,8 +114,9 @@ def folder_write(folder: Path) -> tuple[float, float]:
 
 
 def store_write(url: str, config: Config) -> float:
-    """Put an object, get it back, delete it: bytes a second of the put. Raises StoreError."""
+    """List checkpoints, put an object, get it back, delete it: bytes a second of the put. Raises StoreError."""
     store, name, data = open_store(url, config.store), f"doctor-{uuid.uuid4().hex}", os.urandom(PROBE_BYTES // 4)
+    list_steps(store)
     began_s = time.monotonic()
     store.write(name, data)
     rate = len(data) / (time.monotonic() - began_s)

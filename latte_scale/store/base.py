@@ -17,6 +17,10 @@ class MissingError(StoreError):
     """The name does not exist."""
 
 
+class NoBucketError(MissingError):
+    """There is no such bucket at this endpoint, so it says nothing about the name."""
+
+
 class ExistsError(StoreError):
     """The name exists already, and the write was to be the first."""
 

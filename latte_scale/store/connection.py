@@ -35,19 +35,28 @@ class Connection:
         self.settings = settings
         self.client: Any
         self.getter: Getter
-        self.renew()
-        self.endpoint: str = self.client.meta.endpoint_url
+        self.is_anonymous: bool  # there are no credentials: requests go unsigned, which a public bucket answers
         self.counters = Counters()
         self.reached = False  # the endpoint has answered this process, whatever it said
         self.allowed = False  # and has done what it was asked
+        self.endpoint = settings.endpoint_url or "the endpoint of the environment"
+        self.renew()
+        self.endpoint = self.client.meta.endpoint_url
         self.hedges = HedgeAllowance()
         self.requests = Threads(settings.num_connections, "store-request")
         self.readers = Threads(settings.num_connections, "store-reader")
 
     def renew(self) -> None:
-        """Read the credentials (again: another program may have renewed them on the disk)."""
-        session, self.client = _client(self.settings)
-        self.getter = Getter(session, self.client, self.settings)
+        """Read the credentials (again: another program may have renewed them on the disk). Raises CredentialsError."""
+        try:
+            session, self.client, self.is_anonymous = _client(self.settings)
+        except Exception as error:
+            if isinstance(error, ValueError):
+                raise
+            found = store_error(fault_of(error), "s3://", "reading settings and credentials", self.endpoint)
+            is_first = isinstance(found, CredentialsError) and not self.allowed
+            raise (NeverAllowedError(str(found)) if is_first else found) from error
+        self.getter = Getter(session, self.client, self.settings, self.is_anonymous)
 
     def call(self, url: str, doing: str, request: Callable[[Any], T], passing: tuple[str, ...] = ()) -> T:
         """The result of `request(client)`, tried again while its faults are transient and the budget lasts.
@@ -90,7 +99,7 @@ class Tries:
         self.num_failed += 1
         self.budget.earn(num_bytes)
         self.connection.reached |= fault.is_answer or num_bytes > 0
-        if fault.kind == "expired" and not self._renewed:
+        if fault.kind in ("expired", "setup") and not self._renewed:
             self._renewed = True
             self.connection.renew()
             return
@@ -106,6 +115,8 @@ class Tries:
 
     def error(self, fault: Fault) -> Exception:
         """The StoreError that ends the operation now."""
+        if fault.kind == "denied" and self.connection.is_anonymous:
+            fault = Fault("no credentials", fault.reason)
         spent_s = self.budget.spent_s
         error = store_error(fault, self.url, self.doing, self.connection.endpoint, self.num_failed, spent_s)
         if not fault.is_answer and not self.connection.reached:
@@ -145,11 +156,15 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _client(settings: StoreSettings) -> tuple[Any, Any]:
-    """A botocore session and an S3 client of it; ValueError without boto3 or for an endpoint that holds credentials."""
+def _client(settings: StoreSettings) -> tuple[Any, Any, bool]:
+    """A botocore session, an S3 client of it, and whether there are no credentials, so that it signs nothing.
+
+    Raises ValueError without boto3 or for an endpoint that holds credentials.
+    """
     try:
         import boto3
         import botocore.session
+        from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError as error:
         raise ValueError("s3:// needs boto3: run pip install 'latte_scale[s3]'") from error
@@ -161,6 +176,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
         if session.get_config_variable(name) == 1:  # botocore's own
             session.set_config_variable(name, value)
     boto = boto3.session.Session(botocore_session=session)
+    is_anonymous = session.get_credentials() is None
 
     def make(addressing: str) -> Any:
         config = Config(
@@ -173,6 +189,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             s3={"addressing_style": addressing},
+            **({"signature_version": UNSIGNED} if is_anonymous else {}),
         )
         return boto.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
 
@@ -181,7 +198,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any]:
     check_endpoint(client.meta.endpoint_url, "the endpoint of the environment")
     if not known and settings.addressing == "auto" and not _is_amazon(client.meta.endpoint_url):
         client = make("path")  # few services of one's own have a host name for every bucket
-    return session, client
+    return session, client, is_anonymous
 
 
 def _is_amazon(endpoint: str) -> bool:

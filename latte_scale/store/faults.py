@@ -8,7 +8,14 @@ import ssl
 from dataclasses import dataclass
 from typing import Literal
 
-from latte_scale.store.base import CredentialsError, ExistsError, MissingError, StoreError, TransientError
+from latte_scale.store.base import (
+    CredentialsError,
+    ExistsError,
+    MissingError,
+    NoBucketError,
+    StoreError,
+    TransientError,
+)
 from latte_scale.store.base import UnreachableError as Unreachable
 
 Kind = Literal[
@@ -20,6 +27,7 @@ Kind = Literal[
     "no credentials",
     "expired",
     "denied",
+    "setup",  # boto3 cannot work with what is set on this machine
     "unreachable",  # no connection
     "silent",  # a connection, and then not a byte in time
     "transient",  # a connection, and then no whole answer
@@ -76,16 +84,27 @@ _ADVICE: dict[Kind, str] = {
     "no upload": "the upload was cancelled by someone else; run the same command again",
     "precondition": "it is replaced again and again while it is read; wait for its writer, then run again",
     "no credentials": "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or run "
-    "where an instance role gives them",
+    "where an instance role gives them (only what is public can be read without)",
     "expired": "the credentials have expired; renew them (sign in again, or set a new AWS_SESSION_TOKEN), then run the "
     "same command again",
     "denied": "access is denied; check that AWS_ACCESS_KEY_ID or AWS_PROFILE are those of this bucket and that its "
     "policy allows this (a missing object is denied too, where listing is not allowed)",
+    "setup": "boto3 cannot work with what is set here; check AWS_PROFILE and the other AWS_ variables, ~/.aws/config, "
+    "~/.aws/credentials and store.endpoint_url",
     "unreachable": "check store.endpoint_url or AWS_ENDPOINT_URL and the network, then run the same command again",
     "silent": _LATER,
     "transient": _LATER,
     "other": "look the code up in the documentation of the service",
 }
+_REGION = "the bucket is in another region, or behind another endpoint; set store.region or AWS_REGION to its region"
+_REGION_CODES = (
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+    "301",
+    "307",
+)
+NOT_S3 = "an answer that is not S3's: is it the right port, and http or https?"
 _CLOCK = "the clock of this machine is wrong: set it, then run the same command again"
 
 
@@ -99,6 +118,10 @@ class SilenceError(Exception):
 
 class NoRangesError(Exception):
     """The endpoint sent the whole object where a range was asked for."""
+
+
+class NotS3Error(Exception):
+    """An answer without what every S3 service answers, as that of a web page on another port."""
 
 
 class RefusedError(Exception):
@@ -139,9 +162,11 @@ def fault_of(error: Exception) -> Fault:
         return _refused(error.status, error.code)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.NoAuthTokenError):
         return Fault("no credentials", type(error).__name__)
-    if isinstance(error, boto.TokenRetrievalError | boto.CredentialRetrievalError):
+    if isinstance(error, boto.TokenRetrievalError | boto.CredentialRetrievalError | boto.SSOError):
         return Fault("expired", type(error).__name__)
     if isinstance(error, boto.SSLError | http.SSLError | ssl.SSLError):
+        if "WRONG_VERSION_NUMBER" in str(error):  # the other side speaks no TLS
+            return Fault("unreachable", "no https on this port: is it http?")
         certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
         return Fault("other", "certificate not trusted: set AWS_CA_BUNDLE") if certificate else _broken(error)
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
@@ -150,19 +175,27 @@ def fault_of(error: Exception) -> Fault:
         return Fault("silent", _cause(error))
     if isinstance(error, NoRangesError):
         return Fault("other", "the endpoint ignores byte ranges, which this loader stands on: use another S3 service")
+    if isinstance(error, NotS3Error):
+        return Fault("setup", NOT_S3)
+    if isinstance(error, RecursionError):  # boto3 asks where the bucket is, and is sent on to ask where it is
+        return Fault("setup", "sent on to another address again and again: is the endpoint http or https?")
     connection = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, http.HTTPError, OSError)
     if isinstance(error, (*connection, BrokenBodyError)):
         return _broken(error)
     if type(error).__name__ == "ResponseParserError":  # an answer that is not XML, as a proxy's error page
         return Fault("transient", "an answer that is not S3's")
     if isinstance(error, boto.BotoCoreError):
-        return Fault("other", type(error).__name__)
+        return Fault("setup", type(error).__name__)
     raise error
 
 
 def _refused(status: int, code: str) -> Fault:
     """The fault that the service named."""
     kind = _KINDS.get(code) or _KINDS.get(str(status))
+    if kind is None and code in ("", str(status)) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
+        # A request for the head of an object is told of expired credentials like this, for its answer has no body.
+        hint = "credentials that have expired, or http where https is spoken?" if status == 400 else NOT_S3
+        return Fault("setup", f"{status} without a code: {hint}")
     if kind is None:
         kind = "transient" if status in _TRANSIENT_STATUS else "other"
     return Fault(kind, f"{status} {code}".strip() if code != str(status) else code)
@@ -189,7 +222,11 @@ def _cause(error: BaseException) -> str:
 
 def store_error(fault: Fault, url: str, doing: str, endpoint: str, tries: int = 1, spent_s: float = 0.0) -> StoreError:
     """The error that a caller sees: what, where, why, and what to do."""
-    advice = _CLOCK if "RequestTimeTooSkewed" in fault.reason else _ADVICE[fault.kind]
+    advice = _ADVICE[fault.kind]
+    if "RequestTimeTooSkewed" in fault.reason:
+        advice = _CLOCK
+    elif fault.kind == "other" and any(code in fault.reason for code in _REGION_CODES):
+        advice = _REGION
     if not fault.retryable:
         return _CLASSES.get(fault.kind, StoreError)(f"{url}: {doing} failed: {advice} ({fault.reason}, {endpoint})")
     times = f"{tries} tries in {spent_s:.1f} s"
@@ -200,10 +237,11 @@ def store_error(fault: Fault, url: str, doing: str, endpoint: str, tries: int = 
 
 _CLASSES: dict[Kind, type[StoreError]] = {
     "missing": MissingError,
-    "no bucket": MissingError,
+    "no bucket": NoBucketError,
     "no credentials": CredentialsError,
     "expired": CredentialsError,
     "denied": CredentialsError,
+    "setup": CredentialsError,
 }
 
 

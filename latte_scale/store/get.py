@@ -17,8 +17,14 @@ from latte_scale.store.settings import StoreSettings
 
 NUM_URLS = 4096  # of objects, remembered
 _CODE = re.compile(rb"<Code>\s*(\w+)\s*</Code>")
-_ELSEWHERE = (301, 307)
-_ELSEWHERE_CODES = ("AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "InvalidRequest")
+_ELSEWHERE = (301, 302, 307)
+_ELSEWHERE_CODES = (
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",  # the bucket is in one of Amazon's regions that have to be opted into
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "InvalidRequest",
+)
 
 
 class Answer(NamedTuple):
@@ -34,16 +40,17 @@ class Answer(NamedTuple):
 class Getter:
     """Sends GET requests with the credentials and to the endpoint of a boto3 client."""
 
-    def __init__(self, session: Any, client: Any, settings: StoreSettings) -> None:
-        """`session` is botocore's, from which `client` was made."""
+    def __init__(self, session: Any, client: Any, settings: StoreSettings, is_anonymous: bool = False) -> None:
+        """`session` is botocore's, from which `client` was made. is_anonymous: nothing is signed."""
         from botocore.httpsession import URLLib3Session
         from botocore.utils import get_environ_proxies
 
-        self._client, self._session = client, session
+        self._client, self._session, self._is_anonymous = client, session, is_anonymous
         self._region = client.meta.region_name
         if self._region in (None, "aws-global"):
             self._region = "us-east-1"
-        self._through_boto3 = client.meta.config.signature_version not in (None, "s3v4", "v4")
+        signature = client.meta.config.signature_version
+        self._through_boto3 = not is_anonymous and signature not in (None, "s3v4", "v4")
         self._http = URLLib3Session(
             verify=session.get_config_variable("ca_bundle") or True,
             proxies=get_environ_proxies(client.meta.endpoint_url),
@@ -78,10 +85,11 @@ class Getter:
 
         headers = {"Range": f"bytes={first}-{last}", **({"If-Match": etag} if etag else {})}
         request = AWSRequest("GET", self._url(bucket, key), headers, stream_output=True)
-        credentials = self._session.get_credentials()
-        if credentials is None:
-            raise NoCredentialsError
-        S3SigV4Auth(credentials.get_frozen_credentials(), "s3", self._region).add_auth(request)
+        if not self._is_anonymous:
+            credentials = self._session.get_credentials()
+            if credentials is None:
+                raise NoCredentialsError
+            S3SigV4Auth(credentials.get_frozen_credentials(), "s3", self._region).add_auth(request)
         response = self._http.send(request.prepare())
         if response.status_code not in (200, 206):
             code = _CODE.search(response.content)

@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from latte_scale.store.connection import Connection
+from latte_scale.store.faults import NotS3Error
 
 
 class Found(NamedTuple):
@@ -81,7 +82,10 @@ class Prefix(NamedTuple):
             more = {"ContinuationToken": token} if token else {}
 
             def page(client: Any, more: dict[str, str] = more) -> dict[str, Any]:
-                return client.list_objects_v2(Bucket=self.bucket, **what, **more)
+                answer = client.list_objects_v2(Bucket=self.bucket, **what, **more)
+                if "IsTruncated" not in answer:  # boto3 takes any page for a listing of nothing
+                    raise NotS3Error
+                return answer
 
             answer = self.connection.call(self.url, "listing", page)
             yield answer
@@ -91,7 +95,10 @@ class Prefix(NamedTuple):
 
 
 def _age_s(answer: dict[str, Any], since: datetime) -> float:
-    """Seconds from `since` to the moment of the answer."""
-    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-    now = parsedate_to_datetime(date) if date else datetime.now(UTC)
-    return (now - since).total_seconds()
+    """Seconds from `since` to the moment of the answer; by this machine's clock if the answer has no date."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        now = parsedate_to_datetime(date)
+    except ValueError:
+        now = datetime.now(UTC)
+    return (now.replace(tzinfo=now.tzinfo or UTC) - since).total_seconds()

@@ -24,7 +24,7 @@ from latte_scale.store.base import Counters, MissingError, Store, StoreError, ch
 from latte_scale.store.blocks import Blocks, Version
 from latte_scale.store.cache import Cache, CacheKey
 from latte_scale.store.connection import Connection, Passed, connection_for
-from latte_scale.store.faults import exists_error
+from latte_scale.store.faults import NotS3Error, exists_error
 from latte_scale.store.listing import Found, Prefix
 from latte_scale.store.local import TEMPORARY, explained
 from latte_scale.store.readahead import ReadAhead
@@ -129,7 +129,7 @@ class S3Store(Store):
 
     def scratch(self, name: str) -> Path:
         check_name(name, self.url)
-        folder = Path(self.settings.scratch_dir or tempfile.gettempdir())
+        folder = Path(self.settings.scratch_dir or tempfile.gettempdir()).expanduser()
         with explained(str(folder), "making the folder for files on their way up"):
             folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
@@ -293,7 +293,14 @@ class S3Store(Store):
 
     def _head(self, name: str, doing: str) -> tuple[Facts, dict[str, str]]:
         """(facts, metadata) of the object as it is now. Raises MissingError."""
-        answer = self._call(name, doing, lambda client: client.head_object(**self._object(name)))
+
+        def head(client: Any) -> dict[str, Any]:
+            answer = client.head_object(**self._object(name))
+            if "ETag" not in answer:
+                raise NotS3Error
+            return answer
+
+        answer = self._call(name, doing, head)
         metadata = answer.get("Metadata", {})
         facts = Facts(answer["ContentLength"], answer["ETag"], metadata.get("crc32c"))
         self._here().note(name, facts)

@@ -1,6 +1,10 @@
-"""How object stores are reached and cached. Credentials are no settings: boto3's own chain finds them."""
+"""How object stores are reached and cached.
 
-from dataclasses import dataclass
+Credentials are no settings: boto3's own chain finds them, and where it finds none, requests go out unsigned, which is
+enough for a public bucket.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,14 +46,27 @@ class StoreSettings:
                 raise ValueError(f"store.block_bytes must be a multiple of {MEBIBYTE}, got {self.block_bytes}")
             if self.cache_dir is None:
                 raise ValueError("store.block_bytes needs store.cache_dir, a local folder that keeps the blocks")
+            if self.cache_bytes < 2 * self.block_bytes:
+                raise ValueError(
+                    f"store.cache_bytes must hold two blocks or more, {2 * self.block_bytes} bytes with "
+                    f"store.block_bytes={self.block_bytes}, got {self.cache_bytes}; raise it, or leave out the blocks"
+                )
         for name in ("request_timeout_s", "stall_budget_s", "first_answer_s", "hedge_after_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"store.{name} must be positive, got {value}")
         if self.endpoint_url is not None:
             check_endpoint(self.endpoint_url, "store.endpoint_url")
+        for name in ("cache_dir", "scratch_dir"):
+            if "://" in (getattr(self, name) or ""):
+                raise ValueError(f"store.{name} must be a folder on a local disk, got {getattr(self, name)}")
         if self.cache_dir is not None and not self.cache_dir:
             raise ValueError("store.cache_dir is empty: give a folder, or leave the key out for no cache")
+
+    @property
+    def without_cache(self) -> "StoreSettings":
+        """The same for what is read only once."""
+        return replace(self, cache_dir=None, block_bytes=None)
 
     @property
     def timeouts_s(self) -> tuple[float, float]:

@@ -213,7 +213,7 @@ def test_a_place_where_one_may_not_write_is_known_at_the_start(s3) -> None:
 def test_a_step_is_never_overwritten_also_not_by_two_at_once(s3) -> None:
     store = s3.store()
     save(saver(store), 5)
-    with pytest.raises(CheckpointError, match="never overwritten"):
+    with pytest.raises(CheckpointError, match=r"never overwritten; .* give each a checkpoint.dir of its own"):
         save(saver(store), 5, value=6.0)
     begun = open_depot(store).begin(6, 0)  # and somebody else commits the same step meanwhile
     save(saver(store), 6)
@@ -324,6 +324,16 @@ def test_parts_of_an_upload_that_died_are_taken_back(s3) -> None:
     assert saver(store, run_id="mine").removed == ["step-00000002/mine-0123"]
     left = client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)["Uploads"]
     assert [each["Key"] for each in left] == [keys["other"]]
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+def test_who_may_not_list_unfinished_uploads_can_save(s3, caplog, status: int, code: str) -> None:
+    """A policy of get, put, delete and list names does without; some services do not know such uploads at all."""
+    s3.fail("answer", match=r"GET \S*uploads", status=status, code=code)
+    writer = saver(s3.store(), run_id="mine")
+    assert writer.removed == [] and f"{status} {code}" in caplog.text and "s3:ListBucketMultipartUploads" in caplog.text
+    save(writer, 1)
+    assert newest(s3.store()) == 1
 
 
 def test_a_damaged_manifest_keeps_its_files(s3) -> None:

@@ -124,6 +124,17 @@ def test_another_tar_under_the_right_name_is_refused(latents):
         latents.read(0, 0)
 
 
+def test_a_tar_of_another_data_set_is_told_from_damage_by_its_size_and_its_end(tmp_path):
+    """Its samples lie elsewhere, so that no header is found where the index says: like damage, and of every sample."""
+    make_latents(tmp_path / "a", num_samples=6, per_shard=6)
+    make_latents(tmp_path / "b", num_samples=9, per_shard=9, with_std=True)
+    dataset, other = open_dataset(str(tmp_path / "a")), open_dataset(str(tmp_path / "b"))
+    dataset.store.write("shard-000000.tar", other.store.read("shard-000000.tar"))
+    for position in range(6):
+        with pytest.raises(ManifestError, match=r"this is not the file that was indexed .*encode again"):
+            dataset.read_twice(0, position)
+
+
 def test_a_missing_tar_is_a_store_error(latents):
     latents.store.delete("shard-000002.tar")
     with pytest.raises(MissingError, match=r"shard-000002\.tar.*no such file"):

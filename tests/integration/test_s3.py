@@ -145,6 +145,11 @@ def test_who_may_read_a_bucket_and_not_list_it_can_verify_and_convert(s3, data_s
     assert latte_data(["convert", "--input", remote.url, "--output", str(tmp_path / "mds"), "--to", "mds"]) == 0
 
 
+def test_a_bucket_that_is_not_there_is_not_taken_for_an_unfinished_data_set(s3, capsys):
+    assert latte_data(["verify", "s3://latte-scale-no-such-bucket/shards"]) == 2
+    assert "no such bucket; check its name and the endpoint" in capsys.readouterr().err
+
+
 def test_odd_names_in_a_bucket_are_passed_over_and_no_clip_is_asked_for_its_size(s3, data_sets, capsys):
     """ "clips//a.mp4" is an object like any other, and lies below "clips" under no name of a file."""
     clips, names = open_store(f"{s3.url}/clips"), ("000000.mp4", "000001.mp4", "captions.jsonl")
@@ -193,6 +198,17 @@ def test_the_config_reaches_the_store_and_no_credentials_are_written_anywhere(
             assert b"testsecret" not in path.read_bytes(), path
     again = train("s3", "train.steps=6", f"store.endpoint_url={s3.proxy.url}", "store.num_connections=4", data=latents)
     assert again.code == 0 and "resumed at step 4" in again.output, again.output
+
+
+def test_training_through_blocks_and_with_checkpoints_in_the_store(s3, data_sets, latents, tmp_path):
+    """As README says it; checkpoints take no part in the cache, and sampling finds them where the run's config says."""
+    cached = (f"store.cache_dir={tmp_path / 'cache'}", "store.block_bytes=1048576")
+    saving = f"checkpoint.dir={s3.url}/checkpoints"
+    for name, data, options in (("folder", data_sets.latents, ()), ("blocks", latents, (*cached, saving))):
+        assert run_in_process(tmp_path / name, data, "train.steps=4", *options) == 0
+    runs = [Run(0, "", tmp_path / name) for name in ("folder", "blocks")]
+    assert runs[0].losses == runs[1].losses and runs[0].digests == runs[1].digests
+    assert ckpt.main(["ls", str(runs[1].folder)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -325,6 +341,11 @@ def test_doctor_looks_at_data_and_checkpoints_in_the_store(s3, latents, tmp_path
     assert code == 1 and lines["writing"]["level"] == "fault", lines
     assert "access is denied" in lines["writing"]["found"] and "AWS_ACCESS_KEY_ID" in lines["writing"]["remedy"]
     assert lines["data"]["level"] == "ok"
+
+    s3.proxy.reset()
+    s3.fail("answer", match=r"GET \S*list-type=2\S*checkpoints", status=403, code="AccessDenied", times=100)
+    code, lines = ask()  # training would look for checkpoints, and be refused
+    assert code == 1 and lines["writing"]["level"] == "fault", lines
 
 
 def test_a_bucket_that_is_down_as_a_run_starts_or_ends_asks_for_another_attempt(s3, data_sets, tmp_path):

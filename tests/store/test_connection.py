@@ -6,11 +6,20 @@ import multiprocessing
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from latte_scale.store import NeverReachedError, StoreError, StoreSettings, UnreachableError, connection, open_store
+from latte_scale.store import (
+    NeverAllowedError,
+    NeverReachedError,
+    StoreError,
+    StoreSettings,
+    UnreachableError,
+    connection,
+    open_store,
+)
 from latte_scale.store.connection import connection_for
 
 pytest.importorskip("boto3")
@@ -59,10 +68,38 @@ def test_a_metadata_service_that_is_busy_is_asked_again(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), MetadataService) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        _, client = connection._client(StoreSettings(endpoint_url="http://127.0.0.1:1", region="x"))
+        _, client, _ = connection._client(StoreSettings(endpoint_url="http://127.0.0.1:1", region="x"))
         credentials = client._request_signer._credentials  # asked for when it was made
         server.shutdown()
     assert credentials is not None and credentials.access_key == "key"
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"AWS_PROFILE": "unheard-of"}, "boto3 cannot work with what is set here; check AWS_PROFILE .*ProfileNotFound"),
+        ({"AWS_ACCESS_KEY_ID": "alone"}, "no credentials were found; set AWS_ACCESS_KEY_ID .*PartialCredentialsError"),
+        ({"AWS_PROFILE": "program"}, "the credentials have expired; renew them .*CredentialRetrievalError"),
+        ({"AWS_PROFILE": "role"}, "check AWS_PROFILE .*InvalidConfigError"),
+        ({"AWS_PROFILE": "sign-on"}, "the credentials have expired; renew them .*SSOTokenLoadError"),
+    ],
+)
+def test_settings_of_boto3_that_are_wrong_say_what_to_do(tmp_path, monkeypatch, variables, reason):
+    (tmp_path / "config").write_text(
+        "[profile program]\ncredential_process = /bin/false\n"
+        "[profile role]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = unheard-of\n"
+        "[profile sign-on]\nsso_start_url = https://x.example\nsso_region = us-east-1\nsso_account_id = 123\n"
+        "sso_role_name = x\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    outside = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    for name, value in {**outside, "AWS_EC2_METADATA_DISABLED": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(connection, "_connections", {})
+    store = open_store("s3://bucket/x", StoreSettings(endpoint_url="http://127.0.0.1:9"))
+    with pytest.raises(NeverAllowedError, match=f"^s3://.*{reason}.*http://127.0.0.1:9"):
+        store.read("x", 0, 1)
 
 
 def has_connections() -> bool:
@@ -123,3 +160,44 @@ def test_an_endpoint_that_never_answers_is_told_early_and_one_that_did_is_waited
         while True:  # what is connected already may be answered once more
             store.read("x")
     assert not isinstance(caught.value, NeverReachedError) and time.monotonic() - begun > 0.5
+
+
+class WebPage(BaseHTTPRequestHandler):
+    """What answers on another port of some services: a page, whatever it is asked for."""
+
+    def do_GET(self) -> None:
+        body = b"<html>sign in</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def web_page(monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with ThreadingHTTPServer(("127.0.0.1", 0), WebPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_web_page_is_not_taken_for_an_empty_bucket(web_page):
+    """A run would find no checkpoint there, and start at step 0."""
+    store = open_store("s3://bucket/x", StoreSettings(endpoint_url=f"http://{web_page}"))
+    for look in (store.list, store.folders, lambda: store.size("a"), lambda: store.exists("a")):
+        with pytest.raises(NeverAllowedError, match=r"check .* store.endpoint_url \(an answer that is not S3's"):
+            look()
+
+
+def test_https_where_http_is_spoken_is_told_early(web_page):
+    store = open_store("s3://bucket/x", StoreSettings(endpoint_url=f"https://{web_page}", first_answer_s=11.0))
+    for look in (store.list, lambda: store.read("a", 0, 1)):
+        with pytest.raises(NeverReachedError, match="is it http"):
+            look()

@@ -10,6 +10,7 @@ from latte_scale.store.faults import (
     BrokenBodyError,
     Fault,
     NoRangesError,
+    NotS3Error,
     RefusedError,
     fault_of,
     store_error,
@@ -38,6 +39,15 @@ def answer(status: int, code: str) -> Exception:
         (answer(403, "403"), "denied", False),
         (answer(403, "AccessDenied"), "denied", False),
         (answer(400, "ExpiredToken"), "expired", False),
+        (answer(400, "400"), "setup", False),
+        (RefusedError(405, ""), "setup", False),
+        (NotS3Error(), "setup", False),
+        (RecursionError(), "setup", False),
+        (
+            boto.SSLError(endpoint_url="https://x", error="[SSL: WRONG_VERSION_NUMBER] wrong version number"),
+            "unreachable",
+            True,
+        ),
         (answer(412, "PreconditionFailed"), "precondition", False),
         (answer(416, "InvalidRange"), "range", False),
         (answer(400, "AuthorizationHeaderMalformed"), "other", False),
@@ -69,6 +79,12 @@ def test_every_error_names_the_object_the_reason_and_what_to_do(kind):
     assert isinstance(error, StoreError)
     for part in ("s3://b/k: reading failed", "the reason", "http://e", _ADVICE[kind]):
         assert part in str(error)
+
+
+def test_another_region_is_named_as_the_reason():
+    for code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        error = store_error(fault_of(answer(400, code)), "s3://b/k", "reading", "http://e")
+        assert "the bucket is in another region" in str(error) and "AWS_REGION" in str(error)
 
 
 def test_classes_tell_errors_apart():

@@ -27,7 +27,13 @@ def test_addresses_hold_no_signature(s3):
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(301, "PermanentRedirect"), (307, "TemporaryRedirect"), (400, "AuthorizationHeaderMalformed")]
+    ("status", "code"),
+    [
+        (301, "PermanentRedirect"),
+        (307, "TemporaryRedirect"),
+        (400, "AuthorizationHeaderMalformed"),
+        (400, "IllegalLocationConstraintException"),
+    ],
 )
 def test_a_service_that_wants_more_is_asked_through_boto3(s3, status, code):
     store = s3.store()

@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import pickle
 import time
+from datetime import UTC, datetime
 
 import pytest
 
-from latte_scale.store import ExistsError, MissingError, ShortReadError, StoreSettings, open_store
+from latte_scale.store import ExistsError, MissingError, ShortReadError, StoreSettings, listing, open_store
 from latte_scale.store.s3 import S3Store
 
 MIB = 1 << 20
@@ -231,6 +232,25 @@ def test_reading_leaves_no_memory_behind(s3):
     assert abs(grown) * os.sysconf("SC_PAGESIZE") < 20 << 20
 
 
+@pytest.mark.parametrize(
+    "date",
+    [
+        "Thu, 01 Jan 2026 00:01:00 GMT",
+        "Thu, 01 Jan 2026 00:01:00 GMT, Thu, 01 Jan 2026 00:01:00 GMT",  # of a service and of the proxy before it
+        "Thu, 01 Jan 2026 00:01:00 -0000",
+    ],
+)
+def test_the_age_of_an_object_is_told_by_the_date_of_the_answer(date):
+    answer = {"ResponseMetadata": {"HTTPHeaders": {"date": date}}}
+    assert listing._age_s(answer, datetime(2026, 1, 1, tzinfo=UTC)) == 60.0
+
+
+@pytest.mark.parametrize("headers", [{}, {"date": ""}, {"date": "yesterday"}])
+def test_without_a_date_the_age_is_told_by_this_machine(headers):
+    answer = {"ResponseMetadata": {"HTTPHeaders": headers}}
+    assert 0 <= listing._age_s(answer, datetime.now(UTC)) < 60
+
+
 def test_scratch_files_of_killed_processes_are_removed(tmp_path):
     store = open_store("s3://bucket/x", StoreSettings(scratch_dir=str(tmp_path)))
     dead, living = store.scratch("a.tar"), store.scratch("b.tar")
@@ -241,3 +261,9 @@ def test_scratch_files_of_killed_processes_are_removed(tmp_path):
         os.utime(path, (0, 0))
     store.scratch("c.tar")
     assert not dead.exists() and living.exists() and others.exists()
+
+
+def test_the_folder_for_scratch_files_expands_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = open_store("s3://bucket/x", StoreSettings(scratch_dir="~/scratch"))
+    assert store.scratch("a.tar").parent == tmp_path / "scratch"

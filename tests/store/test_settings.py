@@ -28,12 +28,21 @@ def test_they_are_a_config_section():
         ({"endpoint_url": "127.0.0.1:9000"}, "expected http://HOST:PORT"),
         ({"block_bytes": 1 << 20}, "store.block_bytes needs store.cache_dir"),
         ({"block_bytes": 1 << 19, "cache_dir": "c"}, "store.block_bytes must be a multiple of 1048576"),
+        ({"block_bytes": 8 << 20, "cache_dir": "c", "cache_bytes": 9 << 20}, "store.cache_bytes must hold two blocks"),
+        ({"cache_dir": "s3://bucket/cache"}, "store.cache_dir must be a folder on a local disk, got s3://bucket/cache"),
+        ({"cache_dir": "file:///tmp/cache"}, "store.cache_dir must be a folder on a local disk"),
+        ({"scratch_dir": "s3://bucket/x"}, "store.scratch_dir must be a folder on a local disk"),
         ({"cache_dir": ""}, "leave the key out for no cache"),
     ],
 )
 def test_what_cannot_work_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         StoreSettings(**values)
+
+
+def test_what_is_read_once_goes_past_cache_and_blocks():
+    cached = StoreSettings(region="x", cache_dir="c", block_bytes=1 << 20)
+    assert cached.without_cache == StoreSettings(region="x")
 
 
 def test_credentials_have_no_place_in_settings_and_urls():

@@ -211,6 +211,18 @@ def test_expired_credentials_are_read_again_once_and_then_an_error(s3, store):
     assert not isinstance(raised.value, NeverAllowedError), "they were good before"
 
 
+def test_expired_credentials_are_read_again_where_only_a_head_is_asked_for(s3, store):
+    """The answer has no body, and so no code: a bare 400."""
+    client = store.connection.client
+    s3.fail("answer", match="HEAD", status=400, code="ExpiredToken")
+    assert store.size("shard.tar") == len(DATA) and store.connection.client is not client
+    s3.fail("answer", match="HEAD", status=400, code="ExpiredToken", times=9)
+    s3.proxy.seen.clear()
+    with pytest.raises(CredentialsError, match="400 without a code: credentials that have expired, or http"):
+        store.size("shard.tar")
+    assert len([seen for seen in s3.proxy.seen if "shard.tar" in seen.line]) == 2  # boto3 also asks for the region
+
+
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [("AWS_ACCESS_KEY_ID", "unknown", "InvalidAccessKeyId"), ("AWS_SECRET_ACCESS_KEY", "x", "SignatureDoesNotMatch")],
@@ -226,5 +238,22 @@ def test_wrong_credentials_fail_at_once(s3, store, monkeypatch, name, value, cod
 def test_no_credentials_are_told_apart(s3, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(CredentialsError, match="no credentials were found; set AWS_ACCESS_KEY_ID"):
-        s3.store().read("shard.tar", 0, 5)
+    private = s3.store()
+    for use in (lambda: private.read("shard.tar", 0, 5), lambda: private.read("shard.tar"), private.list):
+        with pytest.raises(NeverAllowedError, match=r"no credentials were found; set AWS_ACCESS_KEY_ID .*403"):
+            use()
+
+
+def test_what_is_public_is_read_without_credentials(s3, monkeypatch):
+    key, store = f"{s3.url.rpartition('/')[2]}/public.tar", s3.store()
+    data = bytes(range(256)) * 100_000
+    store.upload("public.tar", lambda offset, size: data[offset : offset + size], len(data))
+    store.connection.client.put_object_acl(Bucket=store.bucket, Key=key, ACL="public-read")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setattr("latte_scale.store.connection._connections", {})
+    public = s3.store()
+    s3.proxy.reset()
+    assert public.size("public.tar") == len(data) and public.read("public.tar", 5, 10) == data[5:15]
+    assert public.read("public.tar") == data
+    assert not [seen for seen in s3.proxy.seen if "authorization" in seen.headers or "?" in seen.line]
