@@ -90,6 +90,8 @@ class ZeroEngine:
         self._forget_gradients()
         applied = self._engine.was_step_applied()
         self._num_updates += int(applied)
+        if not applied and self._stage == 3:
+            self._gather_persistent()
         norm = self._engine.get_global_grad_norm() if applied else float("inf")
         return StepResult(
             torch.as_tensor(norm, dtype=torch.float32, device=self.device),
@@ -112,6 +114,13 @@ class ZeroEngine:
         self._zero._partition_all_parameters()
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Stage 3: gather the parameters that stay gathered, as DeepSpeed does itself after an applied update alone.
+
+        The order of parameters that it records in the first step after a load does not hold for a step without them.
+        """
         persistent = self._zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)

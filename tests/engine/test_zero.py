@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from latte_scale.engine import EngineSettings, OptimSettings, Ranks
+from latte_scale.engine import EngineSettings, OptimSettings, Ranks, build_engine
 from latte_scale.engine.zero import deepspeed_config
+from latte_scale.model.build import build_model
+from latte_scale.model.latte_settings import LatteSettings
 from tests.conftest import run_in_process
-from tests.engine.toy import build, full_weights, on_one, on_ranks, toy, train, train_step
+from tests.engine.toy import build, full_weights, on_one, on_ranks, settings, toy, train, train_step
 
 pytest.importorskip("deepspeed")
 
@@ -118,3 +120,22 @@ def test_stage_3_gathers_and_keeps_parameters() -> None:
     """The toy has parameters on both sides of the threshold, so both paths of a load are taken."""
     sizes = [param.numel() for param in toy().parameters()]
     assert min(sizes) <= EngineSettings().zero_persistent_elements < max(sizes)
+
+
+def norms_after_a_skipped_step(ranks: Ranks, kind: str) -> list[float]:
+    """Gradient norms of two steps after a load and a step that is not applied, without prefetching."""
+    shape = {"depth": 2, "width": 32, "num_heads": 4, "patch_size": 8, "num_frames": 4, "out_channels": 4}
+    model = build_model(LatteSettings(num_classes=3, **shape), torch.Generator().manual_seed(0))
+    sizes = {"zero_prefetch_elements": 0} if kind == "zero3" else {}
+    engine = build_engine(settings(kind, **sizes), OptimSettings(), "fp32", model, model.repeated_blocks(), ranks)
+    engine.after_load(0)
+    x_BFCHW, norms = torch.randn(2, 4, 4, 16, 16, generator=torch.Generator().manual_seed(1)), []
+    for factor in (float("inf"), 1.0, 1.0):
+        output_BFOHW = engine.model(x_BFCHW, torch.tensor([3, 7]), torch.tensor([0, 1]))
+        engine.backward((output_BFOHW - x_BFCHW).square().mean() * factor, last_microbatch=True)
+        norms.append(float(engine.step(1e-2).grad_norm))
+    return norms[1:]
+
+
+def test_stage_3_goes_on_when_the_first_step_after_a_resume_was_skipped() -> None:
+    assert on_one(norms_after_a_skipped_step, "zero3") == pytest.approx(on_one(norms_after_a_skipped_step, "single"))
