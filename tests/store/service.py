@@ -20,6 +20,7 @@ from tests.store.ceph import ACCESS_KEY, SECRET_KEY, Ceph, CephError, missing_pr
 from tests.store.proxy import Fault, Proxy
 
 BUCKET = "latte-scale-tests"
+NUM_STARTS = 2  # a command of its own may give up after seconds on a machine that stalls
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -40,16 +41,19 @@ def _start() -> Ceph | str:
     missing = missing_programs()
     if missing:
         return f"no S3 service to test with: {', '.join(missing)} not installed (radosgw, ceph-mon, ceph-osd)"
-    root = Path(tempfile.mkdtemp(prefix="latte-scale-ceph-"))
-    ceph = Ceph(root)
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    atexit.register(ceph.stop)  # runs first
-    try:
-        ceph.start()
-        _make_bucket(ceph)
-    except (CephError, BotoCoreError) as error:
-        return f"the S3 service did not start: {error}"
-    return ceph
+    for _ in range(NUM_STARTS):
+        root = Path(tempfile.mkdtemp(prefix="latte-scale-ceph-"))
+        ceph = Ceph(root)
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        atexit.register(ceph.stop)  # runs first
+        try:
+            ceph.start()
+            _make_bucket(ceph)
+            return ceph
+        except (CephError, BotoCoreError) as error:
+            reason = f"the S3 service did not start: {error}"
+            ceph.stop()
+    return reason
 
 
 def _make_bucket(ceph: Ceph) -> None:
