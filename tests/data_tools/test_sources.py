@@ -79,7 +79,7 @@ def test_classes_that_are_numbers_are_refused_by_name(clips: Path, labels: list[
     columns = {"file": list(TEXTS)[:2], "text": list(TEXTS.values())[:2], "label": labels}
     parquet.write_table(pyarrow.table(columns), clips / "captions.parquet")
     with pytest.raises(
-        ValueError, match="row 1: expected a file, a caption and, if there are any, a label and a cut_from, all text"
+        ValueError, match="row 1: expected a file, a caption and, if there are any, a label and a cut_from"
     ):
         read_list(open_store(clips), "captions.parquet")
 
