@@ -6,7 +6,7 @@ TEST_PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 
-.PHONY: help venv quickstart quickstart-full test test-services test-faults test-faults-short test-slurm soak soak-loader lint clean
+.PHONY: help venv quickstart quickstart-full test test-services test-faults test-faults-short test-slurm soak soak-loader random-runs lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,9 @@ soak: $(READY)  ## 200 random kills on three engines, every run compared bit for
 
 soak-loader: $(READY)  ## 100,000 batches of a tiny data set, every process's memory on the way (5 minutes)
 	$(BIN)/python -m benchmarks.loader_soak
+
+random-runs: $(READY)  ## 40 random settings, each stopped and continued on other ranks and engines (10 minutes)
+	$(BIN)/python -m tests.faults.random_runs --seeds 0 40
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -65,6 +65,14 @@ def free_port() -> int:
             return port
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def descendants(pid: int) -> set[int]:
     """Processes that descend from one, by /proc."""
     parents = {}

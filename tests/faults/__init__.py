@@ -38,6 +38,7 @@ COVERED = {
     "F13": [
         "faults/test_worlds.py::test_f13_other_numbers_of_ranks",
         "faults/test_worlds.py::test_f13_bf16_from_zero_3_to_fsdp2",
+        "faults/test_random_runs.py::test_f13_f18_random_attempts_are_the_run_that_nobody_stopped",
         "engine/test_resume.py::test_a_run_continues_on_any_engine_and_world_size",
     ],
     "F14": ["faults/test_worlds.py::test_f14_workers_prefetch_and_micro_batch_may_change"],
@@ -58,6 +59,7 @@ COVERED = {
     ],
     "F18": [
         "faults/test_bitwise.py::test_f15_f18_resumed_is_bitwise_unbroken",
+        "faults/test_random_runs.py::test_f13_f18_random_attempts_are_the_run_that_nobody_stopped",
         "engine/test_resume.py::test_a_run_continues_on_any_engine_and_world_size",
         "engine/test_resume.py::test_raw_weights_and_averages_differ",
         "engine/test_resume.py::test_ema_is_bit_equal_to_regathered_weights",

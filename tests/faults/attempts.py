@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from latte_scale.run.metrics import read_metrics
-from tests.processes import free_port
+from tests.processes import free_port, is_alive
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENGINES = ("single", "fsdp2", "zero")
@@ -52,11 +52,21 @@ class Attempt:
         """Until `step` is logged. AssertionError if it does not come."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
-            records = read_metrics(self.folder / "metrics.jsonl")
-            if records and records[-1]["step"] >= step:
+            if self.has_logged(step):
                 return
             time.sleep(0.002)
         raise AssertionError(f"step {step} was not logged within {timeout_s} s:\n{self.output}")
+
+    def wait_for_step_or_end(self, step: int, timeout_s: float = 60.0) -> bool:
+        """Until `step` is logged, which is the answer, or a rank has ended, or the time is over."""
+        until_s = time.monotonic() + timeout_s
+        while not self.has_logged(step) and all(map(is_alive, self.pids)) and time.monotonic() < until_s:
+            time.sleep(0.002)
+        return self.has_logged(step)
+
+    def has_logged(self, step: int) -> bool:
+        records = read_metrics(self.folder / "metrics.jsonl")
+        return bool(records) and records[-1]["step"] >= step
 
     def wait(self, timeout_s: float = 120.0) -> list[int]:
         """Exit codes of the ranks, negative for a signal; kills what still runs at the end of the time."""

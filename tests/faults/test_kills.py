@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.faults import soak
 from tests.faults.attempts import Server
 from tests.faults.conftest import digests, losses
-from tests.processes import descendants
+from tests.processes import descendants, is_alive
 
 
 def test_f01_f24_random_kills_end_as_if_nothing_had_happened(data_sets, tmp_path: Path, capsys) -> None:
@@ -14,13 +14,6 @@ def test_f01_f24_random_kills_end_as_if_nothing_had_happened(data_sets, tmp_path
     arguments = ["--kills", "8", "--kinds", "single,fsdp2", "--data", str(data_sets.latents), "--out", str(tmp_path)]
     code = soak.main(arguments)
     assert code == 0, capsys.readouterr().out
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_f23_a_killed_run_leaves_nothing_that_the_next_one_needs(

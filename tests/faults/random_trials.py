@@ -1,0 +1,164 @@
+"""What a trial of random_runs.py is, and what a seed draws: settings of a run and the attempts that make it up.
+
+The tables hold what is drawn evenly; a value that stands there twice comes twice as often. Settings that exclude each
+other are left out where a line does it: most trials should train.
+"""
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from latte_scale.run.folder import REQUEUE
+
+NUM_CLASSES = 3
+MORE_SIZES = (
+    "[{frames: 4, height: 32, width: 48}, {frames: 4, height: 48, width: 32}, {frames: 1, height: 64, width: 64}]"
+)
+SIGNALS = {"file": REQUEUE, "SIGTERM": REQUEUE, "SIGKILL": -signal.SIGKILL}
+"""What ends an attempt from outside, and the exit code that says so."""
+RUN = {
+    "train.lr_schedule": ("constant", "constant", "cosine"),
+    "train.warmup_steps": (0, 1, 3),
+    "train.caption_drop": (0.0, 0.1, 0.5),
+    "optim.clip_norm": ("null", 0.05, 1.0),
+    "optim.clip_from_update": (0, 0, 3, 6),
+    "optim.weight_decay": (0.0, 0.1),
+    "ema.decays": ("[0.99]", "[0.9, 0.999]"),
+    "ema.warmup": ("true", "false"),
+    "video.hflip": ("true", "false"),
+    "data.shuffle_window": ("null", "null", 4, 16),
+    "checkpoint.every_steps": (1, 2, 3, 5),
+}
+OF_FRAMES = {"train.joint_images": (0, 0, 0, 1, 3), "train.known_frames.share": (0, 0, 0, 0.5)}
+OBJECTIVES = {
+    "epsilon": {"model.out_channels": (4, 8), "diffusion.min_snr_gamma": ("null", 5)},
+    "v": {"diffusion.zero_terminal_snr": ("true", "false")},
+    "flow": {"diffusion.flow_shift": (1, 3), "diffusion.min_snr_gamma": ("null", 5)},
+}
+CLASS_MODEL = {
+    "depth": (2, 4),
+    "variant": ("interleaved", "late_fusion", "sequential", "parallel"),
+    "num_classes": (0, NUM_CLASSES),
+    "injection": ("s_adaln", "s_adaln", "all_tokens"),
+    "temporal_position": ("sincos", "learnable", "learnable", "rotary"),
+}
+ENGINES = {
+    "single": {},
+    "fsdp2": {
+        "engine.blocks_per_unit": (1, 2, 3),
+        "engine.prefetch_units": (0, 1, 2),
+        "engine.reshard_after_forward": ("auto", "always", "never"),
+        "engine.replicate": (1, 1, 1, 2),
+    },
+    "zero": {
+        "engine.zero_stage": (1, 2, 3, 3),
+        "engine.cpu_offload": ("true", "false"),
+        "engine.zero_bucket_elements": (1000, 2001, 50_000_000),
+        "engine.zero_prefetch_elements": (0, 2000, 50_000_000),
+        "engine.zero_persistent_elements": (0, 200, 10_000),
+    },
+}
+WHOLE_CLIPS = ("joint_images=1", "joint_images=3", "share=0.5", "contrastive", "more_sizes", "sequential", "parallel")
+"""Settings that do not go with engine.sequence_parallel."""
+CHECKPOINTING = {
+    "engine.activation_checkpointing": ("none", "selective", "full"),
+    "engine.checkpointed_share": (1.0, 1.0, 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One attempt, and how it is ended at a step."""
+
+    ranks: int
+    options: tuple[str, ...]
+    end: str  # one of SIGNALS; steps: by a lower train.steps; "" of the last one, which nothing ends
+    step: int
+
+    def __str__(self) -> str:
+        ended = f", {self.end} at {self.step}" if self.end else ""
+        return f"{self.ranks} x {' '.join(self.options)}{ended}".replace("engine.", "")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a seed draws. Options name data sets as DATA/..."""
+
+    seed: int
+    steps: int
+    options: tuple[str, ...]
+    legs: tuple[Leg, ...]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether engine, ranks and micro-batch never change."""
+        return len({(leg.ranks, leg.options) for leg in self.legs}) == 1
+
+    @property
+    def micro_batch(self) -> str:
+        """The option of the first attempt."""
+        return next(option for option in self.legs[0].options if option.startswith("train.micro_batch"))
+
+
+def one_of_each(draw: random.Random, table: dict[str, tuple]) -> list[str]:
+    return [f"{key}={draw.choice(values)}" for key, values in table.items()]
+
+
+def draw_trial(seed: int) -> Trial:
+    draw = random.Random(seed)
+    steps, group = draw.randint(6, 10), draw.choice((1, 1, 1, 1, 2, 3))
+    options = [f"run.seed={seed}", f"train.steps={steps}", f"train.global_batch={group * draw.randint(4, 12 // group)}"]
+    options += [*draw_model(draw, group), *one_of_each(draw, RUN)]
+    may_cut = draw.random() < 0.05 or not any(word in " ".join(options) for word in WHOLE_CLIPS)
+    is_uniform, stops = draw.random() < 0.3, sorted(draw.sample(range(1, steps - 1), draw.choice((1, 1, 2))))
+    # A cosine ends at train.steps, so that key may not change; nor may the warm-up be longer.
+    ends = {step: ["steps"] if step >= 3 and "train.lr_schedule=cosine" not in options else [] for step in stops}
+    legs: list[Leg] = []
+    for step in stops:
+        legs.append(Leg(*draw_engine(draw, group, may_cut), draw.choice([*SIGNALS, *ends[step]]), step))
+    legs.append(Leg(*draw_engine(draw, group, may_cut), "", steps))
+    if is_uniform:
+        legs = [replace(leg, ranks=legs[0].ranks, options=legs[0].options) for leg in legs]
+    return Trial(seed, steps, tuple(options), tuple(legs))
+
+
+def draw_model(draw: random.Random, group: int) -> Iterator[str]:
+    """The model, what it learns, and the data that it can read."""
+    has_sizes, is_classes, tubelet = draw.random() < 0.35, draw.random() < 0.6, draw.choice((1, 1, 1, 2))
+    if is_classes:
+        model = {"kind": "latte", "in_channels": 4, "out_channels": 4, "width": 32, "num_heads": 4, "patch_size": 4}
+        model |= {"num_frames": 4, "tubelet_size": 1 if has_sizes else tubelet}  # images have one frame
+        model |= {key: draw.choice(values) for key, values in CLASS_MODEL.items()}
+        model |= {"num_classes": NUM_CLASSES} if group > 1 else {}
+        yield f"model={json.dumps(model)}"
+    if group > 1:
+        yield from ("model.contrastive_width=8", "contrastive.weight=0.1", f"contrastive.group={group}")
+    if not is_classes or model["tubelet_size"] == 1:
+        yield from one_of_each(draw, OF_FRAMES)
+    objective = draw.choice([*OBJECTIVES])
+    yield from (f"diffusion.objective={objective}", *one_of_each(draw, OBJECTIVES[objective]))
+    names = ["latents"] if draw.random() < 0.9 else ["shards"]
+    if has_sizes:
+        names = ["sizes", *draw.choice(([], ["latents"]))]
+        yield from (f"video.more_sizes={MORE_SIZES}", f"train.batch_budget={draw.choice(('tokens', 'samples'))}")
+    if names != ["shards"] and draw.random() < 0.15:
+        names.append("poisoned")
+    sources = [{"url": f"DATA/{name}", "weight": draw.choice((0.3, 0.5, 1.0))} for name in names]
+    yield f"data.url={json.dumps(sources)}"
+    if draw.random() < 0.3:
+        yield from ("data.holdout=0.2", "validation.num_samples=4", f"validation.every_steps={draw.randint(2, 5)}")
+
+
+def draw_engine(draw: random.Random, group: int, may_cut: bool) -> tuple[int, tuple[str, ...]]:
+    """Ranks, and the options of an attempt on them."""
+    kind = draw.choice(("single", "fsdp2", "fsdp2", "zero", "zero", "zero"))
+    ranks = 1 if kind == "single" else draw.choice((1, 2, 2, 2, 3, 4))
+    table = {"data.num_workers": (0, 0, 1, 2)} | CHECKPOINTING | ENGINES[kind]
+    if ranks % 2:
+        table.pop("engine.replicate", None)
+    elif may_cut and draw.random() < 0.5:
+        table["engine.sequence_parallel"] = (2,)
+    micro_batch = f"train.micro_batch={group * draw.randint(1, 6)}"
+    return ranks, (f"engine.kind={kind}", micro_batch, *one_of_each(draw, table))
