@@ -68,13 +68,18 @@ def test_f14_workers_prefetch_and_micro_batch_may_change(
 def test_a_resumed_run_needs_no_more_memory_than_a_fresh_one(
     server: Server, data_sets, tmp_path: Path, ranks: int, engine: tuple[str, ...]
 ) -> None:
-    """A state of 16 bytes for each of 23 million parameters: a whole copy of a tree in between would show."""
+    """A state of 16 bytes for each of 23 million parameters: a whole copy of a tree in between would show.
+
+    The least of three: what a rank saves beside its steps, and when, moves a peak by up to 5 %.
+    """
     size = ("model.num_heads=8", "model.head_dim=64", "model.num_layers=2", "train.global_batch=2")
-    peaks = []
-    for steps in (3, 6):  # the second attempt loads what the first one saved
-        options = (*size, *engine, f"train.steps={steps}", "checkpoint.every_steps=3", "data.num_workers=0")
-        attempt = server.start(tmp_path / "run", data_sets.latents, *options, ranks=ranks)
-        assert attempt.wait() == [0] * ranks, attempt.output
-        peaks.append(max(record["memory_gib"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[-3:]))
-    print(f"peak memory: fresh {peaks[0]:.3f} GiB, resumed {peaks[1]:.3f} GiB")
-    assert peaks[1] <= 1.03 * peaks[0]
+    peaks: dict[int, list[float]] = {3: [], 6: []}  # by train.steps: the second attempt loads what the first one saved
+    for folder in (tmp_path / f"run{number}" for number in range(3)):
+        for steps, found in peaks.items():
+            options = (*size, *engine, f"train.steps={steps}", "checkpoint.every_steps=3", "data.num_workers=0")
+            attempt = server.start(folder, data_sets.latents, *options, ranks=ranks)
+            assert attempt.wait() == [0] * ranks, attempt.output
+            found.append(max(record["memory_gib"] for record in read_metrics(folder / "metrics.jsonl")[-3:]))
+    fresh, resumed = map(min, peaks.values())
+    print(f"peak memory: fresh {fresh:.3f} GiB, resumed {resumed:.3f} GiB, of {peaks}")
+    assert resumed <= 1.03 * fresh
