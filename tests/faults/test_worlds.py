@@ -70,8 +70,9 @@ def test_a_resumed_run_needs_no_more_memory_than_a_fresh_one(
 ) -> None:
     """A state of 16 bytes for each of 23 million parameters.
 
-    In one process a copy of a tree that outlives the load shows as 10 %, and so does what is larger during the load than
-    gradients and activations are later; fsdp2's peak is the whole model before it is sharded. The least of three: what a rank saves beside its steps, and when, moves a peak by up to 5 %.
+    In one process a copy of a tree that outlives the load shows as 10 %, and so does what is larger during the load
+    than gradients and activations are later; fsdp2's peak is the whole model before it is sharded. The least of three:
+    what a rank saves beside its steps, and when, moves a peak by up to 5 %.
     """
     size = ("model.num_heads=8", "model.head_dim=64", "model.num_layers=2", "train.global_batch=2")
     peaks: dict[int, list[float]] = {3: [], 6: []}  # by train.steps: the second attempt loads what the first one saved
