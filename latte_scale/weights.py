@@ -202,8 +202,8 @@ def _newest(source: str, tree: str | None, read: Callable[[Stored], T]) -> tuple
     if len(problems) == 1:
         raise checkpoint.CheckpointError(problems[0])
     if problems:
-        listing = "\n  ".join(problems)
-        raise checkpoint.CheckpointError(f"{path} holds checkpoints and none is sound:\n  {listing}")
+        listing = "\n  ".join([f"{path} holds checkpoints and none is sound:", *problems])
+        raise checkpoint.CheckpointError(f"{listing}\nrestore one, or name another run")
     return None
 
 
@@ -216,7 +216,7 @@ def _steps_of(path: str) -> list[Store]:
         raise ValueError(f"{root}: expected a folder, got a file; bring it in with latte-scale import --source {root}")
     if "://" not in path and not root.is_dir():
         raise ValueError(f"{root}: expected a run, a checkpoint or a folder of weights; no such folder")
-    steps = find_steps(path)
+    steps = _find_steps(path)
     if not steps and "://" in path:
         raise ValueError(
             f"{path}: expected a checkpoint or a place with some, none is there; a folder of weights is read from a "
@@ -268,7 +268,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
     return DiffusionSettings()
 
 
-def find_steps(where: str) -> list[Store]:
+def _find_steps(where: str) -> list[Store]:
     """The checkpoint that `where` is, or all of a run or a place with checkpoints, newest first; sound or not."""
     steps = []
     for place in places(where):
