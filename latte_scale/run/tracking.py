@@ -3,13 +3,14 @@
 In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
 of wandb lasts over all attempts of a run: it has the run's own id.
 The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so a fault of a tracking service
-is logged and never stops training; but a service that is asked for and not installed is an error before the first
+is told and never stops training; but a service that is asked for and not installed is an error before the first
 step.
 """
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,7 +37,7 @@ class LogSettings:
 
 
 class Tracker(Protocol):
-    """A copy of the metrics somewhere else."""
+    """A copy of the metrics somewhere else. Each of these may fail."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take one line of metrics.jsonl."""
@@ -48,22 +49,39 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Those that a run has; use it in `with`, which closes them."""
+    """Those that a run has, each until it fails; use it in `with`, which closes them."""
 
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = trackers
+    def __init__(self) -> None:
+        self._trackers: dict[str, Tracker] = {}
+        self._failed: set[str] = set()
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                _warn(f"{name} did not end well ({error}); metrics.jsonl is complete")
+
+    def add(self, name: str, begin: Callable[[], Tracker]) -> None:
+        """Begin one."""
+        try:
+            self._trackers[name] = begin()
+        except Exception as error:
+            _warn(f"{name} did not begin ({error}); metrics.jsonl is written without it")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Give one line of metrics.jsonl to each."""
-        for tracker in self._trackers:
-            tracker.log(record)
+        for name, tracker in self._trackers.items():
+            if name in self._failed:
+                continue
+            try:
+                tracker.log(record)
+            except Exception as error:  # whatever a service does, training goes on
+                self._failed.add(name)
+                _warn(f"{name} failed at step {record['step']} ({error}); metrics.jsonl goes on without it")
 
 
 def open_trackers(
@@ -82,12 +100,14 @@ def open_trackers(
 
     Raises ValueError where one that is asked for is not installed.
     """
-    trackers: list[Tracker] = []
+    trackers = Trackers()
     if settings.tensorboard:
-        trackers.append(TensorBoard(folder / "tensorboard", first_step))
+        _check_installed("tensorboard", "log.tensorboard=false")
+        trackers.add("tensorboard", lambda: TensorBoard(folder / "tensorboard", first_step))
     if settings.wandb != "off":
-        trackers.append(Wandb(settings, folder, run_id, config, last_logged))
-    return Trackers(trackers)
+        _check_installed("wandb", "log.wandb=off")
+        trackers.add("wandb", lambda: Wandb(settings, folder, run_id, config, last_logged))
+    return trackers
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -104,7 +124,6 @@ class TensorBoard:
     """Event files that `tensorboard --logdir RUN` shows."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        _check_installed("tensorboard", "log.tensorboard=false")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
@@ -125,10 +144,9 @@ class Wandb:
     def __init__(
         self, settings: LogSettings, folder: Path, run_id: str, config: Mapping[str, Any], last_logged: int
     ) -> None:
-        _check_installed("wandb", "log.wandb=off")
         import wandb
 
-        self._last_logged, self._failed = last_logged, False
+        self._last_logged = last_logged
         arguments = {
             "project": settings.wandb_project,
             "entity": settings.wandb_entity,
@@ -147,32 +165,26 @@ class Wandb:
         try:
             self._run = wandb.init(mode=settings.wandb, **arguments)
         except wandb.errors.Error as error:
-            logger.error(
-                "wandb did not begin (%s); this attempt is tracked offline: send it later with wandb sync %s",
-                error,
-                folder / "wandb",
-            )
+            sync = f"wandb sync {folder / 'wandb'}"
+            _warn(f"wandb did not begin ({error}); this attempt is tracked offline: send it later with {sync}")
             wandb.teardown()  # its process still holds the id
             self._run = wandb.init(mode="offline", **arguments)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take one line of metrics.jsonl; a step that an earlier attempt sent is not sent again."""
-        if record["step"] <= self._last_logged or self._failed:
-            return
-        try:
+        if record["step"] > self._last_logged:
             self._run.log(scalars(record), step=record["step"])
-        except Exception as error:  # whatever a service does, training goes on
-            self._failed = True
-            logger.error("wandb failed at step %d (%s); metrics.jsonl goes on without it", record["step"], error)
 
     def close(self) -> None:
-        """Send what is left, for FINISH_TIMEOUT_S at most."""
-        try:
-            self._run.finish()
-        except Exception as error:
-            logger.error("wandb did not end well (%s); wandb sync sends what is left", error)
+        """Send what is left, for FINISH_TIMEOUT_S at most; `wandb sync` sends what did not get through."""
+        self._run.finish()
 
 
 def _check_installed(package: str, otherwise: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{package} is not installed: pip install 'latte_scale[{package}]', or set {otherwise}")
+
+
+def _warn(problem: str) -> None:
+    logger.error(problem)
+    print(f"warning: {problem}", file=sys.stderr)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,6 +107,47 @@ def test_a_service_that_fails_does_not_end_the_run(tmp_path, caplog):
             trackers.log(record(1))
             trackers.log(record(2))
     assert caplog.text.count("wandb failed at step 1") == 1
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_tracker_that_cannot_begin_is_told_and_does_not_end_the_run(package, tmp_path, capsys):
+    pytest.importorskip(package)
+    (tmp_path / "tensorboard").touch()  # no folder can be made there
+    wrong = {
+        "wandb": LogSettings(wandb="offline", wandb_project="team/latte"),
+        "tensorboard": LogSettings(tensorboard=True),
+    }
+    track(tmp_path, wrong[package], range(2))
+    assert f"warning: {package} did not begin" in capsys.readouterr().err
+
+
+class FullDisk:
+    """A tracker that writes one line."""
+
+    def __init__(self) -> None:
+        self.tried: list[int] = []
+
+    def log(self, line: dict) -> None:
+        self.tried.append(line["step"])
+        if line["step"]:
+            raise OSError("no space left on device")
+
+    def close(self) -> None:
+        raise OSError("no space left on device")
+
+
+def test_a_tracker_that_fails_is_left_out_from_then_on_and_the_others_go_on(caplog):
+    full = FullDisk()
+    lines: list[dict] = []
+    other = SimpleNamespace(log=lines.append, close=lambda: lines.append("closed"))
+    with caplog.at_level(logging.ERROR, logger="latte_scale"), Trackers() as trackers:
+        trackers.add("full", lambda: full)
+        trackers.add("other", lambda: other)
+        for step in range(4):
+            trackers.log(record(step))
+    assert full.tried == [0, 1] and lines == [*map(record, range(4)), "closed"]
+    assert caplog.text.count("full failed at step 1 (no space left on device)") == 1
+    assert caplog.text.count("full did not end well") == 1
 
 
 def test_without_the_service_an_online_run_is_kept_for_later(tmp_path):

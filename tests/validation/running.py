@@ -71,8 +71,10 @@ class Parts:
         return shares
 
     def validate(self, step: int) -> float:
+        trackers = Trackers()
+        trackers.add("memory", lambda: self)
         with Watchdog(self.folder.logs, self.ranks.rank, 60.0) as watchdog:
-            return self.validator.run(step, self.engine, self.ema, watchdog, Trackers([self]))
+            return self.validator.run(step, self.engine, self.ema, watchdog, trackers)
 
     def log(self, record: dict[str, Any]) -> None:
         """A tracker that remembers."""
