@@ -251,9 +251,15 @@ def run(args: argparse.Namespace) -> int:
     """All stages in order; returns the exit code."""
     out, began = args.out, time.perf_counter()
     recipe = CLIPS if args.clips else SHAPES_FULL if args.full else SHAPES
+    if not CONFIGS.is_dir():
+        raise StageError(
+            f"expected the recipes in {CONFIGS}: latte_scale is installed here without its repository; clone that and "
+            "run `make quickstart` in it"
+        )
     prepare_out(out, args.clips)
     here, stages = shlex.quote(str(out)), Stages(out, {})
-    train_config, encode_config = (CONFIGS / name for name in (recipe.train_config, recipe.encode_config))
+    train_config = CONFIGS / recipe.train_config
+    train_yaml, encode_yaml = (shlex.quote(str(CONFIGS / name)) for name in (recipe.train_config, recipe.encode_config))
 
     if not args.clips:
         stages.run("draw clips", f"latte-data shapes --output {here}/clips --count {recipe.num_clips}")
@@ -263,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
     )
     stages.run(
         "encode",
-        f"latte-data encode --input {here}/shards --output {here}/latents --config {encode_config} --workers 2 "
+        f"latte-data encode --input {here}/shards --output {here}/latents --config {encode_yaml} --workers 2 "
         "latents.kind=mean",
     )
     config = settings.read_mapping(train_config)
@@ -276,8 +282,7 @@ def run(args: argparse.Namespace) -> int:
     stages.train_with_a_kill(
         # localhost: the name that a machine or a container has for itself need not lead anywhere
         f"torchrun --nproc_per_node {NUM_RANKS} --standalone --local_addr localhost -m latte_scale.train "
-        f"--config {train_config} "
-        f"data.url={here}/latents run.dir={here}/run engine.kind=fsdp2",
+        f"--config {train_yaml} data.url={here}/latents run.dir={here}/run engine.kind=fsdp2",
         out / "run",
         config["checkpoint"]["every_steps"],
         config["train"]["steps"],

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 def test_from_clips_to_a_report_with_a_kill_on_the_way(tmp_path, monkeypatch):
     config = yaml.safe_load((ROOT / "configs" / "tiny_cpu.yaml").read_text())
     config["train"]["steps"], config["checkpoint"]["every_steps"] = 240, 60
-    small = tmp_path / "small.yaml"
+    small = tmp_path / "with a space.yaml"
     small.write_text(yaml.safe_dump(config))
     recipe = quickstart.Recipe(str(small), "encode_tiny.yaml", 48, 24, num_prompts=4, guidance=3.0, sampling_steps=2)
     monkeypatch.setattr(quickstart, "SHAPES", recipe)
@@ -104,6 +104,12 @@ def test_a_run_of_ones_own_is_not_emptied_because_its_folders_have_the_same_name
     (tmp_path / quickstart.MARK).touch()
     quickstart.prepare_out(tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == [quickstart.MARK]
+
+
+def test_an_installation_without_the_recipes_says_where_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "CONFIGS", tmp_path / "site-packages" / "configs")
+    assert quickstart.main(["--out", str(tmp_path / "out")]) == 1
+    assert "clone that" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_clips_without_captions_are_refused(tmp_path, capsys):
