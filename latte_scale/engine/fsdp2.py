@@ -117,7 +117,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSetting
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # before the factor: 1.0 then means a plain sum
-            module.set_gradient_divide_factor(1.0)
+            if mesh.mesh.size() > 1:  # a single rank would divide by it all the same, into a copy of every gradient
+                module.set_gradient_divide_factor(1.0)
     return model
 
 
