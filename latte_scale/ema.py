@@ -2,8 +2,9 @@
 
 In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors,
 one a shard.
-The decision worth knowing: the average is updated by subtract, multiply, add: three roundings, without a fused
-multiply-add. So its bits do not depend on how the weights are sharded, and equal those computed on gathered weights.
+The decision worth knowing: an average moves towards the weights as gradient descent on half their squared distance
+does, so torch's fused SGD updates it: one pass over both, each element by itself, so that its bits do not depend on how
+the weights are sharded, and equal those computed on gathered weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,6 @@ import torch
 from torch import Tensor
 
 from latte_scale.engine.base import Engine, LocalShard
-
-CHUNK_BYTES = 256 * 2**20
-"""Size of the weights that are updated at a time, and so of the temporary difference."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,10 @@ class Ema:
         """
         applied = applied.to(self._num_updates.device, torch.float32)
         for decay, averages in self._averages.items():
-            weight = applied * (1.0 - decay)
+            weight = applied.new_full((), 1.0 - decay)
             if self._warmup:  # 1 - (1 + n) / (10 + n), written so that nothing cancels
-                weight = applied * (9.0 / (10.0 + self._num_updates)).clamp(min=1.0 - decay)
-            for chunk in _chunks(self._params):
-                lerp_(averages[chunk], self._params[chunk], weight)
+                weight = (9.0 / (10.0 + self._num_updates)).clamp(min=1.0 - decay)
+            lerp_(averages, self._params, weight, skipped=1.0 - applied)
         self._num_updates += applied
 
 
@@ -112,17 +109,25 @@ def _exchange(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         other.copy_(kept)
 
 
-def lerp_(averages: list[Tensor], params: list[Tensor], weight: Tensor) -> None:
-    """averages += weight * (params - averages), in place, for lists of tensors and a 0-d weight."""
-    difference = torch._foreach_sub(params, averages)
-    torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(averages, difference)
+def lerp_(averages: Sequence[Tensor], params: Sequence[Tensor], weight: Tensor, skipped: Tensor | None = None) -> None:
+    """averages += weight * (params - averages), in place, for lists of fp32 tensors and a 0-d weight on their device.
 
-
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    first, size = 0, 0
-    for index, tensor in enumerate(tensors):
-        size += tensor.numel() * tensor.element_size()
-        if size >= CHUNK_BYTES or index == len(tensors) - 1:
-            yield slice(first, index + 1)
-            first, size = index + 1, 0
+    Nothing moves where `skipped`, 0-d, is 1.
+    """
+    held = [(average, param) for average, param in zip(averages, params, strict=True) if param.numel()]
+    if not held:
+        return
+    ours, theirs = map(list, zip(*held, strict=True))
+    torch._fused_sgd_(  # gradient: average - param
+        ours,
+        theirs,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=skipped,
+    )

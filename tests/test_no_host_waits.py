@@ -65,6 +65,14 @@ def autocast_of_no_device(monkeypatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda device_type, *args, **options: autocast("cpu", *args, **options))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fused_sgd_of_no_device() -> Iterator[None]:
+    """torch has no shapes-only form of the operator that updates averages; its numbers are tensors of the device."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_fused_sgd_.tensor_lr", lambda *args, **options: None, "Meta")
+        yield
+
+
 SMALL_BYTES = 2048  # token numbers, masks, labels, sums: less than the clips and captions here have in fp32
 zeros = torch.zeros
 

@@ -23,7 +23,7 @@ reach 18 to 52 % (Wan2.1-14B under FSDP2 23 %, NeMo's DiT-7B on 256 H100 52 %), 
 the same, of the bf16 peak; its gain is not counted before it is measured."""
 HBM_REACHED = 0.7  # share of the memory's rate that the fused update reaches; an assumption
 UPDATE_BYTES = 32  # an element: AdamW reads 4 and writes 3 numbers, and the gradient's norm reads one
-AVERAGE_BYTES = 36  # an element and average: three passes over two or three numbers (ema.lerp_)
+AVERAGE_BYTES = 12  # an element and average: reads two numbers and writes one
 
 
 @dataclass(frozen=True)

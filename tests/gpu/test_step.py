@@ -11,6 +11,7 @@ from latte_scale.bench.subjects import Ours
 from latte_scale.bench.timing import Turns
 from latte_scale.choices.attention import attention_backends, recorded_attention
 from latte_scale.config import Config, load_config
+from latte_scale.ema import lerp_
 from latte_scale.engine import Ranks
 from latte_scale.synthetic import step_inputs
 from tests.conftest import ROOT
@@ -43,6 +44,23 @@ def test_no_host_waits_for_the_device(ranks, engine, checkpointing) -> None:
             step.forward_backward(), step.update(), step.average()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_averages_do_not_depend_on_where_the_shards_are_cut(ranks) -> None:
+    """And are those of float64; a skipped update moves none, and no update moves the weights."""
+    weight = torch.randn(100_003, device=ranks.device)
+    average, before, rate = weight + 1e-3 * torch.randn_like(weight), weight.clone(), weight.new_full((), 1e-4)
+    exact = average.double() + rate.double() * (weight.double() - average.double())
+    whole = average.clone()
+    lerp_([whole], [weight], rate, skipped=torch.zeros_like(rate))
+    torch.testing.assert_close(whole.double(), exact, rtol=2**-23, atol=0)
+    for cut in (1, 7, 4096, 99_999):
+        pieces = [piece.clone() for piece in average.split([cut, len(average) - cut])]
+        lerp_(pieces, weight.split([cut, len(average) - cut]), rate)
+        assert torch.equal(torch.cat(pieces), whole)
+    kept = whole.clone()
+    lerp_([whole], [weight], rate, skipped=torch.ones_like(rate))
+    assert torch.equal(whole, kept) and torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
