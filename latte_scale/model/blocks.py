@@ -10,9 +10,8 @@ The decision worth knowing is how conditions meet frames. A clip's conditions ar
 first F - G + 1 frames and each further row one frame. So G = 1 is one condition for everything, G = 1 + n a video and
 n images with conditions of their own, G = F one for each frame, and nothing is repeated before it has to be.
 
-Shape legend: B batch, F frames (video, then n images), T tokens of a frame, D width, S the axis that a block of
-LatteT2V attends over (T in a spatial block, F in a temporal one), R the other one, L text length, G rows of conditions,
-n images, E width of a head, d several widths side by side.
+Shape legend: B batch, F frames (video, then n images), T tokens of a frame, D width, S the axis that is attended over,
+R the other one, L text length, G rows of conditions, n images, E width of a head, d several widths side by side.
 """
 
 from collections.abc import Callable
@@ -90,8 +89,9 @@ def on_video(x_BFTD: Tensor, num_images: int, run: Callable[[Tensor], Tensor]) -
 
 
 class T2VBlock(nn.Module):
-    """Self-attention over the third axis, cross-attention to the caption (spatial blocks only), MLP; adaLN-single.
+    """Self-attention, cross-attention to the caption (spatial blocks only), MLP; adaLN-single.
 
+    Temporal blocks attend over frames: what attention reads is laid out anew for it, and not the block's x.
     Cross-attention has neither norm nor gate (PixArt-alpha; diffusers' norm_type "ada_norm_single").
     """
 
@@ -105,32 +105,36 @@ class T2VBlock(nn.Module):
 
     def forward(
         self,
-        x_BRSD: Tensor,
+        x_BFTD: Tensor,
         modulation_BG6D: Tensor,
         text_BLD: Tensor | None = None,
         padding: Padding | None = None,
         image_text_BnLD: Tensor | None = None,
         image_padding: Padding | None = None,
     ) -> Tensor:
-        """Spatial: x [B, F, T, D] with the captions' tokens and their padding. Temporal: x [B, T, F, D] without them.
+        """[B, F, T, D] -> the same; spatial blocks take the captions' tokens and their padding, temporal ones none.
 
         modulation_BG6D: the shared modulation, G being 1 or F. The clip's caption serves all frames, or all but the
         last n where image_text_BnLD gives each of those its own.
         """
-        rows_BG6D = self.scale_shift_table + modulation_BG6D
-        rows_BRS6D = rows_BG6D[:, :, None] if self.attn2 is not None else rows_BG6D[:, None]  # R or S is 1
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BRS6D.unbind(-2)
-        x_BRSD = residual(x_BRSD, self._attend, (shift_msa, scale_msa, gate_msa), self.norm)
+        rows_BG16D = (self.scale_shift_table + modulation_BG6D)[:, :, None]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BG16D.unbind(-2)
+        x_BFTD = residual(x_BFTD, self._attend, (shift_msa, scale_msa, gate_msa), self.norm)
         if self.attn2 is not None and image_text_BnLD is None:
-            x_BRSD = x_BRSD + self._read(x_BRSD, text_BLD, padding)
+            x_BFTD = x_BFTD + self._read(x_BFTD, text_BLD, padding)
         elif self.attn2 is not None:
-            num_frames = x_BRSD.shape[1] - image_text_BnLD.shape[1]
-            of_video = self._read(x_BRSD[:, :num_frames], text_BLD, padding)
-            of_images = self._read_each(x_BRSD[:, num_frames:], image_text_BnLD, image_padding)
-            x_BRSD = x_BRSD + torch.cat([of_video, of_images], dim=1)
-        return residual(x_BRSD, self.ff, (shift_mlp, scale_mlp, gate_mlp), self.norm)
+            num_frames = x_BFTD.shape[1] - image_text_BnLD.shape[1]
+            of_video = self._read(x_BFTD[:, :num_frames], text_BLD, padding)
+            of_images = self._read_each(x_BFTD[:, num_frames:], image_text_BnLD, image_padding)
+            x_BFTD = x_BFTD + torch.cat([of_video, of_images], dim=1)
+        return residual(x_BFTD, self.ff, (shift_mlp, scale_mlp, gate_mlp), self.norm)
 
-    def _attend(self, h_BRSD: Tensor) -> Tensor:
+    def _attend(self, h_BFTD: Tensor) -> Tensor:
+        if self.attn1.site == "time":
+            return self._attend_rows(h_BFTD.transpose(1, 2).contiguous()).transpose(1, 2)
+        return self._attend_rows(h_BFTD)
+
+    def _attend_rows(self, h_BRSD: Tensor) -> Tensor:
         return self.attn1(h_BRSD.flatten(0, 1)).view_as(h_BRSD)
 
     def _read(self, x_BFTD: Tensor, text_BLD: Tensor, padding: Padding | None) -> Tensor:

@@ -198,16 +198,15 @@ class LatteT2V(nn.Module):
     ) -> Tensor:
         """A temporal block over the video's frames; the first one adds their positions."""
 
-        def run(video_BFTD: Tensor) -> Tensor:
-            x_BTFD = video_BFTD.transpose(1, 2)
-            if index == 0 and x_BTFD.shape[2] > 1:
-                x_BTFD = x_BTFD + self._frame_table(x_BTFD)
-            return temporal(x_BTFD.contiguous(), modulation_BG6D).transpose(1, 2)
+        def run(x_BFTD: Tensor) -> Tensor:
+            if index == 0 and x_BFTD.shape[1] > 1:
+                x_BFTD = x_BFTD + self._frame_table(x_BFTD)
+            return temporal(x_BFTD.contiguous(), modulation_BG6D)
 
-        return on_video(x_BFTD, num_images, run).contiguous()
+        return on_video(x_BFTD, num_images, run)
 
-    def _frame_table(self, x_BTFD: Tensor) -> Tensor:
-        return frame_positions(x_BTFD.shape[2], x_BTFD.shape[3], x_BTFD.device).to(x_BTFD.dtype)
+    def _frame_table(self, x_BFTD: Tensor) -> Tensor:
+        return frame_positions(x_BFTD.shape[1], x_BFTD.shape[3], x_BFTD.device).to(x_BFTD.dtype)[:, None]
 
     def _check_inputs(
         self, latents_BCFHW: Tensor, timestep: Tensor, text: Tensor, mask: Tensor | None, num_images: int

@@ -137,22 +137,29 @@ def test_t2v_block_modulates_each_clip_by_its_own_time() -> None:
     assert (block(x, modulation.flip(0)) - out).abs().max() > 0.1
 
 
-def test_t2v_block_attends_over_the_third_axis_only() -> None:
-    block, x = randomised(T2VBlock(WIDTH, HEADS, False)), random(1, 3, 4, WIDTH)
-    assert moved(block, x, frame=1, token=2, modulation_BG6D=random(1, 1, 6, WIDTH)) == FRAME_1
+@pytest.mark.parametrize(("spatial", "places"), [(True, FRAME_1), (False, TOKEN_2)])
+def test_what_a_t2v_block_attends_over(spatial, places) -> None:
+    block, x = randomised(T2VBlock(WIDTH, HEADS, spatial)), random(1, 3, 4, WIDTH)
+    text_BLD = random(1, 5, WIDTH) if spatial else None
+    moves = moved(block, x, frame=1, token=2, modulation_BG6D=random(1, 1, 6, WIDTH), text_BLD=text_BLD)
+    assert moves == places
+
+
+def test_a_temporal_t2v_block_leaves_frames_where_they_lie() -> None:
+    """No transposed copy of x: the next block reads its memory as it is."""
+    block, x = randomised(T2VBlock(WIDTH, HEADS, False)), random(2, 3, 4, WIDTH)
+    assert block(x, random(2, 1, 6, WIDTH)).stride() == x.stride()
 
 
 @pytest.mark.parametrize("spatial", [True, False])
 def test_t2v_block_takes_one_modulation_a_frame(spatial) -> None:
-    """Frames are the second axis of a spatial block and the third of a temporal one."""
     block, text = randomised(T2VBlock(WIDTH, HEADS, spatial)), random(2, 5, WIDTH) if spatial else None
     x, modulation = random(2, 3, 3, WIDTH), random(2, 1, 6, WIDTH)
     out = block(x, modulation, text)
     torch.testing.assert_close(block(x, modulation.expand(-1, 3, -1, -1), text), out, atol=1e-5, rtol=1e-5)
     other = modulation.repeat(1, 3, 1, 1)
     other[:, 2, 5] += 1  # the gate of the MLP: no other place sees it
-    axes = (0, 2, 3) if spatial else (0, 1, 3)
-    assert ((block(x, other, text) - out).abs().amax(axes) > 1e-5).tolist() == [False, False, True]
+    assert ((block(x, other, text) - out).abs().amax((0, 2, 3)) > 1e-5).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("masked", [True, False])
