@@ -1,4 +1,4 @@
-"""Command-line arguments that several verbs share: a config with its overrides, and types of paths.
+"""What the command lines of the verbs share: the parser, a config with its overrides, and types of paths.
 
 The decision worth knowing: options that take a path on a disk do not have the type `Path`, which turns a URL into a
 folder named "s3:": results meant for a bucket would be written there.
@@ -7,6 +7,19 @@ folder named "s3:": results meant for a bucket would be written there.
 import argparse
 import os
 from pathlib import Path
+
+
+class _Manual(argparse.RawDescriptionHelpFormatter):
+    """Prints the manual as it stands, and behind each option its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = action.default in (None, [], argparse.SUPPRESS) or action.default is False
+        return action.help if has_none else f"{action.help} (default %(default)s)"
+
+
+def verb_parser(verb: str, manual: str | None) -> argparse.ArgumentParser:
+    """The parser of `latte-scale VERB`, whose help is the docstring of its module, with the options below."""
+    return argparse.ArgumentParser(prog=f"latte-scale {verb}", description=manual, formatter_class=_Manual)
 
 
 def add_config(parser: argparse.ArgumentParser, what: str = "training YAML, see configs/") -> None:

@@ -8,7 +8,6 @@ those that may change on resume. Exit code 2 if no key begins as asked. The prin
 field in the source, so whoever changes a field sees what it says.
 """
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -23,6 +22,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from latte_scale.arguments import verb_parser
 from latte_scale.config import Config, is_free_on_resume
 from latte_scale.settings import sections_of, type_name
 
@@ -97,9 +97,7 @@ def text_of(keys: Sequence[Key]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the keys; exit code 2 with the nearest one where none begins as asked."""
-    parser = argparse.ArgumentParser(
-        prog="latte-scale keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("keys", __doc__)
     parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or the first letters of either")
     args = parser.parse_args(argv)
     keys = list(keys_of(Config))

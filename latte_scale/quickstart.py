@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from latte_scale import settings
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, read_random_clip, write_mp4
 from latte_scale.plain_json import write_json
@@ -329,9 +329,7 @@ def summarize(out: Path, seconds: dict[str, float], total_s: float) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("quickstart", __doc__)
     parser.add_argument(
         "--out",
         type=disk_path,

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import add_config
+from latte_scale.arguments import add_config, verb_parser
 from latte_scale.check_data import check_data
 from latte_scale.check_folders import check_folders
 from latte_scale.checkpoint import (
@@ -345,9 +345,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for place, following in enumerate(words[1:]):
         if words[place] == "--profile" and "=" in following:  # a setting: the number was left out
             words[place] = f"--profile={PROFILED_STEPS}"
-    parser = argparse.ArgumentParser(
-        prog="latte-scale train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("train", __doc__)
     add_config(parser)
     parser.add_argument(
         "--allow-change",
@@ -363,7 +361,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const=PROFILED_STEPS,
         default=0,
         metavar="N",
-        help=f"trace N steps ({PROFILED_STEPS}) into RUN/profile and say where their time went",
+        help=f"trace N steps, {PROFILED_STEPS} if N is left out, into RUN/profile and say where their time went",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(words)

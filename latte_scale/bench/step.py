@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.bench.budget import budget
 from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
@@ -72,17 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("bench step", __doc__)
     add_config(parser)
     parser.add_argument("--against", choices=get_args(Rival), help="another way to do the work, timed by turns")
     parser.add_argument(
         "--captions", choices=get_args(Captions), default="full", help="all of the maximum length, or of mixed lengths"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured (default 5)")
-    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds (default 4)")
-    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured")
+    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.check_folders import shared_folders
 from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
@@ -71,9 +71,7 @@ def run(args: argparse.Namespace, began_s: float) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("doctor", __doc__)
     add_config(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the lines to this file")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
