@@ -168,13 +168,14 @@ def measurements(
         folders = shared_folders(config).items()
         return [line for key, folder in folders for line in together.shared_lines(ranks, folder, key, places)]
 
+    def clocks() -> list[Line]:
+        return together.clock_lines(gather(together.clock_readings(ranks)), places)
+
     def slow() -> list[Line]:
         return together.gemm_lines(gather(together.gemm_time(ranks)), places, device_type)
 
-    if ranks.size == 1:
-        return [*([reading] if has_data else []), slow]
-    clocks = lambda: together.clock_lines(gather(together.clock_readings(ranks)), places)  # noqa: E731 (one of a list)
-    return [*([reading] if has_data else []), sharing, clocks, slow, reducing]
+    several = [sharing, clocks, slow, reducing] if ranks.size > 1 else [slow]
+    return [reading, *several] if has_data else several
 
 
 def bounded(name: str, call: Callable[[], Any], until_s: float) -> Any:
