@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "optim": set(),
     "engine": {"engine", "optim"},
     "ema": {"engine.base"},
-    "checkpoint": {"checkpoint", "engine.base", "store"},
+    "checkpoint": {"checkpoint", "engine.base", "settings", "store"},
     # From a micro-batch to the loss's arguments.
     "conditioning": {"data", "encoders", "rng"},
     # A micro-batch's losses and work, for trainer, estimate and the benchmark of a step. The model is called here,
