@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks
     "run.journal": {"conditioning", "diffusion", "engine.base", "engine.dist", "plain_json", "run", "store"},
     # The scores of sampled videos; the command is an entry point.
-    "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
+    "evaluation": {"evaluation", "data", "engine.dist", "plain_json", "rng", "store"},
     # The parts of a report page; they only read run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of

@@ -5,7 +5,6 @@ The decision worth knowing: nothing here waits for the device. `Readback` copies
 hands them out while the next step already runs, so a logged line is written one step after it happened.
 """
 
-import json
 import logging
 import math
 import multiprocessing
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.atomic import replacing
-from latte_scale.plain_json import finite, json_text
+from latte_scale.plain_json import finite, json_text, parse_record
 
 logger = logging.getLogger("latte_scale")
 
@@ -206,24 +205,15 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    record = _parse_or_none(line.decode(errors="replace"))
+    record = parse_record(line.decode(errors="replace"))
     return record["step"] if record is not None and isinstance(record.get("step"), int) else None
-
-
-def _parse_or_none(line: str) -> dict[str, Any] | None:
-    """The record of a line; None if it is none: cut by a kill or a full disk, or somebody else's."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; what is no record, as a last line cut by a kill, is left out."""
     path = Path(path)
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [record for record in map(_parse_or_none, lines) if record is not None]
+    return [record for record in map(parse_record, lines) if record is not None]
 
 
 @dataclass
