@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, list_steps, load_into
-from latte_scale.checkpoint.load import on_rank_0
+from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, list_steps, load_into, on_rank_0
 from latte_scale.config import Config, guarded_differences
 from latte_scale.ema import Ema
 from latte_scale.engine import Engine, Ranks

@@ -183,8 +183,3 @@ def _of_sequence(config: Config, cluster: Cluster, number: int, batch: int) -> C
     return Collective(
         "move tokens of clips", "all_to_all", span, 4 * tokens * config.model.width, 2 * blocks * number, "nothing"
     )
-
-
-def scaled(config: Config, num_gpus: int, samples_a_gpu: int) -> Config:
-    """The config with `samples_a_gpu` samples a step for each of `num_gpus` GPUs: weak scaling."""
-    return replace(config, train=replace(config.train, global_batch=samples_a_gpu * num_gpus))
