@@ -75,8 +75,9 @@ from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRunError, has_trained
 from latte_scale.run.journal import Journal, Progress, Tally
-from latte_scale.run.metrics import MetricsFile, Readback
+from latte_scale.run.metrics import MetricsFile
 from latte_scale.run.profile import Profile
+from latte_scale.run.readback import Readback
 from latte_scale.run.stopping import StopSignals, StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog

@@ -69,7 +69,7 @@ MAY_IMPORT = {
         "model",
         "optim",
         "plain_json",
-        "run.metrics",
+        "run.throughput",
         "synthetic",
     },
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them; equal on all ranks.

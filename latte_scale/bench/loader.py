@@ -36,7 +36,7 @@ from latte_scale.estimate.memory import data_ranks
 from latte_scale.plain_json import write_json
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.run.folder import STOP
-from latte_scale.run.metrics import worker_memory_bytes
+from latte_scale.run.throughput import worker_memory_bytes
 from latte_scale.settings import to_mapping
 from latte_scale.store import Counters, StoreError
 

@@ -39,7 +39,7 @@ from latte_scale.losses import cost_of, recompute_share
 from latte_scale.plain_json import write_json
 from latte_scale.run.facts import git_commit
 from latte_scale.run.folder import STOP
-from latte_scale.run.metrics import peak_flops, utilization
+from latte_scale.run.throughput import peak_flops, utilization
 from latte_scale.settings import to_mapping
 from latte_scale.synthetic import Captions, step_inputs
 
