@@ -1,7 +1,7 @@
 """`latte-scale bench VERB`: how fast a config runs on this machine. Each verb is a module with its own manual.
 
 `step` measures optimizer steps: of the `subjects` (this project and its rivals) on synthetic micro-batches, in
-turns (`timing`), with a time `budget` by kind of kernel, the device's own `ceiling`, and a `table` of it all. `kernels`
+`turns`, with a time `budget` by kind of kernel, the device's own `ceiling`, and a `table` of it all. `kernels`
 measures back ends, `loader` a config's data, `checkpoint` saves and resumes.
 """
 

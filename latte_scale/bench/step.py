@@ -27,7 +27,7 @@ from latte_scale.bench.budget import budget
 from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
 from latte_scale.bench.table import markdown
-from latte_scale.bench.timing import Measured, Turns
+from latte_scale.bench.turns import Measured, Turns
 from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config, load_config
