@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from latte_scale.config import Config, latent_sides
 from latte_scale.engine.fsdp2 import frees_after_forward
 from latte_scale.estimate.hardware import Cluster, Device
-from latte_scale.estimate.memory import data_ranks, micro_batches, shard_ranks
+from latte_scale.estimate.memory import micro_batches, shard_ranks
 from latte_scale.estimate.traffic import Collective
 from latte_scale.estimate.weights import padded_bytes, weights_of
 from latte_scale.losses import recompute_share
@@ -127,11 +127,8 @@ def _exposed_s(collectives: tuple[Collective, ...], forward_s: float, backward_s
 
 def transfers(config: Config, cluster: Cluster, number: int, batch: int) -> list[Collective]:
     """Every kind of transfer of a step of `number` micro-batches of `batch` clips."""
-    found = []
-    if cluster.num_gpus > 1:
-        data_ranks(config, cluster.num_gpus)
-        kinds = {"single": lambda *_: [], "fsdp2": _of_fsdp2, "zero": _of_zero}
-        found = kinds[config.engine.kind](config, cluster, number)
+    kinds = {"single": lambda *_: [], "fsdp2": _of_fsdp2, "zero": _of_zero}
+    found = kinds[config.engine.kind](config, cluster, number)
     if config.engine.sequence_parallel > 1:
         found.append(_of_sequence(config, cluster, number, batch))
     return [each for each in found if each.span.size > 1]
