@@ -44,6 +44,8 @@ def test_looking_at_a_run_takes_no_time_to_import_torch():
 def test_a_wrong_verb(capsys):
     assert cli.main(["trian"]) == 2
     assert "no verb 'trian'; did you mean train?" in capsys.readouterr().err
+    assert cli.main(["bench", "loadre"]) == 2
+    assert "latte-scale bench: no verb 'loadre'; did you mean loader?" in capsys.readouterr().err
     assert data_cli.main(["encod"]) == 2
     assert "no verb 'encod'; did you mean encode?" in capsys.readouterr().err
 

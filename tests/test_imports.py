@@ -130,7 +130,7 @@ MAY_IMPORT = {
     # sizes of whole clips as those of their latents.
     "planning": {"config", "data", "encoders"},
     "broken_pipe": set(),  # for both command lines: when the reader of their output is gone
-    "cli": {"broken_pipe"},
+    "cli": {"arguments", "broken_pipe"},
 }
 NEVER = {"model": {"torch.distributed", "deepspeed"}, "diffusion": {"torch.distributed"}, "data": {"torch.distributed"}}
 
