@@ -43,10 +43,10 @@ test: $(READY)  ## ruff, and all tests but those on services and the fault suite
 	$(BIN)/ruff check .
 	$(PYTEST) -m "not service"
 
-test-services: $(READY)  ## the tests on a real S3 service and a real Slurm, short form (root; 4 minutes)
+test-services: $(READY)  ## the tests on a real S3 service and a real Slurm, short form (root; 5 minutes)
 	$(PYTEST) -m service
 
-test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 20 minutes)
+test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 25 minutes)
 	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
 
 test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on a quiet machine)

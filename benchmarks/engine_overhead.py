@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from latte_scale.bench.subjects import Ours, Subject, rival
-from latte_scale.bench.timing import Turns
+from latte_scale.bench.turns import Turns
 from latte_scale.config import Config, load_config
 from latte_scale.engine import Ranks, init_distributed, leave
 from latte_scale.losses import cost_of

@@ -1,12 +1,50 @@
-"""Command-line arguments that several verbs share: a config with its overrides, and types of paths.
+"""What command lines share: verbs by name, the parser of one, a config with its overrides, and types of paths.
 
 The decision worth knowing: options that take a path on a disk do not have the type `Path`, which turns a URL into a
 folder named "s3:": results meant for a bucket would be written there.
 """
 
 import argparse
+import difflib
+import importlib
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+
+def run_verb(command: str, verbs: Mapping[str, tuple[str, str]], argv: Sequence[str], more: str = "") -> int:
+    """Run the verb that `argv` begins with, and return its exit code; 2 for one that there is not, 0 after the help.
+
+    verbs: verb -> ("module:function", what it does); only its module is imported. more: the last line of the help.
+    """
+    lines = [f"usage: {command} VERB [options]     ({command} VERB --help for its options)", ""]
+    lines += [f"  {verb:<12}{what}" for verb, (_, what) in verbs.items()]
+    usage = "\n".join([*lines, *(["", more] if more else [])])
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    verb, *rest = argv
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"{command}: no verb {verb!r}{hint}\n\n{usage}", file=sys.stderr)
+        return 2
+    module, function = verbs[verb][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest)
+
+
+class _Manual(argparse.RawDescriptionHelpFormatter):
+    """Prints the manual as it stands, and behind each option its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = action.default in (None, [], argparse.SUPPRESS) or action.default is False
+        return action.help if has_none else f"{action.help} (default %(default)s)"
+
+
+def verb_parser(verb: str, manual: str | None) -> argparse.ArgumentParser:
+    """The parser of `latte-scale VERB`, whose help is the docstring of its module, with the options below."""
+    return argparse.ArgumentParser(prog=f"latte-scale {verb}", description=manual, formatter_class=_Manual)
 
 
 def add_config(parser: argparse.ArgumentParser, what: str = "training YAML, see configs/") -> None:

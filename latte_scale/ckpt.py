@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from latte_scale import checkpoint
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.checkpoint.content import Content, differences, open_native, write_native
 from latte_scale.store import Store, open_store
 from latte_scale.weights import places
@@ -188,9 +188,7 @@ def with_averages(content: Content, from_weights: bool) -> Content:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale ckpt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("ckpt", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, what in (("ls", "list checkpoints"), ("verify", "read them and check every byte")):
         verb = verbs.add_parser(name, help=what, description=f"{what}; exit code 1 if one is not sound")

@@ -1,10 +1,9 @@
 """`latte-scale VERB ...`: one door to every entry point. Each verb's module is imported only when it is called."""
 
-import difflib
-import importlib
 import sys
 from importlib.metadata import version
 
+from latte_scale.arguments import run_verb
 from latte_scale.broken_pipe import until_reader_leaves
 
 VERBS = {  # verb -> (module:function, what it does)
@@ -26,13 +25,6 @@ VERBS = {  # verb -> (module:function, what it does)
 }
 
 
-def usage() -> str:
-    """The help text: one line a verb."""
-    lines = ["usage: latte-scale VERB [options]     (latte-scale VERB --help for its options)", ""]
-    lines += [f"  {verb:<12}{what}" for verb, (_, what) in VERBS.items()]
-    return "\n".join([*lines, "", "Data sets are made by the other command, latte-data."])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one verb, as long as somebody reads its output (`| head`), and return its exit code.
 
@@ -43,23 +35,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     """`main` with its arguments."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
+    if argv[:1] == ["--version"]:
         print(f"latte-scale {version('latte_scale')}")
         return 0
-    verb, *rest = argv
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"latte-scale: no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
-        return 2
-    module, function = VERBS[verb][0].split(":")
     try:
-        return getattr(importlib.import_module(module), function)(rest)
+        return run_verb("latte-scale", VERBS, argv, "Data sets are made by the other command, latte-data.")
     except KeyboardInterrupt:
-        print(f"latte-scale {verb}: interrupted", file=sys.stderr)
+        print(f"latte-scale {argv[0]}: interrupted", file=sys.stderr)
         return 130
 
 

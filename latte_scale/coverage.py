@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.atomic import write_text
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
@@ -26,9 +26,7 @@ from latte_scale.store import StoreError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale coverage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("coverage", __doc__)
     add_config(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="also list each of N ranks' micro-batches per step")
     parser.add_argument("--out", type=output_file, metavar="FILE.json", help="also write the table as JSON")

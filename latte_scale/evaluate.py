@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from latte_scale.arguments import output_file
+from latte_scale.arguments import output_file, verb_parser
 from latte_scale.engine.dist import Ranks, init_distributed, shutdown
 from latte_scale.evaluation.clips import open_clips
 from latte_scale.evaluation.metrics import NEEDS_REAL, NETWORK_OF, Protocol, Scorer, Show
@@ -35,9 +35,7 @@ METRICS = (*FOLDER_METRICS, *NETWORK_OF)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("evaluate", __doc__)
     default = Protocol()
     parser.add_argument("--metrics", default="shapes", help=f"comma-separated, of: {', '.join(METRICS)}")
     parser.add_argument("--real", help="real clips: a folder, or shards with pixels")
@@ -50,10 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="frames of a clip (default: of the samples, else 16)")
     parser.add_argument("--frame-interval", type=int, help="of real clips (default: of the samples, else 3)")
     parser.add_argument("--size", type=int, help="pixels a side (default: those of the first sampled clip)")
-    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="clips of either set (default 2048)")
-    parser.add_argument(
-        "--resamples", type=int, default=default.num_resamples, help="for intervals (default 200); 0: none"
-    )
+    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="clips of either set")
+    parser.add_argument("--resamples", type=int, default=default.num_resamples, help="for intervals; 0: none")
     parser.add_argument("--seed", type=int, default=default.seed, help="draws clips, windows and resamples")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="clips embedded at a time")
     return parser.parse_args(argv)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from latte_scale import settings
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.diffusion.sampler import make_scheduler
@@ -153,19 +153,17 @@ def write_official(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of `latte-scale export`."""
-    parser = argparse.ArgumentParser(
-        "latte-scale export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("export", __doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or step folder")
     parser.add_argument(
         "--out", required=True, type=disk_path, help="new or empty folder; for --format official a new .pt"
     )
-    parser.add_argument("--weights", default="ema", help="ema (default), raw, or a tree such as ema/0.999")
+    parser.add_argument("--weights", default="ema", help="ema, raw, or a tree such as ema/0.999")
     parser.add_argument(
         "--format",
         choices=("pipeline", "official"),
         default="pipeline",
-        help="pipeline (default): text-to-video for diffusers; official: a class model for the code of its authors",
+        help="pipeline: text-to-video for diffusers; official: a class model for the code of its authors",
     )
     parser.add_argument(
         "--latent-side",

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.model.official import Imported, latte_from_official, layout_of, read_part, t2v_from_official
 from latte_scale.model.official_images import PIXART_CLASSES, latte_from_dit, t2v_from_pixart, t2v_from_pixart_folder
 from latte_scale.model.transformer_folder import (
@@ -57,9 +57,7 @@ class Source:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of `latte-scale import`; one that is left out keeps the layout's own default."""
-    parser = argparse.ArgumentParser(
-        "latte-scale import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("import", __doc__)
     parser.add_argument(
         "--source", required=True, type=disk_path, help="a .pt or .pth file, or a folder with config.json"
     )

@@ -8,7 +8,6 @@ those that may change on resume. Exit code 2 if no key begins as asked. The prin
 field in the source, so whoever changes a field sees what it says.
 """
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -23,8 +22,9 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from latte_scale.arguments import verb_parser
 from latte_scale.config import Config, is_free_on_resume
-from latte_scale.settings import sections_of, type_name
+from latte_scale.settings import kind_of, sections_of, type_name
 
 WIDTH = 110
 STAR = "* may change when a run goes on (train.steps not under a cosine); the others need --allow-change KEY"
@@ -46,7 +46,7 @@ def keys_of(cls: type, prefix: str = "", kind: str = "") -> Iterator[Key]:
     for field in dataclasses.fields(cls):
         name, sections = f"{prefix}{field.name}", sections_of(hints[field.name])
         for section in sections:
-            its_kind = dataclasses.fields(section)[0].default if len(sections) > 1 else kind
+            its_kind = kind_of(section) if len(sections) > 1 else kind
             yield from keys_of(section, f"{name}.", its_kind)
         if not sections:
             type_text = re.sub(r"\b[a-z_]+\.(?=\w)", "", type_name(hints[field.name]))
@@ -72,9 +72,9 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def _default(field: dataclasses.Field) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        return json.dumps(field.default_factory(), default=_plain)
-    return "" if field.default is dataclasses.MISSING else json.dumps(field.default, default=_plain)
+    made = field.default_factory is not dataclasses.MISSING
+    value = field.default_factory() if made else field.default
+    return "" if value is dataclasses.MISSING else json.dumps(value, default=_plain)
 
 
 def _plain(value: Any) -> Any:
@@ -97,9 +97,7 @@ def text_of(keys: Sequence[Key]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the keys; exit code 2 with the nearest one where none begins as asked."""
-    parser = argparse.ArgumentParser(
-        prog="latte-scale keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("keys", __doc__)
     parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or the first letters of either")
     args = parser.parse_args(argv)
     keys = list(keys_of(Config))

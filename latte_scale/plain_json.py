@@ -34,6 +34,15 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
+def parse_record(line: str) -> dict[str, Any] | None:
+    """The object that a line of JSON lines holds; None if it holds none: cut by a kill, or somebody else's."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def write_json(path: str | Path, value: Any, indent: int = 1) -> None:
     """`json_text(value)` as a file, complete or not there; its folder is made where it is missing."""
     path = Path(path)

@@ -1,6 +1,6 @@
 """The whole path on this machine: `latte-scale quickstart [--out runs/quickstart] [--clips DIR] [--full]`.
 
-    latte-scale quickstart                                    moving shapes: three to four minutes on two cores
+    latte-scale quickstart                                    moving shapes: two to three minutes on two cores
     latte-scale quickstart --full                             a quarter of an hour, until they follow the prompts
     latte-scale quickstart --clips my_clips --out runs/qs     a few real clips, learned by heart: eleven minutes
 
@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from latte_scale import settings
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, read_random_clip, write_mp4
 from latte_scale.plain_json import write_json
@@ -39,6 +39,9 @@ from latte_scale.run.metrics import read_metrics
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_RANKS = 2
 MARK = ".quickstart"  # in a folder that a quickstart made, and may empty
+MADE = {  # what is in such a folder
+    *("clips", "shards", "latents", "run", "samples", "prompts.jsonl", "scores.json", "report.html", "train.log", MARK),
+}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -218,20 +221,8 @@ def prepare_out(out: Path, clips: Path | None) -> None:
             raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
         if clips.resolve().is_relative_to(out.resolve()):
             raise StageError(f"{clips} lies in {out}, which a quickstart empties; choose another --out")
-    known = {
-        "clips",
-        "shards",
-        "latents",
-        "run",
-        "samples",
-        "prompts.jsonl",
-        "scores.json",
-        "report.html",
-        "train.log",
-        MARK,
-    }
     if out.exists():
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in MADE)
         if foreign:
             raise StageError(
                 f"{out} holds {', '.join(foreign[:5])}, which no quickstart wrote; choose an empty folder with --out"
@@ -334,9 +325,7 @@ def summarize(out: Path, seconds: dict[str, float], total_s: float) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("quickstart", __doc__)
     parser.add_argument(
         "--out",
         type=disk_path,

@@ -12,16 +12,14 @@ videos are inside. Several runs stand side by side.
 import argparse
 import sys
 
-from latte_scale.arguments import disk_path, output_file
+from latte_scale.arguments import disk_path, output_file, verb_parser
 from latte_scale.atomic import write_text
 from latte_scale.reporting.page import render
 from latte_scale.reporting.runs import read_evaluation, read_runs
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", required=True, type=output_file, help="the HTML page to write")
     parser.add_argument("--samples", type=disk_path, help="folder of videos with prompts.jsonl (latte-scale sample)")
@@ -32,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help="file of latte-scale evaluate; repeatable",
     )
-    parser.add_argument("--title", default="latte_scale run")
+    parser.add_argument("--title", default="latte_scale run", help="of the page")
     return parser.parse_args(argv)
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, list_steps, load_into
-from latte_scale.checkpoint.load import on_rank_0
+from latte_scale.checkpoint import Checkpoint, CheckpointError, Trees, list_steps, load_into, on_rank_0
 from latte_scale.config import Config, guarded_differences
 from latte_scale.ema import Ema
 from latte_scale.engine import Engine, Ranks
@@ -88,21 +87,19 @@ def check_changes(
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
             raise StopRunError(f"--allow-change: expected a key of the config or {DATA!r}, got {key!r}; is it {near}?")
     changed = guarded_differences(saved, current)
-    refused = {key: values for key, values in changed.items() if key not in allow_change}
-    for key in changed.keys() - refused.keys():
+    lines = {key: f"was {old!r}, now {new!r}" for key, (old, new) in changed.items() if key not in allow_change}
+    for key in changed.keys() - lines.keys():
         logger.warning("config key %s changed from %r to %r (--allow-change): keep the new value", key, *changed[key])
-    is_other_data = plans[0] != plans[1]
-    if is_other_data and DATA in allow_change:
+    if plans[0] != plans[1] and DATA in allow_change:
         logger.warning("data plan changed from %s to %s", *plans)
-    lines = {key: f"was {old!r}, now {new!r}" for key, (old, new) in refused.items()}
-    if is_other_data and DATA not in allow_change:
-        if not refused:
-            raise StopRunError(
-                f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, got "
-                f"{plans[1][:16]}. Restore the data set (latte-data verify), start a new run with "
-                f"model.init={checkpoint_url}, or pass --allow-change {DATA} to go on with it"
-            )
+    elif plans[0] != plans[1]:
         lines[DATA] = f"which samples come, in which order: was plan {plans[0][:16]}, now {plans[1][:16]}"
+    if [*lines] == [DATA]:
+        raise StopRunError(
+            f"{checkpoint_url} was trained on other data, or in another order: expected plan {plans[0][:16]}, got "
+            f"{plans[1][:16]}. Restore the data set (latte-data verify), start a new run with "
+            f"model.init={checkpoint_url}, or pass --allow-change {DATA} to go on with it"
+        )
     if lines:
         listing = "\n".join(f"  {key}: {line}" for key, line in lines.items())
         allow = " ".join(f"--allow-change {key}" for key in lines)

@@ -29,7 +29,7 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.atomic import write_text
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
@@ -296,9 +296,7 @@ def follow(bar: Progress, task: Any, done: int, batch: int) -> Callable[[int, in
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("sample", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, checkpoint, folder of weights or its .safetensors; PATH#TREE for one")
     add("--prompt", action="append", default=[], help="text of one video; repeatable")
@@ -308,22 +306,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='one prompt a line, or JSON lines: "text" or "label", also "seed" and "negative"',
     )
     add("--label", action="append", default=[], type=int, help="class of one video; repeatable")
-    add("--count", type=int, default=0, help="number of videos of an unconditional model")
+    add("--count", type=int, default=0, help="videos of an unconditional model")
     add("--out", required=True, type=disk_path, help="folder for the videos")
     add("--weights", help="of a checkpoint: ema (default), raw, or a tree such as ema/0.999")
     add("--sampler", help="ddim, ddpm, dpm++ (epsilon, v); euler, heun, dpm++ (flow)")
-    add("--steps", type=int, default=50, help="denoising steps (default 50)")
+    add("--steps", type=int, default=50, help="denoising steps")
     add("--guidance", type=float, help="classifier-free guidance (default 7.5, classes 7; 1: none)")
     add("--negative", help="negative prompt (default: the empty caption)")
     add("--seed", type=int, default=0, help="video i starts from the noise of seed + i")
-    add("--batch-size", type=int, default=8, help="videos sampled at a time on a rank (memory only)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training (default fp32)")
+    add("--batch-size", type=int, default=8, help="videos sampled at a time on a rank: memory only")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training")
     add("--shard", action="store_true", help="cut the model over the ranks, for one that does not fit on a device")
     add("--temporal-decoder", help="folder or hub id of SVD's AutoencoderKLTemporalDecoder, in place of the VAE's own")
     add("--init-video", type=disk_path, help="a clip to start from (--strength) or to continue")
     add("--strength", type=float, help=f"share of the steps walked from --init-video (default {DEFAULT_STRENGTH})")
     add("--known-frames", type=int, default=0, help="first frames of --init-video that are kept")
-    add("--formats", default="mp4", help="comma-separated, of mp4, gif, png (a sheet of all frames); default mp4")
+    add("--formats", default="mp4", help="comma-separated, of mp4, gif and png, a sheet of all frames")
     add("--fps", type=int, default=8, help="frames per second of the files")
     add("--config", type=disk_path, help="YAML with encoders and video, for weights that are no run's")
     return parser.parse_args(argv)

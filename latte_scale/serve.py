@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from latte_scale.arguments import disk_path
+from latte_scale.arguments import disk_path, verb_parser
 from latte_scale.checkpoint import CheckpointError
 from latte_scale.data.schema import VideoSettings
 from latte_scale.diffusion.sampler import SAMPLERS
@@ -156,16 +156,14 @@ def open_page(page: Any, host: str, port: int | None) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("serve", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="run, checkpoint or folder of weights; PATH#TREE for one of its trees")
     add("--weights", help="of a checkpoint: ema (default), raw, or a tree such as ema/0.999")
     add("--config", type=disk_path, help="YAML with encoders and video, for weights that are no run's")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training (default fp32)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets in everybody (default 127.0.0.1)")
-    add("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets in everybody")
+    add("--port", type=int, default=7860, help="port to listen on")
     add("--fps", type=int, default=8, help="frames per second of the videos")
     return parser.parse_args(argv)
 

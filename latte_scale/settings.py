@@ -160,7 +160,7 @@ def sections_of(hint: Any) -> tuple[type, ...]:
     return members if all(dataclasses.is_dataclass(member) for member in members) else ()
 
 
-def _kind(section: type) -> str:
+def kind_of(section: type) -> str:
     """The value of `kind`, the first field of a section that is one of several."""
     return dataclasses.fields(section)[0].default
 
@@ -169,7 +169,7 @@ def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted:
     """The section that `kind` names; the first one where it is left out."""
     if len(sections) == 1 or not isinstance(value, dict) or "kind" not in value:
         return sections[0]
-    by_kind = {_kind(section): section for section in sections}
+    by_kind = {kind_of(section): section for section in sections}
     if value["kind"] not in list(by_kind):  # a list: the value may be anything, also what no dict has as a key
         raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, got {value['kind']!r}")
     return by_kind[value["kind"]]

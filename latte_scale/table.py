@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from latte_scale.arguments import verb_parser
 from latte_scale.model.build import build_model
 from latte_scale.model.flops import Flops, flops_by_part
 from latte_scale.model.latte_settings import SIZES, LatteSettings, Variant, preset
@@ -54,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2, help="patches of Latte (default 2)")
+    parser = verb_parser("table", __doc__)
+    parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2, help="patches of Latte")
     return parser.parse_args(argv)
 
 

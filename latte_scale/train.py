@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import add_config
+from latte_scale.arguments import add_config, verb_parser
 from latte_scale.check_data import check_data
 from latte_scale.check_folders import check_folders
 from latte_scale.checkpoint import (
@@ -75,8 +75,9 @@ from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRunError, has_trained
 from latte_scale.run.journal import Journal, Progress, Tally
-from latte_scale.run.metrics import MetricsFile, Readback
+from latte_scale.run.metrics import MetricsFile
 from latte_scale.run.profile import Profile
+from latte_scale.run.readback import Readback
 from latte_scale.run.stopping import StopSignals, StopSources
 from latte_scale.run.tracking import Trackers, open_trackers
 from latte_scale.run.watchdog import SLOW_FACTOR, Watchdog
@@ -345,9 +346,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for place, following in enumerate(words[1:]):
         if words[place] == "--profile" and "=" in following:  # a setting: the number was left out
             words[place] = f"--profile={PROFILED_STEPS}"
-    parser = argparse.ArgumentParser(
-        prog="latte-scale train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("train", __doc__)
     add_config(parser)
     parser.add_argument(
         "--allow-change",
@@ -363,7 +362,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const=PROFILED_STEPS,
         default=0,
         metavar="N",
-        help=f"trace N steps ({PROFILED_STEPS}) into RUN/profile and say where their time went",
+        help=f"trace N steps, {PROFILED_STEPS} if N is left out, into RUN/profile and say where their time went",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(words)

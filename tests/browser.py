@@ -122,10 +122,3 @@ class Page:
         while not self.evaluate(expression):
             assert time.monotonic() < until, f"not true within {timeout_s:.0f} s: {expression}"
             time.sleep(0.05)
-
-    def screenshot(self, path: Path, whole: bool = False) -> None:
-        """A PNG of what is in sight, or of the whole page."""
-        import base64
-
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))

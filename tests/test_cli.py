@@ -35,9 +35,17 @@ def test_help_answers_at_once_and_names_every_verb(module):
     assert all(f"  {verb}" in done.stdout for verb in verbs)
 
 
+def test_looking_at_a_run_takes_no_time_to_import_torch():
+    code = "import sys, latte_scale.report, latte_scale.quickstart; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_a_wrong_verb(capsys):
     assert cli.main(["trian"]) == 2
     assert "no verb 'trian'; did you mean train?" in capsys.readouterr().err
+    assert cli.main(["bench", "loadre"]) == 2
+    assert "latte-scale bench: no verb 'loadre'; did you mean loader?" in capsys.readouterr().err
     assert data_cli.main(["encod"]) == 2
     assert "no verb 'encod'; did you mean encode?" in capsys.readouterr().err
 

@@ -32,6 +32,14 @@ def test_every_name_of_the_walk_is_where_it_says() -> None:
     assert missing == []
 
 
+def test_every_link_into_the_results_leads_to_a_section() -> None:
+    text = (ROOT / "benchmarks/RESULTS.md").read_text()
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
+    links = re.findall(r"\]\(#([^)]*)\)", text)
+    assert len(links) > 40 and sorted(set(links) - anchors) == []
+
+
 PACKAGES = sorted(path for path in (ROOT / "latte_scale").rglob("__init__.py") if path.parent.name != "latte_scale")
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "optim": set(),
     "engine": {"engine", "optim"},
     "ema": {"engine.base"},
-    "checkpoint": {"checkpoint", "engine.base", "store"},
+    "checkpoint": {"checkpoint", "engine.base", "settings", "store"},
     # From a micro-batch to the loss's arguments.
     "conditioning": {"data", "encoders", "rng"},
     # A micro-batch's losses and work, for trainer, estimate and the benchmark of a step. The model is called here,
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks
     "run.journal": {"conditioning", "diffusion", "engine.base", "engine.dist", "plain_json", "run", "store"},
     # The scores of sampled videos; the command is an entry point.
-    "evaluation": {"evaluation", "data", "engine.dist", "rng", "store"},
+    "evaluation": {"evaluation", "data", "engine.dist", "plain_json", "rng", "store"},
     # The parts of a report page; they only read run folders.
     "reporting": {"reporting", "data.video", "evaluation.videos", "run.metrics", "settings"},
     # What a run will need, before it runs; the command is one of its modules, and training asks it after running out of
@@ -69,7 +69,7 @@ MAY_IMPORT = {
         "model",
         "optim",
         "plain_json",
-        "run.metrics",
+        "run.throughput",
         "synthetic",
     },
     # Whole weights from a checkpoint or a diffusers folder, for everything that starts from them; equal on all ranks.
@@ -130,7 +130,7 @@ MAY_IMPORT = {
     # sizes of whole clips as those of their latents.
     "planning": {"config", "data", "encoders"},
     "broken_pipe": set(),  # for both command lines: when the reader of their output is gone
-    "cli": {"broken_pipe"},
+    "cli": {"arguments", "broken_pipe"},
 }
 NEVER = {"model": {"torch.distributed", "deepspeed"}, "diffusion": {"torch.distributed"}, "data": {"torch.distributed"}}
 

@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 SHAPES = [(4, 3), (5,), (2, 0), (1, 2, 3)]
 
 
-def rate(update: int, schedule: str = "cosine", warmup: int = 4, total: int = 14) -> float:
-    return lr_at(update, lr=2.0, schedule=schedule, warmup_steps=warmup, total_steps=total)
+def rate(update: int, schedule: str = "cosine", warmup: int = 4) -> float:
+    return lr_at(update, lr=2.0, schedule=schedule, warmup_steps=warmup, total_steps=14)
 
 
 def test_warm_up_is_linear_and_reaches_lr_at_its_last_update() -> None:

@@ -47,7 +47,7 @@ def category_of(name: str) -> str:
 def budget(subject: Subject, phases: dict[str, float], device: torch.device) -> dict:
     """Seconds by category, shares of the step, and the costliest kernels, of one profiled forward and backward.
 
-    `phases`: forward_backward_s, update_s and average_s as timing.py measured them. The subject's gradients are
+    `phases`: forward_backward_s, update_s and average_s as turns.py measured them. The subject's gradients are
     cleared by an update, which is not measured.
     """
     times_s, wall_s = profiled(subject, device)

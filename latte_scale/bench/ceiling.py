@@ -9,6 +9,7 @@ from collections import Counter
 
 import torch
 
+from latte_scale.choices.record import dtype_of
 from latte_scale.config import Config, latent_sides
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import token_linears
@@ -24,7 +25,7 @@ def gemm_rates(config: Config, device: torch.device, seconds: float = SECONDS) -
     Returns {"products": [{tokens, in, out, layers, forward, grad_input, grad_weight}], "tflops_per_s": of all of them
     as often as a step runs them}.
     """
-    tokens, dtype = num_tokens(config), torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    tokens, dtype = num_tokens(config), dtype_of(config)
     products, flops, spent_s = [], 0.0, 0.0
     for (inner, outer), layers in sorted(linear_shapes(config).items()):
         x = torch.randn(tokens, inner, device=device, dtype=dtype)

@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from latte_scale.arguments import disk_path, output_file
+from latte_scale.arguments import disk_path, output_file, verb_parser
 from latte_scale.checkpoint import (
     Checkpointer,
     CheckpointSettings,
@@ -284,20 +284,18 @@ def span(runs: list[Figures], key: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("bench checkpoint", __doc__)
     parser.add_argument("--config", help="training YAML whose state it is, see configs/; its data is not read")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     parser.add_argument(
         "--folder",
         type=disk_path,
         default=Path(),
-        help="folder on the disk to measure (default: here); it must not contain a folder bench/",
+        help="folder on the disk to measure; it must not contain a folder bench/",
     )
-    parser.add_argument("--gib", type=float, default=1.0, help="without --config: GiB of state to save (default 1)")
+    parser.add_argument("--gib", type=float, default=1.0, help="without --config: GiB of state to save")
     parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--out", type=output_file, help="JSON file for every measurement")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.bench.ceiling import copy_bandwidth, linear_shapes, num_tokens
 from latte_scale.bench.step import environment
 from latte_scale.choices.attention import measure, probes
@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("bench kernels", __doc__)
     add_config(parser)
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options

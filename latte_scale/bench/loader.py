@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
 from latte_scale.data.batches import MicroBatch
@@ -36,7 +36,7 @@ from latte_scale.estimate.memory import data_ranks
 from latte_scale.plain_json import write_json
 from latte_scale.planning import loader_of, open_data, plan_of
 from latte_scale.run.folder import STOP
-from latte_scale.run.metrics import worker_memory_bytes
+from latte_scale.run.throughput import worker_memory_bytes
 from latte_scale.settings import to_mapping
 from latte_scale.store import Counters, StoreError
 
@@ -65,17 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale bench loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("bench loader", __doc__)
     add_config(parser)
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, of which one is read (default 1)")
-    parser.add_argument("--start-step", type=int, default=0, help="first step that is read (default 0)")
-    parser.add_argument("--steps", type=int, default=200, help="steps after the first one (default 200)")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, of which one is read")
+    parser.add_argument("--start-step", type=int, default=0, help="first step that is read")
+    parser.add_argument("--steps", type=int, default=200, help="steps after the first one")
     parser.add_argument("--budget-s", type=float, default=60.0, help="seconds after which no new step begins")
-    parser.add_argument(
-        "--step-s", type=float, default=0.0, help="pause before each step, as if the model computed (default 0)"
-    )
+    parser.add_argument("--step-s", type=float, default=0.0, help="pause before each step, as if the model computed")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 

@@ -22,12 +22,12 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.bench.budget import budget
 from latte_scale.bench.ceiling import copy_bandwidth, gemm_rates
 from latte_scale.bench.subjects import Ours, Rival, Subject, rival
 from latte_scale.bench.table import markdown
-from latte_scale.bench.timing import Measured, Turns
+from latte_scale.bench.turns import Measured, Turns
 from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import ModelInputs
 from latte_scale.config import Config, load_config
@@ -39,7 +39,7 @@ from latte_scale.losses import cost_of, recompute_share
 from latte_scale.plain_json import write_json
 from latte_scale.run.facts import git_commit
 from latte_scale.run.folder import STOP
-from latte_scale.run.metrics import peak_flops, utilization
+from latte_scale.run.throughput import peak_flops, utilization
 from latte_scale.settings import to_mapping
 from latte_scale.synthetic import Captions, step_inputs
 
@@ -72,17 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("bench step", __doc__)
     add_config(parser)
     parser.add_argument("--against", choices=get_args(Rival), help="another way to do the work, timed by turns")
     parser.add_argument(
         "--captions", choices=get_args(Captions), default="full", help="all of the maximum length, or of mixed lengths"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured (default 5)")
-    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds (default 4)")
-    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured")
+    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand")
     parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options

@@ -24,6 +24,7 @@ from latte_scale.checkpoint.depot import open_depot
 from latte_scale.checkpoint.format import CheckpointError, Manifest, TensorFile, file_name, folder_name
 from latte_scale.checkpoint.load import Reader, open_checkpoint, verify
 from latte_scale.checkpoint.write import discard_draft, save_error
+from latte_scale.settings import flatten
 from latte_scale.store import Store
 
 FACTS = "latte_scale.json"
@@ -174,9 +175,9 @@ def differences(first: Content, second: Content) -> list[str]:
     """
     lines = []
     if first.config is not None and second.config is not None:
-        lines += _value_differences("config", _flat(first.config), _flat(second.config))
+        lines += _value_differences("config", flatten(first.config), flatten(second.config))
         lines += _value_differences("data_fingerprint", {"": first.data_fingerprint}, {"": second.data_fingerprint})
-    lines += _value_differences("counters", _flat(first.counters), _flat(second.counters))
+    lines += _value_differences("counters", flatten(first.counters), flatten(second.counters))
     lines += _value_differences("step", {"": first.step}, {"": second.step})
     for tree in sorted(set(first.trees) ^ set(second.trees)):
         lines.append(f"tree {tree}: only in {(first if tree in first.trees else second).path}")
@@ -216,10 +217,3 @@ def _value_differences(what: str, first: dict[str, Any], second: dict[str, Any])
             shown = ["not there" if value is missing else repr(value) for value in (mine, theirs)]
             lines.append(f"{what}{'.' if key else ''}{key}: {shown[0]} -> {shown[1]}")
     return lines
-
-
-def _flat(mapping: dict[str, Any] | None, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in (mapping or {}).items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from rich.console import Console
 
-from latte_scale.arguments import add_config, output_file
+from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.check_folders import shared_folders
 from latte_scale.config import Config, load_config
 from latte_scale.doctor import network, saving, software, stored, together, variables
@@ -71,9 +71,7 @@ def run(args: argparse.Namespace, began_s: float) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("doctor", __doc__)
     add_config(parser)
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the lines to this file")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
@@ -170,13 +168,14 @@ def measurements(
         folders = shared_folders(config).items()
         return [line for key, folder in folders for line in together.shared_lines(ranks, folder, key, places)]
 
+    def clocks() -> list[Line]:
+        return together.clock_lines(gather(together.clock_readings(ranks)), places)
+
     def slow() -> list[Line]:
         return together.gemm_lines(gather(together.gemm_time(ranks)), places, device_type)
 
-    if ranks.size == 1:
-        return [*([reading] if has_data else []), slow]
-    clocks = lambda: together.clock_lines(gather(together.clock_readings(ranks)), places)  # noqa: E731 (one of a list)
-    return [*([reading] if has_data else []), sharing, clocks, slow, reducing]
+    several = [sharing, clocks, slow, reducing] if ranks.size > 1 else [slow]
+    return [reading, *several] if has_data else several
 
 
 def bounded(name: str, call: Callable[[], Any], until_s: float) -> Any:

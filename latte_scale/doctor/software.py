@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from latte_scale.choices.attention import present
+from latte_scale.choices.record import dtype_of
 from latte_scale.config import Config, unread_settings
 from latte_scale.doctor.lines import Line
 from latte_scale.estimate.budget import DoesNotFitError, within_budget
@@ -80,35 +81,38 @@ def built_for() -> str:
 
 def requirement_lines(config: Config) -> list[Line]:
     """What is installed against what latte_scale's own metadata asks for, of the extras those that the config uses."""
-    wanted = {"": "latte_scale", "deepspeed": "engine.kind=zero", "s3": "an s3:// URL", "flash": "attention.backend"}
-    used = {""} | ({"deepspeed"} if config.engine.kind == "zero" else set())
+    users = {"": "latte_scale"}  # extra -> what needs it
+    if config.engine.kind == "zero":
+        users["deepspeed"] = "engine.kind=zero"
     urls = [str(source.url) for source in config.data.sources()] + [config.checkpoint_dir]
-    used |= {"s3"} if any(url.startswith("s3://") for url in urls) else set()
-    used |= {"flash"} if config.attention.backend == "flash2" else set()
+    if any(url.startswith("s3://") for url in urls):
+        users["s3"] = "an s3:// URL"
+    if config.attention.backend == "flash2":
+        users["flash"] = "attention.backend"
     lines = []
-    for text in importlib.metadata.requires("latte_scale") or []:
-        requirement = Requirement(text)
-        extra = next((e for e in wanted if requirement.marker and requirement.marker.evaluate({"extra": e})), "")
-        if extra not in used or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+    for requirement in map(Requirement, importlib.metadata.requires("latte_scale") or []):
+        marker, remedy = requirement.marker, f"pip install '{requirement.name}{requirement.specifier}'"
+        user = next(
+            (user for extra, user in users.items() if marker is None or marker.evaluate({"extra": extra})), None
+        )
+        if user is None:
             continue
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            remedy = f"pip install '{requirement.name}{requirement.specifier}'"
-            lines.append(Line("fault", "libraries", f"{requirement.name} is missing; {wanted[extra]} needs it", remedy))
+            lines.append(Line("fault", "libraries", f"{requirement.name} is missing; {user} needs it", remedy))
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            found = f"{requirement.name} {version}: {wanted[extra]} needs {requirement.specifier}"
-            lines.append(Line("fault", "libraries", found, f"pip install '{requirement.name}{requirement.specifier}'"))
-    engine = "engine.kind=zero" if config.engine.kind == "zero" else f"engine.kind={config.engine.kind}"
-    return lines or [Line("ok", "libraries", f"all that latte_scale and {engine} need: {short(versions_here())}")]
+            found = f"{requirement.name} {version}: {user} needs {requirement.specifier}"
+            lines.append(Line("fault", "libraries", found, remedy))
+    needed = f"all that latte_scale and engine.kind={config.engine.kind} need"
+    return lines or [Line("ok", "libraries", f"{needed}: {short(versions_here())}")]
 
 
 def attention_lines(config: Config, device: torch.device) -> list[Line]:
     """The attention back ends that can run here."""
     there, wanted = present(config, device), config.attention.backend
-    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    reason = None if wanted == "auto" else why_absent(wanted, device, dtype)
+    reason = None if wanted == "auto" else why_absent(wanted, device, dtype_of(config))
     if reason is not None:
         remedy = f"set attention.backend to auto or one of {', '.join(there)}"
         return [Line("fault", "attention", f"attention.backend={wanted}: {reason}", remedy)]

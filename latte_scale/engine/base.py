@@ -89,10 +89,10 @@ class EngineSettings:
             raise ValueError(f"engine.timeout_s must lie in (0, {LONGEST_TIMEOUT_S:g}] seconds, got {self.timeout_s}")
 
     def _check_counts(self) -> None:
-        least = {"blocks_per_unit": 1, "prefetch_units": 0, "zero_bucket_elements": 1, "zero_prefetch_elements": 0}
-        for name, least_value in (least | {"zero_persistent_elements": 0}).items():
-            if getattr(self, name) < least_value:
-                raise ValueError(f"engine.{name} must be {least_value} or more, got {getattr(self, name)}")
+        from_0 = ("prefetch_units", "zero_prefetch_elements", "zero_persistent_elements")
+        for name, least in {"blocks_per_unit": 1, "zero_bucket_elements": 1, **dict.fromkeys(from_0, 0)}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"engine.{name} must be {least} or more, got {getattr(self, name)}")
         if self.replicate != "node" and self.replicate < 1:
             raise ValueError(f"engine.replicate must be node, or 1 copy or more, got {self.replicate}")
         if self.replicate != 1 and self.kind != "fsdp2":
@@ -173,8 +173,7 @@ def make_deterministic() -> None:
 
 def check_model(model: nn.Module) -> None:
     """Raise ValueError, naming the tensor, for a model that no engine could train and save exactly."""
-    names = [name for name, _ in model.named_parameters()]
-    if not names:
+    if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters: nothing to train")
     for name, param in model.named_parameters():
         if param.dtype != torch.float32:
@@ -185,16 +184,13 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"parameter {name} is frozen; make it a buffer with persistent=False or train it")
         if param.dim() == 0:
             raise ValueError(f"parameter {name} is a scalar, which cannot be sharded; give it the shape (1,)")
-    persistent = sorted(set(model.state_dict()) - set(names) - _tied_names(model))
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # by all names of tied ones
+    persistent = sorted(set(model.state_dict()) - trained)
     if persistent:
         raise ValueError(
             f"persistent buffers {persistent[:3]} would be missing from checkpoints; "
             "register them with persistent=False"
         )
-
-
-def _tied_names(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 @torch.no_grad()

@@ -38,12 +38,12 @@ class Ranks:
         dist.all_gather_object(gathered, obj)
         return gathered
 
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
-        """`obj` of rank `src`; what the other ranks pass is ignored."""
+    def broadcast_object(self, obj: Any) -> Any:
+        """`obj` of rank 0; what the other ranks pass is ignored."""
         if self.size == 1:
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src=src)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def sum_(self, tensor: Tensor) -> Tensor:

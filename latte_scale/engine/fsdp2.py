@@ -104,9 +104,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSetting
     """
     # Each step would warn that the model's output is a view; the loss does nothing in place on it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    reshard = settings.reshard_after_forward == "always" or (
-        settings.reshard_after_forward == "auto" and num_bytes(model) > RESHARD_ABOVE_BYTES
-    )
+    reshard = frees_after_forward(settings, num_bytes(model))
     units = []
     for first in range(0, len(blocks), settings.blocks_per_unit):
         unit = list(blocks[first : first + settings.blocks_per_unit])
@@ -120,6 +118,12 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSetting
             if mesh.mesh.size() > 1:  # a single rank would divide by it all the same, into a copy of every gradient
                 module.set_gradient_divide_factor(1.0)
     return model
+
+
+def frees_after_forward(settings: EngineSettings, size_bytes: int) -> bool:
+    """Whether the gathered weights of a model of `size_bytes` in fp32 are let go after the forward pass."""
+    wanted = settings.reshard_after_forward
+    return wanted == "always" or (wanted == "auto" and size_bytes > RESHARD_ABOVE_BYTES)
 
 
 def shard_empty(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> list[LocalShard]:

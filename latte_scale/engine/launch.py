@@ -43,7 +43,6 @@ class Launch:
     rank: int
     size: int
     local_rank: int  # index of this process on its machine: picks the GPU
-    init_method: str  # env:// | tcp://HOST:PORT | file://PATH
     local_size: int | None = None  # processes on this machine, where the launcher tells
 
 
@@ -72,7 +71,7 @@ def _parse(environ: Mapping[str, str]) -> Launch:
     local_size = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")  # torchrun's and deepspeed's name for it
     try:
         rank, size, local_rank = (int(environ[name]) for name in LAUNCHER_VARIABLES[:3])
-        launch = Launch(rank, size, local_rank, "env://", int(local_size) if local_size else None)
+        launch = Launch(rank, size, local_rank, int(local_size) if local_size else None)
     except ValueError as error:
         raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
     if not 0 <= rank < size or local_rank < 0:
@@ -99,8 +98,7 @@ def _check_slurm(launch: Launch | None, environ: Mapping[str, str]) -> None:
 def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> None:
     """Raise LaunchError for a MASTER_ADDR that leads every machine to itself when the ranks are on several."""
     environ = os.environ if environ is None else environ
-    several = launch.local_size is not None and launch.size > launch.local_size
-    if launch.init_method != "env://" or not several:
+    if launch.local_size is None or launch.size <= launch.local_size:
         return
     address = environ["MASTER_ADDR"]
     advice = "set MASTER_ADDR to a name or address of the first host that all hosts reach"
@@ -244,9 +242,6 @@ def _age_s() -> float:
 
 
 def _open_store(launch: Launch, limit: timedelta) -> dist.Store:
-    if launch.init_method != "env://":
-        store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=limit))
-        return store
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent is the server already
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = launch.rank == 0 and not hosted

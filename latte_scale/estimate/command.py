@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latte_scale.arguments import add_config, disk_path
+from latte_scale.arguments import add_config, disk_path, verb_parser
 from latte_scale.config import Config, load_config
 from latte_scale.encoders import are_local
 from latte_scale.estimate.advice import recommend, yaml_of
@@ -58,13 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="latte-scale estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("estimate", __doc__)
     add_config(parser, "training YAML, see configs/; data.url is not opened")
-    parser.add_argument("--gpus", type=int, default=8, help="devices in all (default 8)")
-    parser.add_argument("--device", default="h100", help=f"one of {', '.join(DEVICES)} (default h100)")
-    parser.add_argument("--per-node", type=int, help="devices of a node (default 8)")
+    parser.add_argument("--gpus", type=int, default=8, help="devices in all")
+    parser.add_argument("--device", default="h100", help=f"one of {', '.join(DEVICES)}")
+    parser.add_argument("--per-node", type=int, help="devices of a node (default: 8)")
     parser.add_argument(
         "--efficiency", type=float, help="share of the peak that `latte-scale bench step` measured (HFU)"
     )

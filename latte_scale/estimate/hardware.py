@@ -8,7 +8,7 @@ not compared.
 
 from dataclasses import dataclass, replace
 
-from latte_scale.run.metrics import PEAK_BF16_FLOPS
+from latte_scale.run.throughput import PEAK_BF16_FLOPS
 
 GB, GIB, TB = 1e9, 2**30, 1e12
 

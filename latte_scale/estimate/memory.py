@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from latte_scale.config import Config
 from latte_scale.data.shares import micro_batch_shape, rank_range
-from latte_scale.engine.fsdp2 import RESHARD_ABOVE_BYTES
+from latte_scale.engine.fsdp2 import frees_after_forward
 from latte_scale.estimate.hardware import Cluster
 from latte_scale.estimate.ledger import Fsdp2Memory, Ledger, SingleEngineMemory
 from latte_scale.estimate.recording import MODEL, Entry
@@ -55,12 +55,6 @@ class Memory:
         return self.total * FRAGMENTED + OUTSIDE_BYTES
 
 
-def reshards(config: Config) -> bool:
-    """Whether fsdp2 frees gathered weights after the forward pass (engine.reshard_after_forward)."""
-    wanted = config.engine.reshard_after_forward
-    return wanted == "always" or (wanted == "auto" and weights_of(config.model).size_bytes > RESHARD_ABOVE_BYTES)
-
-
 def shard_ranks(config: Config, cluster: Cluster) -> int:
     """fsdp2: ranks over which each copy of the weights is sharded. ValueError if the copies do not divide the ranks."""
     replicate, num_gpus = config.engine.replicate, cluster.num_gpus
@@ -91,7 +85,8 @@ def memory(config: Config, cluster: Cluster, entries: tuple[Entry, ...]) -> Memo
     if config.engine.kind == "single":
         engine = SingleEngineMemory(config, weights, ledger)
     elif config.engine.kind == "fsdp2":
-        engine = Fsdp2Memory(config, weights, ledger, shard_ranks(config, cluster), reshards(config))
+        frees = frees_after_forward(config.engine, weights.size_bytes)
+        engine = Fsdp2Memory(config, weights, ledger, shard_ranks(config, cluster), frees)
     else:
         kind = Zero3Memory if config.engine.zero_stage == 3 else ZeroMemory
         engine = kind(config, weights, ledger, cluster.num_gpus)

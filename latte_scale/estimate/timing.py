@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from latte_scale.config import Config, latent_sides
+from latte_scale.engine.fsdp2 import frees_after_forward
 from latte_scale.estimate.hardware import Cluster, Device
-from latte_scale.estimate.memory import data_ranks, micro_batches, reshards, shard_ranks
+from latte_scale.estimate.memory import micro_batches, shard_ranks
 from latte_scale.estimate.traffic import Collective
 from latte_scale.estimate.weights import padded_bytes, weights_of
 from latte_scale.losses import recompute_share
@@ -126,11 +127,8 @@ def _exposed_s(collectives: tuple[Collective, ...], forward_s: float, backward_s
 
 def transfers(config: Config, cluster: Cluster, number: int, batch: int) -> list[Collective]:
     """Every kind of transfer of a step of `number` micro-batches of `batch` clips."""
-    found = []
-    if cluster.num_gpus > 1:
-        data_ranks(config, cluster.num_gpus)
-        kinds = {"single": lambda *_: [], "fsdp2": _of_fsdp2, "zero": _of_zero}
-        found = kinds[config.engine.kind](config, cluster, number)
+    kinds = {"single": lambda *_: [], "fsdp2": _of_fsdp2, "zero": _of_zero}
+    found = kinds[config.engine.kind](config, cluster, number)
     if config.engine.sequence_parallel > 1:
         found.append(_of_sequence(config, cluster, number, batch))
     return [each for each in found if each.span.size > 1]
@@ -140,11 +138,12 @@ def _of_fsdp2(config: Config, cluster: Cluster, number: int) -> list[Collective]
     """Units gathered in forward (and backward, where they are freed between), gradients reduced once a step."""
     num_shards = shard_ranks(config, cluster)
     span = cluster.ranks(num_shards)
-    units = weights_of(config.model).units(config.engine.blocks_per_unit)
+    weights = weights_of(config.model)
+    units = weights.units(config.engine.blocks_per_unit)
     unit_bytes = sum(padded_bytes(unit, num_shards) for unit in units) / len(units)
     gathers = len(units) * number
     found = [Collective("gather weights, forward", "all_gather", span, unit_bytes, gathers, "forward")]
-    if reshards(config):
+    if frees_after_forward(config.engine, weights.size_bytes):
         found.append(Collective("gather weights, backward", "all_gather", span, unit_bytes, gathers, "backward"))
     found.append(Collective("reduce gradients", "reduce_scatter", span, unit_bytes, len(units), "backward"))
     copies = cluster.ranks(cluster.num_gpus // num_shards, stride=num_shards)
@@ -183,8 +182,3 @@ def _of_sequence(config: Config, cluster: Cluster, number: int, batch: int) -> C
     return Collective(
         "move tokens of clips", "all_to_all", span, 4 * tokens * config.model.width, 2 * blocks * number, "nothing"
     )
-
-
-def scaled(config: Config, num_gpus: int, samples_a_gpu: int) -> Config:
-    """The config with `samples_a_gpu` samples a step for each of `num_gpus` GPUs: weak scaling."""
-    return replace(config, train=replace(config.train, global_batch=samples_a_gpu * num_gpus))

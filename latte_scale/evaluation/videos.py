@@ -4,7 +4,6 @@ In: a folder of videos with `prompts.jsonl` ({"file", "text"} a line, as `latte-
 records, frames, and for models that were overfitted the PSNR to the clip that each line names.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from latte_scale.data.schema import VideoSettings
 from latte_scale.data.video import VideoError, read_random_clip
+from latte_scale.plain_json import parse_record
 
 
 def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
-        record = _parse_or_none(line)
+        record = parse_record(line)
         if record is None or not all(isinstance(record.get(key), str) for key in ("file", "text")[: 1 + with_text]):
             wanted = '{"file", "text"}' if with_text else '{"file"}'
             raise ValueError(f"{path}, line {number}: expected {wanted}, got {line[:80]!r}")
@@ -34,14 +34,6 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"{path} is empty: it names no video")
     return records
-
-
-def _parse_or_none(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def frame_policy(record: dict[str, Any], where: Path) -> VideoSettings:

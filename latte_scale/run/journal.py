@@ -23,14 +23,9 @@ from latte_scale.engine.base import StepResult
 from latte_scale.engine.dist import Ranks
 from latte_scale.plain_json import finite
 from latte_scale.run.folder import StopRunError
-from latte_scale.run.metrics import (
-    MetricsFile,
-    SpikeDetector,
-    Throughput,
-    memory_bytes,
-    peak_flops,
-    worker_memory_bytes,
-)
+from latte_scale.run.metrics import MetricsFile
+from latte_scale.run.readback import SpikeDetector
+from latte_scale.run.throughput import Throughput, memory_bytes, peak_flops, worker_memory_bytes
 from latte_scale.store import Counters
 
 logger = logging.getLogger("latte_scale")

@@ -8,7 +8,7 @@ from latte_scale import cli
 from latte_scale.bench import main as bench
 from latte_scale.bench.table import COLUMNS
 from latte_scale.bench.table import main as print_table
-from latte_scale.bench.timing import Turns
+from latte_scale.bench.turns import Turns
 from tests.bench.test_subjects import CLASSES, CONFIGS, TINY
 
 CONFIG = str(CONFIGS / "tiny_cpu.yaml")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.engine_overhead import CONFIG, SMALL, config_of, summary, table
-from latte_scale.bench.timing import Measured, StepTime, Turns
+from latte_scale.bench.turns import Measured, StepTime, Turns
 from latte_scale.config import load_config
 from tests.conftest import ROOT
 

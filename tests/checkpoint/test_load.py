@@ -161,16 +161,6 @@ def test_a_broken_step_is_set_aside_and_can_be_saved_again(tmp_path: Path) -> No
     assert (tmp_path / again.set_aside[0]).is_dir()
 
 
-def test_an_existing_step_is_never_overwritten(tmp_path: Path) -> None:
-    first = saver(tmp_path)
-    save(first, 5)
-    save(first, 5, value=6.0)  # the same run at the same step: there is nothing new to save
-    assert values(tmp_path / "step-00000005") == 5.0
-    with pytest.raises(CheckpointError, match="never overwritten"):
-        save(saver(tmp_path), 5, value=6.0)
-    assert values(tmp_path / "step-00000005") == 5.0
-
-
 # what a user can get wrong -----------------------------------------------------------------------------------------
 
 

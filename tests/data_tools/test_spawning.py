@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from data_tools.spawning import Workers
+from tests.processes import is_alive
 
 
 def test_a_worker_ignores_ctrl_c_from_its_first_moment_on():
@@ -29,6 +30,7 @@ POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from data_tools.spawning import Workers
+from tests.processes import is_alive
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, Workers())
@@ -57,11 +59,3 @@ def test_the_workers_of_a_pool_leave_when_their_command_is_killed(tmp_path):
     finally:
         if is_alive(worker):
             os.kill(worker, signal.SIGKILL)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; the zombie of one that nobody waits for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

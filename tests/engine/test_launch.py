@@ -31,7 +31,7 @@ WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0
 def test_no_launcher_and_a_whole_one() -> None:
     assert launch_from_env({}) is None
     assert launch_from_env({"LOCAL_RANK": "0", "MASTER_ADDR": ""}) is None
-    assert launch_from_env(WHOLE) == Launch(rank=1, size=2, local_rank=0, init_method="env://")
+    assert launch_from_env(WHOLE) == Launch(rank=1, size=2, local_rank=0)
 
 
 @pytest.mark.parametrize("missing", list(WHOLE))
@@ -82,7 +82,7 @@ def test_the_whole_of_a_slurm_job_is_taken(slurm: dict, launcher: dict) -> None:
 
 
 def two_hosts(rank: int = 1) -> Launch:
-    return Launch(rank, 2, 0, "env://", local_size=1)
+    return Launch(rank, 2, 0, local_size=1)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1", "127.0.1.1"])
@@ -94,8 +94,8 @@ def test_a_loopback_address_for_several_hosts_is_refused(address: str, rank: int
 
 def test_an_address_is_taken_where_it_can_work() -> None:
     check_address(two_hosts(), {"MASTER_ADDR": "10.1.2.3"})
-    check_address(Launch(1, 2, 1, "env://", local_size=2), {"MASTER_ADDR": "127.0.0.1"})  # one host
-    check_address(Launch(1, 2, 1, "env://"), {"MASTER_ADDR": "127.0.0.1"})  # a launcher that does not tell
+    check_address(Launch(1, 2, 1, local_size=2), {"MASTER_ADDR": "127.0.0.1"})  # one host
+    check_address(Launch(1, 2, 1), {"MASTER_ADDR": "127.0.0.1"})  # a launcher that does not tell
     check_address(two_hosts(rank=0), {"MASTER_ADDR": socket.gethostname()})  # Debian: a host knows itself as 127.0.1.1
     with pytest.raises(LaunchError, match=r"no-such-host\.invalid is no name that"):
         check_address(two_hosts(), {"MASTER_ADDR": "no-such-host.invalid"})
@@ -170,7 +170,7 @@ def join(
         here.number, rank = number, ranks[number]
         time.sleep(delays_s[number] if delays_s else 0.0)
         try:
-            store = rendezvous(Launch(rank, size, 0, "env://"))
+            store = rendezvous(Launch(rank, size, 0))
         except LaunchError as error:
             return error
         finally:

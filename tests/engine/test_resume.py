@@ -47,11 +47,11 @@ def whole(engine: Engine, ema: Ema) -> dict[str, dict[str, Tensor]]:
     return {name: regather(engine.ranks, shards, [p.tensor for p in pieces]) for name, pieces in trees.items()}
 
 
-def save_and_go_on(ranks: Ranks, kind: str, folder: str, asynchronous: bool = True) -> dict[str, Any]:
+def save_and_go_on(ranks: Ranks, kind: str, folder: str) -> dict[str, Any]:
     """Three steps (the second is skipped), a save, three more steps while it is written."""
     engine, ema = start(kind, ranks)
     advance(engine, ema, range(SAVED_AT), skip=1)
-    saver = Checkpointer(folder, CheckpointSettings(asynchronous=asynchronous), ranks)
+    saver = Checkpointer(folder, CheckpointSettings(), ranks)
     state = whole(engine, ema)
     counters = {"updates": engine.num_updates, "ema": ema.num_updates}
     saver.save(SAVED_AT, state_trees(engine.local_shards(), ema.trees), counters, {}, "data")

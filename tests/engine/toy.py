@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latte_scale.engine import Engine, EngineSettings, Ranks, build_engine, init_distributed, shutdown
 from latte_scale.engine.dist import Launch
 from latte_scale.optim import OptimSettings
+from tests.processes import free_port
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
 LAZY = (  # imported where they are used, for seconds: once here, and not once a rank
@@ -161,7 +162,8 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     it does not matter what the tests before did in this process. `function` is at the top level of a module.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_child, args=(size, folder, function, args), nprocs=size, start_method="forkserver")
+        given = size, free_port(), folder, function, args
+        mp.start_processes(_child, args=given, nprocs=size, start_method="forkserver")
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(size)]
 
 
@@ -170,10 +172,14 @@ def on_one(function: Callable[..., Any], *args: Any) -> Any:
     return on_ranks(1, function, *args)[0]
 
 
-def _child(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+def _child(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # DeepSpeed collects garbage whenever it starts: not what was imported, which takes a second
-    ranks = init_distributed(Launch(rank, size, rank, f"file://{folder}/rendezvous"), device="cpu", timeout_s=60.0)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address
+    ranks = init_distributed(Launch(rank, size, rank), device="cpu", timeout_s=60.0)
+    for name in address:  # half a launch, to a function that looks for one
+        del os.environ[name]
     try:
         torch.save(function(ranks, *args), Path(folder) / f"result-{rank}")
         ranks.barrier()

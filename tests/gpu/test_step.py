@@ -8,7 +8,7 @@ import torch
 
 from latte_scale.bench import main as bench
 from latte_scale.bench.subjects import Ours
-from latte_scale.bench.timing import Turns
+from latte_scale.bench.turns import Turns
 from latte_scale.choices.attention import attention_backends, recorded_attention
 from latte_scale.config import Config, load_config
 from latte_scale.ema import lerp_

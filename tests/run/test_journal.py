@@ -10,19 +10,14 @@ from rich.console import Console
 from latte_scale.conditioning import ModelInputs
 from latte_scale.diffusion.loss import DiffusionSettings
 from latte_scale.engine.base import StepResult
+from latte_scale.engine.dist import Ranks
 from latte_scale.run.folder import StopRunError
 from latte_scale.run.journal import FIELDS, Journal, Progress, Tally
 from latte_scale.run.metrics import MetricsFile, read_metrics
 from latte_scale.store import Counters
 
 CPU = torch.device("cpu")
-
-
-class OneRank:
-    """Stands for the ranks of a job of one: summing changes nothing."""
-
-    def sum_(self, tensor):
-        return tensor
+ALONE = Ranks(0, 1, 0, CPU)
 
 
 def inputs_of(uniforms, weights, digest=0):
@@ -47,7 +42,7 @@ def numbers_of(losses, uniforms, weights, digest=0, **result):
     tally = Tally(CPU, DiffusionSettings())
     contrastive_B = 2 * torch.tensor(losses)
     tally.add(inputs_of(uniforms, weights, digest), torch.tensor(losses), contrastive_B, tokens=10, flops=6e9)
-    return tally.reduce(OneRank(), result_of(**result)).tolist()
+    return tally.reduce(ALONE, result_of(**result)).tolist()
 
 
 def journal_of(tmp_path, **changes):
@@ -102,7 +97,7 @@ def test_what_object_stores_were_asked_for_is_summed_and_told(tmp_path):
         tally.add(inputs_of([0.1], [1.0]), torch.tensor([1.0]), None, tokens=10, flops=6e9)
         if step < 2:
             tally.count_reads([Counters(3, 1, 0, 500, 2, 0), Counters(4, 0, 1, 700, 0, 2)])
-        take(journal, step, tally.reduce(OneRank(), result_of()).tolist())
+        take(journal, step, tally.reduce(ALONE, result_of()).tolist())
     first, second = read_metrics(tmp_path / "m.jsonl")
     assert [first[f"store_{what}"] for what in ("requests", "retries", "hedges")] == [14, 2, 2]
     assert first["store_mb_per_s"] > 0 and first["cache_hit_share"] == 0.5
@@ -122,7 +117,7 @@ def of_group(digests):
     for tally, digest in zip(tallies, digests, strict=True):
         inputs = inputs_of([0.1, 0.9], [1.0, 0.0], digest)
         tally.add(inputs, torch.tensor([3.0, 8.0]), torch.tensor([1.0, 1.0]), tokens=10, flops=6e9)
-    *rest, last = [tally.reduce(OneRank(), result_of()) for tally in tallies]
+    *rest, last = [tally.reduce(ALONE, result_of()) for tally in tallies]
     last[: -len(StepResult._fields)] += sum(rank[: -len(StepResult._fields)] for rank in rest)
     return last.tolist()
 
@@ -168,7 +163,7 @@ def test_a_stop_request_of_any_rank_reaches_all(tmp_path):
     tally = Tally(CPU, DiffusionSettings())
     tally.host["stop"] = 1.0
     tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
-    take(journal, 0, tally.reduce(OneRank(), result_of()).tolist())
+    take(journal, 0, tally.reduce(ALONE, result_of()).tolist())
     assert journal.stop_requested
 
 
@@ -197,7 +192,7 @@ def test_a_failed_save_of_any_rank_is_told_once_and_recorded(tmp_path, caplog):
         tally = Tally(CPU, DiffusionSettings())
         tally.host["save_failed"] = failed
         tally.add(inputs_of([0.5], [1.0]), torch.tensor([1.0]), None, tokens=1, flops=1.0)
-        take(journal, step, tally.reduce(OneRank(), result_of()).tolist())
+        take(journal, step, tally.reduce(ALONE, result_of()).tolist())
     assert caplog.text.count("the newest checkpoint was not saved (3 ranks failed") == 1
     assert screen.getvalue().count("warning: step 1: the newest checkpoint was not saved (3 ranks failed") == 1
     assert [record["save_failed"] for record in read_metrics(tmp_path / "m.jsonl")] == [0, 3, 3, 0]

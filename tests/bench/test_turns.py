@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from latte_scale.bench.timing import Turns
+from latte_scale.bench.turns import Turns
 
 
 class Sleeper:
