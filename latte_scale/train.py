@@ -396,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code, reason, fence = FAILED, "interrupted", None  # the reason for what no handler below catches
     try:
         folder.open()
-        fence = folder.take(ranks.broadcast_object)
+        fence = folder.take(ranks.from_rank_0)
         with Watchdog(folder.logs, ranks.rank, config.engine.timeout_s) as watchdog:
             check_folders(config, ranks)
             config = within_memory_of(ranks.device, config, ranks.size)

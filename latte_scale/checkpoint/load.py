@@ -170,23 +170,15 @@ def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[st
 
 
 def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
-    """The result of `function` on rank 0, on all ranks.
+    """What `function` returns on rank 0, on all ranks; its OSError or CheckpointError is a CheckpointError on all."""
 
-    Its CheckpointError or OSError is a CheckpointError on all, and its ValueError a ValueError.
-    """
-    result: T | None = None
-    error: CheckpointError | ValueError | None = None
-    if ranks.rank == 0:
+    def run() -> T:
         try:
-            result = function()
-        except (CheckpointError, OSError) as raised:
-            error = error_class_of(raised)(str(raised))
-        except ValueError as raised:
-            error = ValueError(str(raised))
-    result, error = ranks.broadcast_object((result, error))
-    if error is not None:
-        raise error
-    return result
+            return function()
+        except (CheckpointError, OSError) as error:
+            raise error_class_of(error)(str(error)) from error
+
+    return ranks.from_rank_0(run)
 
 
 # --------------------------------------------------------------------------------------------------------- loading

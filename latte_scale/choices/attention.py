@@ -20,7 +20,6 @@ from latte_scale.choices.record import (
     dtype_of,
     key_of,
     largest_difference,
-    rank_0_chooses,
     recorded_backends,
     why_out,
 )
@@ -98,7 +97,7 @@ def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[
 def _chosen_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Site, Backend]:
     if ranks.device.type != "cuda":
         return dict.fromkeys(SITES, "sdpa")
-    return rank_0_chooses(ranks, lambda: recorded_attention(config, ranks.device, path))
+    return ranks.from_rank_0(lambda: recorded_attention(config, ranks.device, path))
 
 
 def recorded_attention(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:

@@ -22,7 +22,6 @@ from latte_scale.choices.record import (
     dtype_of,
     key_of,
     largest_difference,
-    rank_0_chooses,
     recorded_backends,
     why_out,
 )
@@ -50,7 +49,7 @@ def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend
         return wanted
     if ranks.device.type != "cuda":
         return "torch"
-    return rank_0_chooses(ranks, lambda: recorded_norm(config, ranks.device, path))
+    return ranks.from_rank_0(lambda: recorded_norm(config, ranks.device, path))
 
 
 def recorded_norm(config: Config, device: torch.device, path: Path | None) -> NormBackend:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from latte_scale.config import Config
-from latte_scale.engine.dist import Ranks
 from latte_scale.plain_json import write_json
 
 T = TypeVar("T")
@@ -56,25 +55,6 @@ def recorded_backends(
         record = {"key": key, "backends": backends, "measured_ms": measured}
         write_json(path, read_choices(path) | {subject: record}, indent=2)
     return backends
-
-
-def rank_0_chooses(ranks: Ranks, choose: Callable[[], T]) -> T:
-    """What `choose` returns on rank 0, on all ranks. What it raises there ends all of them, with one exit code."""
-    chosen: T | None = None
-    error: Exception | None = None
-    if ranks.rank == 0:
-        try:
-            chosen = choose()
-        except Exception as raised:
-            error = raised
-    failure = None if error is None else (isinstance(error, ValueError), f"rank 0: {error}")
-    chosen, failure = ranks.broadcast_object((chosen, failure))
-    if error is not None:
-        raise error
-    if failure is not None:
-        is_value_error, message = failure
-        raise (ValueError if is_value_error else RuntimeError)(message)
-    return chosen
 
 
 def _why_unfit(recorded: dict[str, Any], key: dict[str, Any], is_there: Callable[[str], bool]) -> str:

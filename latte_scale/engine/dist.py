@@ -8,14 +8,17 @@ import atexit
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from latte_scale.engine.launch import Launch, check_address, launch_from_env, rendezvous
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -46,6 +49,21 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_rank_0(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on all ranks; what it raises there, all raise, in the same words."""
+        result: T | None = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        told = None if error is None else (type(error), str(error))
+        result, told = self.broadcast_object((result, told))
+        if told is not None:
+            raise error or _made_again(*told)
+        return result
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add a float32, float64 or int64 tensor over the ranks, in place; on CPU or this rank's device."""
         if self.size > 1:
@@ -55,6 +73,16 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.sum_(torch.zeros(1, dtype=torch.int64))
+
+
+def _made_again(kind: type[Exception], words: str) -> Exception:
+    """An error of that class with these words; of the nearest class above it whose constructor takes words alone."""
+    for each in kind.__mro__:
+        try:
+            return each(words)
+        except TypeError:
+            continue
+    raise AssertionError(f"{kind} is no exception")
 
 
 def init_distributed(launch: Launch | None = None, device: str | None = None, timeout_s: float = 600.0) -> Ranks:

@@ -84,24 +84,23 @@ class RunFolder:
         logger.setLevel(logging.INFO)
         self.has_log = True
 
-    def take(self, broadcast: Callable[[Any], Any]) -> "Fence":
-        """Take the folder's lease on rank 0. A collective: `broadcast` gives every rank what rank 0 passes.
+    def take(self, from_rank_0: Callable[[Callable[[], Any]], Any]) -> "Fence":
+        """Take the folder's lease on rank 0. A collective: `from_rank_0` calls a function there, and tells all ranks.
 
         Raises StopRunError on all ranks if another attempt holds the folder.
         """
-        lease, refusal = None, None
-        if self.rank == 0:
+        lease: Lease | None = None
+
+        def begin() -> tuple[str, str]:
+            nonlocal lease
             try:
                 lease = Lease(self.path, this_process(), tell=lambda words: print(words, flush=True))
             except (LeaseError, OSError) as error:
-                refusal = str(error)
-        identity = None if lease is None else (lease.holder, self._read_or_make_id())
-        refusal, identity = broadcast((refusal, identity))
-        if refusal is not None:
-            raise StopRunError(refusal)
-        self._attempt, self.run_id = identity
-        if self.rank == 0:
+                raise StopRunError(str(error)) from error
             (self.path / "exit.json").unlink(missing_ok=True)  # the last attempt's
+            return lease.holder, self._read_or_make_id()
+
+        self._attempt, self.run_id = from_rank_0(begin)
         return Fence(lease)
 
     def _read_or_make_id(self) -> str:

@@ -59,22 +59,21 @@ class PromptVideos:
 
     def _embed(self, conditioner: Conditioner) -> list[Request]:
         """The records with their embeddings, made on rank 0 and given to all."""
-        made, problem, settings = None, None, self._config.encoders
-        if self._ranks.rank == 0:
-            try:
-                text = conditioner.text
-                if text is None and self._config.model.kind == "latte_t2v":
-                    text = TextEncoder(settings.text, settings.text_max_length, self._ranks.device)
-                requests = requests_of(self.records, text, self._config.validation.negative)
-                made, text = [request.to("cpu") for request in requests], None
-            except (ValueError, OSError) as error:
-                problem = str(error)
-        if self._ranks.device.type == "cuda":
-            torch.cuda.empty_cache()  # the encoder's memory, for the model that is built next
-        made, problem = self._ranks.broadcast_object((made, problem))
-        if problem is not None:
-            raise ValueError(f"validation.prompts could not be encoded: {problem}")
-        return made
+        settings = self._config.encoders
+
+        def make() -> list[Request]:
+            text = conditioner.text
+            if text is None and self._config.model.kind == "latte_t2v":
+                text = TextEncoder(settings.text, settings.text_max_length, self._ranks.device)
+            return [request.to("cpu") for request in requests_of(self.records, text, self._config.validation.negative)]
+
+        try:
+            return self._ranks.from_rank_0(make)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"validation.prompts could not be encoded: {error}") from error
+        finally:
+            if self._ranks.device.type == "cuda":
+                torch.cuda.empty_cache()  # the encoder's memory, for the model that is built next
 
     def load_decoder(self) -> None:
         """Load the VAE where the run has none. Not a collective."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from latte_scale.engine.dist import Ranks, init_distributed, shutdown
+from latte_scale.run.folder import StopRunError
 from tests.engine.toy import on_one, on_ranks
 
 
@@ -38,6 +39,58 @@ def store_timeout_s(ranks: Ranks) -> float:
 def test_the_store_of_the_group_waits_as_long_as_its_collectives() -> None:
     """Not for the minutes that torch has as its default: subgroups are made through it while a rank may be busy."""
     assert on_ranks(2, store_timeout_s) == [60.0, 60.0]  # what on_ranks gives init_distributed
+
+
+class Told(Ranks):
+    """One of two ranks in turn: rank 0 tells, rank 1 is told."""
+
+    said: object = None
+
+    def broadcast_object(self, obj: object) -> object:
+        if self.rank == 0:
+            Told.said = obj
+        return Told.said
+
+
+FIRST, SECOND = (Told(rank, 2, rank, torch.device("cpu")) for rank in range(2))
+
+
+def refuse() -> str:
+    raise AssertionError("only rank 0 does this")
+
+
+def test_what_rank_0_finds_reaches_all_ranks() -> None:
+    assert [FIRST.from_rank_0(lambda: "sdpa"), SECOND.from_rank_0(refuse)] == ["sdpa", "sdpa"]
+
+
+class Named(ValueError):
+    """An error whose constructor takes more than words."""
+
+    def __init__(self, file: str, line: int) -> None:
+        super().__init__(f"{file}:{line}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "elsewhere"),
+    [
+        (OSError("no space left"), OSError),
+        (StopRunError("taken over"), StopRunError),
+        (Named("x", 3), ValueError),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "why"), UnicodeError),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_no_rank_waits_for_what_rank_0_could_not_do(raised: Exception, elsewhere: type[Exception]) -> None:
+    """Else the others would wait in the broadcast until the launcher ends them, each with another exit code."""
+
+    def fail() -> str:
+        raise raised
+
+    with pytest.raises(type(raised)) as first:
+        FIRST.from_rank_0(fail)
+    with pytest.raises(elsewhere) as second:
+        SECOND.from_rank_0(refuse)
+    assert first.value is raised and type(second.value) is elsewhere and str(second.value) == str(raised)
 
 
 def fail_on_rank_1(ranks: Ranks) -> None:

@@ -16,8 +16,9 @@ from latte_scale.run.lease import Lease, this_process
 from latte_scale.run.metrics import MetricsFile, read_metrics
 
 
-def same(message):
-    return message
+def alone(function):
+    """Rank 0 of one."""
+    return function()
 
 
 def read_exit(path):
@@ -28,7 +29,7 @@ def test_a_folder_from_start_to_exit(tmp_path):
     folder = RunFolder(tmp_path / "run", rank=0)
     folder.open()
     (folder.path / "exit.json").write_text('{"code": 1, "reason": "the last attempt"}')
-    fence = folder.take(same)
+    fence = folder.take(alone)
     assert not (folder.path / "exit.json").exists() and not fence.is_lost()
     folder.note_restart(10, "step-10", [10, 11], [])
     folder.note_replacement(Replacement(3, 1, "a/b/1", "a/b/2", "crc32c"))
@@ -48,7 +49,7 @@ def test_a_folder_that_another_attempt_holds_is_refused_and_its_exit_file_left_a
     (tmp_path / "exit.json").write_text('{"code": 0, "reason": "theirs"}')
     Lease(tmp_path, this_process())
     with pytest.raises(StopRunError, match="is held by process"):
-        folder.take(same)
+        folder.take(alone)
     folder.write_exit(1, "ours")
     assert read_exit(tmp_path)["reason"] == "theirs"
 
@@ -78,14 +79,14 @@ def attempt_of_two(path):
     """Rank 0 and rank 1 of one attempt that holds the folder."""
     box = []
 
-    def give(message):
-        box.append(message)
-        return message
+    def tell(function):
+        box.append(function())
+        return box[0]
 
     ranks = RunFolder(path, 0), RunFolder(path, 1)
     for folder in ranks:
         folder.open()
-    fence = ranks[0].take(give)
+    fence = ranks[0].take(tell)
     ranks[1].take(lambda _: box[0])
     return *ranks, fence
 
@@ -108,7 +109,7 @@ def test_an_attempt_that_was_taken_over_leaves_the_exit_file_alone(tmp_path, mon
     rank_0, rank_1, old = attempt_of_two(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     new = RunFolder(tmp_path, 0)
-    new.take(same)
+    new.take(alone)
     rank_0.write_exit(78, "old")
     rank_1.write_exit(1, "old")
     assert old.is_lost() and not (tmp_path / "exit.json").exists()
@@ -121,7 +122,7 @@ def test_a_disk_that_takes_nothing_any_more_hides_no_reason(tmp_path, caplog):
     """The last words of an attempt: what ended it must stay the error that is told."""
     folder = RunFolder(tmp_path, 0)
     folder.open()
-    fence = folder.take(same)
+    fence = folder.take(alone)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
