@@ -62,7 +62,8 @@ soak: $(READY)  ## 200 random kills on three engines, every run compared bit for
 soak-loader: $(READY)  ## 100,000 batches of a tiny data set, every process's memory on the way (5 minutes)
 	$(BIN)/python -m benchmarks.loader_soak
 
-random-runs: $(READY)  ## 40 random settings, each stopped and continued on other ranks and engines (10 minutes)
+random-runs: $(READY)  ## 200 random data sets read back; 40 random settings, stopped and continued (12 minutes)
+	$(BIN)/python -m tests.data_tools.random_clips --seeds 0 200
 	$(BIN)/python -m tests.faults.random_runs --seeds 0 40
 
 lint: $(READY)  ## ruff

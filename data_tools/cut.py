@@ -21,7 +21,7 @@ import numpy as np
 
 from data_tools.filters import as_fraction
 from latte_scale.data.schema import ClipSize
-from latte_scale.data.video import TAGS, VideoError, VideoInfo
+from latte_scale.data.video import TAGS, VideoError, VideoInfo, upright
 
 Piece = tuple[int, int]
 
@@ -124,7 +124,7 @@ def _between(frames: Iterator[tuple[int, Any]], start: int, stop: int) -> Iterat
     place = start - 1
     for place, frame in frames:
         if place >= start:
-            upright_HWC = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+            upright_HWC = upright(frame.to_ndarray(format="rgb24"), frame)
             height, width = (side // 2 * 2 for side in upright_HWC.shape[:2])
             yield np.ascontiguousarray(upright_HWC[:height, :width])
         if place + 1 >= stop:

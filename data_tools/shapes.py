@@ -26,7 +26,7 @@ from data_tools import scenes as scene_clips
 from data_tools.drawing import COLOUR_JITTER, COLOURS, DIRECTIONS, FPS, MARGIN, NUM_FRAMES, SHAPES, SIDE, coverage
 from latte_scale import rng
 from latte_scale.data.video import write_mp4
-from latte_scale.store import explained
+from latte_scale.store import LocalStore, explained, open_store
 
 PROMPT = "a {colour} {shape} moves {direction}"
 
@@ -196,7 +196,12 @@ def main(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    output = Path(args.output)
+    store = open_store(args.output)
+    if not isinstance(store, LocalStore):
+        raise ValueError(
+            f"--output takes a local folder, got {store.url}; `latte-data shard` puts its clips into a bucket"
+        )
+    output = store.root
     console = Console(stderr=True)
     show = {"description": "drawing clips", "console": console, "disable": not console.is_terminal}
     steps = track(range(args.count), **show) if args.count > 0 else None

@@ -20,7 +20,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end of the block, and is removed if the block fails."""
+    """A file to write, which takes the place of `path` at the end of the block, and is removed if the block fails.
+
+    A device, as /dev/null, is written to as it is: root's rename would put a file in its place.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as device:
+            yield device
+        return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -19,3 +19,10 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         raise OSError(28, "No space left on device")
     assert (tmp_path / "a.json").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    """`--out /dev/null`, typed by root in a container, left a file there for every program to write to."""
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_text(tmp_path / "null", "a page")
+    assert (tmp_path / "null").is_char_device() and [path.name for path in tmp_path.iterdir()] == ["null"]

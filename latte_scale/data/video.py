@@ -226,7 +226,26 @@ def _convert(frame: Any, video: VideoSettings, pixel_shape: Fraction) -> np.ndar
     # One thread: PyAV 19 keeps those of a conversion for the next, which in a forked worker waits for them for ever.
     rgb = frame.reformat(new_width, new_height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     top, left = (new_height - height) // 2, (new_width - width) // 2
-    return np.rot90(rgb[top : top + height, left : left + width], k=rotation // 90)
+    return upright(rgb[top : top + height, left : left + width], frame)
+
+
+def upright(pixels_HWC: np.ndarray, frame: Any) -> np.ndarray:
+    """The pixels of a decoded frame as it is shown: mirrored and turned."""
+    if _is_mirrored(frame):  # FFmpeg's rotation is then that of the frame turned upside down
+        pixels_HWC = pixels_HWC[::-1]
+    return np.rot90(pixels_HWC, k=_rotation(frame) // 90)
+
+
+def _is_mirrored(frame: Any) -> bool:
+    """Whether a frame is shown mirrored, as those of front cameras may be."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18 gives none where it does not know one kind of it, as a photo's EXIF
+        return False
+    if matrix is None:
+        return False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    return a * d < b * c
 
 
 def _rotation(frame: Any) -> int:

@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.cut import cut_out
 from latte_scale.data.schema import ClipSize, VideoSettings
-from latte_scale.data.video import TooShortError, VideoError, join_frames, probe, read_clip, read_random_clip
+from latte_scale.data.video import (
+    TooShortError,
+    VideoError,
+    join_frames,
+    probe,
+    read_clip,
+    read_random_clip,
+    write_mp4,
+)
 from tests.clips import CLIPS, needs_clips
 from tests.data.making import frame_grey, make_clip, write_images
 from tests.data.odd_clips import BAD, SOUND, audio_only, rotated, zero_frames
@@ -139,6 +148,34 @@ def test_rotation_is_undone(matrix, rotation, red_side):
     red = clip[0, 0].astype(int) - clip[0, 2] > 100
     edges = {"left": red[:, 0], "right": red[:, -1], "top": red[0], "bottom": red[-1]}
     assert {side for side, edge in edges.items() if edge.all()} == {red_side}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [
+        ((-1, 0, 0, 1), "top right"),
+        ((1, 0, 0, -1), "bottom left"),
+        ((0, 1, 1, 0), "top left"),
+        ((0, -1, -1, 0), "bottom right"),
+    ],
+)
+def test_a_mirrored_clip_is_shown_as_its_camera_asks(tmp_path, matrix, corner):
+    """A clip with a red upper left corner: x' = a x + c y, y' = b x + d y, as front cameras and editors write it."""
+    frames = np.full((2, 40, 80, 3), 60, np.uint8)
+    frames[:, :20, :20] = (220, 30, 30)
+    write_mp4(tmp_path / "a.mp4", frames, 10)
+    data = rotated((tmp_path / "a.mp4").read_bytes(), matrix)
+    facts = probe(data)
+    for each in (data, *cut_out(data, facts, [(0, 1)])):
+        clip = read_clip(each, VideoSettings(1, facts.height, facts.width, 1))
+        red = clip[0, 0].astype(int) - clip[0, 2] > 100
+        corners = {
+            "top left": red[5, 5],
+            "top right": red[5, -5],
+            "bottom left": red[-5, 5],
+            "bottom right": red[-5, -5],
+        }
+        assert {name for name, is_red in corners.items() if is_red} == {corner}
 
 
 def test_pixels_that_are_not_square_are_shown_square():

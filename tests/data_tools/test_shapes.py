@@ -117,6 +117,10 @@ def test_no_clips_is_a_user_error(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_where_clips_cannot_be_put_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It was an error number of the system, without a place."""
     (tmp_path / "file").write_text("x")
-    for output, reason in [("file", "is a file; expected a folder"), ("file/below", "a part of this path is a file")]:
-        assert cli.main(["shapes", "--output", str(tmp_path / output), "--count", "1"]) == 2
+    for output, reason in [
+        (f"{tmp_path}/file", "is a file; expected a folder"),
+        (f"{tmp_path}/file/below", "a part of this path is a file"),
+        ("s3://bucket/clips", "takes a local folder, got s3://bucket/clips"),
+    ]:
+        assert cli.main(["shapes", "--output", output, "--count", "1"]) == 2
         assert reason in capsys.readouterr().err

@@ -25,6 +25,14 @@ def test_a_write_can_be_read_whole_and_by_range(store):
     assert store.size("a/b.bin") == 100 and store.exists("a/b.bin") and not store.exists("a")
 
 
+def test_a_device_is_written_to_and_stays(store):
+    """A page put at /dev/null by root was a file there from then on."""
+    store.write("x", b"")
+    (store.root / "null").symlink_to("/dev/null")
+    store.write("null", b"a page")
+    assert (store.root / "null").is_char_device()
+
+
 @pytest.mark.parametrize(("offset", "size"), [(95, 6), (100, 1), (101, None), (101, 0)])
 def test_a_range_past_the_end_is_a_short_read_that_names_it(store, offset, size):
     store.write("x", bytes(100))
