@@ -156,11 +156,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "latte-scale export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or step folder")
+    parser.add_argument("--checkpoint", required=True, help="run, checkpoints or step folder; PATH#TREE for one tree")
     parser.add_argument(
         "--out", required=True, type=disk_path, help="new or empty folder; for --format official a new .pt"
     )
-    parser.add_argument("--weights", default="ema", help="ema (default), raw, or a tree such as ema/0.999")
+    parser.add_argument("--weights", help="ema (default), raw, or a tree such as ema/0.999")
     parser.add_argument(
         "--format",
         choices=("pipeline", "official"),

@@ -186,10 +186,15 @@ def test_a_class_run_goes_out_in_the_official_layout(tmp_path, capsys):
     state = randomise(build_model(CLASSES)).state_dict()
     config = {"model": to_mapping(CLASSES), "diffusion": {"objective": "v"}, "video": VIDEO, "encoders": SD}
     save_run(tmp_path / "run", config, state)
-    for weights, part, factor in (("ema", "ema", 2), ("raw", "model", 1)):
-        out = tmp_path / f"{part}.pt"
-        command = ["--checkpoint", str(tmp_path / "run"), "--out", str(out), "--format", "official"]
-        assert export.main([*command, "--weights", weights]) == 0
+    for tree, options, part, factor in (
+        ("", [], "ema", 2),
+        ("", ["--weights", "raw"], "model", 1),
+        ("#model", [], "model", 1),
+        ("#model", ["--weights", "ema"], "ema", 2),
+    ):
+        out = tmp_path / f"{tree}{len(options)}.pt"
+        command = ["--checkpoint", f"{tmp_path}/run{tree}", "--out", str(out), "--format", "official", *options]
+        assert export.main(command) == 0
         printed = capsys.readouterr().out
         assert "dropped contrastive." in printed and f"part {part}, for latents of side 8" in printed
         assert "note: the official code samples with" in printed
