@@ -239,6 +239,15 @@ def test_an_official_file_goes_through_us_unchanged(tmp_path, capsys):
     assert torch.load(tmp_path / "512.pt", weights_only=True)["ema"]["pos_embed"].shape == (1, 64, 16)
 
 
+def test_heads_that_the_official_code_would_not_make_are_told(tmp_path, capsys):
+    for num_heads, told in ((6, False), (4, True)):  # a published width, which has 6
+        settings = LatteSettings(depth=2, width=384, num_heads=num_heads, num_frames=2, mlp_ratio=1.0)
+        write_transformer(tmp_path / str(num_heads), settings, build_model(settings).state_dict())
+        command = ["--checkpoint", str(tmp_path / str(num_heads)), "--out", str(tmp_path / f"{num_heads}.pt")]
+        assert export.main([*command, "--format", "official"]) == 0
+        assert ("import without --num-heads 4" in capsys.readouterr().out) == told
+
+
 def test_a_model_goes_out_in_its_own_format_only(tmp_path, capsys):
     write_transformer(tmp_path / "classes", CLASSES, build_model(CLASSES).state_dict())
     write_transformer(tmp_path / "text", TINY, build_model(TINY).state_dict())
