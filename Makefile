@@ -6,7 +6,7 @@ TEST_PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 READY := $(VENV)/.ready
 
-.PHONY: help venv quickstart quickstart-full test test-services test-faults test-faults-short test-slurm soak soak-loader random-runs lint clean
+.PHONY: help venv quickstart quickstart-full test test-services test-faults test-faults-short test-slurm soak soak-loader random-runs random-models lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -65,6 +65,9 @@ soak-loader: $(READY)  ## 100,000 batches of a tiny data set, every process's me
 random-runs: $(READY)  ## 200 random data sets read back; 40 random settings, stopped and continued (12 minutes)
 	$(BIN)/python -m tests.data_tools.random_clips --seeds 0 200
 	$(BIN)/python -m tests.faults.random_runs --seeds 0 40
+
+random-models: $(READY)  ## 300 random models, exported, imported and sampled from everywhere (2 minutes)
+	LATTE_RANDOM_MODELS=0:300 $(PYTEST) tests/test_random_models.py
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ def steps_at(path: str) -> list[Store]:
     step = open_store(path)  # its URL is whole: path may be "."
     if checkpoint.STEP_FOLDER.fullmatch(name_of(step)) and step.list():
         return [step]
-    for place in reversed(places(path)):
+    for place in places(path):
         if found := checkpoint.list_steps(place):
             return found
     raise ValueError(f"{path}: expected a run, a place with checkpoints or a step-XXXXXXXX; no checkpoint there")

@@ -31,7 +31,7 @@ from latte_scale.diffusion.sampler import make_scheduler
 from latte_scale.encoders import EncoderSettings, encoder_folders, vae_downscale
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
-from latte_scale.model.official import latte_to_official
+from latte_scale.model.official import HEADS, latte_to_official
 from latte_scale.model.transformer_folder import (
     SIDE,
     complete_or_absent,
@@ -154,11 +154,11 @@ def write_official(
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of `latte-scale export`."""
     parser = verb_parser("export", __doc__)
-    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoints folder or step folder")
+    parser.add_argument("--checkpoint", required=True, help="run, checkpoints or step folder; PATH#TREE for one tree")
     parser.add_argument(
         "--out", required=True, type=disk_path, help="new or empty folder; for --format official a new .pt"
     )
-    parser.add_argument("--weights", default="ema", help="ema, raw, or a tree such as ema/0.999")
+    parser.add_argument("--weights", help="ema (default), raw, or a tree such as ema/0.999")
     parser.add_argument(
         "--format",
         choices=("pipeline", "official"),
@@ -217,6 +217,12 @@ def _export_official(args: argparse.Namespace, weights: Weights) -> None:
     write_official(args.out, part, weights.state_dict, weights.architecture, side)
     size_bytes = args.out.stat().st_size
     print(f"wrote {weights.source} as {args.out} ({size_bytes / 1e6:,.1f} MB), part {part}, for latents of side {side}")
+    num_heads, usual = weights.architecture.num_heads, HEADS.get(weights.architecture.width)
+    if usual not in (None, num_heads):
+        print(
+            f"note: the file does not say how many heads the model has, {num_heads}; of its width the official code "
+            f"makes {usual}, and so does latte-scale import without --num-heads {num_heads}"
+        )
     if weights.diffusion != DiffusionSettings():
         print(f"note: the official code samples with {DiffusionSettings()}; trained with {weights.diffusion}")
 

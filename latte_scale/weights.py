@@ -279,16 +279,18 @@ def _find_steps(where: str) -> list[Store]:
 
 
 def places(where: str) -> list[Store]:
-    """Where `where` may have its checkpoints: itself, its checkpoints/, and where the config of a run folder says."""
+    """Where `where` may have its checkpoints: first where the config of a run folder says, for a run that was told to
+    save there has older ones in its checkpoints/; then there, and `where` itself.
+    """
     root = open_store(where)
-    found, config = [root, root.below("checkpoints")], Path(where) / "config.yaml"
+    found, config = [root.below("checkpoints"), root], Path(where) / "config.yaml"
     section = settings.read_mapping(config) if "://" not in where and config.is_file() else {}
     saving = section.get("checkpoint") or {}
     if not isinstance(saving, dict):
         raise ValueError(f"{config}: checkpoint: expected a section with keys, got {saving!r}; mend it or remove it")
     if folder := saving.get("dir"):
         reached = settings.from_mapping(StoreSettings, section.get("store") or {}, str(config), "store.")
-        found.append(open_store(folder, reached.without_cache))
+        found.insert(0, open_store(folder, reached.without_cache))
     return found
 
 

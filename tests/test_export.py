@@ -186,10 +186,15 @@ def test_a_class_run_goes_out_in_the_official_layout(tmp_path, capsys):
     state = randomise(build_model(CLASSES)).state_dict()
     config = {"model": to_mapping(CLASSES), "diffusion": {"objective": "v"}, "video": VIDEO, "encoders": SD}
     save_run(tmp_path / "run", config, state)
-    for weights, part, factor in (("ema", "ema", 2), ("raw", "model", 1)):
-        out = tmp_path / f"{part}.pt"
-        command = ["--checkpoint", str(tmp_path / "run"), "--out", str(out), "--format", "official"]
-        assert export.main([*command, "--weights", weights]) == 0
+    for tree, options, part, factor in (
+        ("", [], "ema", 2),
+        ("", ["--weights", "raw"], "model", 1),
+        ("#model", [], "model", 1),
+        ("#model", ["--weights", "ema"], "ema", 2),
+    ):
+        out = tmp_path / f"{tree}{len(options)}.pt"
+        command = ["--checkpoint", f"{tmp_path}/run{tree}", "--out", str(out), "--format", "official", *options]
+        assert export.main(command) == 0
         printed = capsys.readouterr().out
         assert "dropped contrastive." in printed and f"part {part}, for latents of side 8" in printed
         assert "note: the official code samples with" in printed
@@ -232,6 +237,15 @@ def test_an_official_file_goes_through_us_unchanged(tmp_path, capsys):
     larger = ["--latent-side", "16", "--out", str(tmp_path / "512.pt"), "--format", "official"]
     assert export.main(["--checkpoint", str(folder), *larger]) == 0
     assert torch.load(tmp_path / "512.pt", weights_only=True)["ema"]["pos_embed"].shape == (1, 64, 16)
+
+
+def test_heads_that_the_official_code_would_not_make_are_told(tmp_path, capsys):
+    for num_heads, told in ((6, False), (4, True)):  # a published width, which has 6
+        settings = LatteSettings(depth=2, width=384, num_heads=num_heads, num_frames=2, mlp_ratio=1.0)
+        write_transformer(tmp_path / str(num_heads), settings, build_model(settings).state_dict())
+        command = ["--checkpoint", str(tmp_path / str(num_heads)), "--out", str(tmp_path / f"{num_heads}.pt")]
+        assert export.main([*command, "--format", "official"]) == 0
+        assert ("import without --num-heads 4" in capsys.readouterr().out) == told
 
 
 def test_a_model_goes_out_in_its_own_format_only(tmp_path, capsys):

@@ -67,6 +67,16 @@ def test_an_older_checkpoint_is_not_taken_in_silence(tmp_path, caplog):
     assert f"{older} is read, what is newer is not sound" in caplog.text and f"{newer}/" in caplog.text
 
 
+def test_a_run_that_was_told_to_save_elsewhere_is_read_there(tmp_path):
+    """What lies in its checkpoints/ is from before, also where it has a higher step (the run went back to a copy)."""
+    for name, step in (("run", 9), ("elsewhere", 5)):
+        save_run(tmp_path / name, {"model": to_mapping(TEXT), "diffusion": {}}, build_model(TEXT).state_dict(), step)
+    (tmp_path / "run" / "config.yaml").write_text(f"checkpoint: {{dir: {tmp_path}/elsewhere/checkpoints}}")
+    assert load_weights(str(tmp_path / "run")).source == f"{tmp_path}/elsewhere/checkpoints/step-00000005#ema/0.99"
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert load_weights(str(tmp_path / "run")).source == f"{tmp_path}/run/checkpoints/step-00000009#ema/0.99"
+
+
 def test_only_the_weights_that_are_asked_for_are_read(tmp_path, caplog):
     """A checkpoint is four times as large as one of its trees, and another tree's damage is no reason to go back."""
     for step in (1, 2):

@@ -128,7 +128,7 @@ class Latte(nn.Module):
         patches_BFTD = reshard(x_BFTD, "space")[:, :, :num_patches]
         x_BFTD = self.final_layer(patches_BFTD, condition_BGD, num_images)
         out_BFOHW = unpatchify(x_BFTD, self.settings.patch_size, height, width)
-        out_BFOHW = out_BFOHW.view(batch, frames, self.settings.out_channels, height, width)
+        out_BFOHW = out_BFOHW.reshape(batch, frames, self.settings.out_channels, height, width)
         return (out_BFOHW, *pooled) if features else out_BFOHW
 
     def _stack(self, latents_BFCHW: Tensor) -> Tensor:

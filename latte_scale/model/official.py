@@ -23,7 +23,7 @@ from torch import Tensor
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.layers import frame_positions, patch_positions
-from latte_scale.model.transformer_folder import UNUSED, check_state
+from latte_scale.model.transformer_folder import UNUSED, check_state, make_settings
 
 Layout = Literal["latte", "latte_t2v", "dit", "pixart"]
 
@@ -195,7 +195,7 @@ def class_settings(state: dict[str, Tensor], where: str, num_heads: int | None, 
     hidden, _ = shape_of(state, "blocks.0.mlp.fc1.weight", where, 2)
     outputs, _ = shape_of(state, "final_layer.linear.weight", where, 2)
     labels = "y_embedder.embedding_table.weight"
-    return _settings(
+    return make_settings(
         LatteSettings,
         where,
         in_channels=in_channels,
@@ -216,7 +216,7 @@ def t2v_settings(
     """The settings that the shapes of LatteT2V's spatial half tell, and those they do not."""
     width, in_channels, patch_size, _ = shape_of(state, "pos_embed.proj.weight", where, 4)
     heads = num_heads_of(width, num_heads, where)
-    return _settings(
+    return make_settings(
         LatteT2VSettings,
         where,
         in_channels=in_channels,
@@ -229,13 +229,6 @@ def t2v_settings(
         sample_size=sample_size,
         num_frames=num_frames,
     )
-
-
-def _settings(kind: type, where: str, **values: Any) -> Any:
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def shape_of(state: dict[str, Tensor], name: str, where: str, ndim: int) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def settings_from_config(config: dict[str, Any], where: str) -> LatteSettings | 
     for name, value in values.items():
         if not isinstance(value, int):
             raise ValueError(f"{where}: expected a number under {_SETTINGS[name][0]}, got {value!r}")
-    settings = LatteT2VSettings(**values)
+    settings = make_settings(LatteT2VSettings, where, **values)
     wanted = _FIXED | {"cross_attention_dim": (settings.width, None)}
     for key, (value, default) in wanted.items():
         if config.get(key, default) != value:
@@ -162,8 +162,13 @@ def _latte_settings(config: dict[str, Any], where: str) -> LatteSettings:
         if value not in choices if choices else type(value) is not kind:
             wanted = " or ".join(map(repr, choices)) or kind.__name__
             raise ValueError(f"{where}: {key}: expected {wanted}, got {value!r}; import the weights again")
+    return make_settings(LatteSettings, where, **values)
+
+
+def make_settings(of_class: type, where: str, /, **values: Any) -> Any:
+    """Settings of a class; a ValueError of theirs begins with the file that says so."""
     try:
-        return LatteSettings(**values)
+        return of_class(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

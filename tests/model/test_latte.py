@@ -80,6 +80,16 @@ def test_joint_forward_equals_the_one_by_hand(settings) -> None:
         torch.testing.assert_close(model(*double(args), **options), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("patch_size", "side"), [(1, (3, 2)), (2, (4, 2))])
+def test_compression_patches_of_one_latent_pixel_and_frames_of_one_patch(patch_size, side) -> None:
+    """Unpatchify then returns a view with other strides."""
+    settings = dataclasses.replace(TINY, patch_size=patch_size, tubelet_size=2)
+    model, args = randomised(settings).double(), double(inputs(settings, side=side))
+    with torch.no_grad():
+        expected = latte_by_hand(model.state_dict(), settings, *args)
+        torch.testing.assert_close(model(*args), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("num_classes", [0, 101])
 def test_forward_in_single_precision(num_classes) -> None:
     """The size and weights at which the released model's code was compared (extras 1 and 2)."""

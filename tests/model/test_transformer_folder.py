@@ -153,6 +153,7 @@ def test_a_fresh_models_zeros_are_not_padding(tmp_path: Path) -> None:
         ({"norm_type": "layer_norm"}, "expected norm_type 'ada_norm_single', got 'layer_norm'"),
         ({"cross_attention_dim": 99}, "expected cross_attention_dim 16, got 99"),
         ({"caption_channels": None}, "expected a number under caption_channels, got None"),
+        ({"out_channels": 3}, r"config.json: out_channels: expected in_channels \(4\) or twice that, got 3"),
         ({"num_layers": 2}, "tensors do not fit.*missing transformer_blocks.1"),
         ({"patch_size": 4}, r"pos_embed.proj.weight: expected \[16, 4, 4, 4\], got \[16, 4, 2, 2\]"),
     ],
