@@ -16,6 +16,7 @@ from latte_scale.estimate.recording import MODEL, Entry, record
 
 RECORDED_UNITS = 3  # first, one in the middle, last
 RECORDED_CLIPS = (2, 3)  # micro-batches from which larger ones are extrapolated
+RECORDED_PAIRS = (4, 6)  # the same with a contrastive loss, which needs whole groups: pairs are recorded
 
 
 class Unit(NamedTuple):
@@ -44,17 +45,18 @@ def _stripped(config: Config) -> Config:
         other_blocks=engine.other_blocks,
         sequence_parallel=engine.sequence_parallel,
     )
-    train = replace(config.train, micro_batch=1, global_batch=1, steps=1, warmup_steps=0)
+    train = replace(config.train, micro_batch=2, global_batch=2, steps=1, warmup_steps=0)
     return replace(config, engine=engine, train=train, contrastive=contrastive)
 
 
 @functools.lru_cache(maxsize=256)
 def _unrolled(config: Config, batch: int) -> tuple[Entry, ...]:
     small, units = recorded_model(config)
-    if batch <= RECORDED_CLIPS[-1]:
+    few, more = RECORDED_PAIRS if config.contrastive.weight else RECORDED_CLIPS
+    if batch <= few or batch == more:
         entries = _recorded(small, batch)
     else:
-        entries = _extrapolated(*(_recorded(small, clips) for clips in RECORDED_CLIPS), batch)
+        entries = _extrapolated(_recorded(small, few), _recorded(small, more), (batch - few) / (more - few))
     return tuple(compressed(unrolled(entries, units)))
 
 
@@ -63,13 +65,16 @@ def _recorded(config: Config, batch: int) -> list[Entry]:
     return record(config, batch)
 
 
-def _extrapolated(at_2: list[Entry], at_3: list[Entry], batch: int) -> list[Entry]:
-    """Every further clip adds the same bytes to each entry. The two logs have the same entries: only sizes differ."""
-    assert len(at_2) == len(at_3), "two clips and three are computed in different ways: extrapolate from others"
+def _extrapolated(few: list[Entry], more: list[Entry], times: float) -> list[Entry]:
+    """The log of `few` with `times` the clips that `more` has more.
+
+    Each adds the same bytes to an entry. The two logs have the same entries: only sizes differ.
+    """
+    assert len(few) == len(more), "few clips and more are computed in different ways: extrapolate from others"
     found = []
-    for two, three in zip(at_2, at_3, strict=True):
-        sizes = (one + (batch - 2) * (other - one) for one, other in zip(two[1:], three[1:], strict=True))
-        found.append(Entry(two.what, *sizes))
+    for one, other in zip(few, more, strict=True):
+        sizes = (round(size + times * (larger - size)) for size, larger in zip(one[1:], other[1:], strict=True))
+        found.append(Entry(one.what, *sizes))
     return found
 
 
