@@ -14,6 +14,7 @@ and how to repeat what failed; exit code 1 if anything did.
 import argparse
 import collections
 import json
+import math
 import os
 import shlex
 import shutil
@@ -21,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file
 
 from data_tools import shapes
 from data_tools.cli import main as latte_data
-from latte_scale.checkpoint import list_steps, load_full
+from latte_scale.checkpoint import list_steps, load_full, verify
 from latte_scale.checkpoint.content import differences, open_native
 from latte_scale.ckpt import main as ckpt
 from latte_scale.ckpt import steps_at
@@ -44,9 +45,13 @@ from tests.faults.soak import wait_for_a_save
 from tests.faults.test_numbers import poison
 from tests.store.service import BUCKET, ENVIRONMENT, service
 
-TOLERANCES = {"fp32": (1e-6, 1e-5, 2e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp8": (1e-2, 1e-1, 1e-1)}
-"""Relative, of a loss and of a gradient norm, and the norm of the difference over the norm, of a tree of weights,
-moments or averages. Measured in fp32: 8e-8, 0, 3e-6."""
+TOLERANCES = {
+    "fp32": {"loss": 1e-6, "norm": 1e-5, "tree": 2e-5},
+    "bf16": {"loss": 1e-3, "norm": 1e-2, "tree": 5e-2},
+    "fp8": {"loss": 1e-2, "norm": 1e-1, "tree": 1e-1},
+}
+"""Relative: of losses, of gradient norms and contrastive losses, and of a tree of weights, moments or averages, whose
+difference is held by its norm. The nearest of eighty trials came to half of these."""
 EXACT = ("sample_ids_sha", "applied", "lr", "bucket", "samples_seen", "epoch")
 """What does not depend on rounding in a line of metrics.jsonl."""
 ENCODE = ROOT / "configs" / "encode_tiny.yaml"
@@ -136,8 +141,8 @@ class Search:
             if verdict := verdict_of(self._start(folder, trial.options, leg), leg):
                 return "failed", ["uninterrupted:", *verdict[1]]
         problems, nearest = compare(chain, reference, trial.precision)
-        if trial.is_uniform:
-            problems += not_equal(chain, alike)
+        if trial.is_uniform and not problems:
+            problems = not_equal(chain, alike)
         return ("failed", problems[:20]) if problems else ("trained", [f"at most {nearest:.2f} of what is allowed"])
 
     def commands(self, trial: Trial) -> str:
@@ -162,7 +167,8 @@ class Search:
             if len(steps) > 1:
                 flip_a_bit(steps[-1], max(name for name in steps[-1].list() if "/model" in f"/{name}"), -1)
             return True
-        return not steps or not any(map(ckpt, self._conversions(trial, number, folder)))
+        is_damaged = bool(steps) and bool(verify(steps[-1]))  # is not converted: the attempt is refused
+        return not steps or is_damaged or not any(map(ckpt, self._conversions(trial, number, folder)))
 
     def _conversions(self, trial: Trial, number: int, folder: Path) -> list[list[str]]:
         """The words of `latte-scale ckpt` that bring the newest checkpoint to the place of attempt `number`."""
@@ -185,7 +191,9 @@ class Search:
             "budget": ("run.time_budget_s=3",),
             "full disk": ("data.num_workers=0",),  # workers' shared memory would be large files, too
         }
+        cache = (f"store.cache_dir={self._out}/cache", "store.block_bytes=1048576")
         options = (*options, *leg.options, *last.get(leg.end, ()), "engine.timeout_s=60")
+        options += cache if self._bucket and leg.step % 2 else ()
         start = folder.with_name(f"{folder.name.partition('-')[0]}-start")
         return tuple(option.replace("DATA/", f"{self._data}/").replace("START", str(start)) for option in options)
 
@@ -224,68 +232,74 @@ def end(attempt: Attempt, leg: Leg, place: str) -> None:
 
 
 def compare(folder: Path, reference: Path, precision: str) -> tuple[list[str], float]:
-    """In what a run is not the reference, beyond the rounding of sums in another order; how near it came."""
-    of_loss, of_norm, of_tree = TOLERANCES[precision]
-    tolerances = {"loss": of_loss, "contrastive_loss": of_norm, "grad_norm": of_norm}
-    mine, its = (read_metrics(path / "metrics.jsonl") for path in (folder, reference))
-    if [record["step"] for record in mine] != [record["step"] for record in its]:
-        return [f"steps {[record['step'] for record in mine]} were logged, expected each of {len(its)} once"], 0.0
+    """In what a run is not the reference, beyond the rounding of sums in another order; how near it came to that."""
+    mine, its = records(folder), records(reference)
+    if [where for where in mine if where.startswith("step")] != [where for where in its if where.startswith("step")]:
+        return [f"not every step was logged once: {', '.join(mine)}"], 0.0
     # A stop leaves out the validation that is due just then, and a lower train.steps has one more at its end.
-    looks, wanted_looks = (
-        {look["step"]: look for look in read_metrics(path / "validation.jsonl")} for path in (folder, reference)
-    )
-    common = sorted(looks.keys() & wanted_looks.keys())
-    mine, its = mine + [looks[step] for step in common], its + [wanted_looks[step] for step in common]
-    problems, shares = [], [0.0]
-
-    def hold(where: str, found: float | None, expected: float | None, tolerance: float) -> None:
-        if found is None or expected is None:
-            if found != expected:
-                problems.append(f"{where} {found}, expected {expected}")
-            return
-        shares.append(abs(found - expected) / (tolerance * abs(expected)) if found != expected else 0.0)
-        if not shares[-1] <= 1.0:
-            problems.append(f"{where} {found}, expected {expected}")
-
-    for record, wanted in zip(mine, its, strict=True):
-        where = f"{'step' if 'lr' in record else 'validation at'} {record['step']}:"
-        problems += [
-            f"{where} {key} is {record.get(key)}, expected {wanted.get(key)}"
-            for key in EXACT
-            if record.get(key) != wanted.get(key)
-        ]
-        for key, tolerance in tolerances.items():
-            hold(f"{where} {key}", record.get(key), wanted.get(key), tolerance)
-        for band, values in enumerate(zip(record.get("loss_by_band", ()), wanted.get("loss_by_band", ()), strict=True)):
-            hold(f"{where} loss of band {band}", *values, of_loss)
+    common = [where for where in its if where in mine]
+    problems = [
+        f"{where}: {key} is {mine[where].get(key)}, expected {its[where].get(key)}"
+        for where in common
+        for key in EXACT
+        if mine[where].get(key) != its[where].get(key)
+    ]
+    nearest = 0.0
     last, wanted = (steps_at(str(path))[-1] for path in (folder, reference))
+    for what, found, expected, tolerance in (
+        *(figure for where in common for figure in figures(where, mine[where], its[where], TOLERANCES[precision])),
+        *norms(last, wanted, TOLERANCES[precision]["tree"]),
+    ):
+        if found is None or expected is None:  # not finite, or nothing to average
+            share = 0.0 if found == expected else math.inf
+        else:
+            share = abs(found - expected) / (tolerance * abs(expected) + 1e-12)
+        nearest = max(nearest, share)
+        if not share <= 1.0:
+            problems.append(f"{what} is {found}, expected {expected}")
+    return problems, nearest
+
+
+def records(folder: Path) -> dict[str, dict]:
+    """The lines of a run's metrics and validations, by what they are of; one that comes again is a line "again"."""
+    lines: dict[str, dict] = {}
+    for kind, file in (("step", "metrics"), ("validation at", "validation")):
+        for record in read_metrics(folder / f"{file}.jsonl"):
+            where = f"{kind} {record['step']}"
+            lines[f"{where} again" if where in lines else where] = record
+    return lines
+
+
+def figures(where: str, mine: dict, its: dict, tolerances: dict[str, float]) -> Iterator[tuple]:
+    """What depends on rounding in a line: name, figure, that of the reference, relative tolerance."""
+    for key in ("loss", "contrastive_loss", "grad_norm"):
+        yield f"{where}: {key}", mine.get(key), its.get(key), tolerances["loss" if key == "loss" else "norm"]
+    for band, pair in enumerate(zip(mine["loss_by_band"], its["loss_by_band"], strict=True)):
+        yield f"{where}: loss of band {band}", *pair, tolerances["loss"]
+
+
+def norms(last: Store, wanted: Store, tolerance: float) -> Iterator[tuple]:
+    """The same of the trees of two checkpoints."""
     for tree in open_native(wanted).trees:
         found, expected = load_full(last, tree), load_full(wanted, tree)
         apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected]).double().norm()
         size = torch.cat([tensor.flatten() for tensor in expected.values()]).double().norm()
-        hold(f"{tree}: norm of the difference + of the whole", float(apart + size), float(size), of_tree)
-    return problems, max(shares)
+        yield f"{tree}: the norm and that of the difference", float(size + apart), float(size), tolerance
 
 
 def not_equal(folder: Path, whole: Path) -> list[str]:
-    """In what a run is not bit for bit another one."""
-    mine, its = (read_metrics(path / "metrics.jsonl") for path in (folder, whole))
+    """In what a run is not bit for bit another one: losses, gradient norms, videos of both, the last checkpoint."""
+    mine, its = records(folder), records(whole)
     problems = [
-        f"step {record['step']}: {key} is {record[key]}, expected {wanted[key]} bit for bit"
-        for record, wanted in zip(mine, its, strict=True)
+        f"{where}: {key} is {mine[where][key]}, expected {its[where][key]} bit for bit"
+        for where in mine.keys() & its.keys()
         for key in ("loss", "grad_norm")
-        if record[key] != wanted[key]
+        if mine[where].get(key) != its[where].get(key)
     ]
-    videos = {
-        path.relative_to(folder)
-        for path in folder.glob("samples/*/*.mp4")
-        if (whole / path.relative_to(folder)).exists()
-    }
-    problems += [
-        f"{path} has other bytes"
-        for path in sorted(videos)
-        if (folder / path).read_bytes() != (whole / path).read_bytes()
-    ]
+    for video in sorted(whole.glob("samples/*/*.mp4")):
+        its_own = folder / video.relative_to(whole)
+        if its_own.exists() and its_own.read_bytes() != video.read_bytes():
+            problems.append(f"{its_own} has other bytes")
     last, wanted = (open_native(steps_at(str(path))[-1]) for path in (folder, whole))
     for section in ("run", "checkpoint"):
         wanted.config[section]["dir"] = last.config[section]["dir"]

@@ -226,7 +226,7 @@ def draw_engine(draw: random.Random, group: int, most_ranks: int, may_cut: bool)
     kind = draw.choice(("single", "fsdp2", "fsdp2", "zero", "zero", "zero"))
     ranks = 1 if kind == "single" else min(draw.choice((1, 2, 2, 2, 2, 3, 3, 4, 4, draw.randint(5, 8))), most_ranks)
     options = [f"engine.kind={kind}", f"train.micro_batch={group * draw.randint(1, 6)}", *one_of_each(draw, ATTEMPT)]
-    options += TO_FIT if draw.random() < 0.1 else one_of_each(draw, CHECKPOINTING)
+    options += TO_FIT if draw.random() < 0.04 else one_of_each(draw, CHECKPOINTING)
     table = dict(ENGINES[kind])
     if ranks % 2:
         table.pop("engine.replicate", None)
