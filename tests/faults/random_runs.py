@@ -46,12 +46,12 @@ from tests.faults.test_numbers import poison
 from tests.store.service import BUCKET, ENVIRONMENT, service
 
 TOLERANCES = {
-    "fp32": {"loss": 1e-6, "norm": 1e-5, "tree": 2e-5},
+    "fp32": {"loss": 1e-6, "norm": 3e-5, "tree": 2e-5},
     "bf16": {"loss": 1e-3, "norm": 1e-2, "tree": 5e-2},
     "fp8": {"loss": 1e-2, "norm": 1e-1, "tree": 1e-1},
 }
 """Relative: of losses, of gradient norms and contrastive losses, and of a tree of weights, moments or averages, whose
-difference is held by its norm. The nearest of eighty trials came to half of these."""
+difference is held by its norm. Of 64 trials the nearest came to half of one of these."""
 EXACT = ("sample_ids_sha", "applied", "lr", "bucket", "samples_seen", "epoch")
 """What does not depend on rounding in a line of metrics.jsonl."""
 ENCODE = ROOT / "configs" / "encode_tiny.yaml"
