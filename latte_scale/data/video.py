@@ -290,8 +290,8 @@ def _opened_image(path: Path) -> Iterator[tuple[Any, Any]]:
 def write_mp4(path: Path, frames_FHWC: np.ndarray, fps: int, metadata: dict[str, str] | None = None) -> None:
     """Encode [F, H, W, 3] uint8 RGB frames as H.264 (crf 12, a keyframe every 8) and put them at `path`, complete.
 
-    Even heights and widths only (4:2:0 colour). One thread and bit-exact muxing, so that equal frames give equal files on
-    one machine (nearly always: at 64 x 48 pixels x264 made another one now and then). metadata: of the keys that mp4 has
+    Even heights and widths only (4:2:0 colour). One thread and bit-exact muxing: equal frames give equal files on one
+    machine, nearly always: of 64 x 48 pixels x264 made another one now and then. metadata: of the keys that mp4 has
     (title, comment, ...).
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
