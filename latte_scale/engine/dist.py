@@ -58,7 +58,7 @@ class Ranks:
                 result = function()
             except Exception as raised:
                 error = raised
-        told = None if error is None else (type(error), str(error))
+        told = None if error is None else (_known_elsewhere(type(error)), str(error))
         result, told = self.broadcast_object((result, told))
         if told is not None:
             raise error or _made_again(*told)
@@ -73,6 +73,15 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.sum_(torch.zeros(1, dtype=torch.int64))
+
+
+def _known_elsewhere(kind: type[Exception]) -> type[Exception]:
+    """The class itself, or the nearest above it that another process can import: boto3 makes some as it goes."""
+
+    def is_importable(each: type) -> bool:
+        return getattr(sys.modules.get(each.__module__), each.__qualname__, None) is each
+
+    return next(filter(is_importable, kind.__mro__))
 
 
 def _made_again(kind: type[Exception], words: str) -> Exception:

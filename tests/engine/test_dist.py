@@ -1,5 +1,6 @@
 """Ranks on one and more ranks, and failing together."""
 
+import pickle
 import subprocess
 import sys
 
@@ -76,6 +77,7 @@ class Named(ValueError):
         (OSError("no space left"), OSError),
         (StopRunError("taken over"), StopRunError),
         (Named("x", 3), ValueError),
+        (type("MadeJustNow", (OSError,), {})("no such key"), OSError),
         (UnicodeDecodeError("utf-8", b"a", 0, 1, "why"), UnicodeError),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
@@ -90,6 +92,7 @@ def test_no_rank_waits_for_what_rank_0_could_not_do(raised: Exception, elsewhere
         FIRST.from_rank_0(fail)
     with pytest.raises(elsewhere) as second:
         SECOND.from_rank_0(refuse)
+    pickle.dumps(Told.said)
     assert first.value is raised and type(second.value) is elsewhere and str(second.value) == str(raised)
 
 
