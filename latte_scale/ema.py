@@ -21,8 +21,8 @@ from latte_scale.engine.base import Engine, LocalShard
 class EmaSettings:
     """Which averages of the weights to keep; an empty tuple keeps none."""
 
-    decays: tuple[float, ...] = (0.9999,)  # share of the old average that an applied update keeps
-    warmup: bool = False  # update n (from 0) keeps at most (1 + n) / (10 + n): the first weights are soon forgotten
+    decays: tuple[float, ...] = (0.9999,)  # fraction of the old average that an applied update keeps
+    warmup: bool = False  # cap the decay of update n (from 0) at (1 + n) / (10 + n), to forget initial weights
 
     def __post_init__(self) -> None:
         if not all(0.0 < decay < 1.0 for decay in self.decays):

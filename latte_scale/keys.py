@@ -27,7 +27,7 @@ from latte_scale.config import Config, is_free_on_resume
 from latte_scale.settings import kind_of, sections_of, type_name
 
 WIDTH = 110
-STAR = "* may change when a run goes on (train.steps not under a cosine); the others need --allow-change KEY"
+STAR = "* may change on resume (train.steps not with lr_schedule=cosine); other keys need --allow-change KEY"
 
 
 class Key(NamedTuple):

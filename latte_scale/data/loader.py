@@ -57,13 +57,13 @@ class DataSettings:
     """Where samples come from and how they are read; `shuffle_window` and `holdout` decide which and in what order."""
 
     url: str | tuple[str | SourceSettings, ...]  # one data set, or a list: "URL" or {url: URL, weight: 0.7}
-    num_workers: int = 2  # processes per rank that read and decode; 0: this process does
-    prefetch: int = 2  # micro-batches that each worker makes ahead
-    # Share in [0, 1) of samples kept out of training, by a hash of their keys; clips cut from one video stay together.
+    num_workers: int = 2  # processes per rank that read and decode; 0: in the trainer's own process
+    prefetch: int = 2  # micro-batches that each worker prepares ahead
+    # Fraction in [0, 1) of samples held out of training, by a hash of their keys; clips of one video stay together.
     holdout: float = 0.0
-    shuffle_window: int | None = None  # samples shuffled together; null: 65,536, or all if fewer; then written out
-    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; null: the images of
-    # train.joint_images are frames of the clips.
+    shuffle_window: int | None = None  # samples shuffled together; null: 65,536, or all if fewer, then recorded
+    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; null:
+    # train.joint_images takes frames of the clips.
     images: str | None = None
 
     def __post_init__(self) -> None:

@@ -25,11 +25,11 @@ START_TIMEOUT_S, FINISH_TIMEOUT_S = 30.0, 30.0
 class LogSettings:
     """What is written while training. All of it may change on resume."""
 
-    every_steps: int = 10  # one line in metrics.jsonl and on the console per so many steps
-    tensorboard: bool = False  # also RUN/tensorboard
-    wandb: Literal["off", "online", "offline"] = "off"  # offline: RUN/wandb, sent later by `wandb sync`
-    wandb_project: str = "latte_scale"  # where wandb shows the run
-    wandb_entity: str | None = None  # user or team; null: the account's own
+    every_steps: int = 10  # steps per line in metrics.jsonl and on the console
+    tensorboard: bool = False  # also write RUN/tensorboard
+    wandb: Literal["off", "online", "offline"] = "off"  # offline: write RUN/wandb, for a later `wandb sync`
+    wandb_project: str = "latte_scale"  # wandb project of the run
+    wandb_entity: str | None = None  # user or team; null: the account's default
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
