@@ -50,7 +50,7 @@ def verb_parser(verb: str, manual: str | None) -> argparse.ArgumentParser:
 def add_config(parser: argparse.ArgumentParser, what: str = "training YAML, see configs/") -> None:
     """The config of a run as every verb takes it: `--config X.yaml key.sub=value ...`."""
     parser.add_argument("--config", required=True, help=what)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file")
 
 
 def disk_path(text: str) -> Path:

@@ -1,14 +1,14 @@
 """Train Latte: `latte-scale train --config configs/X.yaml [key.sub=value ...] [--allow-change KEY] [--profile [N]]`.
 
-The same module runs alone, under torchrun and under the deepspeed launcher, with the same arguments:
+It runs alone, under torchrun or under the deepspeed launcher, with the same arguments:
 
     latte-scale train --config configs/tiny_cpu.yaml data.url=runs/quickstart/latents run.dir=runs/tiny
     torchrun --nproc_per_node 2 -m latte_scale.train --config configs/tiny_cpu.yaml engine.kind=fsdp2
 
-Resume is the same command: the newest sound checkpoint of the run folder is loaded, and since data, noise and schedule
-are functions of the step, nothing else has to be restored. Exit codes: 0 done; 75 stopped by a signal (or Ctrl-C) and
-saved: "requeue me"; 78 do not requeue (configuration, data that does not fit, too many non-finite updates in a row);
-1 anything else. Rank 0 also writes code and reason to `exit.json`, because launchers turn every failure into 1.
+To resume, run the same command again. It loads the newest valid checkpoint of the run folder; data, noise and schedule
+are functions of the step, so there is nothing else to restore. Exit codes: 0 done; 75 stopped by a signal (or Ctrl-C)
+and saved, requeue; 78 do not requeue (wrong config, data that does not match, too many consecutive non-finite updates);
+1 any other failure. Rank 0 writes code and reason to `exit.json`, because launchers turn every failure into 1.
 """
 
 import argparse
@@ -353,7 +353,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="let this key differ from the checkpoint's config although it is guarded; repeatable",
+        help="allow this key to differ from the checkpoint's config; repeatable",
     )
     parser.add_argument(
         "--profile",
@@ -362,7 +362,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const=PROFILED_STEPS,
         default=0,
         metavar="N",
-        help=f"trace N steps, {PROFILED_STEPS} if N is left out, into RUN/profile and say where their time went",
+        help=f"trace N steps ({PROFILED_STEPS} if N is omitted) to RUN/profile and show where their time went",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(words)
