@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-frames", type=int, metavar="N", help="leave out clips with fewer frames (default 1; sky: 49)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per 32 clips, up to one per core)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one per 32 clips, at most the cores)"
+    )
     parser.add_argument(
         "--samples-per-shard", type=int, default=1000, help="maximum input files per tar (default 1000)"
     )
