@@ -1,10 +1,9 @@
-"""Exponential moving averages of the weights, each rank on its own pieces.
+"""Exponential moving averages of the weights, on each rank's own shards.
 
-In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors,
-one a shard.
-The decision worth knowing: an average moves towards the weights as gradient descent on half their squared distance
-does, so torch's fused SGD updates it: one pass over both, each element by itself, so that its bits do not depend on how
-the weights are sharded, and equal those computed on gathered weights.
+In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors, one per
+shard. The decision worth knowing: an average moves towards the weights as gradient descent on half their squared
+distance does, so torch's fused SGD updates it, in one pass over both. The update is elementwise, so its bits do not
+depend on the sharding and equal those computed on gathered weights.
 """
 
 from collections.abc import Iterator, Sequence

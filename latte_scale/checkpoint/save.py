@@ -1,10 +1,10 @@
-"""Saving checkpoints: complete or not there, in the background, with nothing gathered on one rank.
+"""Saves checkpoints atomically, in the background, without gathering the state on one rank.
 
 In: the trees of checkpoint.state_trees, counters and the configuration. Out: a committed `step-00001000/` in a folder
 or a bucket (depot.py), written by a Job (write.py). Every rank learns of a failed save within a step (`poll`, which the
-trainer sums over the ranks), and the next save tries again; only the last one must not fail.
-The decision worth knowing: collectives happen in `save` and `finish`, on the main thread, so that they cannot mix with
-those of training; the background threads talk through files only.
+trainer sums over the ranks), and the next save tries again; only the last save must succeed. The decision worth
+knowing: collectives run only in `save` and `finish`, on the main thread, so that they cannot mix with those of
+training. The background threads communicate through files.
 """
 
 import logging

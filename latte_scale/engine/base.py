@@ -1,9 +1,9 @@
-"""The interface of every engine: a model with its sharded optimizer, and this rank's pieces of their state.
+"""The interface of every engine: a model with its sharded optimizer, and this rank's shards of their state.
 
-In: a plain fp32 nn.Module, equal on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train loop
-calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it.
-The decision worth knowing: bf16 is torch.autocast around model.forward in every engine, with fp32 weights, gradients
-and reductions, so that all engines compute the same function.
+In: a plain fp32 nn.Module, identical on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train
+loop calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it. The
+decision worth knowing: bf16 is torch.autocast around model.forward in every engine, with fp32 weights, gradients and
+reductions, so that all engines compute the same function.
 """
 
 import functools

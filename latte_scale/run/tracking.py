@@ -1,10 +1,9 @@
 """Copies of the lines of `metrics.jsonl` for Weights & Biases and TensorBoard, when the `log` section asks for them.
 
-In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
-of wandb lasts over all attempts of a run: it has the run's own id.
+In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. All
+attempts of a run are one wandb run, with the run's own id.
 The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so a fault of a tracking service
-is told and never stops training; but a service that is asked for and not installed is an error before the first
-step.
+is reported and never stops training. A service that is requested but not installed is an error before the first step.
 """
 
 import importlib.util
