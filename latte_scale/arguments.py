@@ -1,4 +1,4 @@
-"""What command lines share: verbs by name, the parser of one, a config with its overrides, and types of paths.
+"""Shared by all command lines: verbs by name, a verb's parser, a config with its overrides, and types of paths.
 
 The decision worth knowing: options that take a path on a disk do not have the type `Path`, which turns a URL into a
 folder named "s3:": results meant for a bucket would be written there.

@@ -1,7 +1,7 @@
 """The configuration of a training run: every section's settings class, composed, with the checks that span sections.
 
-A section's dataclass lives beside the code that reads it; this file only puts them together, so owners never import
-it. `load_config` reads a YAML file and overrides; check_data.py holds the config against data.
+A section's dataclass is in the module that reads it; this file only composes them, so owners never import it.
+`load_config` reads a YAML file and overrides; check_data.py compares the config with the data.
 """
 
 import os

@@ -1,9 +1,9 @@
 """The loader: from the plan's sample ids to a rank's micro-batches of CPU tensors, in order, step after step.
 
-In: data sets, the plan, a rank and a step to start from. Out: (step, micro-batches) for ever. Micro-batches are made
-by worker processes (torch's DataLoader keeps their order) or in this process with `num_workers` 0; nothing about one
-depends on which worker made it, how many there are, or what was read before, so the step is the whole state. What a
-micro-batch holds is in data/batches.py, what happens to samples that cannot be read in data/items.py.
+In: data sets, the plan, a rank and a step to start from. Out: (step, micro-batches), endlessly. Worker processes
+make micro-batches (torch's DataLoader keeps their order), or this process with `num_workers` 0. A micro-batch does not
+depend on the worker, on the number of workers or on earlier reads, so the step is the whole state. data/batches.py
+defines micro-batches, data/items.py handles samples that cannot be read.
 """
 
 import atexit

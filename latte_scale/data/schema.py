@@ -1,11 +1,11 @@
 """What a sharded data set is: frame policy, manifest and fingerprint.
 
-In: `manifest.json` of a data set. Out: typed facts, and a fingerprint that changes when any stored byte does; whether
-they fit a training config is judged in data/fit.py. Two kinds exist: "video" holds whole clips and captions as they
-came, so one set serves every frame policy; "latents" holds what frozen encoders made of one frame policy, in one size
-or several. The manifest is written last: a folder without one is not a data set yet.
-The format grows by optional fields: one that holds its default is neither written nor hashed (`stored`), so a data set
-that does not use it keeps its bytes and its fingerprint.
+In: `manifest.json` of a data set. Out: typed facts, and a fingerprint that changes when any stored byte does.
+data/fit.py checks whether they match a training config. There are two kinds: "video" holds unchanged clips and
+captions, so one set serves every frame policy; "latents" holds the output of frozen encoders for one frame policy, in
+one size or several. The manifest is written last: a folder without one is not yet a data set. The format grows by
+optional fields: one that holds its default is neither written nor hashed (`stored`), so a data set that does not use it
+keeps its bytes and its fingerprint.
 """
 
 import dataclasses
