@@ -6,10 +6,13 @@
 In: a training config, or nothing. It saves the config's state (weights, two moments, EMA) as random fp32 tensors on the
 CPU, on one rank; without a config, four trees of --gib in total. Out: a table; every figure is the median of
 `--repeats` runs, with minimum and maximum. The methods take turns, so that a slow minute of the machine affects all of
-them. Exit code 0, 2 if folder, bucket or memory do not suffice, or 78 for an impossible config. stall: seconds until
-training continues. complete: until the checkpoint is written and flushed. load: from the files to filled tensors.
-resume: load and verify every checksum, which the other methods cannot do. slower meanwhile: how much the background
-save slows matrix products. Files are read from the page cache.
+them. Exit code 0, 2 if folder, bucket or memory do not suffice, or 78 for an impossible config.
+
+  stall             seconds until training continues
+  complete          seconds until the checkpoint is written and flushed
+  load              seconds from the files (in the page cache) to filled tensors
+  resume            load and verify every checksum, which the other methods cannot do
+  slower meanwhile  how much the background save slows matrix products
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """DeepSpeed's checkpoint folders: ZeRO partitions of stages 1 to 3 or its universal layout in, the latter out.
 
 In and out: `Content`. DeepSpeed's regular checkpoints are partitioned for one number of ranks. Its universal layout,
-one folder per parameter, can be loaded at any stage and on any number of ranks (`"checkpoint": {"load_universal":
-true}`), so this is the layout written here. The decision worth knowing: the files are pickles. torch's weights-only
-reader reads them, with inert stand-ins for the DeepSpeed types that they name, so no code from a file runs and
-DeepSpeed need not be installed.
+one folder per parameter, can be loaded at any stage and on any number of ranks, so this layout is written here (to load
+it: `"checkpoint": {"load_universal": true}`).
+The decision worth knowing: the files are pickles. torch's weights-only reader reads them, with inert stand-ins for the
+DeepSpeed types that they name, so no code from a file runs and DeepSpeed need not be installed.
 """
 
 import io

@@ -4,8 +4,8 @@ In: a planned sample and the key of its random numbers. Out: an Item of numpy ar
 bytes or decoding are wrong again on a second, uncached read is replaced by the plan's replacement, and both ids are
 reported. A missing shard, a wrong index or an unreadable store is an error with its place. The window of a file, the
 choice among several captions and the mirroring come from latte_scale/rng.py, streams "window", "caption" and "flip",
-keyed by the sample's place in the global batch. Shapes: F frames, C channels, H W latent height and width (pixels for
-"video"), L text tokens, D text width.
+keyed by the sample's place in the global batch.
+Shapes: F frames, C channels, H W latent height and width (pixels for "video"), L text tokens, D text width.
 """
 
 from collections.abc import Sequence
