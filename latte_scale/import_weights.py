@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--depth",
         choices=("same", "twice"),
-        help="DiT: block i to block i (default), or to the spatial blocks, with temporal blocks that start as zero",
+        help="DiT: block i to block i (default), or to the spatial blocks, with temporal ones that add 0 at first",
     )
     parser.add_argument(
         "--num-classes", type=int, help="DiT: a new number of classes, each initialized from the null label"
