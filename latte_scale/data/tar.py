@@ -131,7 +131,7 @@ def _parse(block: bytes, where: str, position: int, last: str) -> _Header:
 
 
 def _size(digits: str | bytes, where: str, position: int, base: int = 10) -> int:
-    """A size in digits. A negative one would send the walk back to where it came from, for ever."""
+    """A size in digits. A negative one would send the walk back to where it came from, forever."""
     try:
         size = int(digits, base)
     except ValueError:
