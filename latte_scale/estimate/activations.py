@@ -15,7 +15,7 @@ from latte_scale.config import Config
 from latte_scale.estimate.recording import MODEL, Entry, record
 
 RECORDED_UNITS = 3  # first, one in the middle, last
-RECORDED_CLIPS = (2, 3)  # micro-batches from which larger ones are extrapolated
+RECORDED_CLIPS = (2, 3)  # micro-batches from which larger ones are extrapolated; groups of a contrastive loss
 
 
 class Unit(NamedTuple):
@@ -35,8 +35,7 @@ def activations(config: Config, batch: int) -> tuple[Entry, ...]:
 
 def _stripped(config: Config) -> Config:
     """The config with every setting at a fixed value that changes no shape, so that configs share their recordings."""
-    contrastive = replace(config.contrastive, group=2) if config.contrastive.weight else config.contrastive
-    engine = config.engine
+    engine, group = config.engine, config.sample_group
     engine = type(engine)(
         kind="fsdp2",
         activation_checkpointing=engine.activation_checkpointing,
@@ -44,17 +43,18 @@ def _stripped(config: Config) -> Config:
         other_blocks=engine.other_blocks,
         sequence_parallel=engine.sequence_parallel,
     )
-    train = replace(config.train, micro_batch=1, global_batch=1, steps=1, warmup_steps=0)
-    return replace(config, engine=engine, train=train, contrastive=contrastive)
+    train = replace(config.train, micro_batch=group, global_batch=group, steps=1, warmup_steps=0)
+    return replace(config, engine=engine, train=train)
 
 
 @functools.lru_cache(maxsize=256)
 def _unrolled(config: Config, batch: int) -> tuple[Entry, ...]:
     small, units = recorded_model(config)
-    if batch <= RECORDED_CLIPS[-1]:
+    group = config.sample_group
+    if batch <= group * RECORDED_CLIPS[-1]:
         entries = _recorded(small, batch)
     else:
-        entries = _extrapolated(*(_recorded(small, clips) for clips in RECORDED_CLIPS), batch)
+        entries = _extrapolated(*(_recorded(small, group * clips) for clips in RECORDED_CLIPS), batch // group)
     return tuple(compressed(unrolled(entries, units)))
 
 
@@ -63,12 +63,12 @@ def _recorded(config: Config, batch: int) -> list[Entry]:
     return record(config, batch)
 
 
-def _extrapolated(at_2: list[Entry], at_3: list[Entry], batch: int) -> list[Entry]:
-    """Every further clip adds the same bytes to each entry. The two logs have the same entries: only sizes differ."""
-    assert len(at_2) == len(at_3), "two clips and three are computed in different ways: extrapolate from others"
+def _extrapolated(at_2: list[Entry], at_3: list[Entry], groups: int) -> list[Entry]:
+    """Every further group adds the same bytes to each entry. The two logs have the same entries: only sizes differ."""
+    assert len(at_2) == len(at_3), "two groups and three are computed in different ways: extrapolate from others"
     found = []
     for two, three in zip(at_2, at_3, strict=True):
-        sizes = (one + (batch - 2) * (other - one) for one, other in zip(two[1:], three[1:], strict=True))
+        sizes = (one + (groups - 2) * (other - one) for one, other in zip(two[1:], three[1:], strict=True))
         found.append(Entry(two.what, *sizes))
     return found
 

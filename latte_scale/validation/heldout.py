@@ -11,6 +11,7 @@ fill up weigh 0.
 Shapes: B slots of a micro-batch, K bands.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from latte_scale.data.plan import Plan, samples_for
 from latte_scale.data.samples import Dataset
 from latte_scale.diffusion.loss import NUM_BANDS, band_of, diffusion_loss, draw_timestep, schedule_of
 from latte_scale.engine.dist import Ranks
+
+logger = logging.getLogger("latte_scale")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ class HeldOut:
             for turn in range(-(-part.num_micro_batches // self._ranks.size)):
                 number = turn * self._ranks.size + self._ranks.rank
                 counts = number < part.num_micro_batches
-                read.append((part, part.source[0, number if counts else 0], counts))
+                micro_batch = part.source[0, number if counts else 0]
+                for replacement in micro_batch.replaced:
+                    logger.warning("validation: sample replaced: %s", replacement)
+                read.append((part, micro_batch, counts))
         self._micro_batches = read
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ def test_rounds_end_when_the_time_is_up(step) -> None:
     assert result["subjects"]["latte_scale"]["num_steps"] == 1 and result["ratio"] is None
 
 
-@pytest.mark.parametrize("where", ["step.budget", "timing.Turns.turn"])
+@pytest.mark.parametrize("where", ["step.budget", "turns.Turns.turn"])
 def test_what_ends_a_measurement_leaves_what_it_had(where, tmp_path, capsys, monkeypatch) -> None:
     """A profiler that fails, a time limit in the second round: the first one's figures are on the disk."""
     whole = Turns.turn

@@ -137,7 +137,7 @@ def test_offload_reaches_every_block() -> None:
         gradients(model)
     finally:
         HostStash._pack = original
-    assert seen.count((2, 5, 16, 32)) == 2 and seen.count((2, 16, 5, 32)) == 2  # spatial and temporal inputs
+    assert seen.count((2, 5, 16, 32)) == 4  # inputs of two pairs of blocks
 
 
 @pytest.mark.parametrize("way", ["full", "selective", "offload"])

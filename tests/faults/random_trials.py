@@ -10,31 +10,52 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from latte_scale.run.folder import REQUEUE
+from latte_scale.run.folder import FAILED, REQUEUE, STOP
 
 NUM_CLASSES = 3
 MORE_SIZES = (
     "[{frames: 4, height: 32, width: 48}, {frames: 4, height: 48, width: 32}, {frames: 1, height: 64, width: 64}]"
 )
-SIGNALS = {"file": REQUEUE, "SIGTERM": REQUEUE, "SIGKILL": -signal.SIGKILL}
-"""What ends an attempt from outside, and the exit code that says so."""
+KILLED = -signal.SIGKILL
+ENDS = {
+    "file": {REQUEUE},
+    "SIGTERM": {REQUEUE},
+    "SIGKILL": {KILLED},
+    "SIGKILL while it saves": {KILLED},
+    "SIGKILL of one rank": {KILLED, FAILED, -signal.SIGABRT},
+    "budget": {REQUEUE},
+    "full disk": {STOP, FAILED},
+}
+"""What ends an attempt, and the exit codes that say so. A launcher ends the ranks that wait for a dead one."""
+FROM_OUTSIDE = tuple(end for end in ENDS if end not in ("budget", "full disk"))
+FORMATS = ("latte", "dcp", "deepspeed")
+BETWEEN = ("", "", "", "damage", *FORMATS)
+"""What happens to the newest checkpoint between two attempts: a flipped bit, or a way to another place by a format."""
 RUN = {
+    "train.lr": ("1e-3", "1e-3", "4e-3"),
+    "train.precision": (*("fp32",) * 8, "bf16", "fp8"),
+    "train.deterministic": ("false", "false", "true"),
     "train.lr_schedule": ("constant", "constant", "cosine"),
     "train.warmup_steps": (0, 1, 3),
     "train.caption_drop": (0.0, 0.1, 0.5),
     "optim.clip_norm": ("null", 0.05, 1.0),
     "optim.clip_from_update": (0, 0, 3, 6),
     "optim.weight_decay": (0.0, 0.1),
-    "ema.decays": ("[0.99]", "[0.9, 0.999]"),
+    "optim.betas": ("[0.9, 0.999]", "[0.9, 0.999]", "[0.0, 0.9]"),
+    "optim.eps": ("1e-8", "1e-8", "1e-5"),
+    "ema.decays": ("[0.99]", "[0.9, 0.999]", "[0.9, 0.999]", "[]"),
     "ema.warmup": ("true", "false"),
     "video.hflip": ("true", "false"),
     "data.shuffle_window": ("null", "null", 4, 16),
-    "checkpoint.every_steps": (1, 2, 3, 5),
 }
-OF_FRAMES = {"train.joint_images": (0, 0, 0, 1, 3), "train.known_frames.share": (0, 0, 0, 0.5)}
+OF_FRAMES = {
+    "train.joint_images": (0, 0, 0, 1, 3),
+    "train.known_frames.share": (0, 0, 0, 0.5),
+    "train.known_frames.most": ("null", "null", 1),
+}
 OBJECTIVES = {
     "epsilon": {"model.out_channels": (4, 8), "diffusion.min_snr_gamma": ("null", 5)},
-    "v": {"diffusion.zero_terminal_snr": ("true", "false")},
+    "v": {"diffusion.zero_terminal_snr": ("true", "false"), "diffusion.num_timesteps": (1000, 50)},
     "flow": {"diffusion.flow_shift": (1, 3), "diffusion.min_snr_gamma": ("null", 5)},
 }
 CLASS_MODEL = {
@@ -43,6 +64,24 @@ CLASS_MODEL = {
     "num_classes": (0, NUM_CLASSES),
     "injection": ("s_adaln", "s_adaln", "all_tokens"),
     "temporal_position": ("sincos", "learnable", "learnable", "rotary"),
+    "mlp_ratio": (4.0, 2.0),
+}
+ATTEMPT = {
+    "data.num_workers": (0, 0, 1, 2),
+    "data.prefetch": (1, 2, 3),
+    "checkpoint.every_steps": (1, 2, 3, 5),
+    "checkpoint.keep_last": (1, 2, 2, 3),
+    "checkpoint.asynchronous": ("true", "true", "false"),
+    "attention.backend": ("auto", "auto", "auto", "math"),
+}
+"""Settings that may change when a run goes on, beside those of the engine."""
+VALIDATION = {
+    "validation.every_steps": (2, 3, 5),
+    "validation.num_samples": (3, 4, 9),
+    "validation.weights": ("ema", "raw"),
+    "validation.videos_every_steps": (0, 0, 3),
+    "validation.sampling_steps": (2,),
+    "validation.batch_size": (1, 4),
 }
 ENGINES = {
     "single": {},
@@ -63,9 +102,17 @@ ENGINES = {
 WHOLE_CLIPS = ("joint_images=1", "joint_images=3", "share=0.5", "contrastive", "more_sizes", "sequential", "parallel")
 """Settings that do not go with engine.sequence_parallel."""
 CHECKPOINTING = {
-    "engine.activation_checkpointing": ("none", "selective", "full"),
+    "engine.activation_checkpointing": ("none", "selective", "full", "offload"),
     "engine.checkpointed_share": (1.0, 1.0, 0.5),
+    "engine.other_blocks": ("none", "none", "selective"),
 }
+TO_FIT = ("engine.activation_checkpointing=auto", "engine.memory_budget_gib=60")
+START = ("train.steps=2", "train.lr_schedule=constant", "train.warmup_steps=0", "validation.every_steps=0")
+IMAGES = (
+    *("data.url=DATA/images", "video.frames=1", "video.more_sizes=[]", "data.holdout=0", "data.images=null"),
+    *("train.joint_images=0", "train.known_frames.share=0", "train.known_frames.most=null"),
+)
+"""A stage of images, before one of videos."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +121,34 @@ class Leg:
 
     ranks: int
     options: tuple[str, ...]
-    end: str  # one of SIGNALS; steps: by a lower train.steps; "" of the last one, which nothing ends
+    end: str  # one of ENDS; steps: by a lower train.steps; "" of the last one, which nothing ends
     step: int
+    before: str = ""  # one of BETWEEN, done to what the attempt before left
 
     def __str__(self) -> str:
         ended = f", {self.end} at {self.step}" if self.end else ""
-        return f"{self.ranks} x {' '.join(self.options)}{ended}".replace("engine.", "")
+        began = f"{self.before}, " if self.before else ""
+        return f"{began}{self.ranks} x {' '.join(self.options)}{ended}".replace("engine.", "")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a seed draws. Options name data sets as DATA/..."""
+    """What a seed draws. Options name data sets as DATA/..., and the run whose weights it begins with as START."""
 
     seed: int
     steps: int
     options: tuple[str, ...]
     legs: tuple[Leg, ...]
+    start: tuple[str, ...] | None  # options of a run that comes before, for model.init
+
+    @property
+    def whole(self) -> Leg:
+        """One attempt on one process, which nothing ends."""
+        return Leg(1, ("engine.kind=single", self._micro_batch), "", self.steps)
+
+    @property
+    def precision(self) -> str:
+        return next(option.partition("=")[2] for option in self.options if option.startswith("train.precision="))
 
     @property
     def is_uniform(self) -> bool:
@@ -97,7 +156,7 @@ class Trial:
         return len({(leg.ranks, leg.options) for leg in self.legs}) == 1
 
     @property
-    def micro_batch(self) -> str:
+    def _micro_batch(self) -> str:
         """The option of the first attempt."""
         return next(option for option in self.legs[0].options if option.startswith("train.micro_batch"))
 
@@ -109,56 +168,68 @@ def one_of_each(draw: random.Random, table: dict[str, tuple]) -> list[str]:
 def draw_trial(seed: int) -> Trial:
     draw = random.Random(seed)
     steps, group = draw.randint(6, 10), draw.choice((1, 1, 1, 1, 2, 3))
-    options = [f"run.seed={seed}", f"train.steps={steps}", f"train.global_batch={group * draw.randint(4, 12 // group)}"]
+    most_ranks = draw.randint(4, 12 // group)
+    options = [f"run.seed={seed}", f"train.steps={steps}", f"train.global_batch={group * most_ranks}"]
     options += [*draw_model(draw, group), *one_of_each(draw, RUN)]
-    may_cut = draw.random() < 0.05 or not any(word in " ".join(options) for word in WHOLE_CLIPS)
+    start = None
+    if draw.random() < 0.2:
+        start = (*options, *START, *draw.choice(((), IMAGES)))
+        options.append(f"model.init=START{draw.choice(('', '#model'))}")
+    may_cut = draw.random() < 0.02 or not any(word in " ".join(options) for word in WHOLE_CLIPS)
     is_uniform, stops = draw.random() < 0.3, sorted(draw.sample(range(1, steps - 1), draw.choice((1, 1, 2))))
     # A cosine ends at train.steps, so that key may not change; nor may the warm-up be longer.
     ends = {step: ["steps"] if step >= 3 and "train.lr_schedule=cosine" not in options else [] for step in stops}
     legs: list[Leg] = []
-    for step in stops:
-        legs.append(Leg(*draw_engine(draw, group, may_cut), draw.choice([*SIGNALS, *ends[step]]), step))
-    legs.append(Leg(*draw_engine(draw, group, may_cut), "", steps))
+    for step in [*stops, steps]:
+        end = "" if step == steps else draw.choice([*ENDS, *ends[step]])
+        legs.append(
+            Leg(*draw_engine(draw, group, most_ranks, may_cut), end, step, draw.choice(BETWEEN) if legs else "")
+        )
     if is_uniform:
         legs = [replace(leg, ranks=legs[0].ranks, options=legs[0].options) for leg in legs]
-    return Trial(seed, steps, tuple(options), tuple(legs))
+    return Trial(seed, steps, tuple(options), tuple(legs), start)
 
 
 def draw_model(draw: random.Random, group: int) -> Iterator[str]:
     """The model, what it learns, and the data that it can read."""
     has_sizes, is_classes, tubelet = draw.random() < 0.35, draw.random() < 0.6, draw.choice((1, 1, 1, 2))
+    objective, shown = draw.choice([*OBJECTIVES]), "prompts=[a red circle, a clip]"
     if is_classes:
         model = {"kind": "latte", "in_channels": 4, "out_channels": 4, "width": 32, "num_heads": 4, "patch_size": 4}
         model |= {"num_frames": 4, "tubelet_size": 1 if has_sizes else tubelet}  # images have one frame
         model |= {key: draw.choice(values) for key, values in CLASS_MODEL.items()}
         model |= {"num_classes": NUM_CLASSES} if group > 1 else {}
+        shown = "labels=[0, 2]" if model["num_classes"] else "count=2"
         yield f"model={json.dumps(model)}"
     if group > 1:
         yield from ("model.contrastive_width=8", "contrastive.weight=0.1", f"contrastive.group={group}")
-    if not is_classes or model["tubelet_size"] == 1:
-        yield from one_of_each(draw, OF_FRAMES)
-    objective = draw.choice([*OBJECTIVES])
-    yield from (f"diffusion.objective={objective}", *one_of_each(draw, OBJECTIVES[objective]))
-    names = ["latents"] if draw.random() < 0.9 else ["shards"]
+    has_frames = not is_classes or model["tubelet_size"] == 1
+    frames = one_of_each(draw, OF_FRAMES) if has_frames else []
+    yield from (*frames, f"diffusion.objective={objective}", *one_of_each(draw, OBJECTIVES[objective]))
+    names = [draw.choice((*("latents",) * 8, "shards", "mds"))]
     if has_sizes:
         names = ["sizes", *draw.choice(([], ["latents"]))]
         yield from (f"video.more_sizes={MORE_SIZES}", f"train.batch_budget={draw.choice(('tokens', 'samples'))}")
-    if names != ["shards"] and draw.random() < 0.15:
-        names.append("poisoned")
+    if frames and "train.joint_images=0" not in frames and draw.random() < 0.5:
+        images = "shards" if names == ["shards"] else "sized-images" if has_sizes else "images"
+        yield f"data.images=DATA/{images}"
+    if names != ["shards"]:
+        names += [name for name in ("poisoned", "damaged") if draw.random() < 0.15]
     sources = [{"url": f"DATA/{name}", "weight": draw.choice((0.3, 0.5, 1.0))} for name in names]
     yield f"data.url={json.dumps(sources)}"
     if draw.random() < 0.3:
-        yield from ("data.holdout=0.2", "validation.num_samples=4", f"validation.every_steps={draw.randint(2, 5)}")
+        yield from ("data.holdout=0.2", *one_of_each(draw, VALIDATION), f"validation.{shown}")
 
 
-def draw_engine(draw: random.Random, group: int, may_cut: bool) -> tuple[int, tuple[str, ...]]:
+def draw_engine(draw: random.Random, group: int, most_ranks: int, may_cut: bool) -> tuple[int, tuple[str, ...]]:
     """Ranks, and the options of an attempt on them."""
     kind = draw.choice(("single", "fsdp2", "fsdp2", "zero", "zero", "zero"))
-    ranks = 1 if kind == "single" else draw.choice((1, 2, 2, 2, 3, 4))
-    table = {"data.num_workers": (0, 0, 1, 2)} | CHECKPOINTING | ENGINES[kind]
+    ranks = 1 if kind == "single" else min(draw.choice((1, 2, 2, 2, 2, 3, 3, 4, 4, draw.randint(5, 8))), most_ranks)
+    options = [f"engine.kind={kind}", f"train.micro_batch={group * draw.randint(1, 6)}", *one_of_each(draw, ATTEMPT)]
+    options += TO_FIT if draw.random() < 0.04 else one_of_each(draw, CHECKPOINTING)
+    table = dict(ENGINES[kind])
     if ranks % 2:
         table.pop("engine.replicate", None)
     elif may_cut and draw.random() < 0.5:
-        table["engine.sequence_parallel"] = (2,)
-    micro_batch = f"train.micro_batch={group * draw.randint(1, 6)}"
-    return ranks, (f"engine.kind={kind}", micro_batch, *one_of_each(draw, table))
+        table["engine.sequence_parallel"] = (2, 2, 4) if ranks % 4 == 0 else (2,)
+    return ranks, (*options, *one_of_each(draw, table))

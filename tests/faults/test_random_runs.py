@@ -9,13 +9,14 @@ from tests.faults.random_runs import Search, make_data
 from tests.faults.random_trials import draw_trial
 
 SEEDS = {
-    28: "an odd bucket of ZeRO 1 or 2",
-    39: "ZeRO with a parameter that some steps do not use",
-    54: "three engines, one after another",
-    57: "ZeRO 3 that resumes with selective checkpointing, bit for bit",
-    124: "three engines, a lower train.steps",
+    845: "an odd bucket of ZeRO 1",
+    709: "ZeRO with a parameter that some steps do not use",
+    113: "ZeRO 3 that resumes with selective checkpointing",
+    1176: "a kill during a save and a conversion, bit for bit",
+    759: "a stage of images before one of clips",
+    1345: "three engines, a damaged checkpoint, DCP and back, a lower train.steps",
 }
-"""The first two and the last but one failed before engine/zero.py was mended for what they show."""
+"""The first three fail without what engine/zero.py does for what they show."""
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,15 @@ def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("random") / "data")
 
 
-def test_the_trials_are_of_all_engines_and_end_in_all_ways() -> None:
+def test_the_trials_are_of_all_engines_and_end_in_many_ways() -> None:
     """A change of what is drawn makes other trials of these seeds: choose others then."""
     trials = [draw_trial(seed) for seed in SEEDS]
-    options = " ".join(option for trial in trials for leg in trial.legs for option in leg.options)
+    legs = [leg for trial in trials for leg in trial.legs]
+    options = " ".join(option for leg in legs for option in leg.options)
     assert all(f"engine.kind={kind}" in options for kind in ENGINES) and "engine.zero_stage=3" in options
-    assert {leg.end for trial in trials for leg in trial.legs} == {"file", "SIGTERM", "SIGKILL", "steps", ""}
-    assert any(trial.is_uniform for trial in trials)
+    assert {leg.end for leg in legs} >= {"file", "SIGTERM", "SIGKILL", "SIGKILL while it saves", "steps", ""}
+    assert {leg.before for leg in legs} >= {"damage", "latte", "dcp", "deepspeed"}
+    assert any(trial.is_uniform for trial in trials) and any(trial.start for trial in trials)
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=SEEDS.get)

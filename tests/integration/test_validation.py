@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.numpy import load_file
 
 from data_tools.cli import main as latte_data
 from latte_scale import checkpoint, sample, train
@@ -155,3 +156,16 @@ def test_a_model_of_classes_shows_its_classes(tmp_path):
     assert train.main(["--config", config, f"data.url={shards}", f"run.dir={run}", *few, *LOOK, *show]) == 0
     assert [video["file"] for video in shown(tmp_path / "run")] == ["00-class-0.mp4", "01-class-3.mp4"]
     assert len(lines(tmp_path / "run")) == 1
+
+
+def test_a_held_out_sample_that_cannot_be_read_is_named(data_sets, tmp_path):
+    """Another one takes its place, and the loss is not that of the others alone."""
+    data = tmp_path / "damaged"
+    shutil.copytree(data_sets.latents, data)
+    tar = bytearray((data / "shard-000001.tar").read_bytes())
+    for offset in load_file(data / "shard-000001.index.safetensors")["latents.offset"]:
+        tar[int(offset) + 500] ^= 1
+    (data / "shard-000001.tar").write_bytes(tar)
+    assert run_in_process(tmp_path / "run", data, "train.steps=1", "data.holdout=0.2", *LOOK) == 0
+    log = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+    assert "validation: sample replaced: Replacement(" in log and "shard-000001" in log
