@@ -11,14 +11,14 @@ READY := $(VENV)/.ready
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-venv: $(READY)  ## make the environment
+venv: $(READY)  ## create the environment
 
-# mosaicml-streaming wants numpy < 2.2 and transformers < 5, so it cannot stand beside ours: its tests (tests/mosaic.py)
-# find it in a folder of its own. Nothing else needs it.
+# mosaicml-streaming requires numpy < 2.2 and transformers < 5, which conflicts with our versions. It is installed in a
+# separate folder, where its tests (tests/mosaic.py) find it. Nothing else needs it.
 MOSAIC := mosaicml-streaming brotli catalogue cramjam python-snappy xxhash zstd
 
-# The tests of the Triton kernels run on a CPU, too, in processes of their own. A CUDA build of torch brings its triton;
-# beside a CPU build it stays in a folder of its own, so that torch.compile finds the same packages as without it.
+# The tests of the Triton kernels also run on a CPU, in separate processes. A CUDA build of torch includes triton; with a
+# CPU build it is installed in a separate folder, so that torch.compile finds the same packages as without it.
 TRITON := triton==3.6.0
 
 # torch first, alone: the same line takes a CPU or a CUDA build, whichever fits the machine; the rest is then held to it.
@@ -39,34 +39,34 @@ quickstart: $(READY)  ## clips -> shards -> latents -> training, killed and resu
 quickstart-full: $(READY)  ## the same, trained until colour, shape and direction are right
 	$(BIN)/latte-scale quickstart --full
 
-test: $(READY)  ## ruff, and all tests but those on services and the fault suite; never needs root
+test: $(READY)  ## ruff and all tests except services and the fault suite; needs no root
 	$(BIN)/ruff check .
 	$(PYTEST) -m "not service"
 
 test-services: $(READY)  ## the tests on a real S3 service and a real Slurm, short form (root; 5 minutes)
 	$(PYTEST) -m service
 
-test-slurm: $(READY)  ## everything a cluster does to a job, on a real Slurm on this machine (root; 25 minutes)
+test-slurm: $(READY)  ## every event of a cluster's job, on a real Slurm on this machine (root; 25 minutes)
 	$(BIN)/python -m pytest -s -o python_files='*.py' tests/slurm
 
-test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on a quiet machine)
+test-faults: $(READY)  ## the fault suite: kills, hangs, full disks, bitwise resume (minutes, on an idle machine)
 	LATTE_FAULT_TESTS=1 $(BIN)/python -m pytest tests/faults tests/doctor
 
 # Without what measures time or memory, or hits a run at a random moment.
 test-faults-short: $(READY)  ## the part of the fault suite that a busy machine can run (2 minutes)
 	LATTE_FAULT_TESTS=1 $(PYTEST) $(addprefix tests/faults/test_, bitwise.py faults_are_covered.py numbers.py saving.py saving_in_s3.py)
 
-soak: $(READY)  ## 200 random kills on three engines, every run compared bit for bit with one that nobody killed
+soak: $(READY)  ## 200 random kills on three engines; every run compared bitwise with an uninterrupted one
 	$(BIN)/python -m tests.faults.soak --kills 200
 
-soak-loader: $(READY)  ## 100,000 batches of a tiny data set, every process's memory on the way (5 minutes)
+soak-loader: $(READY)  ## 100,000 batches of a tiny data set, watching the memory of every process (5 minutes)
 	$(BIN)/python -m benchmarks.loader_soak
 
-random-runs: $(READY)  ## 200 random data sets read back; 40 random settings, stopped and continued (12 minutes)
+random-runs: $(READY)  ## 200 random data sets read back; 40 random settings, stopped and resumed (12 minutes)
 	$(BIN)/python -m tests.data_tools.random_clips --seeds 0 200
 	$(BIN)/python -m tests.faults.random_runs --seeds 0 40
 
-random-models: $(READY)  ## 300 random models, exported, imported and sampled from everywhere (2 minutes)
+random-models: $(READY)  ## 300 random models: exported, imported, sampled from every source (2 minutes)
 	LATTE_RANDOM_MODELS=0:300 $(PYTEST) tests/test_random_models.py
 
 lint: $(READY)  ## ruff

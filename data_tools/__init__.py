@@ -1,1 +1,1 @@
-"""`latte-data`: clips and captions to the shards that the trainer streams. README.md has a line for each file."""
+"""`latte-data`: clips and captions to the shards that the trainer streams. README.md lists every file."""

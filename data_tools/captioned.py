@@ -1,7 +1,7 @@
-"""Layout "clips": videos anywhere below a folder, with a list of captions or a .txt beside each, or other tools' tars.
+"""Layout "clips": videos at any depth, with a list of captions or a .txt next to each, or tars of other tools.
 
-In: a store, and perhaps the list that was given. Out: the clips by name, and what is left out with its reason. A file
-that cannot be read, or a caption, costs that clip alone; what says nothing about the clip (an outage) ends the command.
+In: a store, and optionally a list. Out: the clips by name, and what is left out, with the reason. An unreadable file or
+caption costs only its clip; an error that is not the clip's (an outage) ends the command.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

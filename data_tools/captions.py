@@ -1,10 +1,10 @@
-"""Captions as people keep them: lists (jsonl, csv, parquet) and .txt files, hostile ones included.
+"""Reads captions from lists (jsonl, csv, parquet) and .txt files, malformed ones included.
 
-In: a list with a column for the file and one for its caption, or the text of a caption. Out: what is said of each file.
-In .jsonl "text" is a caption or a list of several; "label" names a class, on every line or on none; "cut_from" names
-the video that a clip was cut from. Captions are made one line of printable text: control characters become spaces,
-broken Unicode becomes "?", and what goes beyond MAX_CHARACTERS is cut, since no text encoder reads that far and a shard
-holds every caption twice.
+In: a list with a column for the file and one for its caption, or the text of a caption. Out: what the list says of each
+file. In .jsonl "text" is a caption or a list of several; "label" names a class, on every line or on none; "cut_from"
+names the video that a clip was cut from. A caption becomes one line of printable text: control characters become
+spaces, broken Unicode becomes "?", and the text is cut at MAX_CHARACTERS, because no text encoder reads further and a
+shard holds every caption twice.
 """
 
 import codecs

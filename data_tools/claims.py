@@ -1,13 +1,14 @@
-"""Which worker makes which shard: claims in the output folder, so that no two do the same work.
+"""Which worker encodes which shard: claims in the output folder, so that no two workers do the same work.
 
-In: a store that all workers share, a folder or s3://, and the name of a piece of work. Out: a Claim to make it, or None
-while another worker that lives holds it. Workers may be threads' processes of one command or commands on many hosts.
+In: a store that all workers share, a folder or s3://, and the name of a piece of work. Out: a Claim to it, or None
+while another live worker holds it. Workers may be processes of one command or of commands on many hosts.
 
-The decision worth knowing: no two clocks are compared and no lock of a file system is needed. A holder counts up in
-its claim every BEAT_S; one whose count stood still for STALE_S of the observer's own time is dead, and a process of the
-same machine that is gone is dead at once. A dead claim is not replaced: `NAME.1` is put after `NAME.0`, where nothing
-was, so that of several takers one wins; the last claim counts, and a holder that finds a later one stops. Claims save
-work and no more: shards are a function of their clips, so two workers that both made one would leave the same bytes.
+The decision worth knowing: no clocks are compared and no file system locks are needed. A holder increments a count in
+its claim every BEAT_S. It counts as dead when the count has not changed for STALE_S of the observer's own time, or at
+once when its process on the same machine is gone. A dead claim is not replaced: `NAME.1` is created after `NAME.0`,
+where no file exists, so only one of several takers wins. The last claim counts, and a holder that finds a later one
+stops. Claims only save work: shards are a function of their clips, so two workers on one shard would write the same
+bytes.
 """
 
 import json

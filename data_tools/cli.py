@@ -1,4 +1,4 @@
-"""`latte-data VERB ...`: one door to the tools that make data sets. Each verb's module is imported only when called."""
+"""`latte-data VERB ...`: the command line that makes data sets. A verb's module is imported only when it is called."""
 
 import argparse
 import difflib
@@ -9,25 +9,25 @@ from importlib.metadata import version
 from latte_scale.broken_pipe import until_reader_leaves
 
 VERBS = {
-    "shapes": "short captioned clips of moving shapes, made up, to learn on a laptop",
-    "shard": "a folder of captioned clips -> tar shards with indices and a manifest",
-    "index": "tars or MDS shards of another tool -> indices and a manifest beside them",
-    "verify": "read a data set again and hold every byte to its checksums",
-    "stats": "what a data set holds: distributions, as a page with plots",
-    "preview": "a page of clips that play, with their captions",
+    "shapes": "generate short captioned clips of moving shapes, to train on a laptop",
+    "shard": "captioned clips -> tar shards with indices and a manifest",
+    "index": "add indices and a manifest to tars or MDS shards of another tool",
+    "verify": "reread a data set and verify every checksum",
+    "stats": "show distributions of a data set, as a page with plots",
+    "preview": "write a page of playable clips with their captions",
     "encode": "shards of clips -> shards of VAE latents and text embeddings",
-    "convert": "tar shards -> MDS shards of mosaicml-streaming, and back",
+    "convert": "tar shards -> MDS shards of mosaicml-streaming, or back",
 }
 WRONG_INPUT = 2  # the exit code of a user's mistake; a verb returns 1 when nothing at all could be done
 
 
 def usage() -> str:
-    """The help text: one line a verb."""
-    lines = ["usage: latte-data VERB [options]     (latte-data VERB --help for its manual)", ""]
+    """The help text: one line per verb."""
+    lines = ["usage: latte-data VERB [options]     (latte-data VERB --help for its options)", ""]
     lines += [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
     lines += [
         "",
-        "In this order: shapes or your own clips, then shard (or index), then encode.",
+        "Order: shapes (or your own clips), shard (or index), encode.",
         "See data_tools/README.md.",
     ]
     return "\n".join(lines)

@@ -1,16 +1,16 @@
-"""`latte-data convert`: a data set of tars -> MDS shards of mosaicml-streaming, or back, nothing lost.
+"""`latte-data convert`: convert a data set from tars to MDS shards of mosaicml-streaming, or back, without loss.
 
     latte-data convert --input runs/shapes/latents --output runs/shapes/mds --to mds
 
-In: the folder or URL of a data set of clips or of latents with its manifest; foreign tars and MDS folders get one by
-`latte-data index`. Out: shard n of the source as shard n in the other format (data_tools/mds_file.py has the columns),
-with an index beside it, what stands beside the shards (the null embedding, encode.json), for MDS its `index.json`, and
-`manifest.json`, written last. Either format trains as it is. Every sample is held to its checksums on the way; one that
-is damaged is named and left out. A data set of ours that goes there and back is the same to the byte; of a foreign one
-clips, captions, classes and .json stay, and members of other kinds (.wav, .npy) are counted and left behind.
+In: the folder or URL of a data set of clips or of latents with its manifest; `latte-data index` makes one for foreign
+tars and MDS folders. Out: shard n of the source as shard n in the other format (data_tools/mds_file.py has the columns)
+with an index; the other files of the data set (the null embedding, encode.json); for MDS an `index.json`; and
+`manifest.json`, written last. Both formats can be trained on. Every sample is verified against its checksums; a damaged
+one is reported and left out. Our own data sets return to identical bytes. Foreign ones keep clips, captions, classes
+and .json; members of other kinds (.wav, .npy) are counted and left out.
 
-The decision worth knowing: the unit of work is a shard, so the same command goes on after an interruption; a folder
-that another source began is refused unless --force, which also makes the shards again that lack a sample.
+The unit of work is a shard, so the same command continues after an interruption. A folder of another source is refused
+unless --force, which also rewrites shards that lack a sample.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=("mds", "tar"), help="format of the shards to write")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one shard each (default 1)")
     parser.add_argument(
-        "--force", action="store_true", help="start over where another source began; retry samples that were damaged"
+        "--force", action="store_true", help="replace the output of another source; retry damaged samples"
     )
 
 

@@ -1,8 +1,8 @@
-"""A sample of one format as it is written in the other: what `latte-data convert` does to each.
+"""Converts one sample between formats, for `latte-data convert`.
 
 In: a sample's place in a data set of tars or MDS shards. Out: the VideoSample or LatentSample that either writer takes.
-The .json is made anew from it, as when the data set was written. Where a foreign .json says something else under one of
-the names that it uses itself ("key", "caption", ...), that stays under "original".
+The .json is rebuilt from it, as when the data set was written. Where a foreign .json uses one of our names ("key",
+"caption", ...) with a different value, that value is kept under "original".
 """
 
 import json

@@ -4,9 +4,9 @@ In: the bytes of a video and its facts. Out: pieces as (first frame, frame after
 piece as an MP4. Scenes are those of PySceneDetect's AdaptiveDetector, which compares each frame's change with that of
 its neighbours and so is not fooled by fast motion. A scene longer than cut.seconds is divided evenly.
 
-The decision worth knowing: pieces are encoded anew (H.264, crf 12, 8 bits, no sound), because a copied stream can only
-begin at a keyframe. They are exact to the frame, upright, of even height and width, with pixels of the same shape, and
-all of one rate; one thread makes equal bytes on one machine. A video that needs no cut is stored as it is.
+The decision worth knowing: pieces are re-encoded (H.264, crf 12, 8 bits, no sound), because a copied stream can only
+start at a keyframe. They are frame-accurate, upright, of even height and width, with the same pixel shape and a
+constant frame rate. One thread gives identical bytes on one machine. A video that needs no cut is stored unchanged.
 """
 
 import io

@@ -3,20 +3,20 @@
     latte-data encode --input runs/shapes/shards --output runs/shapes/latents --config configs/encode_tiny.yaml
 
 In: a data set of clips (`latte-data shard` or `latte-data index`) and a config with the sections video (frame policy),
-encoders, latents and text. Out: latent shards with the same sample keys, order and shard numbers, an index beside each,
-`reports/` (what became of every clip, by shard), `null-text.safetensors` (the empty caption, whole), `encode.json` (the
-settings and encoders that made this folder) and `manifest.json`, written last. Latents are stored raw; the manifest
-holds the scale. With encoders.text null there is no text, only latents and classes; with video.hflip the latents of the
-mirrored clip are stored as well. With video.more_sizes each clip gets the size that fits it best, in the one pass, and
-a table at the end says what went where. A clip that cannot be read or encoded is left out and named with its reason,
-and is not tried again unless --retry-failed; captions that the encoder cuts are counted.
+encoders, latents and text. Out: latent shards with the same sample keys, order and shard numbers, an index next to
+each, `reports/` (the outcome of every clip, by shard), `null-text.safetensors` (the empty caption at full length),
+`encode.json` (settings and encoders) and `manifest.json`, written last. Latents are stored raw; the manifest has the
+scale. With encoders.text null there is no text, only latents and classes. With video.hflip the latents of the mirrored
+clip are stored as well. With video.more_sizes each clip gets the size that fits it best, and a table at the end shows
+the result. A clip that cannot be read or encoded is left out and reported with the reason; only --retry-failed tries it
+again. Captions that the encoder cuts are counted.
 
-The decision worth knowing: the unit of work is a shard, there whole or not at all, and whoever wants one claims it in
-the output folder (data_tools/claims.py). So the same command goes on after an interruption, may run with any number of
---workers (processes), and on any number of hosts at once on one shared folder or s3:// prefix (slurm/encode.sh); it
-ends when all shards are finished, whoever made them, and the bytes are the same as those of one worker.
-A folder that other settings or other clips began is refused unless --force, which starts it over. Exit codes: 0 done, 1
-no clip could be encoded, 2 a mistake, 75 all --workers were killed from outside: run it again (slurm/encode.sh does).
+The unit of work is a shard, which is written atomically. Workers claim shards in the output folder
+(data_tools/claims.py). The same command therefore continues after an interruption, with any number of --workers
+(processes), and on any number of hosts at once that share the output folder or s3:// prefix (slurm/encode.sh). It ends
+when all shards are finished, by whichever worker, and the bytes are those of a single worker.
+A folder of other settings or clips is refused unless --force, which starts it over. Exit codes: 0 done, 1 no clip could
+be encoded, 2 a mistake, 75 all --workers were killed from outside: run it again (slurm/encode.sh does).
 """
 
 import argparse
@@ -79,14 +79,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, metavar="URL", help="data set of clips, with its manifest")
     parser.add_argument("--output", required=True, metavar="URL", help="folder of the latents data set to write")
     parser.add_argument("--config", required=True, metavar="X.yaml", help="YAML such as configs/encode_tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the config, as video.frames=8")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that override the config, such as video.frames=8",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one shard each (default 1)")
     parser.add_argument(
-        "--decode-threads", type=int, metavar="N", help="a worker's (default 1; with GPUs its share of the cores)"
+        "--decode-threads",
+        type=int,
+        metavar="N",
+        help="threads per worker (default 1; with GPUs its share of the cores)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything and count, encode nothing")
-    parser.add_argument("--retry-failed", action="store_true", help="encode the shards again in which a clip failed")
-    parser.add_argument("--force", action="store_true", help="start over in a folder that other settings began")
+    parser.add_argument("--dry-run", action="store_true", help="check and count everything, encode nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="encode shards with failed clips again")
+    parser.add_argument("--force", action="store_true", help="replace the output of other settings or clips")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,13 +1,13 @@
-"""What `latte-data encode` makes of one shard of clips, and the settings that it follows.
+"""Encodes one shard of clips for `latte-data encode`, and defines its settings.
 
 In: shard number n of a data set of clips. Out: shard n of latents, with the same sample keys in the same order, and a
-report of what became of each clip. Decoding, text encoder, VAE and writing overlap (data_tools/pipeline.py). Of several
-captions every one is embedded; where the frame policy mirrors clips, the mirrored clip is encoded too, because the VAE
-of a mirrored clip is not the mirrored latents. Of several sizes a clip gets the one that fits it best. Who calls this,
-in one process or many, is in data_tools/workers.py.
+report of the outcome of each clip. Decoding, text encoder, VAE and writing overlap (data_tools/pipeline.py). All
+captions of a clip are embedded. If the frame policy mirrors clips, the mirrored clip is encoded too, because its
+latents are not the mirrored latents. With several sizes, a clip gets the one that fits it best. data_tools/workers.py
+calls this, in one process or many.
 
 Shapes: F frames, C channels, H W pixels, h w latent height and width, L tokens, D width; B is always 1 here, so that
-what a clip becomes does not depend on its neighbours.
+a clip's latents do not depend on its neighbours.
 """
 
 import contextlib

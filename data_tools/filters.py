@@ -1,11 +1,11 @@
-"""Which clips are worth storing: what is measured of a clip, and the limits that it is held to.
+"""Which clips are worth storing: the measures of a clip, and the limits on them.
 
 In: the facts of a clip and a few of its frames. Out: measures (motion, light, a perceptual hash), and the filter that
 leaves a clip out with its reason. Every filter is off by default, and counts what it left out under its own name.
 
 The decision worth knowing: near-duplicates are found exactly, not by chance. A hash has NUM_BANDS bands; two hashes
-that differ in fewer bits than there are bands agree in a band at least, so looking up bands finds every pair. Of a pair
-the first in the order of the names is kept.
+that differ in fewer bits than there are bands agree in at least one band, so looking up bands finds every pair. The
+first of a pair by name is kept.
 """
 
 import hashlib

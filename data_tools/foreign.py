@@ -1,9 +1,9 @@
-"""What indexing another tool's shards shares, tars or MDS: a file read once, its samples judged, its index stored.
+"""Shared by the indexing of foreign tars and MDS: a file is read once, its samples are checked, its index is stored.
 
 In: a shard's bytes in order, and where each sample's fields lie in them. Out: rows of a sidecar index, and counts with
-reasons. A sample whose text or class cannot be used is skipped and named, never half used; the rest of its shard stays.
-The size of a clip (frames, height, width) is what opening it says, where that is asked for, or what `latte-data shard`
-wrote into its .json; another tool's .json is not believed.
+reasons. A sample whose text or class cannot be used is skipped and reported; the rest of its shard is used. The
+size of a clip (frames, height, width) is found by opening it, if requested, or taken from a .json that `latte-data
+shard` wrote; the .json of another tool is not trusted.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A clip that is to be stored, and what the search for clips gives: shared by every layout.
+"""A clip to be stored, and the result of a search for clips: shared by all layouts.
 
 In: names and stores. Out: clips with keys that differ, and what is left out with its reason.
 """

@@ -1,23 +1,24 @@
-"""`latte-data index`: shards of another tool -> indices and a manifest beside them, so that they can be trained on.
+"""`latte-data index`: add indices and a manifest to shards of another tool, so that they can be trained on.
 
     latte-data index /data/webvid
     latte-data index s3://bucket/images --classes names.txt
     latte-data index /data/webvid --sizes
 
-In: a folder or URL with tars as webdataset, video2dataset or cosmos-curate write them: files that share a key, here a
+In: a folder or URL with tars written by webdataset, video2dataset or cosmos-curate: files that share a key, here a
 video (.mp4 .mkv ...) or an image (.jpg .png) and its caption (.txt, or "caption" in a .json). Or an MDS data set of
-mosaicml-streaming (`index.json` and plain .mds files) with columns as data_tools/index_mds.py lists them: video,
-caption and the like. The shards are read once and not changed. Out: an index beside each shard and `manifest.json`.
-With --classes every sample needs a class: .cls or "label" in a .json, a number or a name; --classes gives the names in
-their order (a file, one a line) or how many there are; without it a manifest that is there keeps its own. With --sizes
-every clip is opened, and its frames, height and width are noted in the index: training in several sizes
-(video.more_sizes) needs them; `latte-data shard` notes them of itself. Samples without a clip, or whose clip was to be
-opened and cannot be, or whose text or class cannot be used, are skipped, counted and named. Pickled members (.pkl
-.pickle .pyd .pth .pt) and columns are refused by name: they are never opened, the rest of their sample is used. A shard
-that is cut, or a tar that holds links or paths that leave it, is an error that names the member, and no manifest is
-written.
+mosaicml-streaming (`index.json` and plain .mds files) with video, caption and other columns that
+data_tools/index_mds.py lists. The shards are read once and not changed. Out: an index next to each shard and
+`manifest.json`.
 
-The decision worth knowing: a class is kept in the index, since the shards stay as they are.
+With --classes every sample needs a class: .cls or "label" in a .json, a number or a name. --classes gives their names
+in order (a file, one per line) or their number; without it, an existing manifest keeps its own. Classes are stored in
+the index, as the shards do not change. With --sizes every clip is opened, and its frames, height and width are recorded
+in the index; training with several sizes (video.more_sizes) needs them. `latte-data shard` records them itself.
+
+Samples without a clip, with a clip that --sizes cannot open, or with an unusable text or class are skipped, counted and
+reported. Pickled members (.pkl .pickle .pyd .pth .pt) and columns are never opened; they are reported, and the rest of
+their sample is used. A truncated shard, or a tar with links or paths that lead outside, is an error that names the
+member, and no manifest is written.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from latte_scale.store import Store, explained, open_store
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data index`."""
     parser.add_argument("url", help="folder or URL with .tar files, or with an MDS index.json")
-    parser.add_argument("--classes", metavar="FILE|N", help="names of the classes, one a line, or their number")
-    parser.add_argument("--sizes", action="store_true", help="open every clip to note its frames, height and width")
+    parser.add_argument("--classes", metavar="FILE|N", help="file with the class names, one per line, or their number")
+    parser.add_argument("--sizes", action="store_true", help="open every clip to record its frames, height and width")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -3,14 +3,14 @@
 In: a folder and the name of its layout. Out: the clips in the order of their names, the class names, and what is left
 out with the reason. Nothing is opened here but lists of captions.
 
-clips   videos anywhere below, with a captions.jsonl, .csv or .parquet (data_tools/captions.py) or a .txt beside each
+clips   videos at any depth, with a captions.jsonl, .csv or .parquet (data_tools/captions.py) or a .txt next to each
         video; a listed file may be an image (JPEG or PNG). Or tars of webdataset and video2dataset, whose clips are
         taken out of them (data_tools/tar_clips.py). The folder may be an s3:// prefix. Links to folders are followed,
-        never in a circle; what a link inside the folder shows a second time is left out, unless it is listed.
+        never in a cycle; a file that a link inside the folder shows a second time is left out, unless it is listed.
 ffs     FaceForensics: videos directly in the folder (`.../train/videos`), no captions.
 sky     SkyTimelapse: folders of frames at any depth, in the order of the number at the end of a frame's name. Folders
         of 48 frames or fewer are left out, as Latte does.
-ucf101  UCF101: a folder a class with its videos. The label is the place of the class among the sorted folder names,
+ucf101  UCF101: one folder of videos per class. The label is the place of the class among the sorted folder names,
         the caption its name in words ("ApplyEyeMakeup": "apply eye makeup").
 taichi  Taichi-HD: folders of frames as for sky, of any length.
 

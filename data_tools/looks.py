@@ -1,7 +1,7 @@
-"""A look at each clip before anything is stored: is it sound, where is it cut, does it keep the limits?
+"""Inspects each clip before anything is stored: is it readable, where is it cut, does it pass the filters?
 
 In: clips and the settings of `latte-data shard`. Out: a Look for each clip, or for each of its pieces: facts if it is
-kept, else why not. Looks are taken by a pool of processes and come in the order of the clips. A file that crashes the
+kept, else why not. A pool of processes takes the looks, which arrive in the order of the clips. A file that crashes the
 decoder, and with it a process, costs that file alone.
 """
 

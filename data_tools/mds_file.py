@@ -1,12 +1,12 @@
-"""Writing MDS shards: samples in, files that mosaicml-streaming reads, with our sidecar index beside each.
+"""Writing MDS shards: samples in, files that mosaicml-streaming reads, with our sidecar index next to each.
 
 In: the same samples as the tars of latte_scale/data/shards.py hold. Out: one .mds file with the columns
   clips    extension str ("mp4"), json json, key str, txt str (the caption), video bytes
   latents  json json, key str, latents bytes, text bytes, and where they are used mirrored, text1, text2, ... bytes
 where latents and texts are safetensors files. The same samples in the same order give the same bytes.
 
-The decision worth knowing: a sample of MDS stands alone, so the embedding that samples with one caption share in a tar
-is here once in each. What a sample lacks (a second caption) is an empty column, which no safetensors file is.
+The decision worth knowing: an MDS sample is self-contained, so an embedding that samples share in a tar is repeated in
+each. A part that a sample lacks (a second caption) is an empty column, which cannot be a safetensors file.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""One shard of clips written: what `latte-data shard` has looked at, as a tar with its report and index.
+"""Writes one shard of inspected clips, as a tar with its report and index.
 
 In: a group of clips and the looks that were taken of them. Out: the tar, its report and its index, in this order, and
-the manifest's entry. A clip that was sound when it was looked at and cannot be read or cut now is left out and named.
+the manifest's entry. A clip that passed inspection but can no longer be read or cut is left out and reported.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Pages that people look at: one HTML file each, without a network, readable on a phone, in light and dark.
+"""HTML pages: one file each, offline, readable on a phone, in light and dark mode.
 
-In: titles, tables and numbers. Out: HTML. Whatever comes out of a data set is escaped: captions are strangers' words.
+In: titles, tables and numbers. Out: HTML. All text from a data set is escaped, because captions are untrusted.
 """
 
 import html

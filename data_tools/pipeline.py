@@ -1,4 +1,4 @@
-"""Stages that overlap: each runs in threads of its own, a few items ahead of the next, and keeps the order.
+"""Overlapping stages: each runs in its own threads, a few items ahead of the next, and keeps the order.
 
 In: a function and its inputs, which may be the futures of the stage before. Out: its futures in the order of the
 inputs; `result()` raises what the function raised, so one bad item stops no other.

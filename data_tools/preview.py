@@ -1,10 +1,10 @@
-"""`latte-data preview`: a page of clips that play, with their captions.
+"""`latte-data preview`: write a page of playable clips with their captions.
 
     latte-data preview shards --out preview.html --count 48
 
-In: the folder or URL of a data set of clips, or of latents whose VAE is at hand (--vae NAME for another than the
-manifest names). Out: one HTML file with small H.264 videos inside it; the clips are spread evenly over the data set,
-with --match TEXT over the samples whose caption holds TEXT. Samples that cannot be read are shown as such.
+In: the folder or URL of a data set of clips, or of latents whose VAE is available (--vae NAME replaces the manifest's).
+Out: one HTML file with embedded small H.264 videos. The clips are spread evenly over the data set or, with --match
+TEXT, over the samples whose caption contains TEXT. Samples that cannot be read are shown as such.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", help="folder or URL of the data set")
     parser.add_argument("--out", default="preview.html", help="page to write (default preview.html)")
     parser.add_argument("--count", type=int, default=24, help="clips to show (default 24)")
-    parser.add_argument("--height", type=int, default=160, help="pixels of a shown clip (default 160)")
-    parser.add_argument("--match", help="only samples whose caption holds this text, in any case")
-    parser.add_argument("--vae", help="latents: decode with this VAE (default: the one that the manifest names)")
+    parser.add_argument("--height", type=int, default=160, help="height of a clip in pixels (default 160)")
+    parser.add_argument("--match", help="only samples whose caption contains this text, ignoring case")
+    parser.add_argument("--vae", help="latents: decode with this VAE (default: the manifest's)")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""What became of the clips of one shard, kept beside it: `reports/shard-000012.json`.
+"""The outcome of every clip of a shard: `reports/shard-000012.json`.
 
 In: counts and, for each clip that is not stored, its reason. Out: a small file, the same bytes for the same files, from
-which any later command or host tells the whole story without trying bad clips again. A report is written before its
+which any later command or host knows the outcome without trying bad clips again. A report is written before its
 shard's index: a shard is finished when both are there and agree on the number of samples.
 """
 
@@ -122,7 +122,7 @@ def unfinished(store: LocalStore) -> Iterator[Path]:
 
 
 def remove_unfinished(store: Store, quiet_s: float = QUIET_S) -> None:
-    """Remove what killed writers left: files, or in a bucket parts of shards, which it would keep and bill for ever.
+    """Remove what killed writers left: files, or in a bucket parts of shards, which it would keep and bill forever.
 
     Call it when no shard is left to make. `quiet_s`: for so long nobody has written to it; 0 where all are known dead.
     """

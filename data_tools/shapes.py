@@ -1,15 +1,14 @@
-"""`latte-data shapes`: short captioned clips of one moving coloured shape, the data set that a laptop can learn.
+"""`latte-data shapes`: generate short captioned clips of one moving coloured shape, a data set for a laptop.
 
     latte-data shapes --output runs/shapes/clips --count 384
 
 In: a count and a seed. Out: `000000.mp4 ...` (H.264, yuv420p, 64 x 64 px, 16 frames at 8 fps), `captions.jsonl` with
-one {"file", "text"} a clip ("a red circle moves left"), with --labels also its combination as a class ("red circle
-left"), and `shapes.json`, the vocabulary: colours, outlines, directions, the combinations that were held out of the
-clips and the prompts of both kinds. The scorer (`latte-scale evaluate --metrics shapes`) reads only that file and
-shares no code with this one.
+one {"file", "text"} per clip ("a red circle moves left"), with --labels also its combination as a class ("red circle
+left"), and `shapes.json`: colours, outlines, directions, the held-out combinations, and the prompts for both kinds of
+combination. The scorer (`latte-scale evaluate --metrics shapes`) reads only that file and shares no code with this one.
 
-The decision worth knowing: a quarter of all colour-shape-direction combinations is never drawn, but every *pair* of
-words in them is, so a model that follows a held-out prompt has learnt to compose. The same seed gives the same clips.
+A quarter of all colour-shape-direction combinations is never drawn, but every *pair* of their words is, so a model that
+follows a held-out prompt has learned to compose. The same seed gives the same clips.
 """
 
 import argparse
@@ -183,13 +182,15 @@ def _draw_scene(seed: int, index: int) -> tuple[np.ndarray, str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the clips (made if missing)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the clips (created if missing)")
     parser.add_argument("--count", required=True, type=int, metavar="N", help="number of clips")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other clips (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the clips (default 0)")
     parser.add_argument(
-        "--scenes", action="store_true", help="more colours and outlines, companions, speeds, backgrounds; held_out.txt"
+        "--scenes",
+        action="store_true",
+        help="more colours and outlines, companions, speeds, backgrounds; writes held_out.txt",
     )
-    parser.add_argument("--labels", action="store_true", help="give each clip its combination as a class")
+    parser.add_argument("--labels", action="store_true", help="use the combination of each clip as its class")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,25 +1,25 @@
-"""`latte-data shard`: a heap of clips or long videos with captions -> tar shards, sidecar indices and a manifest.
+"""`latte-data shard`: clips or long videos with captions -> tar shards, sidecar indices and a manifest.
 
     latte-data shard --input clips --output shards
     latte-data shard --input s3://bucket/videos --output shards cut.scenes=true cut.seconds=10 filters.min_side=256
     latte-data shard --input UCF-101 --output shards --layout ucf101
 
-In: a folder or s3:// prefix of videos (.mp4 .mkv .avi .mov .webm ...) with a captions.jsonl, .csv or .parquet (a column
-for the file, one for the caption) or a .txt beside each; or the path of such a list; or tars as webdataset and
-video2dataset write them; or a folder as FaceForensics (ffs), SkyTimelapse (sky), UCF101 (ucf101) and Taichi-HD (taichi)
-come, named by --layout. Out: `shard-000000.tar ...` holding the clips as they are (KEY.mp4, KEY.txt, KEY.json), an
-index beside each tar, `reports/` (what became of every clip) and `manifest.json`, written last. Links to folders are
-followed; --output may not lie in --input.
-`cut.*` divides long videos (data_tools/cut.py), `filters.*` leaves clips out (data_tools/filters.py); a --config may
-hold both. Every clip is opened and its first frame decoded. One that cannot be read, has no caption, or that a filter
-or --min-frames leaves out, is named with its reason; --dry-run does all that and stores nothing. The last line counts
+In: a folder or s3:// prefix of videos (.mp4 .mkv .avi .mov .webm ...) with a captions.jsonl, .csv or .parquet (one
+column for the file, one for the caption) or a .txt next to each; or the path of such a list; or tars written by
+webdataset or video2dataset; or, with --layout, a folder of FaceForensics (ffs), SkyTimelapse (sky), UCF101 (ucf101) or
+Taichi-HD (taichi). Out: `shard-000000.tar ...` with the unchanged clips (KEY.mp4, KEY.txt, KEY.json), an index next to
+each tar, `reports/` (the outcome of every clip) and `manifest.json`, written last. Links to folders are followed;
+--output must be outside --input.
+`cut.*` cuts long videos (data_tools/cut.py), `filters.*` leaves clips out (data_tools/filters.py); a --config may set
+both. Every clip is opened and its first frame decoded. A clip that cannot be read, has no caption, or is left out by a
+filter or --min-frames is reported with the reason; --dry-run does all this and writes nothing. The last line counts
 done, skipped and failed; the exit code is 1 only if no clip is left.
 
-The decision worth knowing: which clips go into which shard follows from the sorted file names and sizes alone, and what
-becomes of them from the settings. So the same command picks up after an interruption: whole shards are kept, the rest
-is written. A finished data set made of the same clips with the same settings is left as it is; another one is refused
-unless --force, which replaces it: shards that nothing has changed for are kept, those with a clip that failed, or whose
-file was written to since, are made again. A folder with another tool's shards is refused always.
+Which clips go into which shard depends only on the sorted file names and sizes, and their content on the settings. The
+same command therefore continues after an interruption: finished shards are kept, the rest is written. A finished data
+set of the same clips and settings is left unchanged. Any other is refused unless --force, which replaces it but keeps
+shards in which nothing changed; those with a failed clip, or whose source file changed, are rewritten. A folder with
+shards of another tool is always refused.
 """
 
 import argparse
@@ -86,17 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, help="folder or s3:// prefix of clips or tars, or a list of captions")
     parser.add_argument("--output", required=True, help="folder or URL of the data set to write")
     parser.add_argument("--config", metavar="X.yaml", help="YAML with the sections filters and cut")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as filters.min_side=256")
-    parser.add_argument("--layout", choices=LAYOUTS, default="clips", help="how --input is laid out (default clips)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, such as filters.min_side=256")
+    parser.add_argument("--layout", choices=LAYOUTS, default="clips", help="layout of --input (default clips)")
     parser.add_argument(
         "--min-frames", type=int, metavar="N", help="leave out clips with fewer frames (default 1; sky: 49)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores, where it pays)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one per 32 clips, at most the cores)"
+    )
     parser.add_argument(
         "--samples-per-shard", type=int, default=1000, help="maximum input files per tar (default 1000)"
     )
     parser.add_argument("--bytes-per-shard", type=int, default=1 << 30, help="maximum bytes per tar (default 1 GiB)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be kept and why not, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="report what would be kept and why not, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a finished data set made of other clips")
 
 

@@ -1,8 +1,8 @@
-"""What went where: the table with which `latte-data encode` ends where clips have several sizes.
+"""The table of sizes that `latte-data encode` prints at its end if there are several.
 
-In: the sizes, and entries and reports of all shards. Out: a line a size with its clips, how many were enlarged and how
-much of their pictures the crop kept on average, and a line of what was left out, by reason. A size that no clip got is
-a line as well.
+In: the sizes, and entries and reports of all shards. Out: one line per size with its clips, how many were enlarged and
+how much of their pictures the crop kept on average, and a line of the clips left out, by reason. A size without clips
+also has a line.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
-"""Worker processes that Ctrl-C leaves to their command, and that end with it.
+"""Worker processes that leave Ctrl-C to their command, and end with it.
 
-A terminal sends the signal to every process of a command. Workers that took it themselves each died with a traceback,
-wherever they were, half of them while they still imported; now the command ends them, or waits for what they are at,
-and says one line. A command that is killed can do neither: its workers see that it is gone, and leave.
+A terminal sends the signal to every process of a command. Workers that handled it themselves would each die with a
+traceback, some of them during their imports. Instead the command ends them, or waits for their current work, and prints
+one line. A killed command can do neither: its workers notice that it is gone, and exit.
 """
 
 import multiprocessing
@@ -38,6 +38,6 @@ class Workers(SpawnContext):
 
 
 def _leave_with_parent() -> None:
-    """End this process when its parent is gone: nobody would end it otherwise, a pool's workers wait for ever."""
+    """End this process when its parent is gone: nobody would end it otherwise, a pool's workers wait forever."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -1,11 +1,11 @@
-"""`latte-data stats`: what a data set holds, as a page with plots and a table on the console.
+"""`latte-data stats`: show distributions of a data set, as a page with plots and a table on the console.
 
     latte-data stats shards --out stats.html
 
 In: the folder or URL of a data set of clips or of latents. Out: samples and bytes per bucket, and the distributions of
-bytes a sample, caption length, frame size, clip length, frame rate and motion (clips), or caption tokens and motion in
-latents (latents). Buckets and counts are of all samples; the rest is measured on --limit samples spread evenly over the
-data set, because it needs their bytes. Samples that cannot be read are counted and listed, not fatal.
+bytes per sample, caption length, frame size, clip length, frame rate and motion (clips), or caption tokens and motion
+in latents (latents). Buckets and counts cover all samples. The rest needs the samples' bytes and is measured on --limit
+samples spread evenly over the data set. Samples that cannot be read are counted and listed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `latte-data stats`."""
     parser.add_argument("url", help="folder or URL of the data set")
     parser.add_argument("--out", default="stats.html", help="page to write (default stats.html)")
-    parser.add_argument("--limit", type=int, default=1000, help="samples whose bytes are looked at (default 1000)")
+    parser.add_argument("--limit", type=int, default=1000, help="samples whose bytes are read (default 1000)")
 
 
 def main(args: argparse.Namespace) -> int:

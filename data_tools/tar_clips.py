@@ -1,10 +1,10 @@
-"""Clips inside tars, as webdataset and video2dataset write them, found without unpacking.
+"""Finds clips inside tars of webdataset and video2dataset, without unpacking.
 
 In: a store with tars of files that share a key, KEY.mp4 with KEY.txt or "caption" in KEY.json; in shards of ours with
 "captions" and "label" as well. Out: where each video lies, its captions, its class and the video that it was cut from.
-Only headers, .txt and .json are read. A tar that is cut, damaged or hostile is left out and named.
-Pickled members are not opened. To train on such tars as they are, `latte-data index` is quicker; this way their clips
-can be filtered, cut and packed anew.
+Only headers, .txt and .json are read. A tar that is truncated, damaged or malicious is left out and
+reported. Pickled members are not opened. To train on such tars unchanged, `latte-data index` is quicker; this module
+lets their clips be filtered, cut and repacked.
 """
 
 import json

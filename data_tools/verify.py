@@ -1,12 +1,12 @@
-"""`latte-data verify`: read a whole data set again and list every fault.
+"""`latte-data verify`: reread a whole data set and list every fault.
 
     latte-data verify shards
 
-In: the folder or URL of a data set with a manifest. Checked: size and sha256 of each tar, sha256 and row count of each
-index, counts per bucket, crc32c and names of every sample's fields, its class, shapes and finite numbers of its latents
-and of the embeddings of all its captions, the null embedding. What does not fit is read twice. Out: one line a fault on
-standard error, then counts; exit code 1 if there is a fault.
-Files that the manifest does not name (a killed writer's, a foreign tar) are listed but are no fault.
+In: the folder or URL of a data set with a manifest. It checks the size and sha256 of each tar; the sha256 and row count
+of each index; the counts per bucket; the crc32c and names of every sample's fields; its class; that its latents and the
+embeddings of all its captions have the right shape and finite numbers; and the null embedding. A mismatch is read a
+second time. Out: one line per fault on standard error, then counts; exit code 1 if there is a fault.
+Files that the manifest does not list (of a killed writer, a foreign tar) are reported but are not faults.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Encoding every shard of a data set, in this process or in several, beside other commands on other hosts.
+"""Encodes every shard of a data set, in one process or several, together with other commands on other hosts.
 
 In: what to encode, and a number of workers. Out: every shard of the output finished, by whichever worker of whichever
-command. Each worker, alone or one of hundreds, runs the same loop: look for a shard that is not finished, claim it,
-make it. Nothing is handed out, so nothing has to survive for the work to go on: a worker that dies leaves a claim that
-goes stale, and another one makes its shard.
+command. Each worker, alone or one of hundreds, runs the same loop: find an unfinished shard, claim it, encode it. There
+is no coordinator that must survive: a worker that dies leaves a claim that goes stale, and another worker encodes its
+shard.
 """
 
 import os

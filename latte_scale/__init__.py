@@ -1,5 +1,5 @@
 """latte_scale: training Latte, the latent diffusion Transformer for text-to-video, on any number of ranks.
 
-`train.py` is the loop; one batch walked through it is in CONTRIBUTING.md. Nothing is imported here, so that a command
-answers `--help` without torch.
+`train.py` is the training loop; CONTRIBUTING.md follows one batch through it. This module imports nothing, so that
+`--help` needs no torch.
 """

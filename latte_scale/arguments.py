@@ -1,4 +1,4 @@
-"""What command lines share: verbs by name, the parser of one, a config with its overrides, and types of paths.
+"""Shared by all command lines: verbs by name, a verb's parser, a config with its overrides, and types of paths.
 
 The decision worth knowing: options that take a path on a disk do not have the type `Path`, which turns a URL into a
 folder named "s3:": results meant for a bucket would be written there.
@@ -50,7 +50,7 @@ def verb_parser(verb: str, manual: str | None) -> argparse.ArgumentParser:
 def add_config(parser: argparse.ArgumentParser, what: str = "training YAML, see configs/") -> None:
     """The config of a run as every verb takes it: `--config X.yaml key.sub=value ...`."""
     parser.add_argument("--config", required=True, help=what)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file")
 
 
 def disk_path(text: str) -> Path:

@@ -1,6 +1,6 @@
-"""Files that are complete or not there: written under a temporary name, then renamed.
+"""Atomic file writes: under a temporary name, then renamed.
 
-In: a path and its content. Out: the file; whoever reads it meanwhile sees the old content or none. The decision worth
+In: a path and its content. Out: the file; a concurrent reader sees the old content or none. The decision worth
 knowing: the temporary name is random, because processes of two machines may have the same id.
 """
 

@@ -1,4 +1,4 @@
-"""A command ends quietly when the reader of its output is gone, as in `latte-data verify DIR | head`.
+"""Ends a command quietly when the reader of its output is gone, as in `latte-data verify DIR | head`.
 
 In: a command as a function. Out: its exit code, or that of a process that SIGPIPE ended. The signal itself stays
 ignored, because it would also end the process when a store or a peer closes a connection. And a BrokenPipeError is an

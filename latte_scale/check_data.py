@@ -1,4 +1,4 @@
-"""Does this data fit this config? Asked before anything is built, answered with every difference.
+"""Checks that the data matches the config, before anything is built, and reports every difference.
 
 In: a config and its open data sets. Out: nothing, or a ManifestError that says what was expected, what came and what to
 do. Latents are compared with the files of the config's encoders where these are on this machine, else with their names:

@@ -1,6 +1,7 @@
-"""Are the folders of a run the same on all its machines? Asked at its start: a save would find out after an hour.
+"""Checks at the start that all machines of a run share its folders; otherwise a save would fail after an hour.
 
-In: a config and the ranks. Out: nothing, or a StopRunError on all ranks that names the machines. Doctor asks the same.
+In: a config and the ranks. Out: nothing, or a StopRunError on all ranks that names the machines. Doctor makes the same
+check.
 """
 
 import os

@@ -1,16 +1,16 @@
-"""Look at checkpoints, compare and convert them: `latte-scale ckpt ls|verify|diff|convert PATH...`.
+"""List, verify, compare and convert checkpoints: `latte-scale ckpt ls|verify|diff|convert PATH...`.
 
-    latte-scale ckpt ls runs/NAME                       one line a checkpoint, from its manifest
-    latte-scale ckpt verify runs/NAME                   every byte read and checked against its checksum
-    latte-scale ckpt diff A B                           configuration, counters and tensors that differ
+    latte-scale ckpt ls runs/NAME                       one line per checkpoint, from its manifest
+    latte-scale ckpt verify runs/NAME                   read every byte and verify its checksum
+    latte-scale ckpt diff A B                           differences in config, counters and tensors
     latte-scale ckpt convert A TARGET --to deepspeed    also --to dcp and --to latte
 
-PATH is a run folder, its checkpoints folder or one step, on a disk or as s3://BUCKET/PREFIX; `diff` and `convert` also
+PATH is a run folder, its checkpoints folder or one step, on disk or as s3://BUCKET/PREFIX. `diff` and `convert` also
 take a folder of DeepSpeed's save_checkpoint (ZeRO stages 1 to 3, or universal) or of torch.distributed.checkpoint. With
---to latte, TARGET is a folder or s3:// prefix for checkpoints, and the new one exists once its manifest does, like one
-that a run saved. Folders of the other formats must be on a disk. One tensor is in memory at a time; of an upload, one
-part for each connection. A bucket is reached as boto3's environment says (AWS_ENDPOINT_URL, AWS_PROFILE).
-Exit code 1 if something is not sound or differs, 2 if there is nothing to look at or it cannot be converted.
+--to latte, TARGET is a folder or s3:// prefix for checkpoints; the new one is written atomically, its manifest last.
+Folders of other formats must be on disk. Memory holds one tensor at a time and, for an upload, one part per connection.
+Access to a bucket comes from boto3's environment (AWS_ENDPOINT_URL, AWS_PROFILE).
+Exit code 1 if something is damaged or differs, 2 if there is no checkpoint or it cannot be converted.
 """
 
 import argparse
@@ -190,25 +190,25 @@ def with_averages(content: Content, from_weights: bool) -> Content:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = verb_parser("ckpt", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, what in (("ls", "list checkpoints"), ("verify", "read them and check every byte")):
-        verb = verbs.add_parser(name, help=what, description=f"{what}; exit code 1 if one is not sound")
+    for name, what in (("ls", "list checkpoints"), ("verify", "read checkpoints and verify every byte")):
+        verb = verbs.add_parser(name, help=what, description=f"{what}; exit code 1 if one is damaged")
         verb.add_argument(
-            "paths", nargs="+", metavar="PATH", help="a run, its checkpoints folder or one step; s3://, too"
+            "paths", nargs="+", metavar="PATH", help="a run, its checkpoints folder or one step; also in s3://"
         )
         verb.set_defaults(run=look)
-    what = "what differs between two checkpoints"
-    verb = verbs.add_parser("diff", help=what, description=f"{what}; exit code 1 if anything does")
+    what = "compare two checkpoints"
+    verb = verbs.add_parser("diff", help=what, description=f"{what}; exit code 1 if anything differs")
     verb.add_argument("first", metavar="A", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
-    verb.add_argument("second", metavar="B", help="what A may be")
+    verb.add_argument("second", metavar="B", help="the same choices as for A")
     verb.set_defaults(run=diff)
     what = "to and from DeepSpeed's and torch's folders"
     verb = verbs.add_parser("convert", help=what, description=f"{what}: runs/NAME TARGET --to dcp")
     verb.add_argument("source", metavar="SOURCE", help="a run (its newest), a step, or a folder of DeepSpeed or DCP")
-    verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the place of the checkpoints")
+    verb.add_argument("target", metavar="TARGET", help="a new folder; for latte, the checkpoints folder")
     verb.add_argument("--to", choices=FORMATS, required=True, help="format of TARGET")
-    verb.add_argument("--config", type=disk_path, help="the run's config, for a source that does not hold it")
+    verb.add_argument("--config", type=disk_path, help="the run's config, for a source that lacks it")
     verb.add_argument(
-        "--ema-from-weights", action="store_true", help="start EMA trees that SOURCE lacks from its weights"
+        "--ema-from-weights", action="store_true", help="initialize EMA trees that SOURCE lacks from its weights"
     )
     verb.set_defaults(run=convert)
     return parser.parse_args(argv)

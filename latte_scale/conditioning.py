@@ -29,8 +29,8 @@ logger = logging.getLogger("latte_scale")
 class KnownFramesSettings:
     """Training to continue a video: in a share of the clips the first frames are given clean."""
 
-    share: float = 0.0  # share of the clips whose first frames are given, so that they are continued; 0: none
-    most: int | None = None  # most frames given, drawn evenly from 1 on; null: all but the last
+    share: float = 0.0  # fraction of clips whose first frames are given, to learn continuation; 0: none
+    most: int | None = None  # maximum number of given frames, drawn uniformly from 1; null: all but the last
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:

@@ -1,7 +1,7 @@
 """The configuration of a training run: every section's settings class, composed, with the checks that span sections.
 
-A section's dataclass lives beside the code that reads it; this file only puts them together, so owners never import
-it. `load_config` reads a YAML file and overrides; check_data.py holds the config against data.
+A section's dataclass is in the module that reads it; this file only composes them, so owners never import it.
+`load_config` reads a YAML file and overrides; check_data.py compares the config with the data.
 """
 
 import os
@@ -52,8 +52,8 @@ class RunSettings:
     """Where the run lives and the one seed that every random number derives from."""
 
     dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
-    seed: int = 0  # of the order of the data, timesteps, noise, drops and first weights
-    time_budget_s: float | None = None  # seconds from the start of the process to a save and exit code 75; null: no end
+    seed: int = 0  # of data order, timesteps, noise, caption drop and initial weights
+    time_budget_s: float | None = None  # seconds from process start to a save and exit code 75; null: no limit
 
     def __post_init__(self) -> None:
         path_of(self.dir)
@@ -72,8 +72,8 @@ class RunSettings:
 class LatteT2VSection(LatteT2VSettings):
     """The text-to-video model, and where the weights of step 0 come from."""
 
-    # null: random weights. Else a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999`
-    # for one decay) or a folder that `latte-scale import` or `export` wrote.
+    # Initial weights: a run's checkpoint folder (EMA weights; `PATH#model` for the raw ones, `PATH#ema/0.999` for one
+    # decay), or a folder written by `latte-scale import` or `export`; null: random weights.
     init: str | None = None
 
 
@@ -81,29 +81,29 @@ class LatteT2VSection(LatteT2VSettings):
 class LatteSection(LatteSettings):
     """The class-conditional or unconditional model, and where the weights of step 0 come from."""
 
-    init: str | None = None  # as that of latte_t2v; null: random weights
+    init: str | None = None  # as for latte_t2v; null: random weights
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The optimization run."""
 
-    steps: int  # optimizer steps, skipped ones included
-    global_batch: int  # samples a step, over all ranks; need not divide by the number of ranks
-    micro_batch: int = 1  # samples a forward pass on one rank (memory); free to change on resume
-    # What every step has the same number of. tokens: both batches above count clips of the size of `video` itself, and
-    # of a size of video.more_sizes as many more or fewer are taken as cost the same.
+    steps: int  # optimizer steps, including skipped ones
+    global_batch: int  # samples per step over all ranks; need not be divisible by the number of ranks
+    micro_batch: int = 1  # samples per forward pass on one rank; limited by memory
+    # What is equal in all steps. tokens: global_batch and micro_batch count clips of the size of `video` itself; a step
+    # with another size of video.more_sizes takes more or fewer clips, at about the same cost.
     batch_budget: BatchBudget = "samples"
     lr: float = 1e-4  # peak learning rate (Latte: 1e-4)
-    lr_schedule: LrSchedule = "constant"  # after the warm-up; cosine ends at 0 at train.steps
-    warmup_steps: int = 0  # linear from 0, in applied updates
-    # bf16: fp32 master weights, autocast, fp32 reduction; fp8: the same, with the blocks' products in 8-bit floats.
+    lr_schedule: LrSchedule = "constant"  # after the warm-up; cosine decays to 0 at train.steps
+    warmup_steps: int = 0  # linear warm-up from 0, in applied updates
+    # bf16: autocast, with fp32 master weights and reductions; fp8: the same, with the blocks' matrix products in fp8.
     precision: Precision = "fp32"
-    deterministic: bool = False  # ask torch for deterministic kernels (bitwise resume on a GPU)
-    caption_drop: float = 0.1  # share of captions (or labels) replaced by the empty one, for classifier-free guidance
-    joint_images: int = 0  # images trained with each clip: frames of the clip itself, or of the set data.images
+    deterministic: bool = False  # use deterministic kernels (needed for bitwise resume on a GPU)
+    caption_drop: float = 0.1  # fraction of captions (or labels) dropped for classifier-free guidance
+    joint_images: int = 0  # images trained with each clip, from the clip itself or from data.images
     known_frames: KnownFramesSettings = field(default_factory=KnownFramesSettings)
-    max_skipped: int = 8  # non-finite updates in a row that are skipped before the run stops with exit code 78
+    max_skipped: int = 8  # consecutive non-finite updates skipped before the run stops with exit code 78
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):

@@ -1,12 +1,12 @@
-"""`latte-scale coverage --config configs/X.yaml [key.sub=value ...]`: what a run would see of its data, before it runs.
+"""`latte-scale coverage --config configs/X.yaml [key.sub=value ...]`: count what a run would use of its data.
 
     latte-scale coverage --config configs/sizes_cpu.yaml data.url=runs/mine/latents --ranks 2
 
-In: a training config. Out: for every bucket of every data set its clips, the batch of its steps, and how many clips
-train.steps use and leave over; the trainer prints the same table and writes it to RUN/coverage.json. With --ranks also
-the micro-batches of a step on each rank, which sizes leave ranks idle and what to set, or why that many ranks cannot
-train it. Only manifests are read; with data.holdout, or for whole clips of several sizes, also the indices. Exit codes:
-0, or 2 with what is wrong.
+In: a training config. Out: for every bucket of every data set, its clips, its batch size, and the clips that
+train.steps use and leave over. The trainer prints the same table and writes it to RUN/coverage.json. With --ranks, also
+the micro-batches per step on each rank, the sizes that leave ranks idle and the settings that avoid it, or why that
+many ranks cannot train the config. It reads only manifests; with data.holdout, or for whole clips of several sizes,
+also the indices. Exit code 0, or 2 with the reason.
 """
 
 import argparse

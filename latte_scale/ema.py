@@ -1,10 +1,9 @@
-"""Exponential moving averages of the weights, each rank on its own pieces.
+"""Exponential moving averages of the weights, on each rank's own shards.
 
-In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors,
-one a shard.
-The decision worth knowing: an average moves towards the weights as gradient descent on half their squared distance
-does, so torch's fused SGD updates it: one pass over both, each element by itself, so that its bits do not depend on how
-the weights are sharded, and equal those computed on gathered weights.
+In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors, one per
+shard. The decision worth knowing: an average moves towards the weights as gradient descent on half their squared
+distance does, so torch's fused SGD updates it, in one pass over both. The update is elementwise, so its bits do not
+depend on the sharding and equal those computed on gathered weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,8 @@ from latte_scale.engine.base import Engine, LocalShard
 class EmaSettings:
     """Which averages of the weights to keep; an empty tuple keeps none."""
 
-    decays: tuple[float, ...] = (0.9999,)  # share of the old average that an applied update keeps
-    warmup: bool = False  # update n (from 0) keeps at most (1 + n) / (10 + n): the first weights are soon forgotten
+    decays: tuple[float, ...] = (0.9999,)  # fraction of the old average that an applied update keeps
+    warmup: bool = False  # cap the decay of update n (from 0) at (1 + n) / (10 + n), to forget initial weights
 
     def __post_init__(self) -> None:
         if not all(0.0 < decay < 1.0 for decay in self.decays):

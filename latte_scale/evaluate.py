@@ -3,15 +3,15 @@
     latte-scale evaluate --metrics fvd,clip --real shards --fake samples --out scores.json
 
 In: --fake, a folder of videos (with `prompts.jsonl`, as `latte-scale sample` writes it) or shards; --real, a folder of
-videos or shards, in s3:// too. Out: a JSON file with a number a metric, and under "metrics" its 95 % interval, counts,
-frame policy and the sha256 of the network. On several GPUs: `torchrun --nproc_per_node 8 -m latte_scale.evaluate ...`;
-the scores do not depend on how many.
+videos or shards; either may be in s3://. Out: a JSON file with one number per metric and, under "metrics", its 95 %
+confidence interval, counts, frame policy and the sha256 of the network. On several GPUs, run `torchrun --nproc_per_node
+8 -m latte_scale.evaluate ...`; the scores do not depend on their number.
 
-fvd, fid, kid compare with real clips; is, clip (frames and their prompt) and clip_consistency (neighbouring frames)
-look at the samples alone. Their networks are files you name (--i3d, --inception, --clip) or put at their usual place;
-without them the command says what to fetch and where to put it. Features of real clips are kept in $LATTE_CACHE.
-shapes says whether moving shapes follow their prompts (--real: the clips with shapes.json), psnr how near overfitted
-videos come to their clips; they need no network.
+fvd, fid and kid compare with real clips. is, clip (frames with their prompt) and clip_consistency (consecutive frames)
+need only the samples. Their networks are files, named by --i3d, --inception, --clip or in their default place; if one
+is missing, the command says what to fetch and where to put it. Features of real clips are cached in $LATTE_CACHE.
+shapes checks whether moving shapes follow their prompts (--real: the clips with shapes.json). psnr compares overfitted
+videos with their clips. Neither needs a network.
 """
 
 import argparse
@@ -37,7 +37,7 @@ METRICS = (*FOLDER_METRICS, *NETWORK_OF)
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = verb_parser("evaluate", __doc__)
     default = Protocol()
-    parser.add_argument("--metrics", default="shapes", help=f"comma-separated, of: {', '.join(METRICS)}")
+    parser.add_argument("--metrics", default="shapes", help=f"comma-separated list of: {', '.join(METRICS)}")
     parser.add_argument("--real", help="real clips: a folder, or shards with pixels")
     parser.add_argument("--fake", required=True, help="sampled videos: a folder, or shards with pixels")
     parser.add_argument("--out", required=True, type=output_file, help="JSON file for the scores")
@@ -45,12 +45,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", help=f"the {name} network: path or URL (default: networks/{usual} in the cache)"
         )
-    parser.add_argument("--frames", type=int, help="frames of a clip (default: of the samples, else 16)")
-    parser.add_argument("--frame-interval", type=int, help="of real clips (default: of the samples, else 3)")
-    parser.add_argument("--size", type=int, help="pixels a side (default: those of the first sampled clip)")
-    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="clips of either set")
-    parser.add_argument("--resamples", type=int, default=default.num_resamples, help="for intervals; 0: none")
-    parser.add_argument("--seed", type=int, default=default.seed, help="draws clips, windows and resamples")
+    parser.add_argument("--frames", type=int, help="frames per clip (default: as the samples, else 16)")
+    parser.add_argument("--frame-interval", type=int, help="of the real clips (default: as the samples, else 3)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: that of the first sampled clip)")
+    parser.add_argument("--num-clips", type=int, default=default.num_clips, help="clips per set")
+    parser.add_argument(
+        "--resamples", type=int, default=default.num_resamples, help="bootstrap resamples for the intervals; 0: none"
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="of the choice of clips, windows and resamples")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="clips embedded at a time")
     return parser.parse_args(argv)
 

@@ -1,12 +1,12 @@
-"""Write trained weights for others: `latte-scale export`.
+"""`latte-scale export`: write trained weights in published formats.
 
     latte-scale export --checkpoint runs/quickstart/run --out runs/quickstart/pipeline
     latte-scale export --checkpoint runs/ffs --format official --out ffs.pt
 
-A text-to-video run becomes a folder that `diffusers.LattePipeline.from_pretrained` loads, with the frozen encoders it
-was trained with. A class model, which diffusers does not have, becomes a .pt file in the layout of the official code
-(`--format official`). Both take the EMA weights by default, are strict in every tensor, and appear under their name
-only when they are complete; projections that only the contrastive loss used are dropped and named.
+A text-to-video run becomes a folder that `diffusers.LattePipeline.from_pretrained` loads, with the frozen encoders of
+its training. A class-conditional model, which diffusers does not support, becomes a .pt file in the layout of the
+official code (`--format official`). Both use the EMA weights by default, check every tensor, and are written
+atomically. Projections used only by the contrastive loss are dropped and listed.
 """
 
 import argparse
@@ -163,12 +163,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--format",
         choices=("pipeline", "official"),
         default="pipeline",
-        help="pipeline: text-to-video for diffusers; official: a class model for the code of its authors",
+        help="pipeline: text-to-video, for diffusers; official: class-conditional, for the authors' code",
     )
     parser.add_argument(
         "--latent-side",
         type=int,
-        help="official: side of the latents of its spatial table (default: that of the weights)",
+        help="official: latent side of the spatial position table (default: that of the weights)",
     )
     return parser.parse_args(argv)
 

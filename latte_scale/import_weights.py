@@ -1,13 +1,13 @@
-"""Bring published weights into the form that `model.init` and `sample` take: `latte-scale import`.
+"""`latte-scale import`: convert published weights to a folder that `model.init` and `sample` take.
 
     latte-scale import --source Latte-1 --out weights/latte-1
     latte-scale import --source ffs.pt --out weights/ffs
     latte-scale import --source DiT-XL-2-256x256.pt --out weights/from-dit --depth twice --num-classes 101
 
-The layout is told from the file: a folder of diffusers (Latte-1, PixArt-alpha) or of ours, the official class models'
-.pt, the old t2v.pt, DiT's .pt, PixArt-alpha's .pth. A .pt file is read without running anything in it. Out comes a
-folder with config.json and one float32 safetensors file, which is complete or not there. Every tensor that is dropped
-or new is named, anything else that does not fit is an error, and so is an option that the layout does not read.
+The layout is detected: a folder of diffusers (Latte-1, PixArt-alpha) or of this project, the official class-conditional
+models' .pt, the old t2v.pt, DiT's .pt, PixArt-alpha's .pth. Reading a .pt file runs no code from it. The output folder
+has a config.json and one float32 safetensors file, and is written atomically. Every dropped or new tensor is listed.
+Any other mismatch is an error, and so is an option that the layout does not use.
 """
 
 import argparse
@@ -62,24 +62,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--source", required=True, type=disk_path, help="a .pt or .pth file, or a folder with config.json"
     )
     parser.add_argument("--out", required=True, type=disk_path, help="new or empty folder")
+    parser.add_argument("--part", choices=("ema", "model"), help="EMA or raw weights of the file (default: EMA)")
+    parser.add_argument("--num-heads", type=int, help="attention heads, if the width is not a published one")
     parser.add_argument(
-        "--part", choices=("ema", "model"), help="averaged or raw weights of a file (default: averaged)"
+        "--num-frames", type=int, help="maximum frames of a clip, if the source does not say (default 16)"
     )
-    parser.add_argument("--num-heads", type=int, help="heads, where the width is none of the published ones")
-    parser.add_argument(
-        "--num-frames", type=int, help="most frames of a clip, where the source does not say (default 16)"
-    )
-    parser.add_argument("--sample-size", type=int, help="latent side of the positions, if the source does not say")
+    parser.add_argument("--sample-size", type=int, help="latent side of the position grid, if the source does not say")
     parser.add_argument(
         "--depth",
         choices=("same", "twice"),
-        help="DiT: block i into block i (default), or into the spatial blocks, with temporal ones that add 0 at first",
+        help="DiT: block i to block i (default), or to the spatial blocks, with temporal ones that add 0 at first",
     )
     parser.add_argument(
-        "--num-classes", type=int, help="DiT: a new number of classes; each starts from the null label's row"
+        "--num-classes", type=int, help="DiT: a new number of classes, each initialized from the null label"
     )
     parser.add_argument(
-        "--learned-positions", action="store_true", default=None, help="class model: keep temp_embed as a trained table"
+        "--learned-positions",
+        action="store_true",
+        default=None,
+        help="class-conditional: keep temp_embed as a learned table",
     )
     return parser.parse_args(argv)
 

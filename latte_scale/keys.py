@@ -1,11 +1,10 @@
-"""`latte-scale keys`: every setting of a training run with its type, its default and what it means.
+"""`latte-scale keys`: list every setting of a training run with its type, default and meaning.
 
-    latte-scale keys                     all of them, by section
-    latte-scale keys train engine.zero   those that begin so
+    latte-scale keys                     all keys, by section
+    latte-scale keys train engine.zero   the keys that start with these
 
-In: nothing but the dataclasses of config.py. Out: the keys that a YAML file and `key.sub=value` may set; a star marks
-those that may change on resume. Exit code 2 if no key begins as asked. The printed meaning is the comment beside the
-field in the source, so whoever changes a field sees what it says.
+Out: the keys that a YAML file and `key.sub=value` may set; a star marks those that may change on resume. Exit code 2 if
+no key matches. The keys are the fields of the dataclasses of config.py; the meaning is the comment next to the field.
 """
 
 import ast
@@ -27,7 +26,7 @@ from latte_scale.config import Config, is_free_on_resume
 from latte_scale.settings import kind_of, sections_of, type_name
 
 WIDTH = 110
-STAR = "* may change when a run goes on (train.steps not under a cosine); the others need --allow-change KEY"
+STAR = "* may change on resume (train.steps not with lr_schedule=cosine); other keys need --allow-change KEY"
 
 
 class Key(NamedTuple):
@@ -98,7 +97,7 @@ def text_of(keys: Sequence[Key]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the keys; exit code 2 with the nearest one where none begins as asked."""
     parser = verb_parser("keys", __doc__)
-    parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or the first letters of either")
+    parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or a prefix of either")
     args = parser.parse_args(argv)
     keys = list(keys_of(Config))
     for beginning in args.beginnings:

@@ -21,11 +21,11 @@ LrSchedule = Literal["constant", "cosine"]
 class OptimSettings:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101). The learning rate and its schedule are in `train`."""
 
-    betas: tuple[float, float] = (0.9, 0.999)  # decay of the first and second moment, an update
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.0  # of matrices only: biases, norms and other vectors are never decayed
-    clip_norm: float | None = 1.0  # largest global L2 norm of the gradient; null: no clipping
-    clip_from_update: int = 0  # applied updates before clipping begins (Latte's recipe: 20,000 and more)
+    betas: tuple[float, float] = (0.9, 0.999)  # decay per update of the first and second moment
+    eps: float = 1e-8  # added to the square root of the second moment
+    weight_decay: float = 0.0  # of matrices only; biases, norms and other vectors are never decayed
+    clip_norm: float | None = 1.0  # maximum global L2 norm of the gradient; null: no clipping
+    clip_from_update: int = 0  # applied updates before clipping starts (Latte's recipe: 20,000 and more)
 
     def __post_init__(self) -> None:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

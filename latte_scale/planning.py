@@ -1,7 +1,7 @@
 """A run's data as its config describes it: data sets, the plan (step -> samples), and the loader of one rank.
 
 The trainer, `latte-scale coverage` and `latte-scale bench loader` call the same functions, so what is printed or
-measured before a run is what it does.
+measured before a run is what the run does.
 """
 
 from collections.abc import Sequence

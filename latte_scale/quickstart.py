@@ -1,14 +1,14 @@
 """The whole path on this machine: `latte-scale quickstart [--out runs/quickstart] [--clips DIR] [--full]`.
 
     latte-scale quickstart                                    moving shapes: two to three minutes on two cores
-    latte-scale quickstart --full                             a quarter of an hour, until they follow the prompts
-    latte-scale quickstart --clips my_clips --out runs/qs     a few real clips, learned by heart: eleven minutes
+    latte-scale quickstart --full                             until they follow the prompts: a quarter of an hour
+    latte-scale quickstart --clips my_clips --out runs/qs     overfit a few real clips: eleven minutes
 
-Clips and captions -> tar shards -> latents and text embeddings -> LatteT2V trained on 2 ranks under FSDP2, killed with
+Clips and captions -> tar shards -> latents and text embeddings -> LatteT2V trained on 2 ranks with FSDP2, killed with
 SIGKILL between two checkpoints and resumed by the same command -> videos for held-out prompts -> scores -> report.html.
-Every stage is the command that a user would type, run as a process of its own and printed before it starts. Without
---clips the clips show moving coloured shapes, and the score says whether the sampled object has the prompted colour,
-shape and direction; with --clips the model is overfitted to the given ones, and the score is the PSNR to them.
+Every stage is a command that a user would type; it is printed, then run in its own process. By default the clips show
+moving coloured shapes, and the score counts samples with the prompted colour, shape and direction. With --clips the
+model overfits the given clips, and the score is the PSNR against them.
 """
 
 import argparse
@@ -330,10 +330,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--out",
         type=disk_path,
         default=Path("runs/quickstart"),
-        help="folder for everything it makes; emptied first, if it is an earlier one's",
+        help="output folder; emptied first if it holds an earlier quickstart",
     )
-    parser.add_argument("--clips", type=disk_path, help="folder of real clips with captions.jsonl, instead of shapes")
-    parser.add_argument("--full", action="store_true", help="train until shapes and directions are right as well")
+    parser.add_argument("--clips", type=disk_path, help="folder of real clips with a captions.jsonl, instead of shapes")
+    parser.add_argument("--full", action="store_true", help="train until shape and direction are right as well")
     args = parser.parse_args(argv)
     if args.full and args.clips:
         parser.error("--full is about the moving shapes; drop it, or drop --clips")

@@ -3,10 +3,10 @@
     latte-scale report runs/t2v_256 --samples samples --scores scores.json --out report.html
     latte-scale report runs/ablation-a runs/ablation-b --out both.html
 
-In: run folders (metrics.jsonl, and what else of config.yaml, facts.json, exit.json, validation.jsonl, samples/,
-evaluation/ and logs/restarts.jsonl is there); if given, a folder of sampled videos with prompts.jsonl and files that
-`latte-scale evaluate` wrote. Out: a page that needs no network and no other file: charts are drawn by its own script,
-videos are inside. Several runs stand side by side.
+In: run folders with metrics.jsonl and, if present, config.yaml, facts.json, exit.json, validation.jsonl, samples/,
+evaluation/ and logs/restarts.jsonl; optionally a folder of sampled videos with prompts.jsonl, and files written by
+`latte-scale evaluate`. Out: a page that needs no network and no other file; script and videos are embedded. Several
+runs are shown side by side.
 """
 
 import argparse
@@ -28,9 +28,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=disk_path,
         action="append",
         default=[],
-        help="file of latte-scale evaluate; repeatable",
+        help="file written by latte-scale evaluate; repeatable",
     )
-    parser.add_argument("--title", default="latte_scale run", help="of the page")
+    parser.add_argument("--title", default="latte_scale run", help="title of the page")
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,8 @@
-"""Resuming: which settings may have changed since the checkpoint, what is loaded, which logged steps are taken back.
+"""Resuming: which settings may differ from the checkpoint's, what is loaded, which logged steps are rewound.
 
-In: the newest sound checkpoint, or none, and this attempt's config and data. Out: `Progress`, from which everything
-else follows, with weights, moments and averages in this rank's shards; or StopRunError, which names each difference
-that would make it another run, and how to allow it.
+In: the newest valid checkpoint, or none, and this attempt's config and data. Out: `Progress`, from which everything
+else follows, with weights, moments and EMA in this rank's shards; or StopRunError, which lists every difference that
+would make this a different run, and how to allow it.
 """
 
 import difflib

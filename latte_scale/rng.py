@@ -1,7 +1,7 @@
 """Keyed random numbers: every draw of a run is a pure function of (seed, stream, step, index, sub).
 
-Timesteps, noise, VAE posterior draws, caption drop and clip windows all come from here, so that a sample sees the
-same randomness on any rank, in any micro-batch and at any world size, and nothing has to be saved to resume.
+Timesteps, noise, VAE posterior draws, caption drop and clip windows all come from here, so that a sample gets the
+same random numbers on any rank, in any micro-batch and at any world size, and a resume needs no saved RNG state.
 The generator is Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") as numpy ships it: the
 key holds (seed, stream), the counter holds (draw, sub, index, step). Numbers are drawn on the host, so they are equal
 on every kind of device.

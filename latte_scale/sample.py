@@ -1,19 +1,18 @@
-"""Sample videos from trained weights.
+"""Generate videos from trained weights.
 
     latte-scale sample --checkpoint runs/NAME --prompt "a red circle moves left" --out samples
     latte-scale sample --checkpoint runs/ucf101 --label 3 --label 7 --guidance 4 --out samples --formats mp4,gif
 
-In: weights (a run, one of its checkpoints, a folder that `export` or `import` wrote, or a .safetensors file of one) and
-what to show: prompts, classes (--label), or with an unconditional model a --count. Out: one file a video and format,
-which says in its metadata how it was made, and `prompts.jsonl`, which says what each file shows and can be passed as
---prompts again. Many prompts go over many ranks, and a model too large for one device over several with --shard:
+In: weights (a run, one of its checkpoints, a folder written by `export` or `import`, or its .safetensors file) and
+prompts, classes (--label) or, for an unconditional model, a --count. Out: one file per video and format, with the
+settings in its metadata, and `prompts.jsonl`, which lists what each file shows and can be passed as --prompts again.
+torchrun distributes the prompts over ranks; --shard distributes a model that is too large for one device:
 
     torchrun --nproc_per_node 8 -m latte_scale.sample --checkpoint runs/NAME --prompts prompts.txt --out DIR
 
-A video can start from another one: `--init-video F --strength 0.6` noises F and denoises it again, `--init-video F
---known-frames 4` continues its first four frames, and need not have more than those; an image is a clip of one. Video i
-has the noise of --seed plus i, from a CPU generator of its own: neither the batch size nor the number of ranks changes
-it.
+A video can start from another one. `--init-video F --strength 0.6` adds noise to F and denoises it again.
+`--init-video F --known-frames 4` continues the first four frames of F, which need not have more; an image counts as one
+frame. Video i takes its noise from seed --seed + i on the CPU, whatever the batch size and the number of ranks.
 """
 
 import argparse
@@ -298,32 +297,36 @@ def follow(bar: Progress, task: Any, done: int, batch: int) -> Callable[[int, in
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = verb_parser("sample", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="run, checkpoint, folder of weights or its .safetensors; PATH#TREE for one")
+    add(
+        "--checkpoint",
+        required=True,
+        help="run, checkpoint, folder of weights or its .safetensors; PATH#TREE for a tree",
+    )
     add("--prompt", action="append", default=[], help="text of one video; repeatable")
     add(
         "--prompts",
         type=disk_path,
-        help='one prompt a line, or JSON lines: "text" or "label", also "seed" and "negative"',
+        help='file with one prompt per line, or JSON lines: "text" or "label", also "seed" and "negative"',
     )
     add("--label", action="append", default=[], type=int, help="class of one video; repeatable")
-    add("--count", type=int, default=0, help="videos of an unconditional model")
+    add("--count", type=int, default=0, help="number of videos, for an unconditional model")
     add("--out", required=True, type=disk_path, help="folder for the videos")
-    add("--weights", help="of a checkpoint: ema (default), raw, or a tree such as ema/0.999")
+    add("--weights", help="tree of a checkpoint: ema (default), raw, or one such as ema/0.999")
     add("--sampler", help="ddim, ddpm, dpm++ (epsilon, v); euler, heun, dpm++ (flow)")
     add("--steps", type=int, default=50, help="denoising steps")
     add("--guidance", type=float, help="classifier-free guidance (default 7.5, classes 7; 1: none)")
     add("--negative", help="negative prompt (default: the empty caption)")
-    add("--seed", type=int, default=0, help="video i starts from the noise of seed + i")
-    add("--batch-size", type=int, default=8, help="videos sampled at a time on a rank: memory only")
+    add("--seed", type=int, default=0, help="video i takes its noise from seed + i")
+    add("--batch-size", type=int, default=8, help="videos sampled at a time per rank; affects memory only")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training")
-    add("--shard", action="store_true", help="cut the model over the ranks, for one that does not fit on a device")
-    add("--temporal-decoder", help="folder or hub id of SVD's AutoencoderKLTemporalDecoder, in place of the VAE's own")
+    add("--shard", action="store_true", help="shard the model over the ranks, if it does not fit on one device")
+    add("--temporal-decoder", help="folder or hub id of SVD's AutoencoderKLTemporalDecoder, instead of the VAE's own")
     add("--init-video", type=disk_path, help="a clip to start from (--strength) or to continue")
-    add("--strength", type=float, help=f"share of the steps walked from --init-video (default {DEFAULT_STRENGTH})")
-    add("--known-frames", type=int, default=0, help="first frames of --init-video that are kept")
-    add("--formats", default="mp4", help="comma-separated, of mp4, gif and png, a sheet of all frames")
-    add("--fps", type=int, default=8, help="frames per second of the files")
-    add("--config", type=disk_path, help="YAML with encoders and video, for weights that are no run's")
+    add("--strength", type=float, help=f"fraction of the steps to run from --init-video (default {DEFAULT_STRENGTH})")
+    add("--known-frames", type=int, default=0, help="first frames of --init-video to keep")
+    add("--formats", default="mp4", help="comma-separated list of mp4, gif and png (a sheet of all frames)")
+    add("--fps", type=int, default=8, help="frames per second of the video files")
+    add("--config", type=disk_path, help="YAML with encoders and video, for weights outside a run")
     return parser.parse_args(argv)
 
 

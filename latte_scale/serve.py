@@ -1,11 +1,11 @@
-"""A small demo: prompt in, video out, in a browser at http://127.0.0.1:7860.
+"""A small demo in the browser, at http://127.0.0.1:7860: prompt in, video out.
 
     latte-scale serve --checkpoint runs/NAME
 
-In: what `latte-scale sample` takes (a run, one of its checkpoints, an exported folder). Out: a page with a prompt (a
-class, or nothing for an unconditional model), seed, steps and guidance that gives back a video, and the same as an API
-(`/sample`). It listens on this machine only unless --host says otherwise: there is no password. A seed gives the video
-that `latte-scale sample` gives. Needs gradio: pip install 'latte_scale[serve]'.
+In: the weights that `latte-scale sample` takes (a run, one of its checkpoints, an exported folder). Out: a page that
+takes a prompt (or a class, or nothing for an unconditional model), seed, steps and guidance and returns a video; the
+API `/sample` does the same. There is no password, so it listens on this machine only unless --host is set. A seed gives
+the same video as `latte-scale sample`. Needs gradio: pip install 'latte_scale[serve]'.
 """
 
 import argparse
@@ -158,11 +158,11 @@ def open_page(page: Any, host: str, port: int | None) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = verb_parser("serve", __doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="run, checkpoint or folder of weights; PATH#TREE for one of its trees")
-    add("--weights", help="of a checkpoint: ema (default), raw, or a tree such as ema/0.999")
-    add("--config", type=disk_path, help="YAML with encoders and video, for weights that are no run's")
+    add("--checkpoint", required=True, help="run, checkpoint or folder of weights; PATH#TREE for a tree")
+    add("--weights", help="tree of a checkpoint: ema (default), raw, or one such as ema/0.999")
+    add("--config", type=disk_path, help="YAML with encoders and video, for weights outside a run")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, as in training")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets in everybody")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 admits everybody")
     add("--port", type=int, default=7860, help="port to listen on")
     add("--fps", type=int, default=8, help="frames per second of the videos")
     return parser.parse_args(argv)

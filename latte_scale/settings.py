@@ -1,7 +1,7 @@
 """The strict YAML reader: a file and `key.sub=value` overrides in, a frozen dataclass out.
 
-Settings are plain frozen dataclasses that live beside the code that reads them; this module imports none of them and
-they import nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
+Settings are plain frozen dataclasses in the modules that read them; this module imports none of them and they import
+nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
 is an error that says what was expected and what came, and `__post_init__` of a dataclass checks what concerns its own
 section. Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in
 several kinds is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.

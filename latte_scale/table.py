@@ -1,8 +1,7 @@
-"""`latte-scale table`: parameters and work of every size and variant of Latte, and of the released LatteT2V.
+"""`latte-scale table`: parameters and FLOPs of every size and variant of Latte, and of the released LatteT2V.
 
-In: nothing but options. Out: two Markdown tables on the console. Parameters are those of models built on the meta
-device, so nothing is allocated; work is the analytic count of model/flops.py for one clip of 16 frames, whose MLP,
-attention and rest are told apart.
+Out: two Markdown tables on the console. Parameters are counted on models built on the meta device, so nothing is
+allocated. FLOPs are the analytic count of model/flops.py for one clip of 16 frames, split into MLP, attention and rest.
 
     latte-scale table --patch-size 2
 """
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = verb_parser("table", __doc__)
-    parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2, help="patches of Latte")
+    parser.add_argument("--patch-size", type=int, choices=(2, 4, 8), default=2, help="patch size of Latte")
     return parser.parse_args(argv)
 
 

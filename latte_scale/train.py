@@ -1,14 +1,14 @@
 """Train Latte: `latte-scale train --config configs/X.yaml [key.sub=value ...] [--allow-change KEY] [--profile [N]]`.
 
-The same module runs alone, under torchrun and under the deepspeed launcher, with the same arguments:
+It runs alone, under torchrun or under the deepspeed launcher, with the same arguments:
 
     latte-scale train --config configs/tiny_cpu.yaml data.url=runs/quickstart/latents run.dir=runs/tiny
     torchrun --nproc_per_node 2 -m latte_scale.train --config configs/tiny_cpu.yaml engine.kind=fsdp2
 
-Resume is the same command: the newest sound checkpoint of the run folder is loaded, and since data, noise and schedule
-are functions of the step, nothing else has to be restored. Exit codes: 0 done; 75 stopped by a signal (or Ctrl-C) and
-saved: "requeue me"; 78 do not requeue (configuration, data that does not fit, too many non-finite updates in a row);
-1 anything else. Rank 0 also writes code and reason to `exit.json`, because launchers turn every failure into 1.
+To resume, run the same command again. It loads the newest valid checkpoint of the run folder; data, noise and schedule
+are functions of the step, so there is nothing else to restore. Exit codes: 0 done; 75 stopped by a signal (or Ctrl-C)
+and saved, requeue; 78 do not requeue (wrong config, data that does not match, too many consecutive non-finite updates);
+1 any other failure. Rank 0 writes code and reason to `exit.json`, because launchers turn every failure into 1.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def train(
     profile: Profile,
     allow_change: Sequence[str],
 ) -> int:
-    """One attempt of a run, from its newest checkpoint to train.steps or to a stop; returns the exit code."""
+    """Run one attempt, from the newest checkpoint to train.steps or to a stop; return the exit code."""
     if config.train.deterministic:
         make_deterministic()
     checkpoints = config.checkpoint_store
@@ -113,7 +113,7 @@ def train(
     if found is None:
         check_start(config, checkpoints, ranks)
 
-    # Data: what is stored, whether it fits the model, and which samples form a step.
+    # Data: what is stored, whether it matches the config, and which samples form a step.
     datasets = open_data(config)
     check_data(config, datasets)
     config = replace(config, data=resolve_data_settings(config, datasets, found))
@@ -123,7 +123,7 @@ def train(
     conditioner = make_conditioner(config, datasets, ranks.device)
     validator = Validator(config, datasets, conditioner, ranks, folder, fence, console)
 
-    # Model and optimizer, built together and sharded by the engine; the averages live on the same shards.
+    # Model and optimizer, built and sharded by the engine; the EMA uses the same shards.
     model = initial_model(config, ranks, is_new=found is None)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
@@ -132,10 +132,10 @@ def train(
     engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)
     ema = Ema(engine.local_shards(), config.ema)
 
-    # Resume: everything but tensors is a function of the step.
+    # Resume: everything except tensors is a function of the step.
     trees = state_trees(engine.local_shards(), ema.trees)
     progress = Progress() if found is None else resume(config, fingerprint, found, trees, engine, ema, allow_change)
-    fence.check()  # before logged steps are taken back: an attempt that froze until here may have been replaced
+    fence.check()  # before logged steps are rewound: an attempt that froze until here may have been replaced
     last_logged = rewind_log(folder, progress, found, broken, console)
     validator.rewind(progress.step)
     folder.write_config(config)
@@ -182,7 +182,7 @@ def train(
             # ---------------------------------------------------------------------------------
 
             if len(readback) > 1:
-                journal.take(*readback.pop())  # the step before this one; this one may still be running
+                journal.take(*readback.pop())  # the previous step; this one may still be running
             for replacement in (r for micro_batch in micro_batches for r in micro_batch.replaced):
                 folder.note_replacement(replacement)
             if validator.is_due(step + 1) and not journal.stop_requested:
@@ -200,13 +200,13 @@ def train(
             watchdog.arm()
             profile.step()
     watchdog.arm(SLOW_FACTOR)
-    checkpointer.finish(hurry=journal.stop_requested)  # the last save is complete before the exit code says so
-    is_done = journal.progress.step >= config.train.steps  # more steps than that where train.steps was lowered
+    checkpointer.finish(hurry=journal.stop_requested)  # complete the last save before returning an exit code
+    is_done = journal.progress.step >= config.train.steps  # greater where train.steps was lowered
     return DONE if is_done else REQUEUE
 
 
 def resolve_data_settings(config: Config, datasets: Sequence[Dataset], found: Checkpoint | None) -> DataSettings:
-    """The data section with its shuffle window written out: resolved once, then kept by the checkpoints."""
+    """The data section with its shuffle window resolved; checkpoints then keep the value."""
     if config.data.shuffle_window is None and found is not None:
         return replace(config.data, shuffle_window=found.manifest.config["data"]["shuffle_window"])
     return resolve_settings(config.data, datasets)
@@ -235,7 +235,7 @@ def make_conditioner(config: Config, datasets: Sequence[Dataset], device: torch.
 
 
 def initial_model(config: Config, ranks: Ranks, is_new: bool) -> Latte | LatteT2V:
-    """The model of step 0: seeded random weights, or those that model.init names. Equal on every rank.
+    """The model of step 0, identical on every rank: seeded random weights, or those of model.init.
 
     Rank 0 prints in which settings the run differs from those the weights were trained with. `is_new`: False for a run
     that resumes from a checkpoint; model.init is not read then, for its weights may be gone.
@@ -268,7 +268,7 @@ def make_trackers(config: Config, folder: RunFolder, progress: Progress, last_lo
 def make_journal(
     config: Config, progress: Progress, folder: RunFolder, fence: Fence, ranks: Ranks, trackers: Trackers
 ) -> Journal:
-    """The journal of the steps; only rank 0's writes to files."""
+    """The journal of the steps; only that of rank 0 writes files."""
     return Journal(
         progress,
         MetricsFile(folder.metrics_path, fence.check, trackers.log) if ranks.rank == 0 else None,
@@ -285,7 +285,7 @@ def make_journal(
 
 
 def learning_rate(config: Config, updates: int) -> float:
-    """The learning rate of a step before which `updates` updates were applied."""
+    """The learning rate of a step after `updates` applied updates."""
     return lr_at(
         updates,
         lr=config.train.lr,
@@ -321,7 +321,7 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     for dataset in datasets:
         buckets = ", ".join(f"{name}: {count}" for name, count in dataset.buckets.items())
         console.print(f"data {dataset.store.url}: {dataset.manifest.count} samples ({buckets})")
-    last = max(progress.step, config.train.steps)  # train.steps may have been lowered below what is done
+    last = max(progress.step, config.train.steps)  # train.steps may have been lowered below the current step
     console.print(
         f"{plan.num_samples} samples in training, shuffled in windows of {plan.shuffle_window}; steps {progress.step} "
         f"to {last} are {plan.epoch(last) - plan.epoch(progress.step):.2f} epochs"
@@ -329,7 +329,7 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
 
 
 def report_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], dp_size: int, folder: RunFolder) -> None:
-    """Print what the whole run sees of its data, bucket by bucket, and write it to RUN/coverage.json (rank 0).
+    """Print how much of its data the whole run uses, by bucket, and write it to RUN/coverage.json (rank 0).
 
     Also prints which buckets leave the data-parallel ranks of this attempt idle.
     """
@@ -353,7 +353,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="let this key differ from the checkpoint's config although it is guarded; repeatable",
+        help="allow this key to differ from the checkpoint's config; repeatable",
     )
     parser.add_argument(
         "--profile",
@@ -362,7 +362,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const=PROFILED_STEPS,
         default=0,
         metavar="N",
-        help=f"trace N steps, {PROFILED_STEPS} if N is left out, into RUN/profile and say where their time went",
+        help=f"trace N steps ({PROFILED_STEPS} if N is omitted) to RUN/profile and show where their time went",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser.parse_intermixed_args(words)
@@ -375,7 +375,7 @@ def _number_of_steps(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one attempt and turn whatever ends it into an exit code, `exit.json` and a line that says what to do."""
+    """Run one attempt and turn its end into an exit code, `exit.json` and a line that says what to do."""
     began_at_s = time.monotonic()
     args = parse_args(argv)
     try:
@@ -402,8 +402,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = within_memory_of(ranks.device, config, ranks.size)
             code = train(config, ranks, folder, fence, stop, watchdog, profile, args.allow_change)
         reason = "finished" if code == DONE else stop.reason()
-        stop.clear()  # also of a run that finished: it has stopped, and one that is made longer goes on
-    except torch.OutOfMemoryError as error:  # 78: the same settings would run out of it again
+        stop.clear()  # also after a finished run, so that it can be extended
+    except torch.OutOfMemoryError as error:  # 78: the same settings would run out of memory again
         code, reason = STOP, explain_out_of_memory(config, ranks.size, ranks.device, error)
         logger.exception("stopped")
     except EXPECTED as error:
@@ -426,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code_of(error: Exception, folder: Path) -> int:
-    """STOP for a fault that another attempt would hit again, FAILED for one that may have passed by then.
+    """STOP for a fault that would recur in another attempt, FAILED for one that may be temporary.
 
     Absent ranks and a store that never answers, or denies a request, mean wrong settings, unless the run has trained
     with these before.

@@ -1,9 +1,8 @@
-"""Weights from wherever they lie: a run's checkpoint, or a folder that `latte-scale import` or `export` wrote.
+"""Loads weights from a run's checkpoint, or a folder that `latte-scale import` or `export` wrote.
 
 In: a path, or an s3:// URL of checkpoints, optionally `PATH#TREE` to choose among a checkpoint's trees ("model" for the
 raw weights, "ema/0.999" for one decay; by default the first EMA). Out: what the model is and a full fp32 state dict on
-the host. For sampling, export and the start of a new run (`model.init`); a resume reads its own shards instead and
-never comes here.
+the host. For sampling, export and the start of a new run (`model.init`); a resume reads its own shards instead.
 """
 
 import logging

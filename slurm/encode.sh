@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Encode clips to latents and embeddings on a Slurm cluster; from the root of the repository:
+# Encode clips to latents and embeddings on a Slurm cluster. Submit from the root of the repository:
 #
 #   sbatch slurm/encode.sh INPUT OUTPUT [configs/X.yaml] [key=value ...] [--retry-failed]
 #
@@ -7,10 +7,10 @@
 #   sbatch --array=0-63%16 slurm/encode.sh s3://bucket/shards s3://bucket/latents configs/encode_sd_t5.yaml
 #   sbatch --array=0-9 --gpus=0 --cpus-per-task=16 slurm/encode.sh shards latents configs/encode_tiny.yaml
 #
-# Every task of the array is the same command with one worker a GPU (a core without GPUs): each claims shards in OUTPUT
-# until all are finished, whoever made them (data_tools/claims.py). So any number of tasks may run, begin late, be
-# preempted and die: their shards are made by the others or, after a requeue, by themselves, and the bytes are the same.
-# Each ends when the whole data set is there; the last line of each slurm-*.out has its counts.
+# Every task of the array runs the same command, with one worker per GPU (per core without GPUs). Each claims shards in
+# OUTPUT until all are finished, by whichever task (data_tools/claims.py). Any number of tasks may run, start late, be
+# preempted and die: the others, or they themselves after a requeue, encode their shards, to the same bytes. Each ends
+# when the whole data set is finished; the last line of each slurm-*.out has its counts.
 #
 #SBATCH --job-name=latte-encode
 #SBATCH --array=0-3

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster; from the root of the repository (slurm/README.md begins at the beginning):
+# Train on a Slurm cluster. Submit from the root of the repository (slurm/README.md explains every step):
 #
 #   sbatch slurm/train_t2v.sh [configs/X.yaml] [key=value ...] [--allow-change KEY]
 #
@@ -7,14 +7,14 @@
 #   sbatch --nodes=8 slurm/train_t2v.sh configs/t2v_512.yaml engine.kind=zero engine.zero_stage=3
 #   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 slurm/train_t2v.sh configs/t2v_256.yaml train.micro_batch=2
 #
-# The job requeues itself when it is preempted, before its time limit and after a failure, and goes on in the same run
-# folder from the newest checkpoint, with the same losses as if nothing had happened. It ends when train.steps is
-# reached, when the trainer says that running it again as it is makes no sense (exit code 78), or after three failures
-# in a row that no new checkpoint lies between. `scancel JOB` stops it: it saves and does not come back.
+# The job requeues itself when it is preempted, before its time limit and after a failure. It then resumes in the same run
+# folder from the newest checkpoint, with the losses of an uninterrupted run. It ends when train.steps is reached, when
+# the trainer reports that running it again unchanged is pointless (exit code 78), or after three failures in a row
+# without a new checkpoint between them. `scancel JOB` stops it: it saves and is not requeued.
 #
-# One task a GPU, and not one task a node that starts torchrun: Slurm's signals then reach every rank, and its exit
-# codes come back (torchrun passes on no USR1 and turns 75 into 1); there is one log a rank; and no agent stands between
-# a rank and the daemon that has to end it. What torchrun would add, restarts, a requeue does on sound nodes.
+# There is one task per GPU, not one task per node that starts torchrun. Slurm's signals then reach every rank, and exit
+# codes come back (torchrun does not forward USR1 and turns 75 into 1); there is one log per rank; and no agent stands
+# between a rank and the daemon that must end it. A requeue does the restarts that torchrun would add, on healthy nodes.
 #
 #SBATCH --job-name=latte
 #SBATCH --nodes=2
@@ -26,7 +26,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-# --signal: seconds before the limit in which the ranks must finish a step and a save; exit.json says what a save took.
+# --signal: seconds before the limit, for the ranks to finish a step and a save; exit.json says how long a save took.
 
 set -uo pipefail
 MAX_FAILURES=3

@@ -31,9 +31,9 @@ def test_these_are_the_keys_of_a_config(config):
 def test_defaults_and_meanings_are_those_of_the_fields():
     by_name = {key.name: key for key in ALL}
     assert by_name["train.steps"].default == "" and by_name["train.lr"].default == "0.0001"
-    assert by_name["train.known_frames.share"].meaning.startswith("share of the clips whose first frames are given")
+    assert by_name["train.known_frames.share"].meaning.startswith("fraction of clips whose first frames are given")
     # Above the field, over two lines.
-    assert by_name["train.batch_budget"].meaning.startswith("What every step has the same number of. tokens: both")
+    assert by_name["train.batch_budget"].meaning.startswith("What is equal in all steps. tokens: global_batch and")
 
 
 def test_what_is_asked_for_is_printed(capsys):

@@ -1,15 +1,18 @@
-"""`latte-scale bench checkpoint`: how long a save stops training and a resume takes, beside torch.save and plain DCP.
+"""`latte-scale bench checkpoint`: time a save and a resume, against torch.save and plain DCP.
 
     latte-scale bench checkpoint --config configs/t2v_256.yaml --folder /scratch [--out figures.json]
     latte-scale bench checkpoint --folder /tmp/checkpoints --gib 1 [--bucket s3://bucket/prefix]
 
-In: a training config, or nothing. Its state (weights, two moments, its averages) as random fp32 tensors on the CPU, on
-one rank; without a config four trees of --gib in all. Out: a table; every figure is the median of `--repeats` runs,
-with the lowest and the highest. The ways take turns, so that a slow minute of the machine hurts all of them. Exit code
-0, 2 if folder, bucket or memory do not suffice, or 78 for a config that is impossible.
-stall: seconds until training goes on. complete: until the checkpoint is there and flushed. load: from the files to
-filled tensors. resume: load after every byte was checked against its checksum, which the other ways cannot do. Files
-are in the page cache when they are read. slower meanwhile: how much the save in the background slows matrix products.
+In: a training config, or nothing. It saves the config's state (weights, two moments, EMA) as random fp32 tensors on the
+CPU, on one rank; without a config, four trees of --gib in total. Out: a table; every figure is the median of
+`--repeats` runs, with minimum and maximum. The methods take turns, so that a slow minute of the machine affects all of
+them. Exit code 0, 2 if folder, bucket or memory do not suffice, or 78 for an impossible config.
+
+  stall             seconds until training continues
+  complete          seconds until the checkpoint is written and flushed
+  load              seconds from the files (in the page cache) to filled tensors
+  resume            load and verify every checksum, which the other methods cannot do
+  slower meanwhile  how much the background save slows matrix products
 """
 
 import argparse
@@ -285,18 +288,18 @@ def span(runs: list[Figures], key: str) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = verb_parser("bench checkpoint", __doc__)
-    parser.add_argument("--config", help="training YAML whose state it is, see configs/; its data is not read")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    parser.add_argument("--config", help="training YAML whose state is saved, see configs/; its data is not read")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file")
     parser.add_argument(
         "--folder",
         type=disk_path,
         default=Path(),
-        help="folder on the disk to measure; it must not contain a folder bench/",
+        help="folder on the disk to measure; must not contain a folder bench/",
     )
     parser.add_argument("--gib", type=float, default=1.0, help="without --config: GiB of state to save")
-    parser.add_argument("--bucket", help="an empty s3://BUCKET/PREFIX to measure too; it is emptied after each run")
+    parser.add_argument("--bucket", help="also measure this empty s3://BUCKET/PREFIX; it is emptied after each run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
-    parser.add_argument("--out", type=output_file, help="JSON file for every measurement")
+    parser.add_argument("--out", type=output_file, help="JSON file for all measurements")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

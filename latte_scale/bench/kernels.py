@@ -1,13 +1,12 @@
-"""Forward and backward times of everything that has several implementations, at a config's own shapes.
+"""Forward and backward times of every operator with several implementations, at a config's own shapes.
 
     latte-scale bench kernels --config configs/t2v_512.yaml --out kernels.json train.micro_batch=2 engine.compile=true
 
-In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: milliseconds of every
-attention back end at each site; of the blocks' linear layers in the config's precision and in fp8; of the modulated
-norm and of the gated residual by torch, by torch.compile (with engine.compile=true) and by the Triton kernels, with the
-bytes a second that they move at least; and of two residual layers in a row, which norm.backend=auto decides by.
-Implementations that cannot run, or compute something else, are listed with the reason. Exit code 0, or 78 for a config
-that is impossible.
+In: a training config; its data is not read. Out: a table on the console and, with --out, JSON. It has the milliseconds
+of every attention back end at each site; of the blocks' linear layers in the config's precision and in fp8; of the
+modulated norm and the gated residual in torch, torch.compile (with engine.compile=true) and Triton, with a lower bound
+of their memory bandwidth; and of two consecutive residual layers, which decide norm.backend=auto. Implementations that
+cannot run, or give wrong results, are listed with the reason. Exit code 0, or 78 for an impossible config.
 """
 
 import argparse

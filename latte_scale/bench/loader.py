@@ -1,15 +1,15 @@
-"""How fast a config's own data comes out of its loader, without training: will a run have to wait for it?
+"""The loader's throughput on a config's own data, without training: would a run have to wait for it?
 
     latte-scale bench loader --config configs/tiny_cpu.yaml data.url=runs/quickstart/latents
     latte-scale bench loader --config configs/t2v_256.yaml --ranks 64 --step-s 0.4 --out loader.json data.url=s3://B/P
 
-In: a training config whose data is there. It is read as rank 0 of --ranks reads it in a run: the same plan, checks,
-workers, prefetch, store and cache. Out: a table on the console and, with --out, JSON: seconds to the first step, then
-samples/s, MB/s of what is handed over, how long a step was waited for (median and slowest), memory of the workers, and
-samples that were replaced because they could not be read. With --step-s SECONDS each step pauses for so long, as if the
-model computed, and the share of the time that is spent waiting is what `data_wait_share` of such a run would be;
-without it, data is read as fast as possible. Data in a folder that was read before comes from the page cache. Exit code
-0, 2 where the data cannot be read or does not fit, or 78 for a config that is impossible.
+In: a training config with its data. The data is read as by rank 0 of --ranks in a run: the same plan, checks, workers,
+prefetch, store and cache. Out: a table on the console and, with --out, JSON: seconds to the first step, samples/s, MB/s
+delivered, the wait per step (median and slowest), memory of the workers, and samples replaced because they could not be
+read. With --step-s SECONDS each step pauses that long, as if the model computed; the fraction of time spent waiting is
+then the `data_wait_share` of such a run. Without it, data is read as fast as possible. A local folder that was read
+before comes from the page cache. Exit code 0, 2 if the data cannot be read or does not match, or 78 for an impossible
+config.
 """
 
 import argparse
@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = verb_parser("bench loader", __doc__)
     add_config(parser)
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, of which one is read")
-    parser.add_argument("--start-step", type=int, default=0, help="first step that is read")
-    parser.add_argument("--steps", type=int, default=200, help="steps after the first one")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds after which no new step begins")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run; the data of rank 0 is read")
+    parser.add_argument("--start-step", type=int, default=0, help="first step to read")
+    parser.add_argument("--steps", type=int, default=200, help="steps to read after the first one")
+    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds after which no new step starts")
     parser.add_argument("--step-s", type=float, default=0.0, help="pause before each step, as if the model computed")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options

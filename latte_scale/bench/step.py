@@ -1,13 +1,13 @@
-"""Optimizer steps of a config on synthetic latents: how fast, where the time goes, and how it compares.
+"""Time optimizer steps of a config on synthetic latents, by kind of kernel and against a baseline.
 
     latte-scale bench step --config configs/t2v_512.yaml --against diffusers --out step.json train.global_batch=4
 
 In: a training config; its data is not read. Out: a table on the console and, with --out, JSON: median and spread of the
-step, samples/s, TFLOP/s, MFU and HFU, memory, the step's budget by kind of kernel, the rate of the model's own matrix
-products and of copies, and all of it for the rival. `train.global_batch` says how many samples a step has (over all
-ranks: the command runs under torchrun too, then without a rival), `train.micro_batch` how many at a time. The rivals
-are described in subjects.py; they take turns with ours. A rival that does not fit into memory is reported as such.
-Exit code 0, or 78 for a config or a comparison that is impossible.
+step time, samples/s, TFLOP/s, MFU and HFU, memory, time by kind of kernel, the rates of the model's own matrix products
+and of copies; and the same for the baseline. `train.global_batch` sets the samples per step over all ranks,
+`train.micro_batch` how many at a time. The command also runs under torchrun, without a baseline. subjects.py describes
+the baselines; they take turns with ours, and one that does not fit in memory is reported as such. Exit code 0, or 78
+for an impossible config or comparison.
 """
 
 import argparse
@@ -74,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = verb_parser("bench step", __doc__)
     add_config(parser)
-    parser.add_argument("--against", choices=get_args(Rival), help="another way to do the work, timed by turns")
+    parser.add_argument("--against", choices=get_args(Rival), help="baseline, timed in turns with ours")
     parser.add_argument(
-        "--captions", choices=get_args(Captions), default="full", help="all of the maximum length, or of mixed lengths"
+        "--captions", choices=get_args(Captions), default="full", help="captions of maximum length, or of mixed lengths"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured")
-    parser.add_argument("--steps", type=int, default=4, help="steps in each of a side's rounds")
-    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each side beforehand")
-    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round begins")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per side")
+    parser.add_argument("--steps", type=int, default=4, help="steps per round")
+    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps per side before the first round")
+    parser.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no new round starts")
     parser.add_argument("--out", type=output_file, help="JSON file to write")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 

@@ -1,9 +1,9 @@
-"""Checkpoints: complete or not there, from any engine and any number of ranks into any other.
+"""Atomic checkpoints, from any engine and number of ranks to any other.
 
-`settings` is the section of the config. `format` defines what a checkpoint holds, `load` finds the newest sound one and
-reads it, `save` writes one in the background (`write`). `depot` is the interface of a place for checkpoints: a `folder`
-(which changes the disk only through `disk`) or a `bucket`. Outside of training, `content` compares checkpoints of any
-format and converts them, with `dcp` for torch's format and `deepspeed` for DeepSpeed's.
+`settings` is the config section. `format` defines the content of a checkpoint, `load` finds and reads the newest valid
+one, and `save` writes one in the background (`write`). `depot` is the interface of a place for checkpoints: a `folder`
+(which changes the disk only through `disk`) or a `bucket`. Outside training, `content` compares and converts
+checkpoints of any format, with `dcp` for torch's and `deepspeed` for DeepSpeed's.
 """
 
 from latte_scale.checkpoint.format import (

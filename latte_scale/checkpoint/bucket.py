@@ -1,12 +1,11 @@
-"""Checkpoints below a prefix of an object store: files first, the manifest last; a step exists when its manifest does.
+"""Checkpoints under a prefix of an object store: files first, the manifest last. Only a manifest makes a checkpoint.
 
-In: an S3Store. Out: the Depot and Draft of depot.py. The files of a save lie in `step-00001000/RUN-ID/`, a prefix that
-no other save ever uses, so nothing is written twice and nothing is renamed; `step-00001000/manifest.json` names them.
-Removing is the reverse: the manifest goes first, then the files that it named.
-The decision worth knowing: everything left over in a folder can be removed, because the folder's lease proves that its
-writer is dead. A bucket may be shared by jobs that share no folder. So files without a manifest are removed at once
-only if their name begins with the id of the run whose lease this process holds, and otherwise once they are
-ORPHAN_AGE_S old.
+In: an S3Store. Out: the Depot and Draft of depot.py. The files of a save are in `step-00001000/RUN-ID/`, a prefix that
+no other save uses, so nothing is overwritten or renamed; `step-00001000/manifest.json` names them. Removal is the
+reverse: first the manifest, then the files that it named. The decision worth knowing: leftovers in a folder can be
+removed at once, because the folder's lease proves that their writer is dead. A bucket may be shared by jobs that share
+no folder. Files without a manifest are therefore removed at once only if their name starts with the id of the run whose
+lease this process holds, otherwise once they are ORPHAN_AGE_S old.
 """
 
 import logging

@@ -1,9 +1,9 @@
-"""What a checkpoint holds, whatever its format: the common form of this project's folders, DeepSpeed's and torch's.
+"""The content of a checkpoint in any format: this project's, DeepSpeed's or torch's.
 
 In: a folder, or a step in a bucket. Out: `Content`, whose tensors are read one at a time, so that a conversion or a
-comparison holds one tensor and not the whole state. What other formats have no place for (counters, configuration,
-fingerprint of the data, names of the averages) is kept beside them in `latte_scale.json`, so that a checkpoint survives
-a conversion there and back unchanged.
+comparison holds one tensor, not the whole state, in memory. What other formats cannot store (counters, configuration,
+fingerprint of the data, names of the EMA trees) goes to a separate `latte_scale.json`, so that a conversion there and
+back leaves a checkpoint unchanged.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Checkpoint folders of torch.distributed.checkpoint (DCP): read and written here, without a process group.
 
 In and out: `Content`. Keys are those of torch's own get_state_dict: `model.NAME`, `optim.state.NAME.exp_avg`,
-`.exp_avg_sq` and `.step`; averages are `ema.0.9999.NAME`. The decision worth knowing: DCP's `.metadata` is a pickle,
-and a pickle can run anything, so it is read with a list of the few types that it may name; tensors are read by torch's
-weights-only reader, and entries that are not tensors are not read at all.
+`.exp_avg_sq` and `.step`; EMA weights are `ema.0.9999.NAME`. The decision worth knowing: DCP's `.metadata` is a pickle,
+which can run arbitrary code, so it is unpickled with an allowlist of types. Tensors are read by torch's weights-only
+reader, and entries that are not tensors are not read at all.
 """
 
 import io

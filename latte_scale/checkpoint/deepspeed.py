@@ -1,10 +1,10 @@
 """DeepSpeed's checkpoint folders: ZeRO partitions of stages 1 to 3 or its universal layout in, the latter out.
 
-In and out: `Content`. What DeepSpeed writes by itself is cut for one number of ranks; its universal layout, a folder a
-parameter, is loaded by DeepSpeed at any stage and on any number of ranks (`"checkpoint": {"load_universal": true}`), so
-that is what is written.
-The decision worth knowing: the files are pickles. They are read by torch's weights-only reader, with inert stand-ins
-for the DeepSpeed types that they name: nothing in a file is run, and DeepSpeed need not be installed.
+In and out: `Content`. DeepSpeed's regular checkpoints are partitioned for one number of ranks. Its universal layout,
+one folder per parameter, can be loaded at any stage and on any number of ranks, so this layout is written here (to load
+it: `"checkpoint": {"load_universal": true}`).
+The decision worth knowing: the files are pickles. torch's weights-only reader reads them, with inert stand-ins for the
+DeepSpeed types that they name, so no code from a file runs and DeepSpeed need not be installed.
 """
 
 import io

@@ -1,7 +1,7 @@
-"""Where checkpoints are kept, as the rest of this package sees it: a folder (folder.py) or a bucket (bucket.py).
+"""The interface of a place for checkpoints: a folder (folder.py) or a bucket (bucket.py).
 
 In: a folder path, an s3:// URL or an open Store. Out: a Depot, which lists, begins and removes checkpoints, and from it
-a Draft: a checkpoint that all ranks are writing and nobody sees before rank 0 commits it.
+a Draft: a checkpoint that all ranks write and that is invisible until rank 0 commits it.
 The decision worth knowing: kinds of stores differ only in how a checkpoint is created and removed. Reading needs a
 Store and a manifest; saving, keeping and removing (save.py, write.py) need these two protocols and nothing else.
 """

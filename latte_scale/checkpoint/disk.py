@@ -1,8 +1,8 @@
 """Every change that checkpoints make to a disk, complete and durable when a call returns.
 
-In: paths and buffers. Out: files and folders. The decision worth knowing: whatever changes the disk is one of the
-functions in CHANGES, called through this module, so that tests can kill the process, or make the call fail, before,
-after and in the middle of each of them.
+In: paths and buffers. Out: files and folders. The decision worth knowing: every change to the disk is
+one of the functions in CHANGES, called through this module, so that tests can kill the process or fail the call before,
+during and after each of them.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 In: a path. Out: the Depot and Draft of depot.py. A draft is `step-00001000.tmp-ID/`; every file and folder is flushed
 to the disk before the rename that makes it a checkpoint, and an old checkpoint is renamed before it is removed.
-The decision worth knowing: every change of the disk is a call through `disk`, so that tests can stop the process at
+The decision worth knowing: every change to the disk is a call through `disk`, so that tests can stop the process at
 each of them.
 """
 

@@ -1,11 +1,11 @@
-"""What a checkpoint is: the files of a `step-00001000/`, on a disk or in an object store, and the manifest over them.
+"""The format of a checkpoint: the files of a `step-00001000/`, on disk or in an object store, and their manifest.
 
 For each tree of tensors ("model", "ema/0.9999", "optim/exp_avg", "optim/exp_avg_sq") and each rank that saved, one
 safetensors file with that rank's 1-D pieces, and over them `manifest.json`: which rank held which range of which
 tensor, sizes and crc32c of the files, counters, configuration, and a checksum of itself.
 The decision worth knowing: a piece is a range of the flattened tensor, so a reader needs only the byte ranges that
-overlap its own piece, whoever wrote them, and nothing is gathered. Names of files are relative to the manifest, so a
-checkpoint that was copied from one kind of store to the other is one there.
+overlap its own piece, whichever rank wrote them, and nothing is gathered. File names are relative to the manifest, so a
+checkpoint can be copied from one kind of store to another.
 """
 
 import itertools

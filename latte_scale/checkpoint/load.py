@@ -1,9 +1,9 @@
-"""Finding the newest sound checkpoint, and loading any of it into any engine on any number of ranks.
+"""Finds the newest valid checkpoint and loads it into any engine on any number of ranks.
 
-In: a folder or s3:// prefix of checkpoints. Out: the newest whose every byte fits its checksums, and this rank's pieces
+In: a folder or s3:// prefix of checkpoints. Out: the newest one whose checksums all match, and this rank's pieces
 filled from it.
-The decision worth knowing: ranges that lie near each other in a file are read together, because a bucket answers a
-thousand small reads in a minute and one large one in a second.
+The decision worth knowing: nearby ranges of a file are read together, because a bucket answers a thousand small reads
+in a minute and one large read in a second.
 """
 
 import json

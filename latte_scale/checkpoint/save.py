@@ -1,10 +1,10 @@
-"""Saving checkpoints: complete or not there, in the background, with nothing gathered on one rank.
+"""Saves checkpoints atomically, in the background, without gathering the state on one rank.
 
 In: the trees of checkpoint.state_trees, counters and the configuration. Out: a committed `step-00001000/` in a folder
 or a bucket (depot.py), written by a Job (write.py). Every rank learns of a failed save within a step (`poll`, which the
-trainer sums over the ranks), and the next save tries again; only the last one must not fail.
-The decision worth knowing: collectives happen in `save` and `finish`, on the main thread, so that they cannot mix with
-those of training; the background threads talk through files only.
+trainer sums over the ranks), and the next save tries again; only the last save must succeed. The decision worth
+knowing: collectives run only in `save` and `finish`, on the main thread, so that they cannot mix with those of
+training. The background threads communicate through files.
 """
 
 import logging
@@ -157,7 +157,7 @@ class Checkpointer:
         return time.monotonic() - begin
 
     def _is_behind(self, step: int) -> bool:
-        """Whether the save before is still being written on any rank and this step is not one to keep for ever."""
+        """Whether the save before is still being written on any rank and this step is not one to keep forever."""
         if self._settings.keep_every is not None and step % self._settings.keep_every == 0:
             return False
         job = self._job
@@ -165,7 +165,7 @@ class Checkpointer:
             return False
         states = self._ranks.all_gather_object((job.ended.is_set(), job.error is not None))
         behind = not all(ended for ended, _ in states) and not any(failed for _, failed in states)
-        if behind:  # rank 0 would wait for ever for the files of a rank that failed
+        if behind:  # rank 0 would wait forever for the files of a rank that failed
             logger.warning(
                 "step %d is not saved: step %d is still being written; raise checkpoint.every_steps or use a faster "
                 "checkpoint.dir",

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 class CheckpointSettings:
     """When and where to save. All of it may change on resume."""
 
-    every_steps: int = 1000  # steps between saves; the last step is saved in any case
+    every_steps: int = 1000  # steps between saves; the last step is always saved
     dir: str | None = None  # folder that all ranks share, or s3://BUCKET/PREFIX; null: RUN/checkpoints
-    keep_last: int = 3  # complete checkpoints kept; older ones are removed after a newer one is complete
-    keep_every: int | None = None  # steps; checkpoints at multiples of it are never removed; null: none is kept so
+    keep_last: int = 3  # number of checkpoints kept; older ones are removed once a newer one is complete
+    keep_every: int | None = None  # never remove checkpoints at multiples of this step; null: none is exempt
     asynchronous: bool = True  # write in the background from a copy in host memory
-    max_failed: int = 2  # saves in a row that may fail, loudly, before the run stops; the last save must not fail
+    max_failed: int = 2  # consecutive failed saves (reported) before the run stops; the last save must succeed
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

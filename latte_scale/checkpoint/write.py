@@ -1,9 +1,9 @@
-"""The background part of a save: a thread a rank that writes files, and on rank 0 commits and removes what is old.
+"""The background part of a save: one thread per rank writes files; that of rank 0 commits and removes old checkpoints.
 
 In: a draft of the depot and this rank's pieces in host memory. Out: a checkpoint. Each rank writes its files and then a
-small report; when all reports are there, rank 0 joins them into the manifest and commits.
-The decision worth knowing: no old checkpoint is removed before one that stays was read back completely and fits its
-checksums, so that the last sound one is never deleted.
+small report; when all reports have arrived, rank 0 merges them into the manifest and commits.
+The decision worth knowing: an old checkpoint is removed only after one that stays was read back and its checksums
+matched, so the last valid checkpoint is never deleted.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""Choices made by measurement: measured once, written to RUN/choices.json, and reused on resume.
+"""Back ends chosen by measurement: measured once, recorded in RUN/choices.json, and reused on resume.
 
-In: a Config, the ranks and the file. Out: the back end of attention at each site, and of norm, modulation and gate. The
-decision worth knowing: a choice affects a run's numbers (back ends round differently), so a resumed run takes the
-recorded one. It measures again only if that no longer applies: on another kind of device, at other shapes or precision,
-or without the recorded back end. `attention` and `norm` choose; `record` is what they share, the file among it.
+In: a Config, the ranks and the file. Out: the back end of attention at each site, and of norm, modulation and gate.
+Back ends round differently, so a choice affects a run's numbers, and a resumed run uses the recorded one. It measures
+again only if the record no longer applies: on another kind of device, at other shapes or precision, or without the
+recorded back end. `attention` and `norm` choose; `record` has the file and what else they share.
 """
 
 from latte_scale.choices.attention import attention_backends

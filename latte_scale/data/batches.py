@@ -1,10 +1,10 @@
-"""Micro-batches: (step, part) in, CPU tensors of one rank out. What the loader's workers run.
+"""Micro-batches: (step, part) in, CPU tensors of one rank out. Runs in the loader's workers.
 
 In: data sets, the plan, a rank. Out: that rank's MicroBatch number `part` of a step, a pure function of both and the
-stored bytes; how many a step has depends on its bucket. How a sample is read, and replaced when it is damaged, is in
-data/items.py; where the images of joint training come from, in data/images.py. No list of bad samples is kept between
-steps: it would make the order depend on the workers.
-Shapes: B slots of a micro-batch, F frames, n or N images a clip, C channels, H W latent height and width (pixels for
+stored bytes. The number of micro-batches per step depends on its bucket. data/items.py reads samples and replaces
+damaged ones; data/images.py chooses the images of joint training. No list of bad samples is kept between steps, because
+the order would then depend on the workers.
+Shapes: B slots of a micro-batch, F frames, n or N images per clip, C channels, H W latent height and width (pixels for
 "video"), L text tokens, D text width.
 """
 

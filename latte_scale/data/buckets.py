@@ -1,10 +1,10 @@
-"""What a sample of each bucket costs, from which the plan makes batches of equal cost.
+"""The cost of a sample of each bucket, from which the plan makes batches of equal cost.
 
 In: a frame policy and the data sets of a run. Out: bucket -> cost, in samples of the policy's own size. The decision
-worth knowing: cost is the number of latents of a clip, which is the number of its tokens up to a factor. Products with
-the weights, which are most of a step, cost the same for every token. Attention over space costs more in large frames,
-which is not counted: in LatteT2V a batch of 1,024 px images takes 1.19 times the FLOPs of its equal in 512 px clips
-(benchmarks/RESULTS.md). So batches are a matter of sizes alone, and a run's data does not depend on its model.
+worth knowing: cost is the number of latents of a clip, which is proportional to its tokens. Products with the weights,
+which dominate a step, cost the same for every token. Attention over space costs more in large frames. This is not
+counted: in LatteT2V a batch of 1,024 px images takes 1.19 times the FLOPs of an equal batch of 512 px clips
+(benchmarks/RESULTS.md). Batches therefore depend on sizes alone, and a run's data does not depend on its model.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""What a run will see of its data, computed before it begins: for every bucket, clips used and left over.
+"""How much of its data a run will use, computed before it starts: for every bucket, clips used and left over.
 
 In: a plan and a number of steps. Out: a line for each bucket of each data set, exact and in closed form: nothing is
-read and no step is simulated. Nothing is left over at the end of an epoch, where a bucket's stream simply runs on; left
-over are the clips that the run's steps do not reach.
+read and no step is simulated. The end of an epoch leaves nothing over, as a bucket's stream continues into the next;
+the clips left over are those that the run's steps do not reach.
 """
 
 import dataclasses

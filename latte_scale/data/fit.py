@@ -1,8 +1,8 @@
-"""Does a data set fit a training config? Its manifest held against what the config needs.
+"""Checks whether a data set matches a training config, by its manifest.
 
 In: a manifest and what is expected of it. Out: nothing, or a ManifestError that lists every difference. The decision
-worth knowing: a config of one size fits data of that size only; one with video.more_sizes fits every data set whose
-sizes are among its own, so clips and images that were encoded apart can be mixed.
+worth knowing: a config of one size matches only data of that size; one with video.more_sizes matches every data set
+whose sizes are among its own, so clips and images that were encoded separately can be mixed.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Wasted work of a step: slots that no sample fills, because a batch does not divide among the ranks.
+"""Wasted work of a step: empty slots, because a batch does not divide evenly among the ranks.
 
-In: what a sample of each bucket costs, the batches of a config, a number of ranks. Out: for each bucket the share of
-its steps' work that is idle, in words, and what to set. The decision worth knowing: this is only reported. Which
+In: the cost of a sample of each bucket, the batches of a config, the number of ranks. Out: for each bucket, the idle
+fraction of its steps' work, in words, and what to set. The decision worth knowing: this is only reported. Which
 samples form a step must not depend on the ranks (data/plan.py), so a batch is never rounded to their number: one of 65
 samples on 64 ranks takes the time of 128, and whoever starts the run can choose 64 or 128.
 """

@@ -1,8 +1,8 @@
-"""Images of joint training: n for every clip, frames of the clip itself or samples of an image set.
+"""Images of joint training: n per clip, taken from the clip itself or from an image set.
 
-In: a decoded clip and its place in the global batch. Out: n items of one frame. Both kinds of images are chosen by the
-place alone: frames by the stream "image_frame" of latte_scale/rng.py, samples by a plan of their own in which image j
-of sample i is number i * n + j of the step. So images never change which clips come, and no rank or worker changes
+In: a decoded clip and its place in the global batch. Out: n items of one frame. The place alone determines the images:
+frames by the stream "image_frame" of latte_scale/rng.py, samples by a separate plan in which image j of sample i is
+number i * n + j of the step. Images therefore do not affect which clips are read, and ranks and workers do not affect
 which images.
 """
 

@@ -1,10 +1,10 @@
-"""The sidecar index: what is where in a tar, with checksums, so that any sample is one ranged read away.
+"""The sidecar index: offsets and checksums of a tar's samples, so that any sample is one ranged read.
 
 In: a tar's members (from the shard writer or a walk over a foreign tar). Out: `NAME.index.safetensors`, columns over
-the samples of the tar, and `ShardIndex`, which reads them back as numpy views without copying. A column is a few
-bytes a sample, keys are one text blob, and no Python object is made per sample, so a worker's memory stays flat.
-Which samples are held out of training is one comparison over a column of hashes: of each sample's key, or of the video
-that it was cut from, so that what is trained on and what is held out never share a video.
+the samples of the tar, and `ShardIndex`, which reads them back as numpy views without copying. A column takes a few
+bytes per sample, keys are one text blob, and no Python object is made per sample, so a worker's memory stays flat. The
+holdout is one comparison over a column of hashes, of each sample's key or of the video that it was cut from, so that
+training and holdout never share a video.
 
 Columns (n samples): key_bytes u8, key_ends i64 [n]; key_hash (that of the holdout), caption_hash u64 [n]; bucket i32
 [n] (names in the metadata); start, end i64 [n], the bytes of the sample's own members, headers included; and per field

@@ -1,10 +1,10 @@
-"""One sample as a slot of a micro-batch takes it: read, checked, decoded, its random choices made, replaced if damaged.
+"""One slot of a micro-batch: a sample is read, verified, decoded and augmented, or replaced if damaged.
 
-In: a planned sample and whose random numbers it gets. Out: an Item of numpy arrays, caption and class. A sample whose
-bytes or decoding are wrong on a second, uncached read is replaced by the plan's replacement and reported beside the
-planned id. A missing shard, a wrong index or a store that cannot be read is an error with its place.
-Which window of a file, which of several captions and whether a clip is mirrored come from latte_scale/rng.py, streams
-"window", "caption" and "flip", keyed by the sample's place in the global batch.
+In: a planned sample and the key of its random numbers. Out: an Item of numpy arrays, caption and class. A sample whose
+bytes or decoding are wrong again on a second, uncached read is replaced by the plan's replacement, and both ids are
+reported. A missing shard, a wrong index or an unreadable store is an error with its place. The window of a file, the
+choice among several captions and the mirroring come from latte_scale/rng.py, streams "window", "caption" and "flip",
+keyed by the sample's place in the global batch.
 Shapes: F frames, C channels, H W latent height and width (pixels for "video"), L text tokens, D text width.
 """
 

@@ -1,16 +1,16 @@
-"""How latents and text embeddings are stored: float16 or 8 bits, and what is kept of a clip's posterior.
+"""How latents and text embeddings are stored: in float16 or 8 bits, and how much of a clip's posterior.
 
 In: mean and standard deviation of the VAE's posterior, or an embedding, float32. Out: named arrays for a safetensors
-file, and back. Of the posterior a data set keeps one of
-  mean_logstd  the mean, and the log of the std coarsely: one byte for 2 x 2 latents. Training draws fresh VAE noise.
-  mean_std     the mean and the std, both whole
+file, and back. Of the posterior, a data set stores one of
+  mean_logstd  the mean, and a coarse log of the std: one byte per 2 x 2 latents. Training draws fresh VAE noise.
+  mean_std     the mean and the std, both in full
   mean         the mean alone
   sample       one draw, the same at every visit
-With dtype "int8" mean, sample and embeddings are 8-bit numbers with one float16 scale for BLOCK neighbours.
+With dtype "int8" mean, sample and embeddings are 8-bit numbers with one float16 scale per BLOCK consecutive numbers.
 
 The decision worth knowing: the byte of the log-std counts tenths from -15 to 10.5, which is the range to which
-AutoencoderKL clamps it (log-variance -30 to 20). So it needs no scale, and its rounding changes a std by 5 % at most;
-the posterior's std is small beside the spread of the means.
+AutoencoderKL clamps it (log-variance -30 to 20). It needs no scale, and its rounding changes a std by 5 % at most; the
+posterior's std is small compared with the spread of the means.
 Shapes: F frames, C channels, H W latent height and width, L tokens, D width.
 """
 

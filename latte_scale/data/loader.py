@@ -1,9 +1,9 @@
 """The loader: from the plan's sample ids to a rank's micro-batches of CPU tensors, in order, step after step.
 
-In: data sets, the plan, a rank and a step to start from. Out: (step, micro-batches) for ever. Micro-batches are made
-by worker processes (torch's DataLoader keeps their order) or in this process with `num_workers` 0; nothing about one
-depends on which worker made it, how many there are, or what was read before, so the step is the whole state. What a
-micro-batch holds is in data/batches.py, what happens to samples that cannot be read in data/items.py.
+In: data sets, the plan, a rank and a step to start from. Out: (step, micro-batches), endlessly. Worker processes
+make micro-batches (torch's DataLoader keeps their order), or this process with `num_workers` 0. A micro-batch does not
+depend on the worker, on the number of workers or on earlier reads, so the step is the whole state. data/batches.py
+defines micro-batches, data/items.py handles samples that cannot be read.
 """
 
 import atexit
@@ -57,13 +57,13 @@ class DataSettings:
     """Where samples come from and how they are read; `shuffle_window` and `holdout` decide which and in what order."""
 
     url: str | tuple[str | SourceSettings, ...]  # one data set, or a list: "URL" or {url: URL, weight: 0.7}
-    num_workers: int = 2  # processes per rank that read and decode; 0: this process does
-    prefetch: int = 2  # micro-batches that each worker makes ahead
-    # Share in [0, 1) of samples kept out of training, by a hash of their keys; clips cut from one video stay together.
+    num_workers: int = 2  # processes per rank that read and decode; 0: in the trainer's own process
+    prefetch: int = 2  # micro-batches that each worker prepares ahead
+    # Fraction in [0, 1) of samples held out of training, by a hash of their keys; clips of one video stay together.
     holdout: float = 0.0
-    shuffle_window: int | None = None  # samples shuffled together; null: 65,536, or all if fewer; then written out
-    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; null: the images of
-    # train.joint_images are frames of the clips.
+    shuffle_window: int | None = None  # samples shuffled together; null: 65,536, or all if fewer, then recorded
+    # Image set for joint training (folder path or URL), made like the clips with video.frames=1; null:
+    # train.joint_images takes frames of the clips.
     images: str | None = None
 
     def __post_init__(self) -> None:

@@ -4,8 +4,8 @@ In: a folder's `index.json` and the first bytes of its .mds files, or samples as
 which a sidecar index is made (data/index.py), or the bytes of a shard and of `index.json`. A shard is, little-endian:
 u32 n; n + 1 u32 offsets from the file's start, where each sample begins and the last ends; a JSON header with the
 columns, which are sorted by name; the samples. A sample is a u32 size for each column of no fixed size, then the
-columns. Our own code, since mosaicml-streaming cannot be installed beside the libraries that training needs (it wants
-numpy < 2.2, transformers < 5); the tests let the real one read what is written here, and the other way round.
+columns. This is our own code, because mosaicml-streaming cannot be installed with the libraries that training needs (it
+requires numpy < 2.2, transformers < 5). The tests exchange files with the real library, in both directions.
 The decision worth knowing: columns are bytes here and are never decoded, so that no pickle (encoding "pkl") can run.
 """
 

@@ -1,7 +1,7 @@
-"""Two orders in closed form, on which the plan stands: a merge of evenly spaced streams, and a keyed permutation.
+"""The two orders in closed form that the plan uses: a merge of evenly spaced streams, and a keyed permutation.
 
-In: integers. Out: integers, the same in every process and for any range asked. Both cost what the range costs, not what
-lies before it: that is why a position in the data is one integer and no state.
+In: integers. Out: integers, the same in every process and for any range. The cost depends only on the length of the
+range, not on what precedes it, which is why a position in the data is a single integer without state.
 """
 
 import heapq

@@ -1,8 +1,8 @@
 """The plan: which samples form step k's global batch, as integer arithmetic on counts.
 
 In: per data set the number of samples in each shard and bucket, weights, a seed, the global batch, the shuffle window,
-and what a sample of each bucket costs. Out: for any step the bucket and the sample ids, in any order of asking, the
-same in every process: there is no state, so the position in the data is the step alone, and ranks, workers, prefetch
+and what a sample of each bucket costs. Out: for any step, in any order of calls, the bucket and the sample ids, the
+same in every process. There is no state, so the step alone is the position in the data, and ranks, workers, prefetch
 and micro-batches cannot change it.
 
 Three questions, each answered in closed form:
@@ -12,7 +12,7 @@ Three questions, each answered in closed form:
    same small weight come one after the other). A bucket's share of the steps is its share of the samples over its
    batch: batches of equal cost (`samples_for`) leave shares of samples as they are.
 2. Which place in which epoch has the j-th sample of a data set in a bucket? j // n is the epoch and j % n the place: a
-   bucket's stream runs on over epochs, so nothing is left over and each sample comes once an epoch.
+   bucket's stream continues over epochs, so nothing is left over and each sample comes once per epoch.
 3. Which sample is at that place? Shards are permuted per epoch; the samples laid out in that order are cut into windows
    of about `shuffle_window`; inside a window a Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite
    domains") permutes the places. Memory is O(shards) for any number of samples, and the shards open at one time are

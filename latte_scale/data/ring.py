@@ -1,11 +1,11 @@
-"""Shared memory through which workers hand over micro-batches: mapped once and reused.
+"""Shared memory that transfers micro-batches from workers: mapped once and reused.
 
-In: in a worker, space for tensors that are being made. Out: in the process that forked it, the same tensors without a
+In: in a worker, the tensors of a micro-batch. Out: in the process that forked it, the same tensors without a
 copy. A micro-batch crosses the queue as a Packed: the number of a slot, and where in it each tensor is.
 The decision worth knowing: torch's own transport maps new shared memory for every tensor, whose pages must be allocated
 and zeroed; for a micro-batch of 8 MB that took 7 ms, reading and checking it 3 ms (benchmarks/RESULTS.md).
-Here a slot is free again when the last tensor over it is gone, as numpy's and torch's reference counts show. A consumer
-that keeps what it gets, or a micro-batch larger than a slot, costs only speed: torch's transport is used then.
+Here a slot is free again when the last tensor that uses it is gone, by numpy's and torch's reference counts. If a
+consumer keeps its micro-batches, or one is larger than a slot, torch's transport is used, which costs only speed.
 """
 
 import copy

@@ -1,10 +1,10 @@
-"""Reading samples: (shard, position) in, the checked bytes of its fields out.
+"""Reading samples: (shard, position) in, the verified bytes of the fields out.
 
-A sample is one ranged read: its members lie side by side, and the caption's embedding usually lies just before them.
-Nothing is believed from the index alone. The key is taken from the tar headers that were read with the sample, every
-field is held to its crc32c, and an embedding must carry the name that the sample's .json gives it. Bytes that do not
-fit raise DamagedError, which a loader may answer with a replacement; a tar that is another than the indexed one
-raises ManifestError, which it may not. An MDS shard has no headers: its sample is a range that holds every field.
+A sample is one ranged read: its members are contiguous, and the caption's embedding is usually just before them. The
+index alone is not trusted. The key is taken from the tar headers that were read with the sample, every field is
+verified by its crc32c, and an embedding must have the name that the sample's .json gives. Wrong bytes raise
+DamagedError, for which a loader may use a replacement; a tar other than the indexed one raises ManifestError, for which
+it may not. An MDS shard has no headers: its sample is a range that holds every field.
 """
 
 import hashlib

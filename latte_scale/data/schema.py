@@ -1,11 +1,11 @@
 """What a sharded data set is: frame policy, manifest and fingerprint.
 
-In: `manifest.json` of a data set. Out: typed facts, and a fingerprint that changes when any stored byte does; whether
-they fit a training config is judged in data/fit.py. Two kinds exist: "video" holds whole clips and captions as they
-came, so one set serves every frame policy; "latents" holds what frozen encoders made of one frame policy, in one size
-or several. The manifest is written last: a folder without one is not a data set yet.
-The format grows by optional fields: one that holds its default is neither written nor hashed (`stored`), so a data set
-that does not use it keeps its bytes and its fingerprint.
+In: `manifest.json` of a data set. Out: typed facts, and a fingerprint that changes when any stored byte does.
+data/fit.py checks whether they match a training config. There are two kinds: "video" holds unchanged clips and
+captions, so one set serves every frame policy; "latents" holds the output of frozen encoders for one frame policy, in
+one size or several. The manifest is written last: a folder without one is not yet a data set. The format grows by
+optional fields: one that holds its default is neither written nor hashed (`stored`), so a data set that does not use it
+keeps its bytes and its fingerprint.
 """
 
 import dataclasses
@@ -57,18 +57,18 @@ class VideoSettings:
     """Frame policy: which frames of a clip are used and in what size."""
 
     frames: int = 16  # frames of a training clip
-    height: int = 256  # pixels, after the resize of the shorter side and a centre crop
+    height: int = 256  # pixels, after resizing the shorter side and cropping the centre
     width: int = 256  # pixels
-    frame_interval: int = 3  # 1 takes neighbouring frames, 3 every third frame of the file
-    # Neighbouring frames in which the clip lies, drawn from all but the last frame of a longer file, as Latte draws its
-    # 48. null: no more than the frames span, anywhere in the file; for linspace, frames * frame_interval.
+    frame_interval: int = 3  # stride in the file: 1 takes every frame, 3 every third
+    # Length in frames of the window that contains the clip. It is drawn from all but the last frame of a longer file,
+    # as Latte draws its 48. null: just the frames' span, anywhere in the file; for linspace, frames * frame_interval.
     window: int | None = None
-    # Which frames of the window: every frame_interval-th from its first, or `frames` evenly from its first to its last
-    # (rounded down), where a file shorter than the window is a window of its own.
+    # Frames taken from the window. stride: every frame_interval-th from its first; linspace: `frames` frames spaced
+    # evenly from its first to its last (rounded down), where a file shorter than the window is the window.
     sampling: Literal["stride", "linspace"] = "stride"
-    hflip: bool = False  # mirror a clip with probability 0.5; a latents data set then holds both of each
-    # Further sizes, as {frames: 1, height: 512, width: 512}: every clip is encoded in the one that fits it best
-    # (data/sizes.py), each size is a bucket, and a training step has clips of one bucket.
+    hflip: bool = False  # mirror clips with probability 0.5; latents data sets then store both versions
+    # More sizes, such as {frames: 1, height: 512, width: 512}. Every clip gets the size that fits it best
+    # (data/sizes.py); each size is a bucket, and every training step takes clips of one bucket.
     more_sizes: tuple[ClipSize, ...] = ()
 
     __pydantic_config__ = _STRICT

@@ -1,11 +1,10 @@
 """Writing shards: samples in, tars with their sidecar indices and manifest entries out.
 
 One code path serves `latte-data shard` (clips) and `latte-data encode` (latents). A tar is built under a temporary
-name, hashed while it is written, renamed, and then its index is written: an index therefore proves a whole tar, which
-is how an interrupted run knows what it has (`finished_entry`). The same samples in the same order give the same bytes
-on any machine and day: members carry no time and no owner, and .json members have sorted keys. What a sample may have
-beyond one caption (a class, its size, more captions, mirrored latents) costs nothing where it is absent: the bytes are
-the same.
+name, hashed while it is written, renamed, and then its index is written: an index therefore proves a complete tar,
+which tells an interrupted run what is finished (`finished_entry`). The same samples in the same order give the same
+bytes on any machine at any time: members have no time and no owner, and .json members have sorted keys. Optional parts
+of a sample (a class, its size, more captions, mirrored latents) do not change the bytes where they are absent.
 """
 
 import hashlib

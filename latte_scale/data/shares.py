@@ -1,9 +1,9 @@
-"""A step's batch divided: among ranks, and on each into micro-batches.
+"""Divides a step's batch among ranks, and each rank's share into micro-batches.
 
-In: a plan, a rank and their number, the micro-batch that fits. Out: the slots of each micro-batch. The decision worth
-knowing: a batch need not divide. Shares are as even as whole groups allow, every rank has the same number of
-micro-batches of the same length, and slots that no sample fills are empty and weigh nothing: so the samples of a step
-are the same on any number of ranks.
+In: a plan, a rank, the number of ranks, the micro-batch that fits. Out: the slots of each micro-batch. The decision
+worth knowing: a batch need not divide evenly. Shares are as even as whole groups allow, every rank has the same number
+of micro-batches of the same length, and leftover slots are empty and have weight 0. The samples of a step are therefore
+the same on any number of ranks.
 """
 
 import math

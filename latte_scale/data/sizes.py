@@ -1,12 +1,12 @@
-"""Which of several sizes a clip gets: its own frames, height and width in, the frame policy of its bucket out.
+"""Chooses the size of a clip: its own frames, height and width in, the frame policy of its bucket out.
 
-Asked of a decoded file by `latte-data encode` (`best_fit`), and of a whole index of clips by a run that trains from
-them (`Sizes`), where nothing is opened.
+`latte-data encode` uses it for a decoded file (`best_fit`); a run that trains from clips uses it for a whole index
+(`Sizes`), without opening any clip.
 
 The decision worth knowing, in this order: the most frames that the clip can give; a size that needs no enlarging; the
 size of which the crop keeps most of the picture, to the nearest twentieth; the most pixels (the fewest where all
-enlarge); the first of those. So long clips train as video and single images as images, wide clips as wide ones, and a
-small clip is not blown up while a smaller size is there. A function of the clip alone: no order or worker changes it.
+enlarge); the first of those. Long clips thus train as video, single images as images, and wide clips as wide ones, and
+a small clip is not enlarged if a smaller size exists. The choice depends on the clip alone, not on order or workers.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""Tar members by byte offset: the header walk that indexing and reading share, and the header that writing uses.
+"""Tar members by byte offset: the header parser for indexing and reading, and the header for writing.
 
 In: bytes of a tar (ustar, GNU long names, pax). Out: members with the offsets of their headers and payloads, or the
 512-byte-aligned bytes of a new member. Members that could leave the archive's own names (absolute paths, "..", links,
 devices) are refused by name. The walk is our own because Python's tarfile hides a member's first header block, which
-a sample is read from, and reports a cut archive without the last sound member.
+a sample is read from, and reports a truncated archive without its last complete member.
 """
 
 import re
@@ -131,7 +131,7 @@ def _parse(block: bytes, where: str, position: int, last: str) -> _Header:
 
 
 def _size(digits: str | bytes, where: str, position: int, base: int = 10) -> int:
-    """A size in digits. A negative one would send the walk back to where it came from, for ever."""
+    """A size in digits. A negative one would send the walk back to where it came from, forever."""
     try:
         size = int(digits, base)
     except ValueError:

@@ -223,7 +223,7 @@ def _convert(frame: Any, video: VideoSettings, pixel_shape: Fraction) -> np.ndar
     new_height = max(height, round(frame.height * scale))
     new_width = max(width, round(frame.width * pixel_shape * scale))
     # FFmpeg knows the matrix of a tagged file; most files carry no tag and then follow BT.601, as ffmpeg itself does.
-    # One thread: PyAV 19 keeps those of a conversion for the next, which in a forked worker waits for them for ever.
+    # One thread: PyAV 19 keeps those of a conversion for the next, which in a forked worker waits for them forever.
     rgb = frame.reformat(new_width, new_height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     top, left = (new_height - height) // 2, (new_width - width) // 2
     return upright(rgb[top : top + height, left : left + width], frame)

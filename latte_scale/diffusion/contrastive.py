@@ -18,9 +18,9 @@ from torch.nn import functional
 class ContrastiveSettings:
     """How much the contrastive loss counts beside the diffusion loss; off by default."""
 
-    weight: float = 0.0  # factor of this loss beside the diffusion loss; 0: off
-    temperature: float = 0.07  # cosines are divided by it
-    group: int = 8  # consecutive samples of the global batch that are each other's negatives
+    weight: float = 0.0  # weight of the contrastive loss, added to the diffusion loss; 0: off
+    temperature: float = 0.07  # divides the cosine similarities
+    group: int = 8  # consecutive samples of the global batch that serve as each other's negatives
 
     def __post_init__(self) -> None:
         if self.weight < 0:

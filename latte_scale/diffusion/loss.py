@@ -30,15 +30,15 @@ ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], 
 class DiffusionSettings:
     """What the model learns to predict and from which noise; the defaults are Latte's."""
 
-    objective: Literal["epsilon", "v", "flow"] = "epsilon"  # what is predicted: noise, velocity, or rectified flow's
-    num_timesteps: int = 1000  # timesteps of training; flow's time runs over 0 .. num_timesteps as well
+    objective: Literal["epsilon", "v", "flow"] = "epsilon"  # prediction target: noise, v, or rectified flow velocity
+    num_timesteps: int = 1000  # training timesteps; flow's time also runs over 0 .. num_timesteps
     beta_start: float = 1e-4  # first beta of the linear schedule (epsilon and v)
     beta_end: float = 0.02  # last beta of the linear schedule (epsilon and v)
-    # flow: time is moved to shift s / (1 + (shift - 1) s); above 1 means more noise. Moving shapes learn the direction
-    # with 3 and not with 1 (benchmarks/RESULTS.md).
+    # flow: time s becomes shift s / (1 + (shift - 1) s); above 1 means more noise. Moving shapes learn the direction
+    # with 3, not with 1 (benchmarks/RESULTS.md).
     flow_shift: float = 1.0
-    zero_terminal_snr: bool = False  # v: the last timestep is pure noise (arXiv 2305.08891); flow's always is
-    min_snr_gamma: float | None = None  # signal-to-noise ratio at which the loss's weight is capped; null: no weights
+    zero_terminal_snr: bool = False  # v: make the last timestep pure noise (arXiv 2305.08891); flow's always is
+    min_snr_gamma: float | None = None  # SNR at which min-SNR loss weights are capped; null: no weighting
 
     def __post_init__(self) -> None:
         if self.objective not in ("epsilon", "v", "flow"):

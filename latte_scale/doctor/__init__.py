@@ -1,7 +1,7 @@
-"""`latte-scale doctor`: is everything sound before a launch? One line for each finding, with its remedy.
+"""`latte-scale doctor`: checks before a launch, with one line per finding and its remedy.
 
-`command` runs the checks and prints their lines (`lines`). On each rank alone: `software` (device, driver, libraries,
-memory), `variables` (environment, shadowed modules), `network` (launch, names), `stored` (data, encoders, number of
-ranks) and `saving` (disks, checkpoints, the run folder). On all ranks: `together` (slow ranks, all-reduce, clocks,
-shared folders).
+`command` runs the checks and prints their lines (`lines`). Checks of a single rank: `software` (device, driver,
+libraries, memory), `variables` (environment, shadowed modules), `network` (launch, names), `stored` (data, encoders,
+number of ranks) and `saving` (disks, checkpoints, the run folder). Checks of all ranks: `together` (slow ranks,
+all-reduce, clocks, shared folders).
 """

@@ -1,13 +1,13 @@
-"""Look at machine, network, data and disks before a launch: `latte-scale doctor --config X.yaml [key=value ...]`.
+"""Check machine, network, data and disks before a launch: `latte-scale doctor --config X.yaml [key=value ...]`.
 
     latte-scale doctor --config configs/t2v_256.yaml data.url=... run.dir=...               on a login node, or one host
     torchrun --nproc_per_node 8 -m latte_scale.doctor --config ...                          as all ranks of a job
     srun ... -m latte_scale.doctor --config ...                                             inside a Slurm job
 
-It takes the trainer's arguments, leaves nothing behind, and prints a line for each check: ok, warning or fault, with
-what was found and what to do. Exit code 0: sound, or warnings; 1: a fault. `--json FILE` writes the lines to a file.
-The decision worth knowing: no check can hold up the others (lines.py), and what each rank finds alone is gathered
-before the first measurement of all ranks, which a faulty rank could hang. It ends within LIMIT_S.
+It takes the trainer's arguments, leaves no files behind, and prints one line per check: ok, warning or fault, with the
+finding and the remedy. Exit code 0: ok or warnings; 1: a fault. `--json FILE` writes the lines to a file.
+No check can block the others (lines.py). The findings of single ranks are gathered before the first measurement on all
+ranks, because a faulty rank could hang that one. It ends within LIMIT_S.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """The frozen encoders: a VAE between pixels and latents, and a T5 from captions to embeddings.
 
 In: names (`tiny`, a local folder in diffusers' or transformers' layout, or a hub id). Out: `VideoAutoencoder` and
-`TextEncoder`, which shard encoding, training on raw clips, sampling and export share, so that the latent scale and the
-rule for text are defined once. `settings` says which, and what is known of them without loading; `files` finds, fetches
-and hashes what they are made of; `vae` and `text` are the encoders.
-The decision worth knowing: diffusers and transformers are imported when an encoder is loaded, not with this package, so
-a config can be read, and data checked against it, without the seconds that they take.
+`TextEncoder`. Shard encoding, training on raw clips, sampling and export share them, so that the latent scale and the
+processing of captions are defined once. `settings` names the encoders and has what is known without loading them;
+`files` finds, fetches and hashes their files; `vae` and `text` are the encoders.
+
+diffusers and transformers are imported when an encoder is loaded, not with this package, so that reading a config and
+checking data against it do not wait for them.
 """
 
 import torch

@@ -29,9 +29,9 @@ class EncoderSettings:
 
     vae: str  # "tiny" (shipped), a folder (AutoencoderKL, or one with a vae/ inside), or a hub id
     # "tiny" (shipped), a folder (T5EncoderModel, or text_encoder/ and tokenizer/ inside), or a hub id; null: no text,
-    # for models that know a class or nothing (model.kind=latte)
+    # for class-conditional and unconditional models (model.kind=latte)
     text: str | None
-    text_max_length: int = 120  # tokens, the end mark included; longer captions are cut (LattePipeline: 120)
+    text_max_length: int = 120  # tokens, end-of-sequence included; longer captions are cut (LattePipeline: 120)
 
     def __post_init__(self) -> None:
         if self.text_max_length < 1:

@@ -1,9 +1,9 @@
 """Engines: backward, clipping and the sharded optimizer step, behind one interface (base.Engine).
 
-`single`, `fsdp2` and `zero` are handed a module and the list of its repeated blocks. Before they shard it, `base`
-prepares it: activation checkpointing (`activations`), torch.compile (`compiling`), precision. `launch` and `dist` bring
-the ranks of a job together; `parallel` splits clips over ranks (sequence parallelism) and replicates sharded weights
-(HSDP); `build_locks` removes lock files that killed DeepSpeed processes left.
+`single`, `fsdp2` and `zero` take a module and the list of its repeated blocks. Before they shard it, `base` applies
+activation checkpointing (`activations`), torch.compile (`compiling`) and the precision. `launch` and `dist` connect the
+ranks of a job. `parallel` splits clips over ranks (sequence parallelism) and replicates sharded weights (HSDP).
+`build_locks` removes lock files left by killed DeepSpeed processes.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
-"""Activation checkpointing: a block keeps everything for backward, its products, its input, or its input on the host.
+"""Activation checkpointing: what a block keeps for backward, and what it recomputes.
 
-In: the blocks of a model. Out: the same blocks, each with another `forward`; names, hooks and values stay. The less is
-kept, the more of the block's forward runs again in backward:
+In: the blocks of a model. Out: the same blocks with a wrapped `forward`; names, hooks and values are unchanged. The
+less a block keeps, the more of its forward is recomputed in backward:
 
-  selective  keeps the results of matrix products and attention; norms, modulation and activations run again
-  full       keeps the block's input; the whole block runs again
+  selective  keeps the outputs of matrix products and attention; recomputes norms, modulation and activations
+  full       keeps the block's input; recomputes the whole block
   offload    the same, with that input copied to host memory in the background and fetched back ahead of its block
 
-The decision worth knowing: nothing is kept of random states, because models here draw nothing in forward, and what runs
-again has the same bits, so gradients are those without checkpointing (tests/engine/test_activations.py).
+The decision worth knowing: no RNG state is saved, because models draw no random numbers in forward. Recomputation gives
+the same bits, so gradients equal those without checkpointing (tests/engine/test_activations.py).
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""The interface of every engine: a model with its sharded optimizer, and this rank's pieces of their state.
+"""The interface of every engine: a model with its sharded optimizer, and this rank's shards of their state.
 
-In: a plain fp32 nn.Module, equal on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train loop
-calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it.
-The decision worth knowing: bf16 is torch.autocast around model.forward in every engine, with fp32 weights, gradients
-and reductions, so that all engines compute the same function.
+In: a plain fp32 nn.Module, identical on all ranks, and the list of its repeated blocks. Out: `Engine`, which the train
+loop calls, and `LocalShard`, through which EMA and checkpoints see the state of any engine without gathering it. The
+decision worth knowing: bf16 is torch.autocast around model.forward in every engine, with fp32 weights, gradients and
+reductions, so that all engines compute the same function.
 """
 
 import functools
@@ -34,26 +34,26 @@ class EngineSettings:
     """How the model is sharded and run. Nothing here changes what is computed: all of it may change on resume."""
 
     kind: Literal["single", "fsdp2", "zero"] = "single"  # one device | PyTorch FSDP2 | DeepSpeed ZeRO
-    zero_stage: Literal[1, 2, 3] = 2  # zero: 1 shards the optimizer, 2 also gradients, 3 also weights
+    zero_stage: Literal[1, 2, 3] = 2  # zero: 1 shards the optimizer state, 2 also gradients, 3 also weights
     cpu_offload: bool = False  # zero: master weights and moments in host memory
-    zero_bucket_elements: int = 50_000_000  # zero: reduced or gathered at a time; allocated whole, 200 MB in fp32
-    zero_prefetch_elements: int = 50_000_000  # zero stage 3: gathered ahead of their use
+    zero_bucket_elements: int = 50_000_000  # zero: elements per reduction or gather; buffer of 200 MB in fp32
+    zero_prefetch_elements: int = 50_000_000  # zero stage 3: elements gathered ahead of use
     zero_persistent_elements: int = 10_000  # zero stage 3: parameters up to this size stay gathered (norms, biases)
-    # fsdp2: whether gathered weights are let go after forward and gathered again for backward; auto: in large models.
+    # fsdp2: free gathered weights after forward and gather them again for backward; auto: in large models.
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     blocks_per_unit: int = 1  # fsdp2: consecutive blocks gathered together
-    prefetch_units: int = 1  # fsdp2: units whose gathering is begun ahead; more hides more and holds more, 0: none
-    replicate: int | Literal["node"] = 1  # fsdp2: copies of the weights, each sharded (HSDP); node: one a machine
-    # What blocks keep for backward: everything | results of matrix products and attention | their input, the rest is
-    # computed again | the same, with the input in host memory | as much as fits into memory_budget_gib.
+    prefetch_units: int = 1  # fsdp2: units gathered ahead; more hide more latency and take more memory; 0: none
+    replicate: int | Literal["node"] = 1  # fsdp2: replicas of the sharded weights (HSDP); node: one per machine
+    # What blocks keep for backward: everything | outputs of matrix products and attention | only their input, and
+    # recompute the rest | the same, with the input in host memory | as much as fits in memory_budget_gib.
     activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
-    checkpointed_share: float = 1.0  # share of the blocks, from the first one on, that do so
-    other_blocks: Literal["none", "selective"] = "none"  # what the blocks behind that share keep
-    # auto: what a rank may need of its device as `latte-scale estimate` counts it; null: all that its GPU has.
+    checkpointed_share: float = 1.0  # fraction of the blocks, from the first on, that do so
+    other_blocks: Literal["none", "selective"] = "none"  # what the remaining blocks do
+    # auto: device memory that a rank may use, as `latte-scale estimate` counts it; null: all of its GPU's.
     memory_budget_gib: float | None = None
-    compile: bool = False  # torch.compile each block, for each size of clips by itself
-    sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that hold each clip together (long videos)
-    timeout_s: float = 600.0  # a collective, or a step, that takes longer ends the job, with stacks in RUN/logs
+    compile: bool = False  # torch.compile every block, once per clip size
+    sequence_parallel: int = 1  # fsdp2, zero: consecutive ranks that share each clip (long videos)
+    timeout_s: float = 600.0  # a collective or step that takes longer ends the job; stacks in RUN/logs
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.checkpointed_share <= 1.0:

@@ -1,4 +1,4 @@
-"""Removes build locks that a killed process left, for which DeepSpeed's next start on this machine would wait for ever.
+"""Removes build locks left by a killed process, on which DeepSpeed's next start on this machine would wait forever.
 
 torch compiles and loads extensions under a lock that is a plain file: its holder keeps it open and removes it at the
 end. SIGKILL in between leaves a file that nobody holds.

@@ -1,10 +1,9 @@
 """torch.compile for the repeated blocks, and a count of what it compiled for which bucket.
 
 In: a model's blocks, and the bucket of each step that ran. Out: the blocks, compiled when they are first called, and
-the number of graphs by bucket. The decision worth knowing: shapes are static, one graph for each kind of block and
-bucket, because kernels for dynamic shapes are slower. So nothing but the bucket may change a shape (captions are padded
-to one length, conditioning.py), and a graph that is compiled after a bucket's first step is a fault, which is logged
-with torch's own reason.
+the number of graphs by bucket. The decision worth knowing: shapes are static, with one graph per kind of block and
+bucket, because kernels for dynamic shapes are slower. Only the bucket may change a shape (captions are padded to one
+length, conditioning.py). A graph compiled after a bucket's first step is a fault and is logged with torch's reason.
 """
 
 import logging

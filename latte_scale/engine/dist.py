@@ -1,7 +1,7 @@
-"""Process groups: `Ranks` is the only way the rest of the code talks across ranks.
+"""Process groups: `Ranks` is the only way in which other code communicates across ranks.
 
 In: the environment that a launcher set (launch.py), or nothing. Out: `Ranks`. The decision worth knowing: without a
-launcher there is a process group of one, made without network or files, so one rank and many run the same code.
+launcher there is a process group of size 1, created without network or files, so one rank and many run the same code.
 """
 
 import atexit

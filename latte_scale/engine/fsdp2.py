@@ -1,4 +1,4 @@
-"""PyTorch FSDP2: weights, gradients and moments sharded by rows over all ranks, or over those of each copy (HSDP).
+"""PyTorch FSDP2: weights, gradients and moments sharded by rows over all ranks, or within each replica (HSDP).
 
 The decision worth knowing: the optimizer works on plain 1-D views of each rank's rows (DTensor Shard(0)), not on
 DTensors, so it is the same code as on one device and the gradient norm costs one all-reduce of one number.

@@ -1,10 +1,10 @@
 """From a launcher's environment to a rendezvous store in which every rank of the job has registered.
 
 In: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, the deepspeed launcher and slurm/ set them.
-Out: `Launch`, and the store from which dist.py makes process groups. The decision worth knowing: a roll call comes
-before the first collective, so that within a minute (more where processes start slowly) every rank either knows that
-the whole world is there, each rank once and all of one job, or stops and says what is wrong. A process group would wait
-for a lost rank until its timeout.
+Out: `Launch`, and the store from which dist.py makes process groups. The decision worth knowing: a roll call
+precedes the first collective. Within a minute (more where processes start slowly), every rank either knows that all
+ranks of the job are present, each exactly once, or stops and reports what is wrong. A process group would wait for a
+missing rank until its timeout.
 """
 
 import ipaddress

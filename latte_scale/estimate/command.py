@@ -1,14 +1,14 @@
-"""`latte-scale estimate`: what a run needs and costs before it is launched.
+"""`latte-scale estimate`: predict what a run needs and costs, before the launch.
 
     latte-scale estimate --config configs/t2v_512.yaml --gpus 64 --device h100 engine.activation_checkpointing=none
     latte-scale estimate --config configs/sizes_cpu.yaml --gpus 2 --coverage coverage.json engine.kind=fsdp2
 
-In: a training config (no data, no GPU), a number of devices and their kind. Out: memory by part, work, transfers, the
-time of a step, samples a second and GPU-hours, a recommendation with the YAML to use, and every assumption behind it;
-the same as one JSON object with --json. Of several sizes (video.more_sizes) each has a line of its own, the memory is
-that of the one that needs most, and times are means over the steps: with --coverage FILE as many of each size as
-`latte-scale coverage --out FILE` counted in the data, else as if there were as many clips of each. Exit code 0 if the
-config fits the device, 1 if it does not, 78 if the config is wrong.
+In: a training config (no data, no GPU), the number of devices and their kind. Out: memory by part, FLOPs,
+communication, step time, samples per second and GPU-hours, a recommendation with the YAML to use, and every assumption;
+with --json, the same as one JSON object. With several sizes (video.more_sizes), each size has its own line, the memory
+is that of the largest need, and times are means over the steps. --coverage FILE weights the sizes by the counts of
+`latte-scale coverage --out FILE`; without it, all sizes have equally many clips. Exit code 0 if the config fits the
+device, 1 if it does not, 78 if the config is wrong.
 """
 
 import argparse
@@ -60,17 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = verb_parser("estimate", __doc__)
     add_config(parser, "training YAML, see configs/; data.url is not opened")
-    parser.add_argument("--gpus", type=int, default=8, help="devices in all")
+    parser.add_argument("--gpus", type=int, default=8, help="total number of devices")
     parser.add_argument("--device", default="h100", help=f"one of {', '.join(DEVICES)}")
-    parser.add_argument("--per-node", type=int, help="devices of a node (default: 8)")
+    parser.add_argument("--per-node", type=int, help="devices per node (default: 8)")
     parser.add_argument(
-        "--efficiency", type=float, help="share of the peak that `latte-scale bench step` measured (HFU)"
+        "--efficiency", type=float, help="fraction of peak FLOP/s, as measured by `latte-scale bench step` (HFU)"
     )
     parser.add_argument(
-        "--coverage", type=disk_path, metavar="FILE.json", help="steps of each size, from `latte-scale coverage --out`"
+        "--coverage", type=disk_path, metavar="FILE.json", help="counts per size, from `latte-scale coverage --out`"
     )
     parser.add_argument("--price", type=float, help="price of a GPU-hour, in any currency")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_intermixed_args(argv)  # overrides may stand between options
 
 

@@ -1,6 +1,6 @@
-"""Scores of sampled videos. `evaluate.py` at the root is the command; this is what it is made of.
+"""Scores of sampled videos, for the command `evaluate.py`.
 
-shapes and videos need no network: moving shapes against their prompts, and PSNR. The rest goes one way: clips (a folder
-or shards -> uint8 windows) -> networks (files the user names) -> features (over the ranks, real ones cached) -> scores
-(arithmetic in fp64) -> bootstrap (how far a score would move with other clips). metrics ties them together.
+`shapes` (moving shapes against their prompts) and `videos` (PSNR) need no network. The other scores are a pipeline:
+`clips` (a folder or shards -> uint8 windows), `networks` (files that the user names), `features` (distributed over the
+ranks; real ones are cached), `scores` (in fp64), `bootstrap` (confidence intervals). `metrics` runs it.
 """

@@ -1,7 +1,8 @@
-"""Latte as plain modules: no collective, no engine and no data set is known here.
+"""Latte as plain PyTorch modules, independent of collectives, engines and data sets.
 
-`latte` (shaped by `latte_settings`) and `latte_t2v` are made of `blocks`, these of `layers` and `attention`; `inputs`
-checks their arguments and `build` goes from settings to a model. What computes is set in a model before it is compiled:
-attention by `attention_backends`, norm and gate by `norm_backends` (`kernels` are Triton's), linear layers in 8 bits by
-`fp8`. `flops` counts. `transformer_folder`, `official` and `official_images` read and write published weights.
+`latte` (configured by `latte_settings`) and `latte_t2v` are built from `blocks`, and these from `layers` and
+`attention`. `inputs` checks their arguments; `build` makes a model from settings. Back ends are set in a model before
+it is compiled: `attention_backends` for attention, `norm_backends` for norm and gate (`kernels` has those in Triton),
+`fp8` for linear layers. `flops` counts FLOPs. `transformer_folder`, `official` and `official_images` read and write
+published weights.
 """

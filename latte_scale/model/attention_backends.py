@@ -37,10 +37,10 @@ MASKED_LOGIT = -10000.0
 class AttentionSettings:
     """Who computes attention. Nothing here changes what is computed, beyond rounding."""
 
-    # auto: on a GPU the fastest at each site, measured at the start and kept in RUN/choices.json; elsewhere sdpa. A
-    # name: that one everywhere, or an error if it is not there. sdpa leaves the choice to torch; flash2 to flash4 are
-    # the flash-attn packages; sdpa_* are the kernels inside torch; math writes the scores out. triton_small takes
-    # sequences of up to 64 tokens: by name it is over time only, and the rest as under auto.
+    # auto: on a GPU, the fastest at each site, measured at the start and recorded in RUN/choices.json; on a CPU, sdpa.
+    # A name selects that back end everywhere; it is an error if it is not available. sdpa leaves the choice to torch;
+    # flash2 to flash4 are the flash-attn packages; sdpa_* are torch's own kernels; math materializes the scores.
+    # triton_small takes sequences of up to 64 tokens; by name it is used over time only, with auto for the rest.
     backend: Literal["auto", Backend] = "auto"
 
 

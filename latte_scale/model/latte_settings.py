@@ -23,21 +23,21 @@ class LatteSettings:
 
     kind: Literal["latte"] = "latte"  # the class-conditional or unconditional model
     in_channels: int = 4  # latent channels
-    out_channels: int = 8  # in_channels, or twice that: predicted noise and its variance
-    # Blocks over space and time in turn | first all over space, then all over time | attention over space, then over
-    # time, in every block | half of the heads over space, half over time, in every block (the paper's variants 1 to 4).
+    out_channels: int = 8  # in_channels, or twice that to learn the variance as well
+    # The paper's variants 1 to 4: alternating spatial and temporal blocks | all spatial blocks, then all temporal ones
+    # | spatial, then temporal attention in every block | half of each block's heads spatial, half temporal.
     variant: Variant = "interleaved"
-    depth: int = 28  # blocks, spatial and temporal ones together
-    width: int = 1152  # channels of a token
-    num_heads: int = 16  # attention heads of every block
-    mlp_ratio: float = 4.0  # width of the MLP inside, in widths of a token
-    patch_size: int = 2  # latent pixels on a side of a patch
-    tubelet_size: int = 1  # frames of a patch; above 1: compression patches
-    num_frames: int = 16  # most frames of a clip, images of joint training not counted
-    sample_size: int = 32  # a note beside the weights, nothing computes with it: positions count rows and columns
+    depth: int = 28  # blocks, spatial and temporal together
+    width: int = 1152  # channels per token
+    num_heads: int = 16  # attention heads per block
+    mlp_ratio: float = 4.0  # hidden width of the MLP / width
+    patch_size: int = 2  # side of a patch in latent pixels
+    tubelet_size: int = 1  # frames per patch; above 1: compression patches
+    num_frames: int = 16  # maximum frames of a clip, not counting joint images
+    sample_size: int = 32  # only recorded with the weights: positions count rows and columns
     num_classes: int = 0  # 0: unconditional; label num_classes is "no class"
-    injection: Literal["s_adaln", "all_tokens"] = "s_adaln"  # how timestep and class come in: modulation, or tokens
-    temporal_position: Literal["sincos", "learnable", "rotary"] = "sincos"  # added table, fixed or trained, or RoPE
+    injection: Literal["s_adaln", "all_tokens"] = "s_adaln"  # timestep and class by modulation, or as tokens
+    temporal_position: Literal["sincos", "learnable", "rotary"] = "sincos"  # fixed table, learned table, or RoPE
     contrastive_width: int = 0  # channels of the contrastive space; 0: no contrastive projections
 
     def __post_init__(self) -> None:

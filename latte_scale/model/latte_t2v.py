@@ -45,14 +45,14 @@ class LatteT2VSettings:
 
     kind: Literal["latte_t2v"] = "latte_t2v"  # the text-to-video model
     in_channels: int = 4  # latent channels
-    out_channels: int = 8  # in_channels, or twice that: predicted noise and its variance
+    out_channels: int = 8  # in_channels, or twice that to learn the variance as well
     num_layers: int = 28  # pairs of a spatial and a temporal block
-    num_heads: int = 16  # attention heads of every block
-    head_dim: int = 72  # channels of a head; width = num_heads * head_dim
-    caption_channels: int = 4096  # channels of a text embedding (T5 v1.1-XXL)
-    patch_size: int = 2  # latent pixels on a side of a patch
-    sample_size: int = 64  # latent side that positions refer to (64: 512 px); any other side is mapped onto it
-    num_frames: int = 16  # most frames of a clip (video_length), images of joint training not counted
+    num_heads: int = 16  # attention heads per block
+    head_dim: int = 72  # channels per head; width = num_heads * head_dim
+    caption_channels: int = 4096  # width of the text embeddings (T5 v1.1-XXL)
+    patch_size: int = 2  # side of a patch in latent pixels
+    sample_size: int = 64  # latent side of the position grid (64: 512 px); other sides are scaled to it
+    num_frames: int = 16  # maximum frames of a clip (video_length), not counting joint images
     contrastive_width: int = 0  # channels of the contrastive space; 0: no contrastive projections
 
     def __post_init__(self) -> None:

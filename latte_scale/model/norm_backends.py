@@ -21,7 +21,7 @@ NormBackend = Literal["torch", "triton"]
 class NormSettings:
     """Who computes norm, modulation and gate. Nothing here changes what is computed, beyond rounding."""
 
-    # auto: on a GPU the faster, measured at the start and kept in RUN/choices.json; elsewhere torch.
+    # auto: on a GPU, the faster one, measured at the start and recorded in RUN/choices.json; on a CPU, torch.
     backend: Literal["auto", NormBackend] = "auto"
 
 

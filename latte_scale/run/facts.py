@@ -1,7 +1,7 @@
 """How a run was started: `RUN/facts.json` for the newest attempt, and `RUN/logs/facts.jsonl` for all of them.
 
-In: the process and its environment. Out: command, commit, versions of everything installed, hosts and devices, the
-environment variables that change what a run does, and the fingerprint of the data. Variables are selected by a list of
+In: the process and its environment. Out: command, commit, versions of all installed packages, hosts and devices, the
+environment variables that affect a run, and the fingerprint of the data. Variables are selected by a list of
 names, so that no key or token ends up in a run folder.
 """
 

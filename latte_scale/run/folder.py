@@ -1,12 +1,12 @@
-"""The run folder: what a run leaves beside its checkpoints, and whether this attempt may still write there.
+"""The run folder: what a run writes next to its checkpoints, and whether this attempt may still write.
 
-`run_id` (this run among all, made by its first attempt), `config.yaml` (resolved, written before step 0), `facts.json`
-(how it was made), `coverage.json` (what it sees of its data), `choices.json` (what was chosen by measurement),
-`metrics.jsonl`, `validation.jsonl` and `samples/` (with validation), `exit.json` (code, reason, which rank of which
-attempt), and `logs/`: one text log a rank, `replaced-*.jsonl` (samples that could not be read and what came instead),
-`restarts.jsonl` (one line a resume: from which checkpoint, which logged steps are run again) and `rewound.jsonl` (the
-lines of those steps as they were first logged, so that the two can be compared).
-The folder is one that all nodes share, also where the checkpoints are in a bucket: its lease keeps a second job away.
+`run_id` (unique, from the first attempt), `config.yaml` (resolved, written before step 0), `facts.json` (how the run
+was started), `coverage.json` (how much of its data it uses), `choices.json` (back ends chosen by measurement),
+`metrics.jsonl`, `validation.jsonl` and `samples/` (with validation), `exit.json` (code, reason, rank and attempt), and
+`logs/`: one text log per rank, `replaced-*.jsonl` (unreadable samples and their replacements), `restarts.jsonl` (one
+line per resume: the checkpoint, and the logged steps that run again) and `rewound.jsonl` (the lines of those steps as
+first logged, for comparison). All nodes share this folder, even if the checkpoints are in a bucket: its lease keeps a
+second job out.
 """
 
 import dataclasses

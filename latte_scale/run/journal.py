@@ -1,8 +1,8 @@
-"""What a step reports, from the device to `metrics.jsonl`: one small all-reduce a step, read one step late.
+"""A step's metrics, from the device to `metrics.jsonl`: one small all-reduce per step, read one step late.
 
 `Tally` collects this rank's numbers of one step without waiting for the device and sums them over the ranks in one
 all-reduce, which also carries any rank's request to stop. `Journal` takes the summed numbers, the same on all ranks,
-and turns them into metrics, a console line and the decisions that all ranks must make alike: stop, or give up.
+and turns them into metrics, a console line and decisions on which all ranks must agree: to stop, or to give up.
 """
 
 import logging

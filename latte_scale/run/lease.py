@@ -1,17 +1,16 @@
-"""Who may write into a run folder: `lease.json`, held by one attempt of the run at a time.
+"""The right to write to a run folder: `lease.json`, held by one attempt of the run at a time.
 
-In: this process and what the job scheduler says about it. Out: a lease, or LeaseError with the reason. The lease of a
-dead holder is taken over: at once if it ran on this machine, otherwise after STALE_S without a heartbeat. A newer
+In: this process and what the job scheduler reports about it. Out: a lease, or LeaseError with the reason. The lease of
+a dead holder is taken over: at once if it ran on this machine, otherwise after STALE_S without a heartbeat. A newer
 restart of the same job wins over an older one. Restarts by torchrun, whose agents count them differently, wait instead
 until a holder of their job on another host has sent no heartbeat for LOST_S. Any other attempt stops. The holder checks
-the lease before it writes, and stops once it names another holder, because a process that was given up for dead may
-live on (a frozen machine, a rank whose launcher was killed). A host name does not identify a machine: containers take
-that of their host, and whole clusters are "localhost".
-Heartbeats come from a thread of their own: a first step that compiles, verifying a large checkpoint or sampling videos
-may take longer than STALE_S, and whoever starts meanwhile must still be refused. A process that hangs is ended by its
-watchdog.
-The decision worth knowing: the age of a heartbeat is measured by the clock of the shared folder, and then by watching
-for the next one, never by this machine's clock, which may be hours off.
+the lease before it writes, and stops once the lease names another holder, because a process that was presumed dead may
+still run (a frozen machine, a rank whose launcher was killed). A host name does not identify a machine: containers use
+that of their host, and in some clusters every host is "localhost". Heartbeats come from a separate thread: compiling in
+the first step, verifying a large checkpoint or sampling videos may take longer than STALE_S, and other attempts must
+still be refused meanwhile. The watchdog ends a process that hangs. The decision worth knowing: the age of a heartbeat
+is measured by the clock of the shared folder, and then by watching for the next one, never by this machine's clock,
+which may be hours off.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""`metrics.jsonl`: a line for each logged step, which rank 0 appends, a resume rewinds, and reports and scripts read.
+"""`metrics.jsonl`: one line per logged step. Rank 0 appends it, a resume rewinds it, reports and scripts read it.
 
-Reading it needs no torch, so whoever only looks at a run starts at once.
+Reading it needs no torch, so tools that only inspect a run start at once.
 """
 
 import os

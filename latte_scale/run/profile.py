@@ -1,11 +1,11 @@
 """`--profile N`: a trace of N steps and where their time went; and device memory, when RUN/snapshot asks for it.
 
 In: calls at the end of each step, on each rank. Out: `RUN/profile/trace-rank-00000.json` (chrome://tracing, Perfetto),
-one table on rank 0's console and in `RUN/profile/table.json`: seconds a step in computation, exposed communication,
+one table on rank 0's console and in `RUN/profile/table.json`: seconds per step in computation, exposed communication,
 data wait, checkpoint and the rest of the host's work, for every rank, and which ranks the others wait for. The decision
-worth knowing: every moment of a step counts for one part only, the first in the order of PARTS that covers it, so the
-parts add up to the step. Communication counts as exposed only where this rank computes nothing meanwhile. Nothing here
-changes what is computed: losses with and without it are equal to the bit.
+worth knowing: every moment of a step counts for one part only, the first in PARTS that covers it, so the parts add up
+to the step. Communication counts as exposed only where this rank computes nothing meanwhile. Profiling
+does not change the computation: losses with and without it are bitwise equal.
 """
 
 import json

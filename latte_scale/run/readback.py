@@ -1,4 +1,4 @@
-"""A step's numbers on the host, one step late, and whether its loss stands out from those before.
+"""A step's numbers on the host, one step late, and the detection of loss spikes.
 
 In: small device tensors from train.py, and losses. Out: Python numbers. The decision worth knowing: nothing here waits
 for the device. `Readback` copies a step's numbers to pinned memory and hands them out while the next step already runs,

@@ -1,7 +1,7 @@
-"""What asks a run to save and stop: a signal on any rank, the file RUN/stop, or the end of its time budget.
+"""Requests to save and stop: a signal on any rank, the file RUN/stop, or the end of the time budget.
 
 In: signals, the run folder and a clock. Out: one flag, which the trainer sums over the ranks with the numbers of each
-step, so that all ranks save once, at the same step, whichever of them was asked.
+step, so that all ranks save once, at the same step, whichever rank received the request.
 """
 
 import os

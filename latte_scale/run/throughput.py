@@ -1,6 +1,6 @@
-"""What a run reports of its speed and memory: rates of a window of steps, MFU and HFU, and bytes of its processes.
+"""Speed and memory of a run: rates over a window of steps, MFU and HFU, and memory of its processes.
 
-In: work and wall-clock times, counted by the journal. Out: the figures of a line of `metrics.jsonl`.
+In: FLOPs and wall-clock times, counted by the journal. Out: the figures of a line of `metrics.jsonl`.
 """
 
 import logging

@@ -1,10 +1,9 @@
 """Copies of the lines of `metrics.jsonl` for Weights & Biases and TensorBoard, when the `log` section asks for them.
 
-In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. One run
-of wandb lasts over all attempts of a run: it has the run's own id.
+In: the records that rank 0 writes. Out: `RUN/wandb/` (and the service, unless offline) and `RUN/tensorboard/`. All
+attempts of a run are one wandb run, with the run's own id.
 The decision worth knowing: `metrics.jsonl` is the record and these are copies of it, so a fault of a tracking service
-is told and never stops training; but a service that is asked for and not installed is an error before the first
-step.
+is reported and never stops training. A service that is requested but not installed is an error before the first step.
 """
 
 import importlib.util
@@ -25,11 +24,11 @@ START_TIMEOUT_S, FINISH_TIMEOUT_S = 30.0, 30.0
 class LogSettings:
     """What is written while training. All of it may change on resume."""
 
-    every_steps: int = 10  # one line in metrics.jsonl and on the console per so many steps
-    tensorboard: bool = False  # also RUN/tensorboard
-    wandb: Literal["off", "online", "offline"] = "off"  # offline: RUN/wandb, sent later by `wandb sync`
-    wandb_project: str = "latte_scale"  # where wandb shows the run
-    wandb_entity: str | None = None  # user or team; null: the account's own
+    every_steps: int = 10  # steps per line in metrics.jsonl and on the console
+    tensorboard: bool = False  # also write RUN/tensorboard
+    wandb: Literal["off", "online", "offline"] = "off"  # offline: write RUN/wandb, for a later `wandb sync`
+    wandb_project: str = "latte_scale"  # wandb project of the run
+    wandb_entity: str | None = None  # user or team; null: the account's default
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

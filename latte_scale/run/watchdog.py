@@ -1,10 +1,10 @@
 """Ends a process whose step takes too long, after writing the stacks of all its threads to the disk.
 
-In: a limit in seconds, armed anew at every step. Out: `RUN/logs/stacks-rank-00000.txt` and exit code 1, which makes the
-launcher end the other ranks; each of these is waiting in the same step and leaves its own stacks.
-The decision worth knowing: the timer is a C thread that needs neither the GIL nor another rank, so it also fires where
-Python is blocked, and it makes no collective. The limit is that of a collective, but it counts from the beginning of
-the step, so it fires first: the rank that hangs leaves its stacks, too, not only those that wait for it.
+In: a limit in seconds, rearmed at every step. Out: `RUN/logs/stacks-rank-00000.txt` and exit code 1, which makes the
+launcher end the other ranks; each of these is waiting in the same step and leaves its own stacks. The decision worth
+knowing: the timer is a C thread that needs neither the GIL nor another rank, so it also fires where Python is blocked,
+and it uses no collective. The limit is that of a collective but counts from the start of the step, so it fires first,
+and the rank that hangs also leaves its stacks, not only the ranks that wait for it.
 """
 
 import faulthandler

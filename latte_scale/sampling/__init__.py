@@ -1,5 +1,5 @@
-"""Sampling, whoever asks: the `sample` command, the demo, or validation inside training.
+"""Sampling, for the `sample` command, the demo, and validation inside training.
 
-`requests` says what is asked for, `loading` brings a model and its encoders together, `latents` walks from noise to
-latents, and `videos` writes them as files; `temporal_decoder` is an optional decoder.
+`requests` describes the videos to sample, `loading` loads a model and its encoders, `latents` denoises, and `videos`
+writes the files; `temporal_decoder` is an optional decoder.
 """

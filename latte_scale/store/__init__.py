@@ -1,13 +1,14 @@
-"""Bytes by name and range, from a folder or an object store: the only door to stored data.
+"""Bytes by name and range, from a folder or an object store. All stored data is read and written here.
 
 In: a URL (a folder path, file:// or s3://bucket/prefix) and names relative to it ("shard-000000.tar"). Out: bytes,
-sizes and sorted names. A write is complete or not there. Every failure is a StoreError that carries the full URL, the
-byte range and what to do next. base.py is the interface, local.py a folder, s3.py an object store. Below s3.py:
-connection.py holds what a process shares (with threads.py), get.py sends a request, transfer.py reads a range with
-retries (faults.py says what may be retried, retry.py for how long), upload.py sends large objects, listing.py lists
-prefixes, cache.py and readahead.py keep what was and will be read, blocks.py fetches neighbouring bytes together.
-The decision worth knowing: a Store is a URL and its settings, so it can be copied into any worker process; sockets,
-threads and what it has learned belong to the process that uses it.
+sizes and sorted names. Writes are atomic. Every failure is a StoreError with the full URL, the byte range and what to
+do next. base.py is the interface, local.py a folder, s3.py an object store. s3.py uses connection.py (with threads.py)
+for what a process shares, get.py to send a request, transfer.py to read a range with retries (faults.py: which faults,
+retry.py: for how long), upload.py for large objects, listing.py for prefixes, cache.py and readahead.py for data that
+was or will be read, and blocks.py to fetch adjacent bytes together.
+
+A Store is only a URL and its settings, so it can be copied into any worker process. Sockets, threads and learned state
+belong to the process that uses it.
 """
 
 from pathlib import Path

@@ -49,7 +49,7 @@ class Prefix(NamedTuple):
     def drop_uploads(self, doomed: Callable[[str, float], bool]) -> list[str]:
         """Take back the parts of unfinished uploads for which `doomed(name, age_s)` holds; their names.
 
-        No listing of objects shows them, and the service keeps, and bills, them for ever.
+        No listing of objects shows them, and the service keeps, and bills, them forever.
         """
         dropped, marker = [], {}
         while True:

@@ -16,22 +16,22 @@ CONNECT_TIMEOUT_S = 10.0
 class StoreSettings:
     """What s3:// URLs need beyond credentials; folders need none of it. Safe to log, to pickle and to save."""
 
-    endpoint_url: str | None = None  # null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or ~/.aws/config, else Amazon's
+    endpoint_url: str | None = None  # null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or ~/.aws/config, else Amazon S3
     region: str | None = None  # null: AWS_REGION or ~/.aws/config
-    addressing: Literal["auto", "path", "virtual"] = "auto"  # where URLs name the bucket; auto: path unless Amazon's
-    cache_dir: str | None = None  # local folder that keeps what was read; null: no cache
-    cache_bytes: int = 64 << 30  # the most that the folder may hold, over all processes that share it
-    # Shuffled samples are fetched in blocks of this size, a multiple of 1 MiB, which the cache keeps: fewer requests
-    # for more CPU here, if cache_bytes holds two shuffle windows (data.shuffle_window samples); null: one by one.
+    addressing: Literal["auto", "path", "virtual"] = "auto"  # bucket in path or host; auto: path unless Amazon
+    cache_dir: str | None = None  # local folder that caches what was read; null: no cache
+    cache_bytes: int = 64 << 30  # maximum size of the cache, over all processes that share it
+    # Fetch shuffled samples in blocks of this size (a multiple of 1 MiB) through the cache: fewer requests, more local
+    # CPU time. cache_bytes must hold two shuffle windows (data.shuffle_window samples). null: fetch samples one by one.
     block_bytes: int | None = None
-    num_connections: int = 16  # requests at a time, per process
-    part_bytes: int = 8 * MEBIBYTE  # larger reads and writes are cut into requests of this size
-    read_ahead_bytes: int = 128 * MEBIBYTE  # announced reads kept in memory, per process
-    request_timeout_s: float = 20.0  # a request that takes longer is given up and tried again
-    stall_budget_s: float = 300.0  # one read or write may lose this much to retries before it is an error
-    first_answer_s: float = 45.0  # the same until the endpoint has answered this process once: it may be a wrong one
-    hedge_after_s: float | None = 2.0  # a read that takes longer is asked for a second time, once; null: never
-    scratch_dir: str | None = None  # local folder for files on their way up; null: the system's temporary folder
+    num_connections: int = 16  # concurrent requests per process
+    part_bytes: int = 8 * MEBIBYTE  # larger reads and writes are split into requests of this size
+    read_ahead_bytes: int = 128 * MEBIBYTE  # memory for read-ahead, per process
+    request_timeout_s: float = 20.0  # a request that takes longer is abandoned and retried
+    stall_budget_s: float = 300.0  # time that one read or write may spend on retries before it is an error
+    first_answer_s: float = 45.0  # the same before the endpoint's first answer, as it may be wrong
+    hedge_after_s: float | None = 2.0  # a read that takes longer is requested once more (hedging); null: never
+    scratch_dir: str | None = None  # local folder for files being uploaded; null: the system's temporary folder
 
     def __post_init__(self) -> None:
         for name in ("num_connections", "read_ahead_bytes", "cache_bytes"):

@@ -46,7 +46,7 @@ class Threads:
 def run_all(calls: Sequence[Callable[[], None]], threads: Threads) -> None:
     """Run every call, in this thread and in whichever of `threads` are free; the first error ends it and is raised.
 
-    This thread alone is enough to finish, so callers that share the threads cannot wait for each other for ever.
+    This thread alone is enough to finish, so callers that share the threads cannot wait for each other forever.
     """
     pending, errors, helpers = deque(calls), [], []
 

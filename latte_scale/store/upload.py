@@ -118,7 +118,7 @@ class Upload:
             )
 
     def _abort(self, upload: dict[str, str]) -> None:
-        """Take back parts that would stay, and cost, for ever. One try: its failure must not hide the first one."""
+        """Take back parts that would stay, and cost, forever. One try: its failure must not hide the first one."""
         try:
             self.connection.client.abort_multipart_upload(**upload)
         except Exception as error:

@@ -1,5 +1,5 @@
 """Validation during training: the loss on held-out samples, and videos for fixed prompts.
 
-`settings` is the section of the config, `heldout` the loss, `prompts` the videos, and `validator` the object that the
-train loop calls. Training is unaffected: no random number, weight or moment differs from those of a run without it.
+`settings` is the config section, `heldout` computes the loss, `prompts` the videos, and the train loop calls
+`validator`. Training is unaffected: every random number, weight and moment is the same as in a run without validation.
 """

@@ -1,1 +1,1 @@
-"""Ways to spread a step over ranks: clips over a group (sequence.py), copies of the sharded weights (mesh.py)."""
+"""Parallelism within a step: clips split over groups of ranks (sequence.py), replicas of sharded weights (mesh.py)."""

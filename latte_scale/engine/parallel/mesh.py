@@ -1,9 +1,9 @@
-"""HSDP: which ranks hold one copy of the sharded weights together, and which hold the same shard of different copies.
+"""HSDP: which ranks form one replica of the sharded weights, and which hold the same shard of different replicas.
 
-In: the ranks and the number of copies. Out: a device mesh and this rank's place in it. The decision worth knowing:
-consecutive ranks form a copy, as launchers number them within a machine, so weights are gathered inside a machine and
-only reduced gradients cross between copies. What is computed does not change: gradients are summed over all ranks
-either way, and all copies apply the same update.
+In: the ranks and the number of replicas. Out: a device mesh and this rank's place in it. The decision worth knowing: a
+replica consists of consecutive ranks, which launchers place on the same machine. Weights are therefore gathered within
+a machine, and only reduced gradients cross between replicas. The result is unchanged: gradients are summed over all
+ranks either way, and all replicas apply the same update.
 """
 
 import socket

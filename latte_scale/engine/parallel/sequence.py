@@ -1,16 +1,16 @@
-"""Sequence parallelism for long clips: the ranks of a group hold each clip together and share samples and noise.
+"""Sequence parallelism for long clips: the ranks of a group split each clip and share samples and noise.
 
 DSP, dynamic sequence parallelism (Zhao et al. 2024, arXiv 2403.10266): where a block attends within a frame, a rank
 holds some of the frames with all their tokens; where it attends over time, it holds some of the tokens in all frames;
 one all-to-all switches between the two layouts. In: a model that calls `reshard(x, "space" or "time")` before each
-block, and whole noisy clips, equal on the ranks of a group. Out: the whole prediction, equal on them too.
+block, and whole noisy clips, identical on the ranks of a group. Out: the whole prediction, identical on them too.
 
 The decision worth knowing is where gradients are summed. Every rank of a group computes the same loss from the same
-joined prediction, but only the part that went through its own frames and tokens reaches its weights: the backward of
-`join` returns the gradient of this rank's frames alone, and that of each all-to-all returns the gradients of the tokens
-that it sent. So the gradient of a clip is the sum over its group, each part counted once, and the sum over all ranks,
-which every engine computes anyway, is the gradient of the global batch. No averaging and no weights are needed, however
-unevenly a clip is split.
+joined prediction, but only the part that went through its own frames and tokens reaches its weights. The backward of
+`join` returns the gradient of this rank's frames alone, and that of each all-to-all the gradients of the tokens that it
+sent. The gradient of a clip is therefore the sum over its group, with each part counted once, and the sum over all
+ranks, which every engine computes anyway, is the gradient of the global batch. No averaging or weighting is needed,
+however unevenly a clip is split.
 
 Shape legend: B batch, C channels, O output channels, F frames, H W latent height and width, T tokens of a frame,
 D width.
