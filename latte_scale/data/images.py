@@ -111,7 +111,9 @@ def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
             pairs.append((f"video.{name}", getattr(mine.video, name), getattr(its.video, name)))
         pairs += [("latents", mine.latents, its.latents), ("vae.sha256", mine.vae.sha256, its.vae.sha256)]
         if mine.text is not None:
-            pairs.append(("text.sha256", mine.text.sha256, its.text and its.text.sha256))
+            for name in ("sha256", "max_length"):
+                pairs.append((f"text.{name}", getattr(mine.text, name), its.text and getattr(its.text, name)))
+            pairs.append(("caption_cleaning", mine.caption_cleaning, its.caption_cleaning))
     wanted = {image_bucket(bucket) for each in clips for bucket in each.buckets}
     pairs += [("bucket", name, "none") for name in sorted(wanted - images.buckets.keys())]
     for name, expected, came in pairs:

@@ -1,6 +1,7 @@
 """Images of joint training: which they are, what comes with them, and that nothing else moves."""
 
 import itertools
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -266,7 +267,11 @@ def test_images_that_do_not_fit_the_clips_are_refused(tmp_path):
     make_latents(tmp_path / "untexted", bucket=IMAGES, more=replace(more, with_text=False))
     make_latents(tmp_path / "plain", bucket=IMAGES, more=More(class_names=NAMES))
     make_latents(tmp_path / "long", more=more)
-    make_latents(tmp_path / "images", bucket=IMAGES, more=more)
+    manifest = make_latents(tmp_path / "images", bucket=IMAGES, more=more)
+    longer = replace(manifest.text, max_length=9)
+    for name, changed in (("raw text", {"caption_cleaning": "none"}), ("longer", {"text": longer})):
+        shutil.copytree(tmp_path / "images", tmp_path / name)
+        save_manifest(open_store(tmp_path / name), replace(manifest, **changed))
     datasets = open_datasets(DataSettings(str(tmp_path / "clips")))
     for name, words in (
         ("raw", "kind: expected latents, got video"),
@@ -275,6 +280,8 @@ def test_images_that_do_not_fit_the_clips_are_refused(tmp_path):
         ("untexted", "text.sha256: expected b+, got None"),
         ("plain", "video.hflip: expected True, got False"),
         ("long", f"bucket: expected {IMAGES}, got none"),
+        ("raw text", "caption_cleaning: expected lower-strip, got none"),
+        ("longer", "text.max_length: expected 6, got 9"),
         ("nowhere", "not a finished data set"),
     ):
         with pytest.raises(ManifestError, match=words):
