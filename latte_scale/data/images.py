@@ -85,7 +85,7 @@ def image_set(
     """
     counts = images.counts(holdout, side)
     fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
-    still = replace(video, frames=1, window=None, sampling="stride")
+    still = replace(video, frames=1, window=None, sampling="stride", more_sizes=())
     readers = {}
     for bucket in plan.buckets:
         name = image_bucket(bucket)
