@@ -9,11 +9,12 @@ back leaves a checkpoint unchanged.
 import json
 import threading
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import google_crc32c
 import torch
@@ -166,6 +167,13 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; remove it to convert without it") from error
     return facts
+
+
+def check_archive(file: Path | IO[bytes]) -> None:
+    """Hold a file of torch.save to the checksums in it, which torch.load passes over. Raises ValueError, BadZipFile."""
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged: the checksum does not fit")
 
 
 def differences(first: Content, second: Content) -> list[str]:

@@ -10,7 +10,7 @@ import io
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, F
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from latte_scale.checkpoint.content import MOMENTS, Content, complete, read_facts, write_facts
+from latte_scale.checkpoint.content import MOMENTS, Content, check_archive, complete, read_facts, write_facts
 from latte_scale.checkpoint.format import CheckpointError
 
 METADATA = ".metadata"
@@ -46,19 +46,29 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, with metadata that is read once, through `_Unpickler`."""
+    """DCP's reader, with metadata that is read once, through `_Unpickler`, and tensors held to their checksums."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
             self.metadata = _Unpickler(io.BytesIO((path / METADATA).read_bytes())).load()
-        except (CheckpointError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
+        except Exception as error:  # a damaged pickle may raise anything, MemoryError included
             raise CheckpointError(f"{path / METADATA} is not read: {error}") from error
         if not isinstance(self.metadata, Metadata):
             raise CheckpointError(f"{path / METADATA} is not a checkpoint's metadata: {type(self.metadata).__name__}")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        """One stored tensor, held to its checksums where nothing was done to its bytes."""
+        if sinfo.transform_descriptors:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        stored = io.BytesIO(file.read(sinfo.length))
+        check_archive(stored)
+        stored.seek(0)
+        return stored
 
 
 def is_dcp(path: Path) -> bool:
@@ -95,13 +105,14 @@ def open_dcp(path: Path) -> Content:
 
 def _load(reader: _Reader, key: str) -> Tensor:
     entry = reader.metadata.state_dict_metadata[key]
-    target = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
     try:
+        target = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load(target, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # the latter is what DCP makes of all it meets, and no Exception
-        raise CheckpointError(f"{reader.path}: {key} cannot be read: {error}") from error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise CheckpointError(f"{reader.path}: {key} cannot be read: {cause}") from error
     return target[key].detach().float()
 
 

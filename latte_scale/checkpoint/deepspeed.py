@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latte_scale.checkpoint import disk
-from latte_scale.checkpoint.content import MOMENTS, Content, complete, read_facts, write_facts
+from latte_scale.checkpoint.content import MOMENTS, Content, check_archive, complete, read_facts, write_facts
 from latte_scale.checkpoint.format import CheckpointError
 
 OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -67,12 +67,16 @@ def _tag_folder(path: Path) -> Path | None:
 
 
 def load_file(path: Path) -> Any:
-    """A file of DeepSpeed's without running anything in it; tensors stay on the disk until they are used."""
+    """A file of DeepSpeed's, held to its checksums, without running anything in it.
+
+    Tensors stay on the disk until they are used.
+    """
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises its own, pickle's and zip's errors
-        raise CheckpointError(f"{path} is not read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not read: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 # ------------------------------------------------------------------------------------------- partitions of the ranks

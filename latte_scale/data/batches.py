@@ -214,7 +214,7 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def _item(self, step: int, bucket: str, slot: Slot, replaced: list[Replacement]) -> Item:
         """The slot's sample, or the first of its replacements that can be read."""
-        return self._reader.item(Draw(step, slot.index), bucket, slot.id, slot.index, replaced)
+        return self._reader.item(Draw(step, slot.index), bucket, slot.id, (step, slot.index), replaced)
 
     def _is_dropped(self, step: int, slot: Slot, sub: int = 0) -> bool:
         if slot.id is None or self.caption_drop == 0.0:

@@ -1,9 +1,9 @@
 """Images of joint training: n per clip, taken from the clip itself or from an image set.
 
 In: a decoded clip and its place in the global batch. Out: n items of one frame. The place alone determines the images:
-frames by the stream "image_frame" of latte_scale/rng.py, samples by a separate plan in which image j of sample i is
-number i * n + j of the step. Images therefore do not affect which clips are read, and ranks and workers do not affect
-which images.
+frames by the stream "image_frame" of latte_scale/rng.py, samples by a separate plan for each size of clips, in which
+image j of sample i of that size's k-th step is number i * n + j of step k. Images therefore do not affect which clips
+are read, and ranks and workers do not affect which images.
 """
 
 from collections.abc import Sequence
@@ -44,14 +44,15 @@ class ImageSet:
     """Samples of an image set, each with its own caption and class; one reader with its plan a bucket of clips."""
 
     num_images: int
+    clips: Plan
     readers: dict[str, ItemReader]
 
     def items(self, draw: Draw, bucket: str, clip: Item, replaced: list[Replacement]) -> list[Item]:
         name, first = image_bucket(bucket), draw.index * self.num_images
-        reader = self.readers[bucket]
-        ids = reader.plan.batch(draw.step, first, first + self.num_images).ids
+        reader, step = self.readers[bucket], self.clips.steps_before(draw.step)[bucket]
+        ids = reader.plan.batch(step, first, first + self.num_images).ids
         return [
-            reader.item(draw._replace(sub=j + 1), name, sample_id, first + j, replaced)
+            reader.item(draw._replace(sub=j + 1), name, sample_id, (step, first + j), replaced)
             for j, sample_id in enumerate(ids)
         ]
 
@@ -79,18 +80,24 @@ def image_set(
 ) -> ImageSet:
     """The image set `images` beside the clips of `plan`: one plan a size of clips, over the images of that size.
 
-    Where clips come in several sizes, a step takes images of its own size and passes over those of the others.
+    A plan goes on with the steps of its own size only, so that each image comes once before any comes again.
+    Raises ManifestError where data.holdout leaves a size without an image.
     """
     counts = images.counts(holdout, side)
     fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
-    still = replace(video, frames=1, window=None, sampling="stride")
+    still = replace(video, frames=1, window=None, sampling="stride", more_sizes=())
     readers = {}
     for bucket in plan.buckets:
         name = image_bucket(bucket)
+        if not counts[name].any():
+            raise ManifestError(
+                f"data.images: {images.store.url}: expected images of bucket {name} for {side}, and data.holdout="
+                f"{holdout} leaves none; add images of this size, or change data.holdout"
+            )
         data = PlanData({name: counts[name]}, fingerprint)
         image_plan = Plan([data], seed, plan.batch_size(bucket) * num_images)
         readers[bucket] = ItemReader((images,), still, image_plan, holdout, side, seed, place)
-    return ImageSet(num_images, readers)
+    return ImageSet(num_images, plan, readers)
 
 
 def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
@@ -104,7 +111,9 @@ def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
             pairs.append((f"video.{name}", getattr(mine.video, name), getattr(its.video, name)))
         pairs += [("latents", mine.latents, its.latents), ("vae.sha256", mine.vae.sha256, its.vae.sha256)]
         if mine.text is not None:
-            pairs.append(("text.sha256", mine.text.sha256, its.text and its.text.sha256))
+            for name in ("sha256", "max_length"):
+                pairs.append((f"text.{name}", getattr(mine.text, name), its.text and getattr(its.text, name)))
+            pairs.append(("caption_cleaning", mine.caption_cleaning, its.caption_cleaning))
     wanted = {image_bucket(bucket) for each in clips for bucket in each.buckets}
     pairs += [("bucket", name, "none") for name in sorted(wanted - images.buckets.keys())]
     for name, expected, came in pairs:

@@ -80,8 +80,10 @@ class ItemReader:
     def __post_init__(self) -> None:
         self.names = [dataset.manifest.fingerprint()[:8] for dataset in self.datasets]
 
-    def item(self, draw: Draw, bucket: str, planned: SampleId, plan_index: int, replaced: list[Replacement]) -> Item:
-        """The planned sample, number `plan_index` of its step, or the first of its replacements that can be read.
+    def item(
+        self, draw: Draw, bucket: str, planned: SampleId, place: tuple[int, int], replaced: list[Replacement]
+    ) -> Item:
+        """The sample planned at `place` (step and index of this reader's plan), or its first replacement that is read.
 
         Raises LoaderError or StoreError with the place.
         """
@@ -91,7 +93,7 @@ class ItemReader:
                 item = self._read_twice(sample_id, bucket, draw)
             except (DamagedError, VideoError) as error:
                 reason = reason or str(error)
-                sample_id = self._replacement(draw, plan_index, attempt, reason)
+                sample_id = self._replacement(draw, place, attempt, reason)
                 continue
             except (StoreError, ManifestError) as error:
                 kind = type(error) if isinstance(error, StoreError) else LoaderError
@@ -121,9 +123,9 @@ class ItemReader:
             return 0.0
         return rng.uniform(self.seed, "caption", *draw)
 
-    def _replacement(self, draw: Draw, plan_index: int, attempt: int, reason: str) -> SampleId:
+    def _replacement(self, draw: Draw, place: tuple[int, int], attempt: int, reason: str) -> SampleId:
         try:
-            return self.plan.replacement(draw.step, plan_index, attempt)
+            return self.plan.replacement(*place, attempt)
         except ValueError as error:
             raise LoaderError(f"{self._place(draw)}: {error}: {reason}") from error
 

@@ -120,7 +120,8 @@ def data_fingerprint(plan: Plan, images: Dataset | None) -> str:
     """sha256 of everything that decides which clip, and which image of an image set, comes when."""
     if images is None:
         return plan.fingerprint
-    return hashlib.sha256(f"{plan.fingerprint}/{images.manifest.fingerprint()}".encode()).hexdigest()
+    by_size = "/by size" if len(plan.buckets) > 1 else ""  # until then a size passed over the images of other steps
+    return hashlib.sha256(f"{plan.fingerprint}/{images.manifest.fingerprint()}{by_size}".encode()).hexdigest()
 
 
 def plan_data(settings: DataSettings, datasets: Sequence[Dataset], side: Side = "train") -> tuple[PlanData, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+import yaml
 
 from latte_scale.config import Config
 from latte_scale.estimate.buckets import buckets_of
@@ -84,21 +85,24 @@ def with_engine(config: Config, **engine: object) -> Config | None:
         return None
 
 
-def yaml_of(estimate: Estimate) -> str:
-    """The lines to put into a config."""
+def yaml_of(estimate: Estimate, given: Config) -> str:
+    """The lines to put into the given config: these settings, and those that it has otherwise."""
     engine = estimate.config.engine
-    settings = {"kind": engine.kind, "activation_checkpointing": engine.activation_checkpointing}
+    chosen = {"kind": engine.kind, "activation_checkpointing": engine.activation_checkpointing}
     if engine.activation_checkpointing != "none" and engine.checkpointed_share < 1:
-        settings |= {"checkpointed_share": round(engine.checkpointed_share, 4), "other_blocks": engine.other_blocks}
+        chosen |= {"checkpointed_share": round(engine.checkpointed_share, 4), "other_blocks": engine.other_blocks}
     if engine.kind == "zero":
-        settings["zero_stage"] = engine.zero_stage
+        chosen["zero_stage"] = engine.zero_stage
     if engine.kind == "fsdp2" and engine.replicate != 1:
-        settings["replicate"] = engine.replicate
+        chosen["replicate"] = engine.replicate
     if engine.sequence_parallel > 1:
-        settings["sequence_parallel"] = engine.sequence_parallel
-    inside = ", ".join(f"{key}: {value}" for key, value in settings.items())
-    train = estimate.config.train
-    return f"train: {{global_batch: {train.global_batch}, micro_batch: {estimate.batch}}}\nengine: {{{inside}}}"
+        chosen["sequence_parallel"] = engine.sequence_parallel
+    for name in ("checkpointed_share", "other_blocks", "memory_budget_gib", "cpu_offload", "replicate"):
+        if getattr(engine, name) != getattr(given.engine, name):
+            chosen.setdefault(name, getattr(engine, name))
+    train = {"global_batch": estimate.config.train.global_batch, "micro_batch": estimate.batch}
+    sections = {"train": train, "engine": chosen}
+    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=1000).rstrip()
 
 
 def remedies(config: Config, cluster: Cluster) -> list[tuple[str, float, float]]:

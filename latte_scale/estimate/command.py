@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check_numbers(args)
-        config = load_config(args.config, args.overrides)
+        given = load_config(args.config, args.overrides)
         cluster = Cluster(find_device(args.device, args.per_node), args.gpus)
-        config = within_budget(config, args.gpus, cluster.device.memory_bytes)
+        config = within_budget(given, args.gpus, cluster.device.memory_bytes)
         steps = None if args.coverage is None else counted_steps(args.coverage)
         estimate = estimate_of(config, cluster, args.efficiency, steps)
         print("comparing with other settings: a large model takes a minute", file=sys.stderr, flush=True)
@@ -50,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return STOP
+    advice = "" if best is None else yaml_of(best, given)
     if args.json:
-        print(json_text(as_dict(estimate, best, cluster, args), indent=2))
+        print(json_text(as_dict(estimate, best, advice, cluster, args), indent=2))
     else:
-        print("\n".join(as_text(estimate, best, cluster, args)))
+        print("\n".join(as_text(estimate, best, advice, cluster, args)))
     return FITS if estimate.memory.needed <= cluster.device.memory_bytes else TOO_BIG
 
 
@@ -96,7 +97,9 @@ def counted_steps(path: Path) -> dict[str, int]:
         ) from error
 
 
-def as_text(estimate: Estimate, best: Estimate | None, cluster: Cluster, args: argparse.Namespace) -> list[str]:
+def as_text(
+    estimate: Estimate, best: Estimate | None, advice: str, cluster: Cluster, args: argparse.Namespace
+) -> list[str]:
     """The report, line by line."""
     config, device, need = estimate.config, cluster.device, estimate.memory.needed
     elements = weights_of(config.model).size_bytes // 4
@@ -116,7 +119,7 @@ def as_text(estimate: Estimate, best: Estimate | None, cluster: Cluster, args: a
     else:
         lines += [f"Recommended: {best.words}: {best.memory.needed / GIB:.1f} of {device.memory_bytes / GIB:.1f} GiB, "
                   f"{best.timing.step_s:.3f} s a step ({best.timing.step_s / estimate.timing.step_s - 1:+.0%})", "",
-                  *[f"  {line}" for line in yaml_of(best).splitlines()]]  # fmt: skip
+                  *[f"  {line}" for line in advice.splitlines()]]  # fmt: skip
     return [*lines, "", "Assumed", *[f"  - {line}" for line in assumptions(config, cluster, args)]]
 
 
@@ -181,7 +184,9 @@ def assumptions(config: Config, cluster: Cluster, args: argparse.Namespace) -> l
     return lines
 
 
-def as_dict(estimate: Estimate, best: Estimate | None, cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
+def as_dict(
+    estimate: Estimate, best: Estimate | None, advice: str, cluster: Cluster, args: argparse.Namespace
+) -> dict[str, Any]:
     """The report for programs: bytes, seconds, FLOPs."""
     time, sent = estimate.timing, dict.fromkeys((each.name for each in estimate.timing.collectives), 0.0)
     for each in time.collectives:
@@ -204,7 +209,7 @@ def as_dict(estimate: Estimate, best: Estimate | None, cluster: Cluster, args: a
         "sent_bytes": sent,
         "peak_bucket": estimate.peak.bucket.name,
         "buckets": [_bucket_as_dict(step) for step in estimate.steps],
-        "recommended": best and {"words": best.words, "yaml": yaml_of(best), "step_s": best.timing.step_s},
+        "recommended": best and {"words": best.words, "yaml": advice, "step_s": best.timing.step_s},
         "assumptions": assumptions(estimate.config, cluster, args),
     }
 

@@ -19,6 +19,8 @@ from latte_scale.checkpoint.content import (
     write_facts,
     write_native,
 )
+from latte_scale.checkpoint.dcp import open_dcp, write_dcp
+from latte_scale.checkpoint.deepspeed import open_deepspeed, write_deepspeed
 from tests.checkpoint.making import flip_a_bit, save, saver, values
 
 
@@ -130,3 +132,25 @@ def test_a_target_is_complete_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["whole"]
     with pytest.raises(CheckpointError, match="never overwritten"), complete(tmp_path / "target"):
         pass
+
+
+@pytest.mark.parametrize("write, open_again", [(write_dcp, open_dcp), (write_deepspeed, open_deepspeed)])
+def test_a_flipped_bit_of_a_tensor_is_found_in_every_format(content, tmp_path, write, open_again) -> None:
+    """torch.load passes over the checksums of its files: damaged weights were converted and compared as if sound."""
+    content.counters["updates"] = 6
+    folder, value = write(content, tmp_path / "there"), content.read("model", "a.weight")
+    (file,) = [each for each in folder.rglob("*") if each.is_file() and value.numpy().tobytes() in each.read_bytes()]
+    data = bytearray(file.read_bytes())
+    data[data.index(value.numpy().tobytes()) + 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"archive/data/0 is damaged: the checksum") as caught:
+        open_again(folder).read("model", "a.weight")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_metadata_of_a_size_that_cannot_be_is_told_in_words(content, tmp_path) -> None:
+    content.counters["updates"] = 6
+    metadata = write_dcp(content, tmp_path / "dcp") / ".metadata"
+    metadata.write_bytes(b"\x80\x04\x95" + b"\xff" * 8)  # a pickle with a frame of 2**64 - 1 bytes: OverflowError
+    with pytest.raises(CheckpointError, match=r"\.metadata is not read"):
+        open_dcp(tmp_path / "dcp")

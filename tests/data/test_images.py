@@ -1,8 +1,10 @@
 """Images of joint training: which they are, what comes with them, and that nothing else moves."""
 
 import itertools
+import shutil
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,17 +207,20 @@ def test_a_damaged_image_is_replaced_and_moves_nothing_else(sets):
         load(clips, 5, images=images, num_images=2)
 
 
+def images_of_two_sizes(folder: Path) -> None:
+    """Five of SIDE x SIDE, and five that are wide, whose keys begin at 100."""
+    manifest = make_latents(folder, bucket=IMAGES)
+    wide = [latent_sample(n, bucket=f"1x{SIDE}x{2 * SIDE}", key=f"{100 + n:06d}") for n in range(5)]
+    shards = write_shards(open_store(folder), "latents", [*(latent_sample(n, bucket=IMAGES) for n in range(5)), *wide])
+    save_manifest(open_store(folder), Manifest(**{**vars(manifest), "shards": shards}))
+
+
 def test_every_size_of_clips_takes_images_of_its_size(tmp_path):
     make_latents(tmp_path / "clips", every_other_bucket=3)
     make_latents(tmp_path / "images", bucket=IMAGES)
     with pytest.raises(ManifestError, match=r"bucket: expected 1x3x6, got none; make the images as the clips"):
         load(tmp_path / "clips", images=tmp_path / "images", num_images=1)
-    wide = [latent_sample(n, bucket=f"1x{SIDE}x{2 * SIDE}", key=f"{100 + n:06d}") for n in range(5)]
-    narrow = [latent_sample(n, bucket=IMAGES) for n in range(5)]
-    store = open_store(tmp_path / "images")
-    manifest = open_datasets(DataSettings(str(tmp_path / "images")))[0].manifest
-    shards = write_shards(store, "latents", [*narrow, *wide])
-    save_manifest(store, Manifest(**{**vars(manifest), "shards": shards}))
+    images_of_two_sizes(tmp_path / "images")
     seen = set()
     for batch, row, _ in filled(load(tmp_path / "clips", 8, images=tmp_path / "images", num_images=2)):
         assert batch.image_mean_BNCHW.shape[3:] == batch.mean_BFCHW.shape[3:]
@@ -223,6 +228,34 @@ def test_every_size_of_clips_takes_images_of_its_size(tmp_path):
         seen.add(batch.bucket)
     assert len(seen) == 2
     assert (image_bucket("16x32x64"), image_bucket("raw")) == ("1x32x64", "raw")
+
+
+def test_each_size_goes_through_all_its_images_before_one_comes_again(tmp_path):
+    """A size passed over the images of the other sizes' steps: of five some came four times before others came."""
+    make_latents(tmp_path / "clips", every_other_bucket=3)
+    images_of_two_sizes(tmp_path / "images")
+    options = {"images": tmp_path / "images", "num_images": 2, "global_batch": 2}
+    before = image_numbers(load(tmp_path / "clips", 20, **options))
+    for is_wide in (False, True):
+        stream = [number for place in sorted(before) for number in before[place] if (number >= 100) == is_wide]
+        epochs = [set(stream[first : first + 5]) for first in range(0, len(stream) - 4, 5)]
+        assert len(epochs) > 4 and all(len(epoch) == 5 for epoch in epochs)
+    store, dataset = open_store(tmp_path / "images"), open_datasets(DataSettings(str(tmp_path / "images")))[0]
+    span = dataset.index(0).row(3).fields["latents"]
+    data = bytearray(store.read("shard-000000.tar"))
+    data[span.offset + span.size - 1] ^= 1
+    store.write("shard-000000.tar", bytes(data))
+    after = image_numbers(load(tmp_path / "clips", 20, **options))
+    for place, numbers in before.items():
+        for old, new in zip(numbers, after[place], strict=True):
+            assert new == old if old != 3 else new in (0, 1, 2, 4)
+
+
+def test_a_holdout_that_leaves_a_size_without_images_is_told_with_the_set(tmp_path):
+    make_latents(tmp_path / "clips")
+    make_latents(tmp_path / "images", 1, bucket=IMAGES)
+    with pytest.raises(ManifestError, match=rf"data.images: .*images: expected images of bucket {IMAGES} for train"):
+        load(tmp_path / "clips", images=tmp_path / "images", num_images=1, holdout=0.9)
 
 
 def test_images_that_do_not_fit_the_clips_are_refused(tmp_path):
@@ -234,7 +267,11 @@ def test_images_that_do_not_fit_the_clips_are_refused(tmp_path):
     make_latents(tmp_path / "untexted", bucket=IMAGES, more=replace(more, with_text=False))
     make_latents(tmp_path / "plain", bucket=IMAGES, more=More(class_names=NAMES))
     make_latents(tmp_path / "long", more=more)
-    make_latents(tmp_path / "images", bucket=IMAGES, more=more)
+    manifest = make_latents(tmp_path / "images", bucket=IMAGES, more=more)
+    longer = replace(manifest.text, max_length=9)
+    for name, changed in (("raw text", {"caption_cleaning": "none"}), ("longer", {"text": longer})):
+        shutil.copytree(tmp_path / "images", tmp_path / name)
+        save_manifest(open_store(tmp_path / name), replace(manifest, **changed))
     datasets = open_datasets(DataSettings(str(tmp_path / "clips")))
     for name, words in (
         ("raw", "kind: expected latents, got video"),
@@ -243,6 +280,8 @@ def test_images_that_do_not_fit_the_clips_are_refused(tmp_path):
         ("untexted", "text.sha256: expected b+, got None"),
         ("plain", "video.hflip: expected True, got False"),
         ("long", f"bucket: expected {IMAGES}, got none"),
+        ("raw text", "caption_cleaning: expected lower-strip, got none"),
+        ("longer", "text.max_length: expected 6, got 9"),
         ("nowhere", "not a finished data set"),
     ):
         with pytest.raises(ManifestError, match=words):

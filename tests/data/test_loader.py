@@ -1,6 +1,7 @@
 """The loader: the plan's samples in order, whatever reads them; the settings; workers that come and go."""
 
 import dataclasses
+import hashlib
 import os
 import signal
 import subprocess
@@ -179,6 +180,16 @@ def test_another_image_set_is_other_data(tmp_path):
     plan, images = make_plan(settings, datasets, 0, 4), [open_dataset(str(tmp_path / n)) for n in ("images", "others")]
     prints = {data_fingerprint(plan, each) for each in (None, *images)}
     assert len(prints) == 3 and data_fingerprint(plan, None) == plan.fingerprint
+
+
+def test_with_clips_of_several_sizes_an_image_set_is_in_an_order_of_its_own(tmp_path):
+    """Runs that began when each size passed over the images of the others' steps are told that the order is another."""
+    make_latents(tmp_path / "clips", every_other_bucket=2)
+    settings = DataSettings(str(tmp_path / "clips"))
+    datasets = open_datasets(settings)
+    plan = make_plan(settings, datasets, 0, 4)
+    before = hashlib.sha256(f"{plan.fingerprint}/{datasets[0].manifest.fingerprint()}".encode()).hexdigest()
+    assert data_fingerprint(plan, datasets[0]) != before
 
 
 def test_the_shuffle_window_is_resolved_once(tmp_path):

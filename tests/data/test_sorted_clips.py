@@ -127,3 +127,13 @@ def test_an_image_set_gives_each_size_the_images_that_fit_it(folder, tmp_path):
     settings, datasets = opened(folder)
     with pytest.raises(ManifestError, match="bucket: expected 1x2x4, got none"):
         open_images(DataSettings(settings.url, images=str(tmp_path / "square")), datasets)
+
+
+def test_an_image_set_goes_with_clips_and_stills_of_the_same_sides(tmp_path):
+    """The main size as an image was taken for a size given twice, and the run did not start."""
+    make_sized_videos(tmp_path / "clips", [SQUARE, STILL] * 4)
+    make_sized_videos(tmp_path / "images", [STILL] * 3)
+    video = VideoSettings(4, 16, 16, 2, more_sizes=(ClipSize(1, 16, 16),))
+    batches = [*itertools.chain(*load(tmp_path / "clips", 6, video=video, images=tmp_path / "images", num_images=2))]
+    assert {batch.bucket for batch in batches} == {"4x2x2", "1x2x2"}
+    assert {batch.image_pixels_BNCHW.shape[1:] for batch in batches} == {(2, 3, 16, 16)}

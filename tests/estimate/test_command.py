@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from latte_scale.config import load_config
-from latte_scale.estimate.advice import explain_out_of_memory, out_of_memory, remedies
+from latte_scale.estimate.advice import explain_out_of_memory, out_of_memory, remedies, yaml_of
 from latte_scale.estimate.command import FITS, STOP, TOO_BIG, main
 from latte_scale.estimate.estimate import estimate_of
 from latte_scale.estimate.hardware import DEVICES, Cluster
@@ -30,6 +31,32 @@ def test_the_text_says_whether_it_fits_and_what_was_assumed(capsys):
     assert main([*FSDP2, "--price", "2.5"]) == FITS
     text = capsys.readouterr().out
     assert "fits" in text and "Recommended: " in text and "Assumed" in text and "at 2.5 an hour" in text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["engine.kind=zero", "engine.cpu_offload=true"],
+        ["engine.kind=fsdp2", "engine.activation_checkpointing=auto", "engine.memory_budget_gib=60"],
+    ],
+    ids=lambda given: given[-1],
+)
+def test_the_recommended_lines_can_be_put_into_the_config_as_it_is(given, capsys):
+    """What does not go with them is taken back by them; it was left in, and the config was refused."""
+    arguments = ["--config", TINY, "--gpus", "2", "--json", *given]
+    assert main(arguments) == FITS
+    recommended = json.loads(capsys.readouterr().out)["recommended"]
+    sections = yaml.safe_load(recommended["yaml"])
+    lines = [f"{name}.{key}={json.dumps(value)}" for name, keys in sections.items() for key, value in keys.items()]
+    assert main([*arguments, *lines]) == FITS
+    assert json.loads(capsys.readouterr().out)["step_s"] == pytest.approx(recommended["step_s"])
+
+
+def test_recommended_lines_say_that_all_blocks_are_checkpointed_where_the_config_says_half():
+    given = load_config(TINY, ["engine.activation_checkpointing=full", "engine.checkpointed_share=0.5"])
+    best = replace(given, engine=replace(given.engine, checkpointed_share=1.0))
+    lines = yaml_of(estimate_of(best, Cluster(DEVICES["h100"], 1)), given)
+    assert yaml.safe_load(lines)["engine"]["checkpointed_share"] == 1.0
 
 
 def test_a_config_that_does_not_fit_ends_with_1(capsys):
