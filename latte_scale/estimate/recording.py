@@ -8,7 +8,8 @@ Weights and their gradients are left out: their storage depends on the engine.
 The fake tensors are on the CPU, because torch's CPU build cannot run autograd on fake GPU tensors. For this model the
 saved tensors are the same: attention keeps q, k, v, its output and one fp32 number per query under either kernel of
 flash attention (a GPU takes the memory-efficient kernel for the masked cross-attention, which keeps the same), and
-autocast rounds the same products to bf16. Scratch memory inside GPU kernels is not recorded, such as flash attention's fp32 gradient of q.
+autocast rounds the same products to bf16. Scratch memory inside GPU kernels, such as flash attention's fp32 gradient of
+q, is not recorded.
 """
 
 import weakref
