@@ -184,7 +184,7 @@ def read_rate(config: Config, rank: int) -> tuple[float, float] | None:
         size_bytes = num_samples = 0
         shards = len(dataset.manifest.shards)
         while time.monotonic() < until_s:
-            turn = thread + num_samples * READ_THREADS + rank * 7919  # a prime: ranks do not read the same samples
+            turn = thread + num_samples * READ_THREADS + rank * 7919  # a prime: ranks do not follow one another
             shard = turn % shards
             row = dataset.index(shard).row(turn // shards % dataset.manifest.shards[shard].count)
             data = dataset.store.read(dataset.manifest.shards[shard].name, row.start, row.end - row.start, fresh=True)
