@@ -72,7 +72,7 @@ def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
 
 
 def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[Line]:
-    """Whether a step of each size of clips has samples for every rank, and fills their slots; nothing with one size."""
+    """Whether steps of each size of clips have samples for every rank and fill them; no line for one size that does."""
     ranks, num_shards = max(1, size // config.engine.sequence_parallel), sum(len(d.manifest.shards) for d in datasets)
     are_sorted = datasets[0].manifest.kind == "video" and bool(config.video.more_sizes)
     try:

@@ -160,8 +160,7 @@ class S3Store(Store):
         return self._place.folders()
 
     def upload(self, name: str, read: Callable[[int, int], bytes], size: int) -> int:
-        """Store `size` bytes from `read(offset, size)`, called in any order and from several threads; returns their
-        crc32c.
+        """Store `size` bytes of `read(offset, size)`, which threads call in any order; returns their crc32c.
 
         Holds one part per connection at a time. Bytes are read twice, because the digest is sent before them.
         """
