@@ -36,7 +36,7 @@ from latte_scale.model.transformer_folder import (
     write_transformer,
 )
 
-# Layout of a file -> its reader, what it is called, and the options that it reads beside --part.
+# Layout of a file -> its reader, what it is called, and the options that it reads besides --part.
 _FILES: dict[str, tuple[Callable[..., Imported], str, tuple[str, ...]]] = {
     "latte": (latte_from_official, "an official class model", ("num_heads", "learned_positions")),
     "latte_t2v": (t2v_from_official, "t2v.pt", ("num_heads", "num_frames", "sample_size")),

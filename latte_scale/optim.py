@@ -85,7 +85,7 @@ def make_adamw(params: Sequence[tuple[Tensor, bool]], settings: OptimSettings) -
 
 
 def zero_state(param: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before the first update. Made here and not by the first step, so that a load can write into it."""
+    """AdamW's state before the first update. Allocated here, before any step, so that a load can write into it."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=param.device),
         "exp_avg": torch.zeros_like(param),

@@ -193,7 +193,7 @@ def choose_prompts(clips: Path, count: int) -> list[dict[str, Any]]:
 
 
 def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[dict[str, Any]]:
-    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show beside the sample.
+    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show next to the sample.
 
     A clip that encode left out is reported and left out, too; of several captions the first is taken.
     """

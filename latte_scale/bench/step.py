@@ -203,7 +203,7 @@ def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_shares: in
 
 
 def rates(step_s: float, work: dict[str, Any], peak: float | None, recomputed: float) -> dict[str, Any]:
-    """Samples a second over all ranks; FLOP/s, MFU and HFU per rank. `recomputed`: FLOPs besides the model's."""
+    """Samples/s over all ranks; FLOP/s, MFU and HFU per rank. `recomputed`: FLOPs besides the model's."""
     flops, devices = work["model_flops"], work["share_ranks"]
     return {
         "samples_per_s": work["samples"] * work["num_shares"] / step_s,

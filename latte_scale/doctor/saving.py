@@ -1,5 +1,4 @@
-"""Where checkpoints go: free space, a test write like that of a save, the holder of the run folder, time for a last
-save.
+"""Where checkpoints go: free space, a test write like a save's, the holder of the run folder, time for a last save.
 
 In: a Config. Out: lines. The decision worth knowing: the write test uses the functions that write checkpoints (to a
 folder) or the store (s3://), so it fails where a save would fail; it leaves nothing behind.

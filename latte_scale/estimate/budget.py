@@ -33,8 +33,8 @@ def within_memory_of(device: torch.device, config: Config, num_gpus: int) -> Con
 def within_budget(config: Config, num_gpus: int, device_bytes: float | None) -> Config:
     """The config with activation checkpointing that fits, if it is `auto`; else the same config.
 
-    `device_bytes`: the budget of a config without one; None: a CPU, whose memory is not checked. Raises DoesNotFitError
-    if even the last rung does not fit, ValueError if the budget is unknown.
+    `device_bytes`: the budget of a config without one; None: a CPU, whose memory is not checked.
+    Raises DoesNotFitError if even the last rung does not fit, ValueError if the budget is unknown.
     """
     engine = config.engine
     if engine.activation_checkpointing != "auto":

@@ -1,8 +1,8 @@
 """Reads ranges through larger blocks: one request for adjacent bytes, cached until they are read.
 
 In: a range of an object. Out: its bytes, from pieces of PIECE bytes in the cache; missing pieces are fetched as a whole
-block of neighbouring pieces, by one of the processes and threads that need it, while the others wait briefly. The
-decision worth knowing: an object store serves requests of 1 MB at about 60 % of the rate at which it serves 8 MB
+block of neighbouring pieces, by one of the processes and threads that need it, while the others wait briefly.
+The decision worth knowing: an object store serves requests of 1 MB at about 60 % of the rate at which it serves 8 MB
 (benchmarks/RESULTS.md), so shuffled samples reach the full rate only as parts of larger reads. This pays off if the
 cache holds the samples that are shuffled together. Otherwise blocks would be fetched repeatedly: then this module gives
 up with one warning, and every range is fetched on demand.

@@ -4,8 +4,9 @@ In: a key (URL, etag, offset, size) and bytes. Out: the same bytes, or None. An 
 hash, that begins with the whole hash and the crc32c of its bytes; both are verified on every use, so a damaged,
 truncated or swapped entry is dropped and read again. It is written under a temporary name and renamed. The total of all
 entries is kept in one small file under a lock; a writer that would exceed the limit first removes the least recently
-used entries. The decision worth knowing: the cache never makes a read fail and never makes it wait. A problem with its
-disk or its lock (full, read-only, busy) costs a hit, not an error, and is logged once.
+used entries.
+The decision worth knowing: the cache never makes a read fail and never makes it wait. A problem with its disk or its
+lock (full, read-only, busy) costs a hit, not an error, and is logged once.
 """
 
 import fcntl

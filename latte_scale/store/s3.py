@@ -3,9 +3,9 @@
 In: a URL and StoreSettings; names and ranges. Out: exactly the requested bytes, or a StoreError that names bucket, key,
 reason and remedy. Uploads carry Content-MD5, so the service refuses damaged bytes, and the crc32c of the whole object,
 against which a whole read is verified. A ranged read has no digest of its own: readers check fields, and read bad ones
-again with `fresh`. The decision worth knowing: for ranged reads an object's etag is fetched once per process, because
-data sets do not change while they are read. Whole reads ask again; a range of a version that is gone is read from the
-new one.
+again with `fresh`.
+The decision worth knowing: for ranged reads an object's etag is fetched once per process, because data sets do not
+change while they are read. Whole reads ask again; a range of a version that is gone is read from the new one.
 """
 
 import os
