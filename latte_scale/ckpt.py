@@ -30,7 +30,7 @@ from latte_scale.weights import places
 
 FORMATS = ("latte", "dcp", "deepspeed")
 M_MMAP_THRESHOLD = -3  # option of mallopt, from malloc.h
-MAPPED_BYTES = 2**20  # larger buffers are mapped separately, and unmapped when they are freed
+MAPPED_BYTES = 2**20  # buffers of at least this size are mapped separately, and unmapped when they are freed
 
 
 def steps_at(path: str) -> list[Store]:

@@ -266,7 +266,7 @@ class Conditioner:
         return self._to_device(draws)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, without waiting for it. Call it on pinned tensors of the loader, before any computation.
+        """The tensor on the device, without waiting for it. Call it on what the loader pinned, before any computation.
 
         Results computed on the host are in pageable memory. For a copy from there, unless it is small, the host waits
         until the device has reached it.
