@@ -290,7 +290,7 @@ def progress_bar(ranks: Ranks) -> Progress:
 
 
 def follow(bar: Progress, task: Any, done: int, batch: int) -> Callable[[int, int], None]:
-    """A callback that moves the bar with each model call of a batch of `size` videos, after `done` finished ones."""
+    """A callback that moves the bar with each model call of a batch of `batch` videos, after `done` finished ones."""
     return lambda call, calls: bar.update(task, completed=done + batch * call / calls)
 
 
