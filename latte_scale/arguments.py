@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def run_verb(command: str, verbs: Mapping[str, tuple[str, str]], argv: Sequence[str], more: str = "") -> int:
-    """Run the verb that `argv` begins with, and return its exit code; 2 for one that there is not, 0 after the help.
+    """Run the verb that `argv` begins with, and return its exit code; 2 for an unknown verb, 0 after the help.
 
     verbs: verb -> ("module:function", what it does); only its module is imported. more: the last line of the help.
     """
@@ -35,7 +35,7 @@ def run_verb(command: str, verbs: Mapping[str, tuple[str, str]], argv: Sequence[
 
 
 class _Manual(argparse.RawDescriptionHelpFormatter):
-    """Prints the manual as it stands, and behind each option its default, where it has one."""
+    """Prints the manual unchanged, and the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_none = action.default in (None, [], argparse.SUPPRESS) or action.default is False
@@ -48,7 +48,7 @@ def verb_parser(verb: str, manual: str | None) -> argparse.ArgumentParser:
 
 
 def add_config(parser: argparse.ArgumentParser, what: str = "training YAML, see configs/") -> None:
-    """The config of a run as every verb takes it: `--config X.yaml key.sub=value ...`."""
+    """The config options of a run, the same for every verb: `--config X.yaml key.sub=value ...`."""
     parser.add_argument("--config", required=True, help=what)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that override the file")
 
@@ -61,7 +61,7 @@ def disk_path(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """A path on a disk for a file to write. Refuses, before any work is done, a folder and a path below a file."""
+    """A path on a disk for a file to write. Refuses a folder and a path below a file, before any computation."""
     path = disk_path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file to write, got the folder {text!r}")

@@ -20,9 +20,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` at the end of the block, and is removed if the block fails.
+    """A file to write, which replaces `path` at the end of the block, or is removed if the block fails.
 
-    A device, as /dev/null, is written to as it is: root's rename would put a file in its place.
+    A device, such as /dev/null, is written to directly: a rename by root would replace it with a file.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, "wb") as device:
@@ -34,4 +34,4 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # there if the disk is full
+        temporary.unlink(missing_ok=True)  # exists if the disk is full

@@ -16,7 +16,7 @@ SIGPIPE_CODE = 128 + 13
 
 
 class _ReaderLeft(BaseException):
-    """Nobody reads the output any more. Like Ctrl-C this is no error of the command, so its handlers do not see it."""
+    """The output's reader is gone. Like Ctrl-C this is no error of the command, so its handlers do not catch it."""
 
 
 class _Stream:
@@ -44,7 +44,7 @@ class _Stream:
 
 
 def until_reader_leaves(command: Callable[[], int]) -> int:
-    """Run the command; its exit code, or SIGPIPE_CODE once its output has nowhere to go."""
+    """Run the command; returns its exit code, or SIGPIPE_CODE when the reader of its output is gone."""
     watched = [(redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)]
     streams = [(redirect, _Stream(stream)) for redirect, stream in watched if stream is not None]  # None: closed
     try:
@@ -55,7 +55,7 @@ def until_reader_leaves(command: Callable[[], int]) -> int:
                 return command()
             finally:
                 for _, stream in streams:
-                    stream.flush()  # what is still held back would fail when the process ends
+                    stream.flush()  # buffered output would fail when the process ends
     except _ReaderLeft:
         for _, stream in streams:
             with suppress(OSError, ValueError):

@@ -1,8 +1,8 @@
 """Checks that the data matches the config, before anything is built, and reports every difference.
 
-In: a config and its open data sets. Out: nothing, or a ManifestError that says what was expected, what came and what to
-do. Latents are compared with the files of the config's encoders where these are on this machine, else with their names:
-a node that trains from latents needs no encoder.
+In: a config and its open data sets. Out: nothing, or a ManifestError that says what was expected, what was found and
+what to do. Latents are compared with the files of the config's encoders if these are on this machine, else with their
+names: a node that trains from latents needs no encoder.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def check_widths(config: Config, facts: EncoderFacts, text_dim: int | None) -> N
 
 
 def check_classes(config: Config, dataset: Dataset) -> None:
-    """A class model needs labels of as many classes as it has."""
+    """A class model needs labels with its number of classes."""
     if config.model.kind != "latte" or not config.model.num_classes:
         return
     names = dataset.manifest.class_names

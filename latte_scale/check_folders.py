@@ -40,9 +40,9 @@ def shared_folders(config: Config) -> dict[str, Path]:
 
 
 def blind_ranks(ranks: Ranks, folder: Path) -> list[int]:
-    """The ranks that do not see a file of rank 0 in a folder, or in the parent where it will be made. A collective.
+    """The ranks that do not see a file of rank 0 in a folder, or in the parent where it will be created. A collective.
 
-    An empty list if rank 0 cannot write there: whoever has to write there reports that.
+    An empty list if rank 0 cannot write there: the code that writes there reports that.
     """
     probe = None
     if ranks.rank == 0 and ranks.size > 1:
@@ -66,8 +66,8 @@ def blind_ranks(ranks: Ranks, folder: Path) -> list[int]:
 def place_of(folder: Path) -> Path:
     """The folder, or the nearest existing parent, in which it will be made.
 
-    A file or a dangling link in the way is returned, too: writing into it fails, as training would. The folder itself
-    is not made and removed again for the check: other machines may be writing into it.
+    A file or a dangling link in its place is returned, too: writing into it fails, as training would. The check does
+    not create and remove the folder itself, because other machines may be writing into it.
     """
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))

@@ -29,13 +29,13 @@ from latte_scale.store import Store, open_store
 from latte_scale.weights import places
 
 FORMATS = ("latte", "dcp", "deepspeed")
-M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
-MAPPED_BYTES = 2**20  # buffers from this size on are mapped by themselves, and go when they are freed
+M_MMAP_THRESHOLD = -3  # option of mallopt, from malloc.h
+MAPPED_BYTES = 2**20  # buffers of at least this size are mapped separately, and unmapped when they are freed
 
 
 def steps_at(path: str) -> list[Store]:
     """Every checkpoint at PATH, oldest first. ValueError if there is none."""
-    step = open_store(path)  # its URL is whole: path may be "."
+    step = open_store(path)  # its URL is absolute: path may be "."
     if checkpoint.STEP_FOLDER.fullmatch(name_of(step)) and step.list():
         return [step]
     for place in places(path):
@@ -57,7 +57,7 @@ def describe(step: Store) -> tuple[str, bool]:
 
 
 def verify(step: Store) -> tuple[str, bool]:
-    """One line about a checkpoint after reading all of it, and whether it is sound."""
+    """One line about a checkpoint after reading all of it, and whether it is valid."""
     problems = checkpoint.verify(step)
     return f"{name_of(step)}  {'sound' if not problems else 'BROKEN: ' + '; '.join(problems)}", not problems
 
@@ -68,7 +68,7 @@ def name_of(step: Store) -> str:
 
 
 def look(args: argparse.Namespace) -> int:
-    """Print one line for each checkpoint; with several places, below the name of each."""
+    """Print one line for each checkpoint; for several paths, under a heading each."""
     line_of = {"ls": describe, "verify": verify}[args.verb]
     all_sound = True
     for path in args.paths:
@@ -82,7 +82,7 @@ def look(args: argparse.Namespace) -> int:
 
 
 def open_any(path: str) -> Content:
-    """A checkpoint of any format that is known here; of a run, the newest. ValueError, CheckpointError."""
+    """A checkpoint of any known format; of a run, the newest. ValueError, CheckpointError."""
     from latte_scale.checkpoint.dcp import is_dcp, open_dcp
     from latte_scale.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 
@@ -127,7 +127,7 @@ def convert(args: argparse.Namespace) -> int:
     from latte_scale.checkpoint.dcp import write_dcp
     from latte_scale.checkpoint.deepspeed import write_deepspeed
 
-    if args.to != "latte" and "://" in args.target:  # before the source is read
+    if args.to != "latte" and "://" in args.target:  # refused before the source is read
         raise ValueError(
             f"{args.target}: a folder of --to {args.to} is written to a disk, got a URL; pass a folder, and copy it "
             "from there"
@@ -146,17 +146,17 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def return_freed_memory() -> None:
-    """Make this process return every large buffer to the system when it is freed (glibc; elsewhere nothing is done).
+    """Make this process return every large buffer to the system when it is freed (glibc only).
 
-    glibc keeps freed buffers of up to 32 MB for the thread that used them: with the sixteen threads of an upload, a
-    conversion that holds one tensor at a time grew by 2.5 GB (benchmarks/RESULTS.md, checkpoints in a bucket).
+    glibc caches freed buffers of up to 32 MB per thread: with the sixteen threads of an upload, a conversion that holds
+    one tensor at a time grew by 2.5 GB (benchmarks/RESULTS.md, checkpoints in a bucket).
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def run_config(path: Path) -> dict:
-    """A training config as a checkpoint keeps it. ValueError where a resume would not know what to go on with."""
+    """A training config in the form that a checkpoint stores. ValueError if a run could not resume with it."""
     from latte_scale.config import load_config
     from latte_scale.settings import to_mapping
 
@@ -170,7 +170,7 @@ def run_config(path: Path) -> dict:
 
 
 def with_averages(content: Content, from_weights: bool) -> Content:
-    """The content, with averages that begin at the weights where the config has some and the source has none."""
+    """The content, with EMA initialized to the weights if the config has EMA and the source does not."""
     decays = (content.config or {}).get("ema", {}).get("decays", [])
     missing = [f"ema/{decay}" for decay in decays if f"ema/{decay}" not in content.trees]
     if not missing:
@@ -215,7 +215,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; a user's mistake is one line on stderr."""
+    """Run one verb; a user error is one line on stderr."""
     args = parse_args(argv)
     try:
         return args.run(args)

@@ -26,7 +26,7 @@ VERBS = {  # verb -> (module:function, what it does)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb, as long as somebody reads its output (`| head`), and return its exit code.
+    """Run one verb, until the reader of its output is gone (`| head`), and return its exit code.
 
     Each verb's --help explains its codes; 2 is an unknown verb, 130 is Ctrl-C.
     """

@@ -2,10 +2,10 @@
 
 In: a MicroBatch (stored latents and text embeddings or labels, or pixels and captions) of one rank. Out: ModelInputs on
 the training device. Every random number is drawn here or in the loader from latte_scale/rng.py, keyed by the sample's
-place in the global batch, so no rank, world size or micro-batch changes what a sample sees. Frozen encoders run only
-where the shards hold pixels or raw text. Images of joint training follow the video on the frame axis.
-Shapes: B micro-batch, F frames (video, then images), n images a clip, N = 1 + n captions a clip, C channels, H W latent
-height and width, L text length, D text width, O output channels.
+position in the global batch, so rank, world size and micro-batch do not change a sample's draws. Frozen encoders run
+only if the shards hold pixels or raw text. Images of joint training follow the video on the frame axis.
+Shapes: B micro-batch, F frames (video, then images), n images per clip, N = 1 + n captions per clip, C channels, H W
+latent height and width, L text length, D text width, O output channels.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger("latte_scale")
 
 @dataclass(frozen=True)
 class KnownFramesSettings:
-    """Training to continue a video: in a share of the clips the first frames are given clean."""
+    """Training to continue a video: in a fraction of the clips the first frames are given clean."""
 
     share: float = 0.0  # fraction of clips whose first frames are given, to learn continuation; 0: none
     most: int | None = None  # maximum number of given frames, drawn uniformly from 1; null: all but the last
@@ -41,7 +41,7 @@ class KnownFramesSettings:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One micro-batch, ready for the loss. Empty slots hold zeros and weigh 0."""
+    """One micro-batch, ready for the loss. Empty slots hold zeros and have weight 0."""
 
     latents_BCFHW: Tensor  # model units, fp32
     noise_BCFHW: Tensor  # standard normal, fp32
@@ -50,7 +50,7 @@ class ModelInputs:
     condition_B: Tensor  # int64: equal for equal conditions, -1 where dropped or empty
     num_samples: int  # slots that hold a sample
     num_tokens_B: list[int]  # real tokens of the clip's caption; 0 in an empty slot or without text
-    digest: int  # sum over the samples of hash64(id that was read, key of its noise), modulo 2**62
+    digest: int  # sum over the samples of hash64(id read, key of its noise), modulo 2**62
     num_images: int = 0  # how many of the F frames are images
     text: Tensor | None = None  # [B, L, D], or [B, N, L, D] where images have captions of their own
     mask: Tensor | None = None  # bool, True for real tokens: [B, L] or [B, N, L]; None: all are real
@@ -73,7 +73,7 @@ class ModelInputs:
     ) -> tuple[Tensor, ...]:
         """Call the model on its own layout: (output [B, O, F, H, W],), with `features` also the contrastive pair.
 
-        reshard: goes to the model, which then gets a part of the frames; None: the model's own, for whole clips.
+        reshard: passed to the model, which then gets a part of the frames; None: the model's default, for whole clips.
         """
         options: dict[str, Any] = {"num_images": self.num_images, "features": features}
         if reshard is not None:
@@ -102,10 +102,10 @@ class Conditioner:
         known_frames: KnownFramesSettings | None = None,
         text_length: int | None = None,
     ) -> None:
-        """`num_classes`: of a class model, 0 for an unconditional one; None for a model of captions.
+        """`num_classes`: of a class model, 0 for an unconditional one; None for a text-to-video model.
 
         `text_length`: tokens to which every caption is padded, with a mask, so that all micro-batches of a bucket have
-        one shape (engine.compile); None: to the longest of the micro-batch, without a mask where nothing is padded.
+        one shape (engine.compile); None: to the longest of the micro-batch, without a mask if nothing is padded.
         """
         self.seed, self.device, self.scale, self.shift = seed, device, scale, shift
         self.vae, self.text = vae, text
@@ -142,7 +142,7 @@ class Conditioner:
         )
 
     def _clips(self, micro_batch: MicroBatch, step: int, indices: list[int]) -> Tensor:
-        """Raw latents of the clips, [B, F, C, H, W] fp32: a posterior draw, or the mean where only that is kept."""
+        """Raw latents of the clips, [B, F, C, H, W] fp32: a posterior draw, or the mean if only that is stored."""
         mean_BFCHW, std_BFCHW = micro_batch.mean_BFCHW, micro_batch.std_BFCHW
         if micro_batch.pixels_BFCHW is not None:
             mean_BFCHW, std_BFCHW = self.vae.encode(micro_batch.pixels_BFCHW)
@@ -167,14 +167,14 @@ class Conditioner:
         return mean_BNCHW + self._to_device(std_BNCHW).float() * torch.stack(draws, dim=1)
 
     def _noise(self, step: int, indices: list[int], num_frames: int, num_images: int, shape_CHW: torch.Size) -> Tensor:
-        """[B, C, F, H, W]: sub-index 0 for the clip, j + 1 for image j, so images never move its noise."""
+        """[B, C, F, H, W]: sub-index 0 for the clip, j + 1 for image j, so images never change the clip's noise."""
         channels, *sides = shape_CHW
         noise = [self._normal("noise", step, indices, (channels, num_frames, *sides))]
         noise += [self._normal("noise", step, indices, (channels, 1, *sides), j + 1) for j in range(num_images)]
         return torch.cat(noise, dim=2) if num_images else noise[0]
 
     def _condition(self, micro_batch: MicroBatch) -> tuple[dict[str, Tensor], list[int]]:
-        """What the model is conditioned on, as arguments of ModelInputs, and the lengths of the clips' captions."""
+        """The model's conditions, as arguments of ModelInputs, and the lengths of the clips' captions."""
         if self.num_classes is not None:
             return self._labels(micro_batch), [0] * len(micro_batch.index_B)
         text, mask = self._text(micro_batch)
@@ -187,9 +187,9 @@ class Conditioner:
         return {"text": text.float(), "mask": self._mask(mask)}, lengths_B.tolist()
 
     def _condition_ids(self, micro_batch: MicroBatch) -> Tensor:
-        """int64 [B]: equal for what is one condition to this model, whatever else the data say; -1 for no condition.
+        """int64 [B]: equal for equal conditions of this model, whatever else the data contain; -1 for no condition.
 
-        A model of classes has classes, whatever the captions; one of text has captions as its encoder is given them.
+        For a class model these are classes, whatever the captions; for a text model, captions as its encoder gets them.
         """
         if self.num_classes is not None:
             condition_B = micro_batch.label_B
@@ -203,13 +203,13 @@ class Conditioner:
         return None if self.text_length is None and bool(mask.all()) else self._to_device(mask)
 
     def _text(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Text embeddings padded to the longest caption of the micro-batch, and their mask, which is on the host."""
+        """Text embeddings padded to the longest caption of the micro-batch, and their mask, on the host."""
         if micro_batch.text_BLD is not None:
             return micro_batch.text_BLD, micro_batch.mask_BL
         return self._encode(micro_batch.captions, micro_batch.dropped_B.tolist())
 
     def _image_text(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor] | None:
-        """The same for images with captions of their own, [B, n, L, D] and [B, n, L]; None where they have none."""
+        """The same for images with captions of their own, [B, n, L, D] and [B, n, L]; None if they have none."""
         if micro_batch.image_text_BNLD is not None:
             return micro_batch.image_text_BNLD, micro_batch.image_mask_BNL
         if micro_batch.image_captions is None:
@@ -221,7 +221,7 @@ class Conditioner:
         return text.unflatten(0, (clips, num_images)), mask.unflatten(0, (clips, num_images))
 
     def _encode(self, captions: list[str], dropped: list[bool]) -> tuple[Tensor, Tensor]:
-        """Raw captions through the text encoder; a dropped one becomes the empty one, cut to its length."""
+        """Raw captions through the text encoder; a dropped one becomes the empty caption's, cut to its length."""
         embeddings = self.text.encode(captions)
         full = [caption for caption, e in zip(captions, embeddings, strict=True) if len(e) == self.text.max_length]
         if not self._has_warned_of_cuts and (cut := self.text.what_is_cut(full)):
@@ -244,7 +244,7 @@ class Conditioner:
         return {name: self._to_device(label) for name, label in labels.items()}
 
     def _known(self, step: int, indices: list[int], num_frames: int, num_images: int) -> Tensor | None:
-        """Which frames each sample is given clean: none, or the first k, with k drawn from 1 to `most`."""
+        """Which frames of each sample are given clean: none, or the first k, with k drawn from 1 to `most`."""
         if self.known_frames.share == 0.0 or num_frames == 1:
             return None
         most = min(self.known_frames.most or num_frames, num_frames - 1)
@@ -258,7 +258,7 @@ class Conditioner:
     def _normal(
         self, stream: str, step: int, indices: list[int], shape: torch.Size | tuple[int, ...], sub: int = 0
     ) -> Tensor:
-        """One keyed draw a sample, [B, *shape] fp32, made in page-locked memory; zeros in empty slots."""
+        """One keyed draw per sample, [B, *shape] fp32, in pinned memory; zeros in empty slots."""
         draws = torch.zeros((len(indices), *shape), pin_memory=self.device.type == "cuda")
         for row, index in enumerate(indices):
             if index >= 0:
@@ -268,7 +268,7 @@ class Conditioner:
     def _to_device(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, without waiting for it. Call it on what the loader pinned, before any computation.
 
-        Results that the host computes are in pageable memory. For a copy from there, unless it is small, the host waits
+        Results computed on the host are in pageable memory. For a copy from there, unless it is small, the host waits
         until the device has reached it.
         """
         return tensor.to(self.device, non_blocking=True)

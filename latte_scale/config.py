@@ -49,7 +49,7 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run lives and the one seed that every random number derives from."""
+    """The run folder and the one seed that every random number derives from."""
 
     dir: str  # run folder: config.yaml, metrics.jsonl, exit.json, checkpoints/, logs/
     seed: int = 0  # of data order, timesteps, noise, caption drop and initial weights
@@ -187,7 +187,7 @@ class Config:
                 )
 
     def _check_sizes(self) -> None:
-        """Every size beside the main one must suit the model and the ranks that share a clip."""
+        """Every size besides the main one must suit the model and the ranks that share a clip."""
         tubelet, ranks = self.model.frames_per_token, self.engine.sequence_parallel
         for size in self.video.more_sizes:
             if size.frames > self.model.num_frames or size.frames % tubelet or size.frames // tubelet < ranks:
@@ -242,22 +242,22 @@ class Config:
 
     @property
     def sample_group(self) -> int:
-        """Consecutive samples of the global batch that one micro-batch must hold together."""
+        """Number of consecutive samples of the global batch that must be in one micro-batch."""
         return self.contrastive.group if self.contrastive.weight else 1
 
     @property
     def read_encoders(self) -> EncoderSettings:
-        """The encoders that the model can read: a model of classes has no use for a text encoder that is named."""
+        """The encoders that the model uses: a class model does not use a text encoder, even if one is given."""
         return self.encoders if self.model.kind == "latte_t2v" else replace(self.encoders, text=None)
 
     @property
     def checkpoint_dir(self) -> str:
-        """The folder or s3:// prefix that holds the step-XXXXXXXX/."""
+        """The folder or s3:// prefix of the step-XXXXXXXX/."""
         return os.path.expanduser(self.checkpoint.dir or "") or str(self.run.folder / "checkpoints")
 
     @property
     def checkpoint_store(self) -> Store:
-        """The store at `checkpoint_dir`, as `store` says but without its cache: a checkpoint is read only once."""
+        """The store at `checkpoint_dir`, with the settings of `store` but no cache: a checkpoint is read only once."""
         return open_store(self.checkpoint_dir, self.store.without_cache)
 
 
@@ -267,7 +267,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def latent_sides(config: Config, video: VideoSettings | None = None) -> tuple[int, int]:
-    """Height and width of the latents of the config's clips; of those of another size with its frame policy."""
+    """Height and width of the latents of the config's clips, or of another size if its frame policy is given."""
     video, downscale = video or config.video, vae_downscale(config.encoders)
     return video.height // downscale, video.width // downscale
 
@@ -275,7 +275,7 @@ def latent_sides(config: Config, video: VideoSettings | None = None) -> tuple[in
 def unread_settings(config: Config) -> list[str]:
     """Settings that have no effect in this run: a line for each, with what to do after a semicolon.
 
-    Printed at the start of a run and not refused: they do no harm, and a run that was started with them must go on.
+    Printed at the start of a run and not refused: they do no harm, and a run that was started with them must resume.
     """
     engine, model, optim, train = config.engine, config.model, config.optim, config.train
     is_classes = model.kind == "latte"
@@ -318,8 +318,8 @@ def _unread_known_frames(config: Config) -> list[str]:
 def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, object]]:
     """Keys that differ between two configs (as nested mappings) and may not change on resume: {key: (saved, current)}.
 
-    Everything is guarded but `FREE_ON_RESUME` and `run.dir`; a cosine schedule depends on train.steps, which makes
-    that key guarded too. A key that is younger than the checkpoint counts as having had its default.
+    Everything is guarded except `FREE_ON_RESUME` and `run.dir`; a cosine schedule depends on train.steps, so that key
+    is guarded then, too. A key that is newer than the checkpoint counts as having had its default.
     """
     old, new = settings.flatten(_completed(saved)), settings.flatten(current)
     is_cosine = old.get("train.lr_schedule") == "cosine"
@@ -331,7 +331,7 @@ def guarded_differences(saved: dict, current: dict) -> dict[str, tuple[object, o
 
 
 def is_free_on_resume(key: str) -> bool:
-    """Whether a key may change when a run goes on."""
+    """Whether a key may change on resume."""
     free = ("run.dir", *FREE_ON_RESUME)
     return any(key.startswith(each) if each.endswith(".") else key == each for each in free)
 

@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 0, or 2 with what is wrong."""
+    """Print the table; 0, or 2 with the reason."""
     args = parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shapes(config: Config, plan: Plan, num_ranks: int) -> list[str]:
-    """A line for each bucket: the micro-batches of a step on each rank; then which of their slots are idle.
+    """A line for each bucket: the micro-batches of a step on each rank; then the idle slots.
 
-    Raises ValueError where some ranks would have nothing to do.
+    Raises ValueError if some ranks would have nothing to do.
     """
     size, rest = divmod(num_ranks, config.engine.sequence_parallel)
     if rest or size < 1:

@@ -1,9 +1,9 @@
 """Exponential moving averages of the weights, on each rank's own shards.
 
 In: an engine's local shards and whether a step was applied. Out: for each decay a tree of 1-D fp32 tensors, one per
-shard. The decision worth knowing: an average moves towards the weights as gradient descent on half their squared
-distance does, so torch's fused SGD updates it, in one pass over both. The update is elementwise, so its bits do not
-depend on the sharding and equal those computed on gathered weights.
+shard. The decision worth knowing: an EMA update is a step of gradient descent on half the squared distance to the
+weights, so torch's fused SGD performs it, in one pass over both. The update is elementwise, so its bits do not depend
+on the sharding and equal those computed on gathered weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from latte_scale.engine.base import Engine, LocalShard
 
 @dataclass(frozen=True)
 class EmaSettings:
-    """Which averages of the weights to keep; an empty tuple keeps none."""
+    """Which EMAs of the weights to keep; an empty tuple keeps none."""
 
     decays: tuple[float, ...] = (0.9999,)  # fraction of the old average that an applied update keeps
     warmup: bool = False  # cap the decay of update n (from 0) at (1 + n) / (10 + n), to forget initial weights
@@ -31,15 +31,15 @@ class EmaSettings:
 
 
 def tree_name(decay: float) -> str:
-    """The name under which a checkpoint holds the average of this decay: "ema/0.9999"."""
+    """The name of the EMA of this decay in a checkpoint: "ema/0.9999"."""
     return f"ema/{decay}"
 
 
 class Ema:
-    """Averages of the weights, with the number of updates they have seen."""
+    """EMAs of the weights, with their number of updates."""
 
     def __init__(self, shards: Sequence[LocalShard], settings: EmaSettings) -> None:
-        """Start from the weights as they are: build it after the model's weights are final."""
+        """Start from the current weights: build it after the initial weights are final."""
         self._warmup = settings.warmup
         self._params = [shard.param for shard in shards]
         self._averages = {
@@ -51,29 +51,29 @@ class Ema:
 
     @property
     def num_updates(self) -> int:
-        """Updates seen so far. Waits for the device: for checkpoints, not for every step."""
+        """Updates so far. Waits for the device: for checkpoints, not for every step."""
         return int(self._num_updates.item())
 
     @property
     def trees(self) -> dict[str, list[Tensor]]:
-        """Tree name -> one 1-D fp32 tensor a shard, in the order of the shards; a load writes into them."""
+        """Tree name -> one 1-D fp32 tensor per shard, in the order of the shards; a load writes into them."""
         return {tree_name(decay): averages for decay, averages in self._averages.items()}
 
     def after_load(self, num_updates: int) -> None:
-        """Set the number of updates that the loaded averages have seen."""
+        """Set the number of updates of the loaded EMAs."""
         self._num_updates.fill_(num_updates)
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
         """average += (1 - decay) * (weight - average), if `applied` (0-d) is 1; nothing moves if it is 0.
 
-        With warm-up after n updates decay is min(decay, (1 + n) / (10 + n)). Call it after the engine's step. No host
-        waits for `applied` or for n.
+        With warm-up the decay after n updates is min(decay, (1 + n) / (10 + n)). Call it after the engine's step. The
+        host does not wait for `applied` or n.
         """
         applied = applied.to(self._num_updates.device, torch.float32)
         for decay, averages in self._averages.items():
             weight = applied.new_full((), 1.0 - decay)
-            if self._warmup:  # 1 - (1 + n) / (10 + n), written so that nothing cancels
+            if self._warmup:  # 1 - (1 + n) / (10 + n), written without cancellation
                 weight = (9.0 / (10.0 + self._num_updates)).clamp(min=1.0 - decay)
             lerp_(averages, self._params, weight, skipped=1.0 - applied)
         self._num_updates += applied
@@ -81,11 +81,11 @@ class Ema:
 
 @contextmanager
 def swapped_in(engine: Engine, averages: Sequence[Tensor] | None) -> Iterator[None]:
-    """Exchange the engine's weights for one of their averages inside a `with` block.
+    """Swap the engine's weights for one of their EMAs inside a `with` block.
 
-    averages: one of `Ema.trees`; None leaves the model as it is. One piece is copied at a time, and at the end
-    everything is as before, bit for bit. A collective at both ends, except where the block raises: then only the shards
-    are restored, and the model does not follow them, because other ranks may be gone.
+    averages: one of `Ema.trees`; None leaves the model unchanged. One piece is copied at a time, and at the end
+    everything is restored, bit for bit. A collective at both ends, except if the block raises: then only the shards are
+    restored, and the model does not follow them, because other ranks may be gone.
     """
     if averages is None:
         yield

@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def metric_names(text: str) -> list[str]:
-    """The metrics asked for. Raises ValueError for one that there is not."""
+    """The requested metrics. Raises ValueError for an unknown one."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in METRICS:
@@ -67,7 +67,7 @@ def metric_names(text: str) -> list[str]:
 
 
 def score_with_networks(args: argparse.Namespace, names: list[str], ranks: Ranks, show: Show) -> dict[str, Any]:
-    """The scores of the metrics that look through a network. A collective."""
+    """The scores of the metrics that use a network. A collective."""
     protocol = Protocol(
         args.frames, args.frame_interval, args.size, args.num_clips, args.resamples, args.seed, args.batch_size
     )
@@ -76,14 +76,14 @@ def score_with_networks(args: argparse.Namespace, names: list[str], ranks: Ranks
         real, open_clips(args.fake), {name: getattr(args, name) for name in TO_FETCH}, protocol, ranks, show
     )
     for name in names:
-        scorer.check(name)  # all of them before the first hour of work
+        scorer.check(name)  # all of them before the first long computation
     records = {name: scorer.score(name) for name in names}
     return {**{name: record["value"] for name, record in records.items()}, "metrics": records}
 
 
 @contextlib.contextmanager
 def progress_bars(visible: bool) -> Iterator[Show]:
-    """What shows the progress of each stage as a bar of its own."""
+    """A callback that shows the progress of each stage as its own bar."""
     from rich.progress import Progress
 
     with Progress(disable=not visible) as bars:
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; a user's mistake is one line on stderr and exit code 2."""
+    """The command line; a user error is one line on stderr and exit code 2."""
     try:
         return run(parse_args(argv))
     except (ValueError, OSError) as error:

@@ -43,7 +43,7 @@ from latte_scale.model.transformer_folder import (
 )
 from latte_scale.weights import Weights, load_weights
 
-# What of a text encoder's folder is not its tokenizer, where both lie in one.
+# Files of a text encoder that are not its tokenizer's, if both are in one folder.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5", ".msgpack", ".pt")
 
 
@@ -58,10 +58,10 @@ def write_pipeline(
 ) -> None:
     """Write a folder that diffusers' LattePipeline.from_pretrained loads.
 
-    state: the full state dict of `architecture`. The three folders are copied as they are; tokenizer_dir may be
+    state: the full state dict of `architecture`. The three folders are copied unchanged; tokenizer_dir may be
     text_encoder_dir. The scheduler is DDIM, or for flow the multistep solver on flow sigmas, because LattePipeline
-    cannot drive diffusers' FlowMatch schedulers. Raises ValueError when `out` holds something, when the state dict
-    does not fit, or when LattePipeline could not use the autoencoder.
+    cannot drive diffusers' FlowMatch schedulers. Raises ValueError when `out` is not empty, when the state dict does
+    not fit, or when LattePipeline could not use the autoencoder.
     """
     _check_vae(vae_dir)
     with complete_or_absent(out) as folder:
@@ -93,7 +93,7 @@ def _check_vae(vae_dir: Path) -> None:
 
 
 def _model_index(folder: Path) -> dict[str, Any]:
-    """model_index.json: the class of every part, as the copied configs name them."""
+    """model_index.json: the class of every part, from the copied configs."""
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     tokenizer_config = folder / "tokenizer" / "tokenizer_config.json"
     if not tokenizer_config.is_file():
@@ -119,7 +119,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _copy_files(source: Path, target: Path, skip_weights: bool = False) -> None:
-    """Copy the files of one folder, links followed; subfolders belong to other parts and stay."""
+    """Copy the files of one folder, following links; subfolders belong to other parts and are skipped."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.is_file() and not (skip_weights and path.name.endswith(_WEIGHT_SUFFIXES)):
@@ -138,7 +138,7 @@ def _size(folder: Path) -> str:
 def write_official(
     out: Path, part: str, state: dict[str, Tensor], architecture: LatteSettings, latent_side: int
 ) -> None:
-    """Write {part: state} as a .pt file that the official code loads; ValueError when it exists or cannot hold that."""
+    """Write {part: state} as a .pt file that the official code loads; ValueError when it exists or cannot hold them."""
     if out.exists():
         raise ValueError(f"{out}: expected a new file, it exists; pass another --out")
     content = {part: latte_to_official(architecture, state, latent_side)}
@@ -174,7 +174,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Load the weights and write them in the format that was asked for."""
+    """Load the weights and write them in the requested format."""
     weights = load_weights(args.checkpoint, args.weights)
     settings_kept, state, dropped = without_contrastive(weights.architecture, weights.state_dict)
     weights = replace(weights, architecture=settings_kept, state_dict=state)
@@ -228,7 +228,7 @@ def _export_official(args: argparse.Namespace, weights: Weights) -> None:
 
 
 def _latent_side(weights: Weights) -> int:
-    """What the weights were trained at: as their import noted it, or the run's clips behind its VAE.
+    """The latent side that the weights were trained at: recorded by import, or that of the run's clips.
 
     Raises ValueError for clips that are not square, because the official table is.
     """
@@ -245,7 +245,7 @@ def _latent_side(weights: Weights) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`latte-scale export`: exit code 2 and one line for what a user can mend."""
+    """`latte-scale export`: exit code 2 and one line for a user error."""
     try:
         return run_export(parse_args(argv))
     except (ValueError, OSError, CheckpointError) as error:

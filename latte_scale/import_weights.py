@@ -36,7 +36,7 @@ from latte_scale.model.transformer_folder import (
     write_transformer,
 )
 
-# Layout of a file -> its reader, what it is called, and the options that it reads beside --part.
+# Layout of a file -> its reader, what it is called, and the options that it reads besides --part.
 _FILES: dict[str, tuple[Callable[..., Imported], str, tuple[str, ...]]] = {
     "latte": (latte_from_official, "an official class model", ("num_heads", "learned_positions")),
     "latte_t2v": (t2v_from_official, "t2v.pt", ("num_heads", "num_frames", "sample_size")),
@@ -48,15 +48,15 @@ OPTIONS = ("part", "num_heads", "num_frames", "sample_size", "depth", "num_class
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at a path."""
+    """The weights found at a path."""
 
     imported: Imported
-    what: str  # the layout in words
-    scheduler: Path | None = None  # config of the scheduler beside it, which tells the objective
+    what: str  # the layout, as text
+    scheduler: Path | None = None  # config of the scheduler next to it, which shows the objective
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of `latte-scale import`; one that is left out keeps the layout's own default."""
+    """The options of `latte-scale import`; one that is not given keeps the layout's default."""
     parser = verb_parser("import", __doc__)
     parser.add_argument(
         "--source", required=True, type=disk_path, help="a .pt or .pth file, or a folder with config.json"
@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the source strictly, say what became of it, and write the folder."""
+    """Read the source strictly, report dropped and new tensors, and write the folder."""
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     for name in ("num_heads", "num_frames", "sample_size"):
         if given.get(name, 1) < 1:
@@ -118,7 +118,7 @@ def read_file(path: Path, given: dict[str, Any]) -> Source:
 
 
 def read_folder(path: Path, given: dict[str, Any]) -> Source:
-    """The weights of a diffusers folder or one of ours."""
+    """The weights of a diffusers folder or one of this project."""
     folder = model_folder(path)
     config, stored = read_config(folder), read_weights(folder)
     if config.get("_class_name") in PIXART_CLASSES and not _is_video(stored):
@@ -149,7 +149,7 @@ def _refuse_unread(given: dict[str, Any], options: Sequence[str], where: str) ->
 
 
 def report(imported: Imported) -> list[str]:
-    """What was read and what became of it: every dropped and every new tensor, blocks that share a fate in one line."""
+    """The source and every dropped and new tensor, with one line for blocks that have the same outcome."""
     state = imported.state
     count = sum(tensor.numel() for tensor in state.values())
     lines = [f"{len(state)} tensors, {count:,} parameters: {describe(imported.settings)}", f"{imported.settings}"]
@@ -159,7 +159,7 @@ def report(imported: Imported) -> list[str]:
 
 
 def _grouped(fates: dict[str, str]) -> list[tuple[str, str]]:
-    """Names that differ in their block's number only, and share their fate, as one: blocks.1,3,5.attn.proj.weight."""
+    """Names that differ only in their block's number, with the same outcome, as one: blocks.1,3,5.attn.proj.weight."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, why in fates.items():
         head, number, tail = re.fullmatch(r"(?:(\w*blocks\.)(\d+))?(.+)", name).groups()
@@ -168,7 +168,7 @@ def _grouped(fates: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`latte-scale import`: exit code 2 and one line for what a user can mend."""
+    """`latte-scale import`: exit code 2 and one line for a user error."""
     try:
         return run(parse_args(argv))
     except (ValueError, OSError) as error:

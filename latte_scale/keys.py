@@ -33,9 +33,9 @@ class Key(NamedTuple):
     """One setting."""
 
     name: str  # dotted
-    kind: str  # of the section that has it, where a section comes in several kinds; else ""
+    kind: str  # of the section that has it, if a section has several kinds; else ""
     type: str
-    default: str  # as YAML; "" where the key must be given
+    default: str  # as YAML; "" if the key is required
     meaning: str
 
 
@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def text_of(keys: Sequence[Key]) -> str:
-    """What is printed of some keys."""
+    """The printed text of some keys."""
     lines, section = [], None
     for key in keys:
         of_kind = f"   ({key.kind})" if key.kind else ""
@@ -95,7 +95,7 @@ def text_of(keys: Sequence[Key]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the keys; exit code 2 with the nearest one where none begins as asked."""
+    """Print the keys; exit code 2 with the nearest one if no key has the given prefix."""
     parser = verb_parser("keys", __doc__)
     parser.add_argument("beginnings", nargs="*", metavar="KEY", help="a section, a key, or a prefix of either")
     args = parser.parse_args(argv)

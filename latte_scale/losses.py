@@ -1,7 +1,7 @@
-"""From a micro-batch on the device to its losses, and to the tokens and FLOPs that it counts for.
+"""The losses of a micro-batch on the device, and its tokens and FLOPs.
 
 In: a Config, the model to call, ModelInputs on its device. Out: a loss for each slot, and FLOPs. The decision worth
-knowing: the trainer and `latte-scale bench step` call the same functions, so what is measured is what trains.
+knowing: the trainer and `latte-scale bench step` call the same functions, so the benchmark measures the training code.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def share_of(
     contrastive_B: Tensor | None,
     batch_size: int | None = None,
 ) -> Tensor:
-    """What a micro-batch adds to the step's loss, 0-d: the weighted sum of its slots, divided by the step's samples.
+    """A micro-batch's contribution to the step's loss, 0-d: the weighted sum of its slots over the step's samples.
 
     `batch_size`: the samples of the step over all ranks; None: train.global_batch.
     """
@@ -80,8 +80,8 @@ def cost_of(config: Config, inputs: ModelInputs) -> tuple[int, float]:
 def recompute_share(config: Config) -> float:
     """FLOPs that activation checkpointing recomputes, over the 3 x forward of `cost_of`: by how much HFU exceeds MFU.
 
-    full and offload recompute every block's forward; selective keeps the results of all matrix products, and what it
-    does recompute is not counted as FLOPs at all. For clips of the config's size, with captions of full length.
+    full and offload recompute every block's forward; selective keeps the results of all matrix products, and its
+    recompute does not count as FLOPs. For clips of the config's size, with captions of full length.
     """
     if config.engine.activation_checkpointing not in ("full", "offload"):
         return 0.0

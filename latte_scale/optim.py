@@ -2,8 +2,8 @@
 
 In: the pieces of every parameter that this rank owns (1-D fp32 tensors), their gradients and a learning rate. Out: the
 pieces and their moments updated in place, the global gradient norm, and whether anything was applied.
-The decision worth knowing: a non-finite gradient norm leaves weights, moments and step counters untouched, and that is
-decided on the device: fused AdamW takes `found_inf` and `grad_scale` as tensors, so no host waits for the norm.
+The decision worth knowing: a non-finite gradient norm leaves weights, moments and step counters unchanged, and the
+device decides this: fused AdamW takes `found_inf` and `grad_scale` as tensors, so the host does not wait for the norm.
 """
 
 import math
@@ -69,7 +69,7 @@ def is_decayed(shape: Sequence[int]) -> bool:
 
 
 def param_groups(params: Sequence[tuple[Tensor, bool]], settings: OptimSettings) -> list[dict[str, Any]]:
-    """AdamW groups of (tensor, decayed) pairs: one group without weight decay, else decayed and plain, never empty."""
+    """AdamW groups of (tensor, decayed) pairs: one group without weight decay, else decayed and others, never empty."""
     if settings.weight_decay == 0.0:
         return [{"params": [param for param, _ in params], "weight_decay": 0.0}]
     groups = [
@@ -85,7 +85,7 @@ def make_adamw(params: Sequence[tuple[Tensor, bool]], settings: OptimSettings) -
 
 
 def zero_state(param: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before the first update. Made here and not by the first step, so that a load can write into it."""
+    """AdamW's state before the first update. Allocated here, before any step, so that a load can write into it."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=param.device),
         "exp_avg": torch.zeros_like(param),
@@ -94,7 +94,7 @@ def zero_state(param: Tensor) -> dict[str, Tensor]:
 
 
 class GuardedAdamW:
-    """AdamW over the pieces of one rank, which clips by the global norm and applies nothing if that is not finite."""
+    """AdamW over the pieces of one rank, which clips by the global norm and skips the update if it is not finite."""
 
     def __init__(
         self, pieces: Sequence[Tensor], decayed: Sequence[bool], settings: OptimSettings, device: torch.device
@@ -125,7 +125,7 @@ class GuardedAdamW:
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Set the step counters from which the bias correction follows, after the moments were loaded."""
+        """Set the step counters, which determine the bias correction, after loading the moments."""
         self._num_updates.fill_(num_updates)
         for piece in self._held:
             self._adamw.state[piece]["step"].fill_(num_updates)
@@ -144,7 +144,7 @@ class GuardedAdamW:
             grads: a gradient for each piece, in order, which may be overwritten; None counts as zero, as in DeepSpeed's
                 flat buffers.
             lr: learning rate of this update.
-            clip: False leaves the gradient as it is, whatever `clip_norm` says.
+            clip: False disables clipping, whatever `clip_norm` is.
             sum_: adds a 0-d tensor over the ranks in place; None when this rank holds everything.
 
         Returns:
@@ -155,7 +155,7 @@ class GuardedAdamW:
                 piece.grad = torch.zeros_like(piece) if grad is None else grad.reshape(-1)
         norm = self._global_norm(sum_)
         applied = torch.isfinite(norm).to(torch.float32)
-        if self.clip_norm is not None:  # fused AdamW divides the gradients by grad_scale: no pass over them of our own
+        if self.clip_norm is not None:  # fused AdamW divides the gradients by grad_scale, which saves a pass over them
             self._adamw.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0) if clip else None
         self._adamw.found_inf = 1.0 - applied
         for group in self._adamw.param_groups:

@@ -1,7 +1,7 @@
 """A run's data as its config describes it: data sets, the plan (step -> samples), and the loader of one rank.
 
-The trainer, `latte-scale coverage` and `latte-scale bench loader` call the same functions, so what is printed or
-measured before a run is what the run does.
+The trainer, `latte-scale coverage` and `latte-scale bench loader` call the same functions, so the figures printed or
+measured before a run hold for the run.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def open_data(config: Config) -> tuple[Dataset, ...]:
 
 
 def plan_of(config: Config, datasets: Sequence[Dataset]) -> Plan:
-    """The training plan; of a config whose data section is resolved (`resolve_settings`) or of any other."""
+    """The training plan; of a config with a resolved data section (`resolve_settings`) or any other."""
     costs = bucket_costs(config.train.batch_budget, config.video, datasets)
     return make_plan(
         config.data,

@@ -38,7 +38,7 @@ from latte_scale.run.metrics import read_metrics
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_RANKS = 2
-MARK = ".quickstart"  # in a folder that a quickstart made, and may empty
+MARK = ".quickstart"  # in a folder that a quickstart created, and may empty
 MADE = {  # what is in such a folder
     *("clips", "shards", "latents", "run", "samples", "prompts.jsonl", "scores.json", "report.html", "train.log", MARK),
 }
@@ -47,7 +47,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between the kinds of quickstart."""
+    """The differences between the kinds of quickstart."""
 
     train_config: str  # file in configs/
     encode_config: str
@@ -75,7 +75,7 @@ class StageError(RuntimeError):
 
 @dataclass
 class Stages:
-    """Runs the stages one after another and keeps how long each took."""
+    """Runs the stages one after another and records their durations."""
 
     out: Path
     seconds: dict[str, float]
@@ -140,13 +140,13 @@ def show_progress(bar: Progress, task: TaskID, run: Path) -> int:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and all that descend from it, and wait for it.
+    """SIGKILL to the launcher and all its descendants, and wait for it.
 
-    Not to its process group: torchrun gives every rank a session of its own, and the ranks would live on.
+    Not to its process group: torchrun gives every rank a session of its own, so the ranks would survive.
     """
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone while we look
+        with contextlib.suppress(OSError):  # exited meanwhile
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     doomed = {process.pid}
     while found := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
@@ -158,7 +158,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def loss_words(record: dict[str, Any]) -> str:
-    """The loss of a line of metrics.jsonl, in which one that was not finite is null."""
+    """The loss of a line of metrics.jsonl, as text; a non-finite one is null there."""
     return "loss nan" if record["loss"] is None else f"loss {record['loss']:.4f}"
 
 
@@ -168,12 +168,12 @@ def list_steps(run: Path) -> list[Path]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, no look-ups in a network."""
+    """One thread per process, no network access."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def words_of(command: str) -> list[str]:
-    """The words of a command line; its program is the one that is installed beside this Python."""
+    """The words of a command line; its program is the one installed next to this Python."""
     program, *arguments = shlex.split(command)
     path = Path(sys.executable).with_name(program)
     if not path.exists():
@@ -182,7 +182,7 @@ def words_of(command: str) -> list[str]:
 
 
 def choose_prompts(clips: Path, count: int) -> list[dict[str, Any]]:
-    """`count` prompts, half of them combinations that no clip shows, in turn."""
+    """`count` prompts, half of them (every other one) combinations that no clip shows."""
     vocabulary = json.loads((clips / "shapes.json").read_text())
     kinds = [(vocabulary["held_out_prompts"], True), (vocabulary["seen_prompts"], False)]
     return [
@@ -193,9 +193,9 @@ def choose_prompts(clips: Path, count: int) -> list[dict[str, Any]]:
 
 
 def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[dict[str, Any]]:
-    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show beside the sample.
+    """The caption of every real clip, the clip it belongs to, and its frames as an mp4 to show next to the sample.
 
-    A clip that encode left out, too, is named and left out; of several captions the first is taken.
+    A clip that encode left out is reported and left out, too; of several captions the first is taken.
     """
     originals.mkdir(parents=True)
     lines = (clips / "captions.jsonl").read_text(encoding="utf-8-sig").split("\n")
@@ -215,7 +215,7 @@ def caption_prompts(clips: Path, originals: Path, video: VideoSettings) -> list[
 
 
 def prepare_out(out: Path, clips: Path | None) -> None:
-    """An empty folder, or the folder of an earlier quickstart, which is emptied once all is well with the clips."""
+    """An empty folder, or the folder of an earlier quickstart, which is emptied after the clips have been checked."""
     if clips is not None:
         if not (clips / "captions.jsonl").exists():
             raise StageError(f'{clips}: expected captions.jsonl with one {{"file", "text"}} a line; it is not there')
@@ -227,7 +227,7 @@ def prepare_out(out: Path, clips: Path | None) -> None:
             raise StageError(
                 f"{out} holds {', '.join(foreign[:5])}, which no quickstart wrote; choose an empty folder with --out"
             )
-        if any(out.iterdir()) and not (out / MARK).exists():  # a run of one's own has the same names
+        if any(out.iterdir()) and not (out / MARK).exists():  # the user's own run has the same names
             raise StageError(
                 f"{out} was not made by a quickstart, which would empty it; choose another --out, or remove it"
             )
@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = choose_prompts(out / "clips", recipe.num_prompts)
     (out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     stages.train_with_a_kill(
-        # localhost: the name that a machine or a container has for itself need not lead anywhere
+        # localhost: the host name of a machine or a container may not resolve
         f"torchrun --nproc_per_node {NUM_RANKS} --standalone --local_addr localhost -m latte_scale.train "
         f"--config {train_yaml} data.url={here}/latents run.dir={here}/run engine.kind=fsdp2",
         out / "run",
@@ -300,9 +300,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_loss(out: Path) -> None:
-    """Put the loss of the overfitted model, the mean of its last 20 logged steps, beside the PSNR.
+    """Add the loss of the overfitted model, the mean of its last 20 logged steps, to the PSNR.
 
-    A step whose loss was not finite has none, and was not applied: the mean is over the others.
+    Steps with a non-finite loss were not applied, and are left out of the mean.
     """
     scores = json.loads((out / "scores.json").read_text())
     last = [record["loss"] for record in read_metrics(out / "run" / "metrics.jsonl")[-20:]]
@@ -312,7 +312,7 @@ def add_loss(out: Path) -> None:
 
 
 def summarize(out: Path, seconds: dict[str, float], total_s: float) -> None:
-    """What a person reads last: times, the resume, the scores, the page."""
+    """The final summary: times, the resume, the scores, the page."""
     times = "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"\n[bold]done in {total_s / 60:.1f} min[/] ({times})")
     for restart in read_metrics(out / "run" / "logs" / "restarts.jsonl"):

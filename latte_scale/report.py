@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, render, write. Raises ValueError or OSError with the folder that is not what it should be."""
+    """Read, render, write. Raises ValueError or OSError naming the invalid folder."""
     for path in args.scores:
         if not path.is_file():
             raise ValueError(f"--scores {path}: expected a file that `latte-scale evaluate` wrote; there is none")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the page; exit code 2 and one line if a folder is not what it should be."""
+    """Write the page; exit code 2 and one line if a folder is invalid."""
     args = parse_args(argv)
     try:
         return run(args)

@@ -29,7 +29,7 @@ logger = logging.getLogger("latte_scale")
 
 
 def check_start(config: Config, where: Store, ranks: Ranks) -> None:
-    """Refuse to begin at step 0, with no checkpoint in `where`, a run that has some elsewhere. A collective.
+    """Refuse to start a run at step 0, without a checkpoint in `where`, if it has some elsewhere. A collective.
 
     checkpoint.dir may change on resume, and a new place is empty: without this check a month of training would start
     over. Looks into RUN/checkpoints, and where the previous attempt kept its checkpoints according to RUN/config.yaml.
@@ -60,7 +60,7 @@ def resume(
     ema: Ema,
     allow_change: Sequence[str],
 ) -> Progress:
-    """Load a sound checkpoint into this rank's shards.
+    """Load a valid checkpoint into this rank's shards.
 
     Raises StopRunError when the config or the data differ from the checkpoint's in a way that would change the run.
     """
@@ -76,10 +76,10 @@ def resume(
 def check_changes(
     saved: dict, current: dict, allow_change: Sequence[str], plans: tuple[str, str], checkpoint_url: str
 ) -> None:
-    """Refuse what would make this another run: a changed config key, another data plan (`plans`: saved, current).
+    """Refuse changes that would make this another run: a config key, or the data plan (`plans`: saved, current).
 
-    `--allow-change KEY` allows one, and logs it. A refusal names all of them at once, because a key such as data.url
-    changes the plan as well. Also refuses a KEY that no config has.
+    `--allow-change KEY` allows one, and logs it. A refusal lists all of them, because a key such as data.url changes
+    the plan as well. Also refuses an unknown KEY.
     """
     known = {DATA, *flatten(saved), *flatten(current)}
     for key in allow_change:
@@ -113,7 +113,7 @@ def check_changes(
 def rewind_log(
     folder: RunFolder, progress: Progress, found: Checkpoint | None, broken: Sequence[tuple[str, str]], console: Console
 ) -> int:
-    """Take back the logged steps after the checkpoint, which run again, and say so (rank 0).
+    """Remove the logged steps after the checkpoint, which run again, and report them (rank 0).
 
     Returns the last step that was logged before, -1 for none.
     """
@@ -133,6 +133,6 @@ def rewind_log(
 
 
 def counters_of(progress: Progress) -> dict:
-    """What a checkpoint holds besides tensors and its step."""
+    """The content of a checkpoint besides tensors and its step."""
     skipped = list(progress.skipped_steps)
     return {"skipped_steps": skipped, "updates": progress.step - len(skipped)}

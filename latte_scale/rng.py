@@ -22,9 +22,9 @@ def hash64(*parts: int | str | bytes) -> int:
 
 
 def generator(seed: int, stream: str, step: int, index: int, sub: int = 0) -> np.random.Generator:
-    """The generator of one sample: `step` counts optimizer steps, `index` is the place in the global batch.
+    """The generator of one sample: `step` counts optimizer steps, `index` is the position in the global batch.
 
-    `sub` tells apart several draws of one stream for one sample (the images of a joint batch). All three are >= 0.
+    `sub` distinguishes several draws of one stream for one sample (the images of a joint batch). All three are >= 0.
     """
     if min(step, index, sub) < 0:
         raise ValueError(f"step, index and sub must be >= 0, got {step}, {index}, {sub}")

@@ -56,12 +56,12 @@ MADE_BY = (
     "sampler", "steps", "guidance", "weights", "temporal_decoder", "init_video", "strength", "known_frames", "video"
 )  # fmt: skip
 """Keys by which prompts.jsonl records how its videos were made; ignored when such a file is passed as --prompts."""
-DEFAULT_STRENGTH = 0.6  # of --init-video: enough to change what is seen, little enough to keep where it moves
+DEFAULT_STRENGTH = 0.6  # of --init-video: high enough to change the content, low enough to keep the motion
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that the batches share."""
+    """The state shared by all batches."""
 
     loaded: Loaded
     how: Sampling
@@ -69,12 +69,12 @@ class Setup:
     text: TextEncoder | None
     decoder: VideoAutoencoder | TemporalDecoder
     shape: tuple[int, ...]  # C, F, H, W of the latents
-    clip_CFHW: Tensor | None  # latents to start from or to continue; of a clip to continue perhaps the known ones only
+    clip_CFHW: Tensor | None  # latents to start from or to continue; to continue, perhaps only the known frames
     device: torch.device
 
 
 def how_to_sample(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]]) -> Sampling:
-    """The settings of the command line with their defaults filled in. Raises ValueError where they contradict."""
+    """The settings of the command line with their defaults filled in. Raises ValueError if they are contradictory."""
     guidance = default_guidance(loaded.architecture) if args.guidance is None else args.guidance
     check_guidance(guidance, loaded.architecture, args.negative, *(record.get("negative") for record in records))
     if args.init_video is None and (args.strength is not None or args.known_frames):
@@ -83,7 +83,7 @@ def how_to_sample(args: argparse.Namespace, loaded: Loaded, records: Sequence[di
     if strength is None:
         strength = 1.0 if args.init_video is None or args.known_frames else DEFAULT_STRENGTH
     sampler = args.sampler or SAMPLERS[loaded.diffusion.objective][0]
-    make_scheduler(loaded.diffusion, sampler)  # refused before encoders are loaded, and so are steps
+    make_scheduler(loaded.diffusion, sampler)  # refused before encoders are loaded
     check_steps(loaded.diffusion, sampler, args.steps)
     return Sampling(sampler, args.steps, guidance, strength, args.known_frames)
 
@@ -93,7 +93,7 @@ def read_init_video(
 ) -> Tensor | None:
     """Latents [C, F, h, w] in model units of the first clip of a file, in the frame policy of the run.
 
-    num_known: where only the first frames are asked for, so many; of a file too short for a clip come these alone.
+    num_known: number of first frames needed, if not all; a file too short for a clip gives only these.
     """
     if path is None:
         return None
@@ -119,7 +119,7 @@ def _read_clip(path: Path, video: VideoSettings, num_known: int) -> np.ndarray:
 
 
 def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dict[str, Any]]:
-    """Everything that was asked for, in order, each with its seed."""
+    """All requested videos, in order, each with its seed."""
     records = read_prompts(args.prompt, args.prompts) + [{"label": label} for label in args.label]
     records += [{} for _ in range(args.count)]
     records = [{key: value for key, value in record.items() if key not in MADE_BY} for record in records]
@@ -129,14 +129,14 @@ def records_of(args: argparse.Namespace, architecture: Architecture) -> list[dic
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> Loaded:
-    """The model, whole on every rank or cut over them."""
+    """The model, whole on every rank or sharded over the ranks."""
     if args.shard:
         return load_sharded(args.checkpoint, args.weights, ranks)
     return load_model(args.checkpoint, args.weights, ranks)
 
 
 def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str, Any]], ranks: Ranks) -> Setup:
-    """Load what goes with the model and hold it to each other. Raises ValueError with what to do."""
+    """Load the parts around the model and check that they fit. Raises ValueError with what to do."""
     encoder_settings, video = surroundings(loaded, args.checkpoint, args.config)
     how = how_to_sample(args, loaded, records)
     check_start(how.strength, args.init_video is not None, how.num_known or None, video.frames)
@@ -157,7 +157,7 @@ def prepare(args: argparse.Namespace, loaded: Loaded, records: Sequence[dict[str
 
 
 def unlearned(loaded: Loaded, num_known: int) -> str:
-    """What --known-frames asks of a run that it was not trained to do; "" where nothing is, or nobody knows."""
+    """A warning if --known-frames asks for more than the run was trained for; "" if not, or if unknown."""
     if not num_known or loaded.config is None:
         return ""
     known = loaded.config["train"].get("known_frames", {})
@@ -171,7 +171,7 @@ def unlearned(loaded: Loaded, num_known: int) -> str:
 
 
 def about_of(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    """How the videos are made, as their files say it; seed, text and label are each one's own."""
+    """The sampling settings, for the videos' metadata; seed, text and label are per video."""
     how = setup.how
     about = {"sampler": how.sampler, "steps": how.num_steps, "guidance": how.guidance, "weights": setup.loaded.source}
     optional = {
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     records = records_of(args, loaded.architecture)
     setup = prepare(args, loaded, records, ranks)
     about = about_of(args, setup)
-    listed = min(formats, key=FORMATS.index)  # a sheet of frames is no video to score
+    listed = min(formats, key=FORMATS.index)  # a sheet of frames cannot be scored as a video
     for number, record in enumerate(records):
         record["file"] = f"{number:05d}.{listed}"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     with progress_bar(ranks) as bar:
         task, done = bar.add_task(f"sampling {len(records)} videos", total=len(records)), 0
         for batch in batches_of(len(records), args.batch_size, ranks.rank, ranks.size):
-            # Where a rank has nothing left, a sharded model is called all the same, for the first record.
+            # If a rank has nothing left, a sharded model is still called, for the first record.
             asked = [records[number or 0] for number in batch if number is not None or args.shard]
             kept = [number is not None for number in batch if number is not None or args.shard]
             if asked:
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
                 latents_BCFHW = draw(setup, asked, args.negative or "", show)[torch.tensor(kept)]
                 write([r for r, keep in zip(asked, kept, strict=True) if keep], latents_BCFHW, setup, args, about)
             done += len(asked)
-    ranks.barrier()  # all files are there
+    ranks.barrier()  # all files are written
     if ranks.rank == 0:
         lines = [json.dumps({**record, **about, **record, "video": setup.video.stored()}) for record in records]
         write_text(args.out / "prompts.jsonl", "\n".join(lines) + "\n")
@@ -266,7 +266,7 @@ def write(
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """ValueError for a number that no sampling has or a place that takes no videos, before anything is loaded."""
+    """ValueError for an impossible number or an unusable output folder, before anything is loaded."""
     for name, least in {"count": 0, "steps": 1, "batch_size": 1, "fps": 1}.items():
         if (came := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {came}")
@@ -275,7 +275,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def formats_of(text: str) -> list[str]:
-    """The formats of --formats, in order. Raises ValueError for one that is not written."""
+    """The formats of --formats, in order. Raises ValueError for an unknown one."""
     formats = [each.strip() for each in text.split(",")]
     for each in formats:
         if each not in FORMATS:
@@ -284,13 +284,13 @@ def formats_of(text: str) -> list[str]:
 
 
 def progress_bar(ranks: Ranks) -> Progress:
-    """A bar on rank 0, which stands for all: the ranks' shares are equal."""
+    """A bar on rank 0, valid for all: the ranks have equal parts."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Progress(*columns, disable=ranks.rank != 0)
 
 
 def follow(bar: Progress, task: Any, done: int, batch: int) -> Callable[[int, int], None]:
-    """What moves the bar with each model call of a batch of so many videos, after `done` finished ones."""
+    """A callback that moves the bar with each model call of a batch of `batch` videos, after `done` finished ones."""
     return lambda call, calls: bar.update(task, completed=done + batch * call / calls)
 
 
@@ -331,7 +331,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 and one line for what a user can mend."""
+    """Exit code 2 and one line for a user error."""
     args = parse_args(argv)
     try:
         launch = launch_from_env()

@@ -32,12 +32,12 @@ from latte_scale.sampling.loading import Loaded, check_fit, load_model, surround
 from latte_scale.sampling.requests import check_guidance, check_records, default_guidance, requests_of
 from latte_scale.sampling.videos import write_video
 
-MAX_STEPS = 250  # of denoising: what Latte samples its scores with
+MAX_STEPS = 250  # of denoising: as in Latte's evaluation
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A model on its device, with what belongs to it."""
+    """A model on its device, with its encoders and settings."""
 
     loaded: Loaded
     vae: VideoAutoencoder
@@ -88,7 +88,7 @@ def load_demo(args: argparse.Namespace, folder: Path) -> Demo:
 
 
 def build_page(demo: Demo) -> Any:
-    """The gradio app. Raises ValueError where gradio is not installed."""
+    """The gradio app. Raises ValueError if gradio is not installed."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
     try:
         import gradio
@@ -139,7 +139,7 @@ def build_page(demo: Demo) -> Any:
 
 
 def open_page(page: Any, host: str, port: int | None) -> str:
-    """Start listening and return the address; port None: a free one. Raises ValueError where it cannot."""
+    """Start listening and return the address; port None: a free one. Raises ValueError if it cannot listen."""
     import gradio
 
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts to fetch
@@ -147,7 +147,7 @@ def open_page(page: Any, host: str, port: int | None) -> str:
         _, address, _ = page.launch(
             server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, theme=theme
         )
-    except OSError as error:  # gradio's words for it are of options that this command has not
+    except OSError as error:  # gradio's message names options that this command does not have
         raise ValueError(
             f"{host}:{port}: expected a free port of this machine, got one that is taken, or an address of another; "
             "pass another --port or --host"
@@ -169,7 +169,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted; exit code 2 and one line for what a user can mend."""
+    """Serve until interrupted; exit code 2 and one line for a user error."""
     args = parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="latte-serve-") as folder:
         try:

@@ -1,10 +1,10 @@
 """The strict YAML reader: a file and `key.sub=value` overrides in, a frozen dataclass out.
 
 Settings are plain frozen dataclasses in the modules that read them; this module imports none of them and they import
-nothing for it. A key that no field reads is an error that names the nearest key, a value of the wrong type
-is an error that says what was expected and what came, and `__post_init__` of a dataclass checks what concerns its own
-section. Numbers follow YAML 1.2 (1e-4 is a number, which YAML 1.1 readers take for text). A section that comes in
-several kinds is a union of dataclasses whose first field is `kind`; it is chosen by that key, the first by default.
+nothing for it. An unknown key is an error that names the nearest key, a value of the wrong type is an error with the
+expected type and the value, and `__post_init__` of a dataclass checks its own section. Numbers follow YAML 1.2 (1e-4 is
+a number, but text to YAML 1.1 readers). A section with several kinds is a union of dataclasses whose first field is
+`kind`; that key selects one, the first by default.
 """
 
 import copy
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class SettingsError(ValueError):
-    """A configuration that cannot be used; the message says where, what was expected, what came, what to do."""
+    """An unusable configuration; the message has the place, the expected and the actual value, and the remedy."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -102,7 +102,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
 def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config", prefix: str = "") -> T:
     """Build the dataclass `cls` from nested plain values, strictly.
 
-    Raises SettingsError naming the file, the dotted key, what was expected and what came.
+    Raises SettingsError naming the file, the dotted key, the expected and the actual value.
     """
     if not isinstance(mapping, dict):
         raise SettingsError(f"{where}: {prefix or 'top level'}: expected a section with keys, got {mapping!r}")
@@ -161,16 +161,16 @@ def sections_of(hint: Any) -> tuple[type, ...]:
 
 
 def kind_of(section: type) -> str:
-    """The value of `kind`, the first field of a section that is one of several."""
+    """The value of `kind`, the first field of a section with several kinds."""
     return dataclasses.fields(section)[0].default
 
 
 def _section_of_kind(sections: tuple[type, ...], value: Any, where: str, dotted: str) -> type:
-    """The section that `kind` names; the first one where it is left out."""
+    """The section that `kind` names; the first one if it is left out."""
     if len(sections) == 1 or not isinstance(value, dict) or "kind" not in value:
         return sections[0]
     by_kind = {kind_of(section): section for section in sections}
-    if value["kind"] not in list(by_kind):  # a list: the value may be anything, also what no dict has as a key
+    if value["kind"] not in list(by_kind):  # a list: the value may be of any type, also unhashable
         raise SettingsError(f"{where}: {dotted}.kind: expected one of {', '.join(by_kind)}, got {value['kind']!r}")
     return by_kind[value["kind"]]
 
@@ -200,7 +200,7 @@ def _value(hint: Any, value: Any, where: str, dotted: str) -> Any:
 
 
 def _json(value: Any) -> str:
-    """JSON text of a value. Raises OverflowError for what is not finite, TypeError for what is no JSON type."""
+    """JSON text of a value. Raises OverflowError for a non-finite number, TypeError for a value of no JSON type."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError as error:
@@ -227,7 +227,7 @@ def _unknown_key(where: str, prefix: str, key: str, known: list[str], nested: li
 
 
 def type_name(hint: Any) -> str:
-    """A type as error messages and `latte-scale keys` call it."""
+    """The name of a type in error messages and `latte-scale keys`."""
     if typing.get_origin(hint) is typing.Literal:
         values = ", ".join(map(str, typing.get_args(hint)))
         return f"one of {values}" if len(typing.get_args(hint)) > 1 else values

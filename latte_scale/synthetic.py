@@ -1,8 +1,7 @@
-"""Synthetic micro-batches of a config's shapes, ready on the device: a step is measured without its data.
+"""Synthetic micro-batches of a config's shapes, on the device, to measure a step without data.
 
 In: a Config and a device. Out: the micro-batches of one rank's step as ModelInputs, of standard normal numbers. The
-decision worth knowing: captions have full length unless asked otherwise, so that no side of a comparison gains by
-skipping padding.
+decision worth knowing: captions have full length by default, so that no side of a comparison gains by skipping padding.
 """
 
 from typing import Literal
@@ -20,7 +19,7 @@ Captions = Literal["full", "mixed"]
 def step_inputs(
     config: Config, device: torch.device, num_shares: int, captions: Captions = "full"
 ) -> list[ModelInputs]:
-    """The micro-batches of the largest of `num_shares` shares of a step's global batch, the last one full."""
+    """The micro-batches of the largest of `num_shares` parts of a step's global batch, the last one full."""
     generator = torch.Generator(device).manual_seed(config.run.seed)
     samples = -(-config.train.global_batch // num_shares)
     count = -(-samples // config.train.micro_batch)
@@ -54,7 +53,7 @@ def _condition(config: Config, batch: int, captions: Captions, draw: dict) -> tu
         classes = config.model.num_classes
         return {"label_B": torch.randint(classes, (batch,), **draw)} if classes else {}, [0] * batch
     longest = config.encoders.text_max_length
-    # "mixed": from a quarter of the longest up to all of it, evenly: what a batch of real captions looks like at worst.
+    # "mixed": evenly from a quarter of the longest to the longest: the worst case of a batch of real captions.
     shares = np.linspace(0.25, 1.0, batch) if captions == "mixed" and batch > 1 else np.ones(batch)
     lengths_B = [max(1, round(longest * share)) for share in shares]
     mask_BL = torch.arange(longest)[None, :] < torch.tensor(lengths_B)[:, None]

@@ -21,7 +21,7 @@ from latte_scale.model.latte_settings import SIZES, LatteSettings, Variant, pres
 from latte_scale.model.latte_t2v import LatteT2VSettings
 
 NUM_FRAMES = 16
-LATENT_SIDE = 32  # 256 px behind a VAE that shrinks 8 times
+LATENT_SIDE = 32  # 256 px with a VAE that downscales 8 times
 TEXT_LENGTH = 120  # caption tokens of LattePipeline
 
 WHY_NOT_A_QUARTER = """\
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def latte_rows(patch_size: int) -> list[Row]:
-    """Every size in every variant, unconditional; the variants of a size lie together, interleaved first."""
+    """Every size in every variant, unconditional; grouped by size, interleaved first."""
     return [
         _row(f"Latte-{size}/{patch_size}", preset(f"{size}/{patch_size}", variant), LATENT_SIDE)
         for size in SIZES
@@ -97,7 +97,7 @@ def t2v_table(rows: list[Row]) -> str:
 
 
 def score_share(row: Row) -> float:
-    """The attention scores' share of all FLOPs (q k^T and weights times v); the rest are linear layers."""
+    """The attention scores' fraction of all FLOPs (q k^T and weights times v); the rest are linear layers."""
     settings = preset(row.name.removeprefix("Latte-"))
     tokens = NUM_FRAMES * (LATENT_SIDE // settings.patch_size) ** 2
     projections = settings.depth * 2 * tokens * 4 * settings.width**2

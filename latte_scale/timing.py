@@ -12,7 +12,8 @@ NUM_GROUPS = 5
 def call_time(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Median seconds of a call over NUM_GROUPS groups of calls, which take about `seconds` together.
 
-    One call before them is not counted. A GPU is timed by events, so launches that hide behind earlier work are free.
+    One call before them is not counted. A GPU is timed by events, so launches that overlap with earlier kernels cost
+    nothing.
     """
     call()
     number = max(1, int(seconds / NUM_GROUPS / max(_group_time(call, device, 1), 1e-7)))

@@ -1,8 +1,8 @@
 """Loads weights from a run's checkpoint, or a folder that `latte-scale import` or `export` wrote.
 
 In: a path, or an s3:// URL of checkpoints, optionally `PATH#TREE` to choose among a checkpoint's trees ("model" for the
-raw weights, "ema/0.999" for one decay; by default the first EMA). Out: what the model is and a full fp32 state dict on
-the host. For sampling, export and the start of a new run (`model.init`); a resume reads its own shards instead.
+raw weights, "ema/0.999" for one decay; by default the first EMA). Out: the model's settings and a full fp32 state dict
+on the host. For sampling, export and the start of a new run (`model.init`); a resume reads its own shards instead.
 """
 
 import logging
@@ -36,7 +36,7 @@ logger = logging.getLogger("latte_scale")
 T = TypeVar("T")
 
 KINDS = {"latte": LatteSettings, "latte_t2v": LatteT2VSettings}
-# What may differ from the weights that a run starts from without any tensor's shape showing it: positions and order of
+# Settings that may differ from those of the initial weights without changing a tensor's shape: positions and order of
 # the blocks, objective and noise schedule.
 _MODEL_CHANGES = {"latte": ("variant", "temporal_position"), "latte_t2v": ("sample_size",)}
 _DIFFUSION_CHANGES = ("objective", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
@@ -44,7 +44,7 @@ _DIFFUSION_CHANGES = ("objective", "num_timesteps", "beta_start", "beta_end", "z
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's weights and what they are."""
+    """A model's weights and their description."""
 
     source: str  # for messages: the path and the tree
     architecture: LatteSettings | LatteT2VSettings
@@ -53,7 +53,7 @@ class Weights:
     config: dict | None  # the run's config as nested values; None for a folder of weights
 
     def build(self) -> Latte | LatteT2V:
-        """The model with these weights, in eval mode; it shares their memory, so nothing is copied or drawn."""
+        """The model with these weights, in eval mode; it shares their memory, so nothing is copied or initialized."""
         with torch.device("meta"):
             model = build_model(self.architecture)
         model.load_state_dict(self.state_dict, strict=True, assign=True)
@@ -75,10 +75,10 @@ class Stored:
 def load_weights(source: str, tree: str | None = None) -> Weights:
     """Read `PATH` or `PATH#TREE`; PATH is a run folder, a checkpoints folder, one step folder, or a folder of weights.
 
-    A .safetensors file stands for its folder, whose config.json says what the weights are. tree: "raw", "ema" (the
-    first decay) or a tree's own name; overrides the one after "#"; a folder of weights has no trees. Of a run the
-    newest checkpoint is read in which that tree is sound. Raises ValueError naming what was found instead,
-    CheckpointError if there are checkpoints and none will do. Several ranks ask `settle` first.
+    A .safetensors file stands for its folder, whose config.json describes the weights. tree: "raw", "ema" (the first
+    decay) or a tree's own name; overrides the one after "#"; a folder of weights has no trees. Of a run, the newest
+    checkpoint with a valid such tree is read. Raises ValueError naming what was found instead, CheckpointError if there
+    are checkpoints but none is usable. Several ranks call `settle` first.
     """
     found = _newest(source, tree, lambda stored: checkpoint.load_full(stored.checkpoint.store, stored.tree))
     if found is not None:
@@ -88,8 +88,8 @@ def load_weights(source: str, tree: str | None = None) -> Weights:
 
 
 def outline(source: str) -> Weights:
-    """What `load_weights` would read, as a look that takes no time: of a run's newest checkpoint shapes alone (tensors
-    on the meta device), whether sound or not; of a folder of weights the tensors as they are stored, mapped from it.
+    """What `load_weights` would read, without reading it: of a run's newest checkpoint only shapes (tensors on the meta
+    device), whether valid or not; of a folder of weights the tensors as stored, memory-mapped.
     """
     stored = find_stored(source)
     if stored is None:
@@ -102,8 +102,8 @@ def outline(source: str) -> Weights:
 def settle(source: str, tree: str | None, ranks: Ranks) -> str:
     """`source` and `tree` as the `PATH#TREE` that all ranks are to read. A collective.
 
-    Of a run that is rank 0's choice, which verifies it: were each rank to look for itself, a run that saves meanwhile
-    would give them different weights. Raises what `load_weights` does, on all ranks.
+    For a run, rank 0 chooses and verifies the checkpoint: if each rank chose for itself, a save in the meantime would
+    give them different weights. Raises what `load_weights` does, on all ranks.
     """
 
     def choose() -> str:
@@ -126,9 +126,9 @@ def begin_with(
     diffusion: DiffusionSettings,
     first: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict with which a run begins from these weights, and what there is to tell of the differences.
+    """The initial state dict of a run that starts from these weights, and messages about the differences.
 
-    first: the state dict of its model as it was drawn. Raises ValueError as `check_init` does.
+    first: the state dict of its randomly initialized model. Raises ValueError as `check_init` does.
     """
     state, told = fit_contrastive(weights, architecture.contrastive_width, first)
     return state, check_init(replace(weights, state_dict=state), architecture, diffusion) + told
@@ -140,7 +140,7 @@ def check_init(
     """Check that a run can start from these weights; returns the settings in which it differs from their training.
 
     Raises ValueError when tensors do not fit, or when the number of heads differs, which no shape shows: the same
-    weights split into other heads are another function, which is never meant.
+    weights split into other heads are another function, which is never intended.
     """
     check_state(architecture, weights.state_dict, weights.source)
     before = weights.architecture
@@ -157,11 +157,11 @@ def check_init(
 
 
 def fit_contrastive(weights: Weights, width: int, first: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights' tensors with the contrastive projections of a run that is to start from them, and what is told.
+    """The weights' tensors with the contrastive projections of a run that starts from them, and messages.
 
     Only the contrastive loss reads them and no released weights have any, so a run may begin or end that loss at any
-    stage: projections that it has no use for go, and those that are missing, or of another width, are the run's own
-    first ones. width: the run's model.contrastive_width. first: the state dict of its model as it was drawn.
+    stage: unused projections are dropped, and missing ones, or those of another width, are the run's own initial ones.
+    width: the run's model.contrastive_width. first: the state dict of its randomly initialized model.
     """
     if weights.architecture.contrastive_width == width:
         return weights.state_dict, []
@@ -175,7 +175,7 @@ def fit_contrastive(weights: Weights, width: int, first: Mapping[str, Tensor]) -
 def find_stored(source: str, tree: str | None = None) -> Stored | None:
     """The tree of the newest checkpoint, or of the one that `source` names; None for a folder of weights.
 
-    By its manifest alone: whether the files are sound is not asked.
+    Reads only its manifest: the files are not verified.
     """
     found = _newest(source, tree, lambda stored: None)
     return None if found is None else found[0]
@@ -184,8 +184,8 @@ def find_stored(source: str, tree: str | None = None) -> Stored | None:
 def _newest(source: str, tree: str | None, read: Callable[[Stored], T]) -> tuple[Stored, T] | None:
     """The newest checkpoint for which `read` raises no CheckpointError, and what it returned; older ones are tried.
 
-    None for a folder of weights. Newer ones that are not sound are logged; CheckpointError if none is. Raises one of
-    checkpoint.INCONCLUSIVE where a store cannot tell.
+    None for a folder of weights. Damaged newer ones are logged; CheckpointError if none is valid. Raises one of
+    checkpoint.INCONCLUSIVE if a store cannot answer.
     """
     (path, named), problems = split_tree(source), []
     for step in _steps_of(path):
@@ -230,7 +230,7 @@ def _steps_of(path: str) -> list[Store]:
 
 
 def _stored(step: Store, wanted: str) -> Stored:
-    """A checkpoint's tree by the manifest. Raises CheckpointError without a sound one, ValueError for another tree."""
+    """A checkpoint's tree by the manifest. Raises CheckpointError if it is invalid, ValueError for another tree."""
     found = checkpoint.open_checkpoint(step)
     name, config = _tree_name(wanted, found.manifest.trees, step.url), found.manifest.config
     architecture = _architecture(config["model"], step.url)
@@ -239,7 +239,7 @@ def _stored(step: Store, wanted: str) -> Stored:
 
 
 def _from_folder(source: str, tree: str | None, as_stored: bool = False) -> Weights:
-    """The weights of a folder. as_stored: in the dtype that they have there."""
+    """The weights of a folder. as_stored: in their stored dtype."""
     path, named = split_tree(source)
     root, wanted = Path(path), tree or named or "ema"
     if wanted != "ema":
@@ -268,7 +268,7 @@ def _diffusion_of(root: Path) -> DiffusionSettings:
 
 
 def _find_steps(where: str) -> list[Store]:
-    """The checkpoint that `where` is, or all of a run or a place with checkpoints, newest first; sound or not."""
+    """The checkpoint at `where`, or all of a run or a folder of checkpoints, newest first; valid or not."""
     steps = []
     for place in places(where):
         if place.exists(checkpoint.MANIFEST):
@@ -278,8 +278,8 @@ def _find_steps(where: str) -> list[Store]:
 
 
 def places(where: str) -> list[Store]:
-    """Where `where` may have its checkpoints: first where the config of a run folder says, for a run that was told to
-    save there has older ones in its checkpoints/; then there, and `where` itself.
+    """The places where `where` may have its checkpoints: first the one in the config of a run folder, because a run
+    that saves there may have older ones in its checkpoints/; then that folder, and `where` itself.
     """
     root = open_store(where)
     found, config = [root.below("checkpoints"), root], Path(where) / "config.yaml"

@@ -1,9 +1,9 @@
-"""Where the time of a step goes: matrix products, attention, norms and modulation, optimizer, averages, the rest.
+"""Where the time of a step goes: matrix products, attention, norms and modulation, optimizer, EMA, the rest.
 
 In: a subject and its measured phases. Out: seconds by category that add up to the step. The decision worth knowing:
-optimizer and averages are timed as phases of the real step, and the profiler only splits forward and backward, in
-proportion to the kernels (on a CPU: operators) that it saw, because a step under the profiler is slower than one
-without it. Time in which no kernel runs is `idle`: the device waits for the host.
+optimizer and EMA are timed as phases of the real step, and the profiler only splits forward and backward, in proportion
+to the recorded kernels (on a CPU: operators), because a step under the profiler is slower than one without it. Time in
+which no kernel runs is `idle`: the device waits for the host.
 """
 
 import json
@@ -26,11 +26,11 @@ CATEGORIES = {
     "norm_modulate": r"layer_?norm|welford|rms_norm|^modulate_|^gate_",
     "memory": r"memcpy|memset|copy|transpose|::cat\b|contiguous|CatArray",
 }
-# Kernels that torch.compile makes of what lies between products and attention. Their names list the operators that were
-# fused, and also neighbours that they do not compute (addmm, scaled_dot_product_attention).
+# Kernels that torch.compile generates for the operations between matrix products and attention. Their names list the
+# fused operators, and also neighbours that they do not compute (addmm, scaled_dot_product_attention).
 FUSED = r"^triton_(poi|red|per)_"
 MOVED = r"^triton_poi_fused_((_to_copy|_unsafe_view|cat|clone|expand|permute|transpose|unsqueeze|view)_)+\d+$"
-NUM_NAMED = 12  # kernels that stand by name under "top"
+NUM_NAMED = 12  # kernels listed by name under "top"
 
 
 def category_of(name: str) -> str:
@@ -45,7 +45,7 @@ def category_of(name: str) -> str:
 
 
 def budget(subject: Subject, phases: dict[str, float], device: torch.device) -> dict:
-    """Seconds by category, shares of the step, and the costliest kernels, of one profiled forward and backward.
+    """Seconds by category, fractions of the step, and the costliest kernels, of one profiled forward and backward.
 
     `phases`: forward_backward_s, update_s and average_s as turns.py measured them. The subject's gradients are
     cleared by an update, which is not measured.

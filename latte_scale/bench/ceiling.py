@@ -1,8 +1,8 @@
 """The best rates of the device: matrix products at the model's own shapes, and copies.
 
-In: a Config and a device. Out: rates. The decision worth knowing: a step spends most of its FLOPs in a handful of
-products whose one side is the number of tokens and whose others are multiples of the width. Their measured rate over
-the device's peak is the MFU that no kernel around them can pass.
+In: a Config and a device. Out: rates. The decision worth knowing: a step spends most of its FLOPs in a few matrix
+products of which one side is the number of tokens and the others are multiples of the width. Their measured rate over
+the device's peak is an upper bound of the MFU.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import token_linears
 from latte_scale.timing import call_time
 
-SECONDS = 0.2  # of a measurement, after one call that does not count
+SECONDS = 0.2  # per measurement, after one uncounted call
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 
@@ -46,7 +46,7 @@ def gemm_rates(config: Config, device: torch.device, seconds: float = SECONDS) -
 
 
 def linear_shapes(config: Config) -> Counter[tuple[int, int]]:
-    """(in, out) of the blocks' linear layers that see every token, and how many of each: no modulation, no captions."""
+    """(in, out) of the blocks' linear layers over all tokens, and how many of each: no modulation, no captions."""
     with torch.device("meta"):
         blocks = build_model(config.model).repeated_blocks()
     return Counter((layer.in_features, layer.out_features) for block in blocks for layer in token_linears(block))
@@ -61,7 +61,7 @@ def num_tokens(config: Config) -> int:
 
 
 def copy_bandwidth(device: torch.device, seconds: float = SECONDS) -> float:
-    """Bytes read and written a second by a copy on the device."""
+    """Bytes read and written per second by a copy on the device."""
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     return 2 * source.numel() / call_time(lambda: target.copy_(source), device, seconds)

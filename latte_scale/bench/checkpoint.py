@@ -52,8 +52,8 @@ from latte_scale.store import open_store
 
 TREES = ("model", "optim/exp_avg", "optim/exp_avg_sq")
 AVERAGE = "ema/0.9999"
-ELEMENTS = 1152 * 4608  # of a tensor: an MLP weight of the released model
-ALONE_S = 3.0  # for which matrix products run with nothing beside them
+ELEMENTS = 1152 * 4608  # per tensor: an MLP weight of the released model
+ALONE_S = 3.0  # for which matrix products run without a save
 COPIES_IN_MEMORY, COPIES_ON_DISK = 3, 2
 """Copies of the state at a time, at most: in memory itself, the copy that a background save writes, and what is loaded;
 on the disk two saves."""
@@ -82,7 +82,7 @@ def bytes_of(trees: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def check_room(size_bytes: int, folder: Path) -> None:
-    """Raise OSError if memory or disk cannot hold the copies of a state of `size_bytes` that are made."""
+    """Raise OSError if memory or disk cannot hold the necessary copies of a state of `size_bytes`."""
     for what, free, copies in (
         ("memory", free_memory_bytes(), COPIES_IN_MEMORY),
         (f"the disk of {folder}", disk.free_bytes(folder.absolute()), COPIES_ON_DISK),
@@ -95,7 +95,7 @@ def check_room(size_bytes: int, folder: Path) -> None:
 
 
 def free_memory_bytes() -> float:
-    """What a process may still take by the kernel's own count; no bound where it does not say."""
+    """Memory still available by the kernel's own count; no bound if it does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -104,7 +104,7 @@ def free_memory_bytes() -> float:
 
 
 def check_bucket(bucket: str) -> None:
-    """Raise ValueError for what is no bucket, or holds something, and StoreError for one that cannot be reached."""
+    """Raise ValueError for a URL that is no bucket or is not empty, and StoreError for one that cannot be reached."""
     if not bucket.startswith("s3://"):
         raise ValueError(f"--bucket: expected s3://BUCKET/PREFIX, got {bucket}; --folder names the disk")
     if open_store(bucket).list():
@@ -153,7 +153,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 class Work:
-    """Runs matrix products, in place of training, beside a save in the background."""
+    """Runs matrix products, in place of training, during a background save."""
 
     def __init__(self) -> None:
         self.a, self.b = torch.randn(512, 512), torch.randn(512, 512)
@@ -161,7 +161,7 @@ class Work:
         self.alone = self._rate(lambda: time.perf_counter() > until_s)
 
     def slower_until(self, done: Callable[[], bool]) -> float:
-        """The share by which products are slower than alone; runs them until `done()`."""
+        """The fraction by which products are slower than alone; runs them until `done()`."""
         return 1 - self._rate(done) / self.alone
 
     def _rate(self, done: Callable[[], bool]) -> float:
@@ -240,7 +240,7 @@ def plain_dcp(state: State, where: str, work: Work, asynchronous: bool) -> Figur
 
 
 def measure(state: State, folder: Path, bucket: str | None, repeats: int, ranks: Ranks) -> dict[str, list[Figures]]:
-    """Every way's figures, `repeats` times in turn."""
+    """The figures of every method, `repeats` times in turn."""
     work, here = Work(), folder / "bench"
     ways: dict[str, Callable[[str], Figures]] = {
         "latte_scale, in the background": lambda where: ours(state, where, ranks, work, True),
@@ -267,7 +267,7 @@ def measure(state: State, folder: Path, bucket: str | None, repeats: int, ranks:
 
 
 def table(results: dict[str, list[Figures]], size_bytes: int) -> str:
-    """Markdown: a row a way."""
+    """Markdown: one row per method."""
     lines = [
         "| Way | Stall, s | Complete, s | MB/s | Load, s | Resume, verified, s | Slower meanwhile |",
         "| --- | --- | --- | --- | --- | --- | --- |",

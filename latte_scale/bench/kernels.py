@@ -38,8 +38,8 @@ from latte_scale.run.folder import STOP
 from latte_scale.settings import to_mapping
 from latte_scale.timing import call_time
 
-SECONDS = 0.2  # of a measurement, after one call that does not count
-Times = dict[str, float | str]  # implementation -> milliseconds, or why it is out
+SECONDS = 0.2  # per measurement, after one uncounted call
+Times = dict[str, float | str]  # implementation -> milliseconds, or why it is excluded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def measured(config: Config, device: torch.device) -> dict[str, Any]:
         layers["compiled"] = measure_norm(config, device)
 
     def norm(backend: NormBackend, x: Tensor, row: Tensor, _: Tensor) -> Tensor:
-        return modulated(x, row, row, backend).to(dtype)  # as the linear layer behind it rounds it
+        return modulated(x, row, row, backend).to(dtype)  # as the next linear layer rounds it
 
     def gate(backend: NormBackend, x: Tensor, row: Tensor, branch: Tensor) -> Tensor:
         return gated(x, branch, row, backend)
@@ -94,7 +94,7 @@ def measured(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def linear_times(config: Config, device: torch.device) -> dict[str, Times]:
-    """Milliseconds of forward and backward of a linear layer over all tokens of a micro-batch: "in -> out" -> who."""
+    """Milliseconds of forward and backward of a linear layer over all tokens of a micro-batch, by "in -> out"."""
     return {
         f"{inner} -> {outer}": _linear_times(num_tokens(config), inner, outer, config, device)
         for inner, outer in sorted(linear_shapes(config))
@@ -118,7 +118,7 @@ def _linear_times(tokens: int, inner: int, outer: int, config: Config, device: t
 def operation_times(
     operation: Callable[[NormBackend, Tensor, Tensor, Tensor], Tensor], config: Config, device: torch.device
 ) -> Times:
-    """Milliseconds of forward and backward of operation(backend, x, a row of modulation, a branch), by who does it."""
+    """Milliseconds of forward and backward of operation(backend, x, a row of modulation, a branch), by back end."""
     shape, dtype = norm_shape(config), dtype_of(config)
     generator = torch.Generator(device).manual_seed(0)
     sizes = shape, [shape[0], 1, 1, shape[3]], shape
@@ -137,7 +137,7 @@ def operation_times(
 def forward_backward_ms(
     run: Callable[..., Tensor], tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Milliseconds of run(*tensors), under autocast where the dtype is not fp32, and of its gradients."""
+    """Milliseconds of run(*tensors), under autocast unless the dtype is fp32, and of its gradients."""
 
     def forward() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False):
@@ -158,7 +158,7 @@ def least_bytes(config: Config) -> dict[str, int]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a row for each way of each operation; the fastest of each is marked."""
+    """Markdown: a row for each implementation of each operation; the fastest of each is marked."""
     lines = ["| what | who | ms forward and backward | GB/s at least |", "| --- | --- | ---: | ---: |"]
     groups = {f"attention, {site}": times for site, times in result["attention_ms"].items()}
     groups |= {f"linear, {sides}": times for sides, times in result["linear_ms"].items()}

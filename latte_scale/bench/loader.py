@@ -112,7 +112,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def paced(loader: Loader, steps: int, step_s: float, budget_s: float) -> tuple[list[float], Counter[str]]:
-    """Read `steps` steps, each after a pause of `step_s` seconds: the waits, and totals of what was read."""
+    """Read `steps` steps, each after a pause of `step_s` seconds: returns the waits, and totals of the data read."""
     waits_s, came, until_s = [], Counter(), time.perf_counter() + budget_s
     for _ in track(range(steps), "reading", console=console, transient=True):
         time.sleep(step_s)
@@ -126,7 +126,7 @@ def paced(loader: Loader, steps: int, step_s: float, budget_s: float) -> tuple[l
 
 
 def counted(micro_batches: Sequence[MicroBatch]) -> Counter[str]:
-    """Samples, bytes of tensors, samples in another's place, and what object stores were asked for."""
+    """Samples, bytes of tensors, replaced samples, and requests to object stores."""
     fetched = Counter()
     for each in micro_batches:
         fetched.update(asdict(each.fetched))
@@ -138,7 +138,7 @@ def counted(micro_batches: Sequence[MicroBatch]) -> Counter[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a row a figure."""
+    """Markdown: one row per figure."""
     settings, wait, memory = result["settings"], result["wait_s"], result["worker_memory_bytes"]
     rows = {
         "first step, from opening the data on": f"{result['first_step_s']:.2f} s",

@@ -87,11 +87,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(config: Config, ranks: Ranks, args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
-    """Everything that the JSON holds. It is written after every round, so what is cut short leaves its results."""
+    """Everything that the JSON holds. Written after every round, so an interrupted benchmark leaves its results."""
     if config.train.deterministic:
         make_deterministic()
     device = ranks.device
-    num_shares = max(1, ranks.size // config.engine.sequence_parallel)  # of the batch: one a sequence group
+    num_shares = max(1, ranks.size // config.engine.sequence_parallel)  # of the batch: one per sequence group
     micro_batches = step_inputs(config, device, num_shares, args.captions)
     turns, subjects, compilations = Turns(device), {}, Compilations(config.engine.compile)
     backends, norm = attention_backends(config, ranks, None), norm_backend(config, ranks, None)
@@ -155,7 +155,7 @@ def write(result: dict[str, Any], ranks: Ranks, out: Path | None) -> None:
 def run_rounds(
     subjects: dict[str, Subject], turns: Turns, ranks: Ranks, args: argparse.Namespace, keep: Callable[[], None]
 ) -> dict[str, dict[str, str]]:
-    """Rounds of turns until all are done or the time is up; returns the rivals that ran out of memory on the way.
+    """Rounds of turns until all are done or the time is up; returns the baselines that ran out of memory.
 
     keep: called after every round.
     """
@@ -177,16 +177,16 @@ def run_rounds(
 
 
 def drop(subjects: dict[str, Subject], name: str) -> dict[str, str]:
-    """Give a rival's memory back; what is reported of it."""
+    """Free a baseline's memory; returns its report."""
     subjects.pop(name, None)
     torch.cuda.empty_cache()
     return {"error": "out of device memory"}
 
 
 def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_shares: int) -> dict[str, Any]:
-    """The work of one step: samples, tokens and FLOPs of one of `num_shares` shares of the global batch.
+    """The size of one step: samples, tokens and FLOPs of one of `num_shares` parts of the global batch.
 
-    `share_ranks` ranks work on each share. FLOPs are 3 x forward, without recompute.
+    `share_ranks` ranks compute each part. FLOPs are 3 x forward, without recompute.
     """
     tokens, flops = map(sum, zip(*(cost_of(config, inputs) for inputs in micro_batches), strict=True))
     samples = sum(inputs.num_samples for inputs in micro_batches)
@@ -203,7 +203,7 @@ def work_of(config: Config, micro_batches: Sequence[ModelInputs], num_shares: in
 
 
 def rates(step_s: float, work: dict[str, Any], peak: float | None, recomputed: float) -> dict[str, Any]:
-    """Samples a second over all ranks; FLOP/s, MFU and HFU of a rank. `recomputed`: FLOPs beside the model's."""
+    """Samples/s over all ranks; FLOP/s, MFU and HFU per rank. `recomputed`: FLOPs besides the model's."""
     flops, devices = work["model_flops"], work["share_ranks"]
     return {
         "samples_per_s": work["samples"] * work["num_shares"] / step_s,
@@ -214,7 +214,7 @@ def rates(step_s: float, work: dict[str, Any], peak: float | None, recomputed: f
 
 
 def ratio(results: dict[str, dict[str, Any]], against: str | None) -> dict[str, Any] | None:
-    """Ours over the rival's: samples a second, and peak memory."""
+    """Ours over the baseline's: samples per second, and peak memory."""
     if against not in results:
         return None
     ours, theirs = results["latte_scale"], results[against]

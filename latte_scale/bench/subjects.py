@@ -1,7 +1,7 @@
-"""The subjects of a measurement: this project's step, and the same work done otherwise, each as three calls.
+"""The subjects of a measurement: this project's step, and baselines of the same computation, each as three calls.
 
 In: a Config and the micro-batches. Out: objects with `forward_backward`, `update` and `average`, in that order one
-optimizer step: losses and gradients of all micro-batches, clipping and AdamW, the averages of the weights.
+optimizer step: losses and gradients of all micro-batches, clipping and AdamW, the EMA of the weights.
 
   ours        the real engine, the real loss, the real EMA
   plain       our model as the engine runs it (autocast, compile, checkpointing), in a loop of plain PyTorch: what the
@@ -9,8 +9,8 @@ optimizer step: losses and gradients of all micro-batches, clipping and AdamW, t
   diffusers   diffusers' LatteTransformer3DModel under bf16 autocast with fused AdamW: what a user would write
   eager       our model, not compiled, in fp32 with TF32 products and torch's default AdamW
 
-The decision worth knowing: all start from the same weights and see the same numbers, so in fp32 their losses agree
-(tests/bench/test_subjects.py), which is what makes the ratio a ratio of equal work.
+The decision worth knowing: all start from the same weights and get the same inputs, so in fp32 their losses agree
+(tests/bench/test_subjects.py), which shows that the ratio compares equal computations.
 """
 
 import contextlib
@@ -41,12 +41,12 @@ Backends = Mapping[Site, Backend]
 
 
 class Subject(Protocol):
-    """One way to make a step."""
+    """One implementation of a step."""
 
     name: str
 
     def forward_backward(self) -> Tensor:
-        """Gradients of all micro-batches; returns this rank's share of the step's loss, 0-d."""
+        """Gradients of all micro-batches; returns this rank's contribution to the step's loss, 0-d."""
         ...
 
     def update(self) -> None:
@@ -54,7 +54,7 @@ class Subject(Protocol):
         ...
 
     def average(self) -> None:
-        """Move the averages of the weights."""
+        """Update the EMA of the weights."""
         ...
 
 
@@ -71,7 +71,7 @@ class Ours:
         backends: Backends | None = None,
         norm: NormBackend = "torch",
     ) -> None:
-        """`backends`: who computes attention; None: the model's default. `norm`: who computes norm and gate."""
+        """`backends`: of attention; None: the model's default. `norm`: the back end of norm and gate."""
         model = seeded_model(config, ranks.device, backends, norm)
         precision, optim = config.train.precision, config.optim
         self._engine = build_engine(config.engine, optim, precision, model, model.repeated_blocks(), ranks)
@@ -108,7 +108,7 @@ class Plain:
         micro_batches: Sequence[ModelInputs],
         around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        """`call` takes what ModelInputs.predict passes; `around` is entered around forward and backward."""
+        """`call` takes the arguments from ModelInputs.predict; `around` is entered around forward and backward."""
         self.name, self._call, self._optimizer, self._around = name, call, optimizer, around
         self._params = list(module.parameters())
         self._averages = [[p.detach().clone() for p in self._params] for _ in config.ema.decays]
@@ -145,7 +145,7 @@ def rival(
     backends: Backends | None = None,
     norm: NormBackend = "torch",
 ) -> Plain:
-    """The named rival; `backends` and `norm` are for `plain`. Raises ValueError for a config that it cannot run."""
+    """The named baseline; `backends` and `norm` are for `plain`. Raises ValueError for a config that it cannot run."""
     if kind == "plain":
         return _plain(config, device, micro_batches, seeded_model(config, device, backends, norm))
     return (_diffusers if kind == "diffusers" else _eager)(config, device, micro_batches)
@@ -191,7 +191,7 @@ def _diffusers(config: Config, device: torch.device, micro_batches: Sequence[Mod
         port.enable_gradient_checkpointing()
 
     def call(noisy_BCFHW: Tensor, timestep: Tensor, text_BLD: Tensor, mask_BL: Tensor | None, **_: Any) -> Tensor:
-        # The port wants a row for each frame.
+        # The port needs a row for each frame.
         mask_NL = None if mask_BL is None else mask_BL.repeat_interleave(noisy_BCFHW.shape[2], dim=0)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
             return port(noisy_BCFHW, timestep, text_BLD, mask_NL, return_dict=False)[0]
@@ -200,7 +200,7 @@ def _diffusers(config: Config, device: torch.device, micro_batches: Sequence[Mod
 
 
 def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW at the config's learning rate, with decay for all parameters alike: as much work as ours."""
+    """Fused AdamW at the config's learning rate, with decay for all parameters: the same cost as ours."""
     optimizer = make_adamw([(parameter, True) for parameter in model.parameters()], config.optim)
     for group in optimizer.param_groups:
         group["lr"] = config.train.lr
@@ -209,7 +209,7 @@ def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """fp32 matrix products in TF32, for the duration."""
+    """A context in which fp32 matrix products use TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -15,7 +15,7 @@ COLUMNS = ("config", "who", "step s (quartiles)", "samples/s", "TFLOP/s", "MFU",
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table of steps, then one line a subject that says where the step's time went, then what the device can do."""
+    """The table of steps, then one line per subject with its time by kind of kernel, then the device's ceiling."""
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | --- " + "| ---: " * (len(COLUMNS) - 2) + "|"]
     for result in results:
         lines += [f"| {' | '.join(row)} |" for row in _rows(result)]
@@ -27,7 +27,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def title(result: dict[str, Any]) -> str:
-    """Model, shape of a clip, batch, and how it runs."""
+    """Model, shape of a clip, batch, and settings of the run."""
     config, work = result["config"], result["work"]
     engine = config["engine"]
     compiled = ", compile" if engine["compile"] else ""

@@ -1,9 +1,9 @@
 """Step times of subjects that take turns, and the memory each needs.
 
 In: subjects (subjects.py). Out: a `Measured` for each. The decision worth knowing: on a GPU the steps of a turn run
-without a pause, timed by events on the device between their phases, and the host waits once, at the end of the turn;
-waiting after each step would add the launch of the next one to it. Turns alternate, so that a slow minute of the
-machine hurts all subjects alike.
+without a pause, timed by events on the device between their phases, and the host waits once, at the end of the turn; a
+wait after each step would add the launch overhead of the next one. Turns alternate, so that a slow minute of the
+machine affects all subjects equally.
 """
 
 import itertools
@@ -32,12 +32,12 @@ class StepTime(NamedTuple):
 
 @dataclass
 class Measured:
-    """What one subject did."""
+    """The measurements of one subject."""
 
-    losses: list[float] = field(default_factory=list)  # this rank's share of the loss, of the warm-up's steps too
+    losses: list[float] = field(default_factory=list)  # this rank's contribution to the loss, warm-up steps included
     steps: list[StepTime] = field(default_factory=list)
-    held_bytes: int | None = None  # weights, moments, averages and what else stays between steps; None on a CPU
-    peak_bytes: int | None = None  # held, and the most that a step adds
+    held_bytes: int | None = None  # weights, moments, EMA and all else that stays between steps; None on a CPU
+    peak_bytes: int | None = None  # held, plus the most that a step adds
 
     def summary(self) -> dict[str, float | int | None]:
         """Median and spread of the step, and the median of each phase."""
@@ -57,21 +57,21 @@ class Measured:
 
 
 class Turns:
-    """Runs steps of subjects and notes what they took."""
+    """Runs steps of subjects and records their time and memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
         self.measured: dict[str, Measured] = {}
 
     def build(self, make: Callable[[], Subject]) -> Subject:
-        """Make a subject, noting the device memory that it holds before its first step."""
+        """Make a subject, recording the device memory that it holds before its first step."""
         before = self._allocated()
         subject = make()
         self.measured[subject.name] = Measured(held_bytes=self._allocated() - before if self._on_gpu else None)
         return subject
 
     def warm_up(self, subject: Subject, num_steps: int) -> None:
-        """Steps that are not counted: kernels are chosen and compiled, moments are made, memory settles."""
+        """Uncounted steps: kernels are chosen and compiled, moments are allocated, memory settles."""
         measured, before = self.measured[subject.name], self._allocated()
         for _ in range(num_steps):
             loss = subject.forward_backward()
@@ -80,7 +80,7 @@ class Turns:
             subject.average()
         if self._on_gpu:
             torch.cuda.synchronize()
-            measured.held_bytes += self._allocated() - before  # torch's AdamW makes its moments in the first step
+            measured.held_bytes += self._allocated() - before  # torch's AdamW allocates its moments in the first step
 
     def turn(self, subject: Subject, num_steps: int) -> None:
         """Counted steps, one after the other."""
@@ -115,7 +115,7 @@ class Turns:
 
 
 def _step_times(marks: Sequence["float | torch.cuda.Event"]) -> list[StepTime]:
-    """Three phases a step between one mark and the next."""
+    """The phases of each step, from consecutive marks."""
     spans = [
         later - earlier if isinstance(later, float) else earlier.elapsed_time(later) / 1e3
         for earlier, later in itertools.pairwise(marks)

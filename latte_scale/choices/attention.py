@@ -1,8 +1,8 @@
 """The attention back end of each site: as the config says, or the fastest, measured and recorded.
 
 In: a Config, the ranks and RUN/choices.json. Out: the back end of each site. A back end whose outputs or gradients
-differ from the formula's is not chosen, however fast it is, and neither is one that fails at some size of clips: time
-is measured at the config's own size, but a run with images also has attention over one frame.
+differ from the formula's is not chosen, however fast it is, and neither is one that fails at any size of clips: time is
+measured at the config's main size, but a run with images also has attention over one frame.
 """
 
 import typing
@@ -51,7 +51,7 @@ class Probe(NamedTuple):
     ragged: bool = False  # keys of different lengths
 
     def tensors(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Padding | None]:
-        """q, k and v as projections lay them out, ready for gradients, and the keys' padding."""
+        """q, k and v in the layout of the projections, ready for gradients, and the keys' padding."""
         generator = torch.Generator(device).manual_seed(0)
         q, k, v = (
             torch.randn(self.batch, length, self.num_heads, self.head_dim, generator=generator, device=device)
@@ -73,7 +73,7 @@ class Probe(NamedTuple):
 def attention_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Site, Backend]:
     """The back end of every site, equal on all ranks. A collective on GPUs; `path`: RUN/choices.json, None for none.
 
-    Raises ValueError on all ranks when attention.backend names one that is not there.
+    Raises ValueError on all ranks when attention.backend is not available.
     """
     wanted = config.attention.backend
     if wanted != "auto":
@@ -101,7 +101,7 @@ def _chosen_backends(config: Config, ranks: Ranks, path: Path | None) -> dict[Si
 
 
 def recorded_attention(config: Config, device: torch.device, path: Path | None) -> dict[Site, Backend]:
-    """What the file says, or what is measured now and written there; sdpa at a site that the model does not have."""
+    """The recorded back ends, or those measured now and recorded; sdpa at a site that the model does not have."""
     own, *others = probes_by_size(config)
     key = key_of(config, device) | {
         "deterministic": config.train.deterministic,
@@ -116,7 +116,7 @@ def recorded_attention(config: Config, device: torch.device, path: Path | None) 
 
 
 def present(config: Config, device: torch.device) -> list[Backend]:
-    """Back ends that can run this config here; with train.deterministic those whose gradients keep their bits."""
+    """Back ends that can run this config here; with train.deterministic, those with bitwise reproducible gradients."""
     there = [backend for backend in BACKENDS if why_absent(backend, device, dtype_of(config)) is None]
     if config.train.deterministic and device.type == "cuda":
         return [backend for backend in there if backend in DETERMINISTIC]
@@ -124,14 +124,14 @@ def present(config: Config, device: torch.device) -> list[Backend]:
 
 
 def probes_by_size(config: Config) -> list[dict[Site, Probe]]:
-    """The attention calls of a micro-batch of every size of clips, the config's own first."""
+    """The attention calls of a micro-batch of every size of clips, the main one first."""
     return [probes(config, policy) for policy in config.video.policies()]
 
 
 def probes(config: Config, policy: VideoSettings | None = None) -> dict[Site, Probe]:
     """The attention calls of one micro-batch on one rank, which holds 1 / cut of each clip.
 
-    policy: of the size of the clips; None: the config's own.
+    policy: of the size of the clips; None: the config's main one.
     """
     model, batch, cut = config.model, config.train.micro_batch, config.engine.sequence_parallel
     height, width = latent_sides(config, policy)
@@ -157,19 +157,19 @@ def probes(config: Config, policy: VideoSettings | None = None) -> dict[Site, Pr
 
 
 def has_padding(config: Config) -> bool:
-    """Whether captions come with a mask: where several are padded to one length, or all to the longest (compile)."""
+    """Whether captions have a mask: if several are padded to one length, or all to the longest (compile)."""
     several = config.train.micro_batch > 1 or config.train.joint_images > 0 or config.train.batch_budget == "tokens"
     return several or config.engine.compile
 
 
 def measure(probe: Probe, config: Config, device: torch.device, others: Sequence[Probe] = ()) -> Times:
-    """Milliseconds of forward and backward by back end, or why one is out: it must work for the `others`, too."""
+    """Milliseconds of forward and backward by back end, or why one is excluded: it must work for the `others`, too."""
     dtype, results = dtype_of(config), {}
     small = dict.fromkeys(each.small() for each in (probe, *others))
     for backend in present(config, device):
         try:
             errors = [difference(backend, each, device, dtype) for each in small]
-            error = next((error for error in errors if not error <= TOLERANCE[dtype]), None)  # NaN is one, too
+            error = next((error for error in errors if not error <= TOLERANCE[dtype]), None)  # NaN counts, too
             if error is not None:
                 results[backend] = f"off by {error:.1e} of the largest value"
                 continue

@@ -1,8 +1,8 @@
 """The back end of norm, modulation and gate: chosen by measurement, recorded, and reused on resume.
 
-In: a Config, the ranks and RUN/choices.json. Out: the back end's name. The decision worth knowing: two residual layers
-in a row are measured, each around a matrix product that is the same for all back ends, and compiled if the run's blocks
-are: so torch.compile can fuse what it fuses inside a block, and the comparison does not favour the kernels.
+In: a Config, the ranks and RUN/choices.json. Out: the back end's name. The decision worth knowing: two consecutive
+residual layers are measured, each around a matrix product that is the same for all back ends, and compiled if the run's
+blocks are: so torch.compile can fuse as it does inside a block, and the comparison does not favour the kernels.
 """
 
 import functools
@@ -39,7 +39,7 @@ SITE = "blocks"
 def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend:
     """The back end of norm and gate, equal on all ranks. A collective on GPUs; `path`: RUN/choices.json, None for none.
 
-    Raises ValueError on all ranks when norm.backend names one that is not there.
+    Raises ValueError on all ranks when norm.backend is not available.
     """
     wanted = config.norm.backend
     reason = why_no_triton(ranks.device)
@@ -53,7 +53,7 @@ def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend
 
 
 def recorded_norm(config: Config, device: torch.device, path: Path | None) -> NormBackend:
-    """The recorded back end, or the one that is measured now and recorded."""
+    """The recorded back end, or the one measured now and recorded."""
     key = key_of(config, device) | {"compile": config.engine.compile, "shape": norm_shape(config)}
 
     def is_there(backend: str) -> bool:
@@ -63,16 +63,17 @@ def recorded_norm(config: Config, device: torch.device, path: Path | None) -> No
 
 
 def norm_shape(config: Config) -> list[int]:
-    """Batch, tokens and width of what one rank normalises: a micro-batch, of which it holds 1 / cut."""
+    """Batch, tokens and width of the input of a norm on one rank: a micro-batch, of which it holds 1 / cut."""
     space = probes(config)["space"]
     batch = config.train.micro_batch
     return [batch, -(-space.batch // batch), space.num_queries, config.model.width]
 
 
 def measure_norm(config: Config, device: torch.device) -> Times:
-    """Milliseconds of two layers in a row, forward and backward, by back end, compiled if the blocks are; or why not.
+    """Milliseconds of two consecutive layers, forward and backward, by back end, or why one is excluded.
 
-    Each layer is one product, the same for all: torch.compile fuses up to it, as it does inside a block.
+    Compiled if the blocks are. Each layer has one matrix product, the same for all: torch.compile fuses up to it, as
+    inside a block.
     """
     results: Times = {}
     for backend in typing.get_args(NormBackend):
@@ -91,7 +92,7 @@ def _norm_time(config: Config, device: torch.device, backend: NormBackend) -> fl
     expected = norm_gradients(two_layers, small, "torch", torch.float32)
     got = norm_gradients(two_layers, small, backend, dtype)
     error = largest_difference(got, expected)
-    if not error <= TOLERANCE[dtype]:  # NaN is above everything, too
+    if not error <= TOLERANCE[dtype]:  # true for NaN, too
         return f"off by {error:.1e} of the largest value"
     run = torch.compile(two_layers, dynamic=False) if config.engine.compile else two_layers
     tensors = norm_tensors([batch, frames, patches, width], device)
@@ -121,7 +122,7 @@ def norm_tensors(shape: list[int], device: torch.device) -> list[Tensor]:
 def norm_gradients(
     run: Callable[..., Tensor], tensors: list[Tensor], backend: NormBackend, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Output and gradients, under autocast where the dtype is not fp32."""
+    """Output and gradients, under autocast unless the dtype is fp32."""
     device = tensors[0].device.type
     with torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False):
         out = run(*tensors, backend)

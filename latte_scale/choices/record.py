@@ -1,7 +1,7 @@
-"""RUN/choices.json, and what all choices by measurement share.
+"""RUN/choices.json, and the code shared by all choices by measurement.
 
 In: measurements and their conditions. Out: the back end of each site. A record is {"key", "backends", "measured_ms"}:
-the conditions, site -> back end, and site -> back end -> milliseconds or why it is out.
+the conditions, site -> back end, and site -> back end -> milliseconds or why it is excluded.
 """
 
 import json
@@ -36,10 +36,10 @@ def recorded_backends(
     is_there: Callable[[str], bool],
     measure: Callable[[], dict[str, Times]],
 ) -> dict[str, str]:
-    """Site -> back end: as recorded of `subject` in the file, else the fastest as measured now, and written there.
+    """Site -> back end: as recorded for `subject` in the file, else the fastest as measured now, which is recorded.
 
     key: plain JSON values; if they differ from the recorded ones, the record does not apply to this run. is_there:
-    whether a back end can run here. measure: site -> what was measured. Logs why a record cannot be used.
+    whether a back end can run here. measure: site -> milliseconds by back end. Logs why a record cannot be used.
     """
     recorded = read_choices(path).get(subject)
     if recorded is not None:
@@ -58,7 +58,7 @@ def recorded_backends(
 
 
 def _why_unfit(recorded: dict[str, Any], key: dict[str, Any], is_there: Callable[[str], bool]) -> str:
-    """Why a record does not hold here; "" if it does."""
+    """Why a record does not apply; "" if it does."""
     if "backends" not in recorded:
         return "another version recorded it"
     if changed := [name for name in key if recorded["key"].get(name) != key[name]]:
@@ -69,13 +69,13 @@ def _why_unfit(recorded: dict[str, Any], key: dict[str, Any], is_there: Callable
 
 
 def key_of(config: Config, device: torch.device) -> dict[str, Any]:
-    """The conditions that every record depends on; a choice adds its own shapes."""
+    """The conditions that every record depends on; each choice adds its own shapes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "precision": config.train.precision}
 
 
 def fastest(times_ms: Times) -> str:
-    """The name with the least time. Raises RuntimeError if no back end could run."""
+    """The name with the shortest time. Raises RuntimeError if no back end could run."""
     ran = {name: value for name, value in times_ms.items() if not isinstance(value, str)}
     if not ran:
         raise RuntimeError(f"no back end runs at this shape: {times_ms}")
@@ -85,8 +85,8 @@ def fastest(times_ms: Times) -> str:
 def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of tensors from the expected ones, each relative to its largest expected value.
 
-    A tensor that is expected to be about 0, such as the gradient of a single key, is compared to NEARLY_ZERO of the
-    largest of all. NaN if any number is not finite.
+    A tensor that is expected to be about 0, such as the gradient of a single key, is compared with NEARLY_ZERO times
+    the largest value of all. NaN if any number is not finite.
     """
     largest = torch.stack([each.abs().max() for each in expected])
     differences = torch.stack([(a.float() - b).abs().max() for a, b in zip(got, expected, strict=True)])
@@ -94,9 +94,9 @@ def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 
 
 def why_out(error: Exception) -> str:
-    """The reason, in one line, for a back end that does not take a shape or is not usable after all.
+    """The reason, in one line, why a back end does not support a shape or cannot be used.
 
-    From any exception: packages use asserts, and Triton has its own errors for too little shared memory.
+    Takes any exception: packages use asserts, and Triton has its own errors for too little shared memory.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
@@ -107,7 +107,7 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def read_choices(path: Path | None) -> dict[str, Any]:
-    """What the file holds; {} without a file. ValueError if it is damaged: a run must not choose again by chance."""
+    """What the file holds; {} without a file. ValueError if it is damaged: a run must not choose again unnoticed."""
     if path is None or not path.exists():
         return {}
     try:

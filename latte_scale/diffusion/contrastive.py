@@ -1,8 +1,8 @@
-"""The contrastive loss: a clip's features should point where its own condition does, and not where its neighbours' do.
+"""The contrastive loss: a clip's features should align with its own condition and not with its neighbours'.
 
-In: one embedding a clip from the middle of the model and one of its caption or label. Out: one loss a clip.
-The decision worth knowing: negatives come only from a fixed group of consecutive samples of the global batch, which one
-micro-batch holds whole, so no collective is needed and neither world size nor micro-batch changes what is learned.
+In: one embedding per clip from the middle of the model and one of its caption or label. Out: one loss per clip.
+The decision worth knowing: negatives come only from a fixed group of consecutive samples of the global batch, all in
+one micro-batch. So no collective is needed, and the loss does not depend on world size or micro-batch.
 
 Shape legend: B batch, G groups, R rows of a group, E width of an embedding.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class ContrastiveSettings:
-    """How much the contrastive loss counts beside the diffusion loss; off by default."""
+    """Weight, temperature and groups of the contrastive loss, which is added to the diffusion loss; off by default."""
 
     weight: float = 0.0  # weight of the contrastive loss, added to the diffusion loss; 0: off
     temperature: float = 0.07  # divides the cosine similarities
@@ -35,7 +35,7 @@ def info_nce(video_BE: Tensor, condition_BE: Tensor, condition_B: Tensor, group:
     """Symmetric InfoNCE (arXiv 1807.03748, equation 4; both directions, arXiv 2103.00020, section 2.3), float32 [B].
 
     video_BE, condition_BE: embeddings of any length; their cosines are compared. condition_B: int64, equal for equal
-    conditions; -1 for a row that takes no part (dropped condition, empty slot), whose loss is 0. group: rows 0 ..
+    conditions; -1 for an excluded row (dropped condition, empty slot), whose loss is 0. group: rows 0 ..
     group - 1 are one group, and so on; each row's negatives are the rows of its group with another condition, so a
     group with fewer than two conditions gives 0.
     Raises ValueError when the rows do not divide into groups.
@@ -56,7 +56,7 @@ def info_nce(video_BE: Tensor, condition_BE: Tensor, condition_B: Tensor, group:
             for embedding_BE in (video_BE, condition_BE)
         )
         logits_GRR = video_GRE @ condition_GRE.transpose(1, 2) / temperature
-    logits_GRR = logits_GRR.masked_fill(~(own_RR | negative_GRR), -torch.inf)  # a row alone with its own: exactly 0
+    logits_GRR = logits_GRR.masked_fill(~(own_RR | negative_GRR), -torch.inf)  # a row without negatives: exactly 0
     of_videos_GR = logits_GRR.log_softmax(2).diagonal(dim1=1, dim2=2)
     of_conditions_GR = logits_GRR.log_softmax(1).diagonal(dim1=1, dim2=2)
     return -0.5 * (of_videos_GR + of_conditions_GR).reshape(-1)

@@ -1,10 +1,10 @@
-"""The training loss: clean latents, a timestep and noise in, one loss a clip out. Pure: all randomness is an argument.
+"""The training loss: clean latents, a timestep and noise in, one loss per clip out. Pure: randomness is an argument.
 
 Three objectives. "epsilon" predicts the noise, and if the model has twice as many output channels also the variance
 (improved DDPM, arXiv 2102.09672), which is how Latte is trained; "v" predicts the velocity of arXiv 2202.00512; "flow"
 is rectified flow (arXiv 2209.03003). Arithmetic is float32 whatever the model computes in.
-Frames that are given clean (to continue a video from its first frames) enter without noise, at timestep 0, and take no
-part in the loss.
+Frames that are given clean (to continue a video from its first frames) have no noise and timestep 0, and are excluded
+from the loss.
 
 Shape legend: B batch, C latent channels, F frames, H W latent height and width.
 """
@@ -28,7 +28,7 @@ ModelFn = Callable[[Tensor, Tensor], Tensor]  # (noisy latents [B, C, F, H, W], 
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """What the model learns to predict and from which noise; the defaults are Latte's."""
+    """The prediction target and the noise schedule; the defaults are Latte's."""
 
     objective: Literal["epsilon", "v", "flow"] = "epsilon"  # prediction target: noise, v, or rectified flow velocity
     num_timesteps: int = 1000  # training timesteps; flow's time also runs over 0 .. num_timesteps
@@ -67,7 +67,7 @@ class DiffusionSettings:
 
 
 class LossTerms(NamedTuple):
-    """Per clip, float32: `loss_B` is what to average and minimise, the others are its parts."""
+    """Per clip, float32: `loss_B` is to be averaged and minimised, the others are its parts."""
 
     loss_B: Tensor
     mse_B: Tensor  # without min-SNR's weight
@@ -95,7 +95,7 @@ def draw_timestep(u_B: Tensor | float, settings: DiffusionSettings) -> Tensor:
 
 
 def band_of(u_B: np.ndarray, settings: DiffusionSettings) -> np.ndarray:
-    """The timestep band of uniform numbers in [0, 1), an integer in [0, NUM_BANDS): that of the timesteps they draw."""
+    """The timestep band of uniform numbers in [0, 1), an integer in [0, NUM_BANDS): that of their timesteps."""
     time_B = draw_timestep(torch.from_numpy(u_B), settings).double().numpy() / settings.num_timesteps
     return np.minimum((time_B * NUM_BANDS).astype(np.int64), NUM_BANDS - 1)
 
@@ -114,9 +114,9 @@ def diffusion_loss(
 
     latents_BCFHW: clean latents in model units. t_B: timesteps as `draw_timestep` gives them, on the same device.
     noise_BCFHW: standard normal, of the latents' shape. schedule: `schedule_of(settings)` on the same device.
-    known_BF: bool, True for frames given clean: the model then gets a timestep for each frame, [B, F] with 0 there, and
-    the terms are means over the other frames. Every clip needs at least one such other frame: without, it has no loss
-    (NaN). None: every frame is noisy and the timestep is [B].
+    known_BF: bool, True for frames given clean: the model then gets a timestep per frame, [B, F] with 0 there, and the
+    terms are means over the other frames. A clip without any other frame has the loss NaN. None: every frame is noisy
+    and the timestep is [B].
     Returns float32 terms [B]. Raises ValueError when the noise, the known frames or the model's channels do not fit.
     """
     x0, noise = latents_BCFHW.float(), noise_BCFHW.float()
@@ -147,10 +147,10 @@ def diffusion_loss(
 def min_snr_weight(signal_B: Tensor, sigma_B: Tensor, settings: DiffusionSettings) -> Tensor:
     """Min-SNR-gamma's weight of the squared error [B] (arXiv 2303.09556, section 3.4).
 
-    An error in x_0 weighs min(SNR, gamma), with SNR = signal^2 / sigma^2, so an error in what the model predicts weighs
-    that times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. The paper does
-    not treat flow; x_0 = x_t - sigma u gives sigma^2 there as well. The variational bound is not weighted: it trains
-    the variance only.
+    An error in x_0 has weight min(SNR, gamma), with SNR = signal^2 / sigma^2, so an error in the prediction has that
+    times (dx_0 / dprediction)^2: sigma^2 / signal^2 for epsilon and sigma^2 for v, as in the paper. The paper does not
+    treat flow; x_0 = x_t - sigma u gives sigma^2 there as well. The variational bound is not weighted: it trains the
+    variance only.
     """
     capped_B = torch.minimum(signal_B**2, settings.min_snr_gamma * sigma_B**2)  # min(SNR, gamma) sigma^2
     return capped_B / signal_B**2 if settings.objective == "epsilon" else capped_B
@@ -241,8 +241,8 @@ def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance
 def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log mass of the bin of width 2/255 around x, open beyond +-0.999, in nats (arXiv 2006.11239, equation 13).
 
-    Latents are no 8-bit pixels, but the released model was trained with this term at t = 0, so it stays. The normal
-    distribution function is the tanh approximation of that training code (at most 4e-4 off).
+    Latents are not 8-bit pixels, but the released model was trained with this term at t = 0, so it stays. The normal
+    CDF is the tanh approximation of that training code (error at most 4e-4).
     """
     inverse_scale = (-log_scale).exp()
     upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))

@@ -1,9 +1,8 @@
 """Sampling: noise in, latents out, with classifier-free guidance and diffusers' schedulers.
 
 `make_scheduler` is the one place where settings become a diffusers scheduler: `sample` steps with it and export writes
-it into the pipeline's folder, so LattePipeline on an exported folder walks the same path. What conditions the model
-(text, label, nothing) is the caller's: it closes over it. diffusers is imported on first use: training does not need
-it.
+it into the pipeline's folder, so LattePipeline on an exported folder takes the same steps. The caller's closure holds
+the condition (text, label, or none). diffusers is imported on first use: training does not need it.
 
 Shape legend: B batch, N rows of a model call (B, or 2 B with guidance), C latent channels, F frames, H W latent height
 and width.
@@ -132,14 +131,14 @@ def sample(
 
     model_fn: (latents_NCFHW, timestep_N) -> output with C channels, or 2 C when the variance is learned. guidance: 1 or
     less calls it with the B conditioned rows; above 1 (Ho and Salimans, arXiv 2207.12598) with 2 B rows, the negative
-    or unconditional half first. guided_channels: "all", as LattePipeline does, or "prediction": the first C only, as
-    class-conditional Latte does; the variance is then the conditioned half's.
+    or unconditional half first. guided_channels: "all", as LattePipeline does, or "prediction": only the first C, as
+    class-conditional Latte does; the variance is then that of the conditioned half.
     num_steps: scheduler steps (heun calls the model twice in each but the last). learned_variance: the model has 2 C
-    channels and ddpm is to use them; every other sampler needs the first C only. generators: one a clip, for the noise
-    that ddpm adds, so that it does not depend on the batch (None: torch's global one).
-    init_BCFHW, strength: begin from this clip, noised, and walk the last `strength` of the steps (at least one).
-    known_BCFHW, num_known: its first `num_known` frames are given clean: the model sees them so at every call, with a
-    timestep for each frame (timestep_NF, 0 there), and they are part of the result.
+    channels and ddpm is to use them; every other sampler needs only the first C. generators: one per clip, for the
+    noise that ddpm adds, so that it does not depend on the batch (None: torch's global one).
+    init_BCFHW, strength: start from this clip with noise added, and take the last `strength` of the steps (at least 1).
+    known_BCFHW, num_known: its first `num_known` frames are given clean: the model gets them without noise at every
+    call, with a timestep per frame (timestep_NF, 0 there), and they are part of the result.
     progress: called as progress(model calls done, all). Raises ValueError for arguments that do not fit.
     """
     check_steps(settings, sampler, num_steps)
@@ -191,7 +190,7 @@ def _lay_steps(scheduler: Any, settings: DiffusionSettings, sampler: Sampler, nu
 
 
 def _noise_level(scheduler: Any, settings: DiffusionSettings, call: int) -> tuple[float, float]:
-    """The coefficients of the clip and of the noise in what the model gets at this call."""
+    """The coefficients of the clip and of the noise in the model's input at this call."""
     if settings.objective == "flow":
         sigma = scheduler.sigmas[call].item()  # not from the timestep, which dpm++ rounds
         return 1 - sigma, sigma
@@ -200,14 +199,14 @@ def _noise_level(scheduler: Any, settings: DiffusionSettings, call: int) -> tupl
 
 
 def _with_known(latents: Tensor, known: Tensor | None, num_known: int) -> Tensor:
-    """The latents with their first frames replaced by the known ones; not in place: heun holds on to its input."""
+    """The latents with their first frames replaced by the known ones; not in place: heun keeps its input."""
     if known is None:
         return latents
     return torch.cat([known[:, :, :num_known].float(), latents[:, :, num_known:]], dim=2)
 
 
 def _model_timestep(t: Tensor, x_NCFHW: Tensor, num_known: int) -> Tensor:
-    """One timestep a row; with known frames one a frame, theirs 0."""
+    """One timestep per row; with known frames one per frame, 0 for the known ones."""
     t = t.to(x_NCFHW.device, non_blocking=True)
     if not num_known:
         return t.expand(x_NCFHW.shape[0])
@@ -250,7 +249,7 @@ def _check_clips(noise: Tensor, init: Tensor | None, strength: float, known: Ten
 
 
 def settings_of_scheduler(config: dict[str, Any], where: str) -> DiffusionSettings:
-    """The inverse of `make_scheduler`: what a pipeline's scheduler_config.json says the model was trained with.
+    """The inverse of `make_scheduler`: the training settings that a pipeline's scheduler_config.json describes.
 
     Raises ValueError, beginning with `where`, for a schedule or prediction that DiffusionSettings cannot express.
     """

@@ -77,9 +77,9 @@ def respaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def trailing_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` timesteps at equal distances down from the last one, which is included, descending.
+    """`num_steps` equally spaced timesteps, descending from the last one, which is included.
 
-    The spacing that a schedule with zero terminal SNR needs (arXiv 2305.08891, table 2): sampling has to begin where
-    the input is pure noise.
+    The spacing that a schedule with zero terminal SNR needs (arXiv 2305.08891, table 2): sampling must start where the
+    input is pure noise.
     """
     return [round(num_timesteps - step * num_timesteps / num_steps) - 1 for step in range(num_steps)]

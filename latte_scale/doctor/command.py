@@ -41,11 +41,11 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run every check and print what they found; the exit code."""
+    """Run every check and print the findings; returns the exit code."""
     args = parse_args(argv)
     package = logging.getLogger("latte_scale")
     level = package.level
-    package.setLevel(logging.ERROR)  # the lines say it
+    package.setLevel(logging.ERROR)  # the lines report it
     try:
         return run(args, time.monotonic())
     finally:
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def launched() -> tuple[list[Line], Ranks | None]:
-    """The lines of the launch, and the ranks if they met."""
+    """The lines of the launch, and the ranks if they connected."""
     lines = network.launch_lines(os.environ)
     if lines[-1].level == "fault":
         return lines, None
@@ -87,12 +87,12 @@ def launched() -> tuple[list[Line], Ranks | None]:
     try:
         # Longer than doctor waits for a collective: otherwise NCCL would end the process before the lines are printed.
         return lines, init_distributed(timeout_s=2 * LIMIT_S)
-    except (ValueError, RuntimeError, OSError) as error:  # torch's own words where ours did not come first
+    except (ValueError, RuntimeError, OSError) as error:  # torch's own message if ours did not come first
         return [fault_of("launch", error)], None
 
 
 def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Line]]]:
-    """The checks that a rank makes without the others, by the name in the line of one that does not answer."""
+    """The checks that a rank makes alone, by the name in the line of one that does not return."""
     environ, local_size = os.environ, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     several_hosts, first_here = ranks.size > local_size, ranks.local_rank == 0
     has_gpu = ranks.device.type == "cuda"
@@ -112,7 +112,7 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
         "data": lambda: stored.data_lines(config, ranks.rank, ranks.size),
         "init": lambda: stored.init_lines(config),
     }
-    if first_here:  # one write a machine: every rank of a large job at once would measure itself
+    if first_here:  # one write per machine: all ranks of a large job at once would slow each other down
         checks["writing"] = lambda: saving.saving_lines(config, environ)
     if first_here and has_gpu:
         total_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
@@ -121,9 +121,9 @@ def checks_alone(config: Config, ranks: Ranks) -> dict[str, Callable[[], list[Li
 
 
 def all_ranks_lines(config: Config, ranks: Ranks, mine: list[Line], until_s: float) -> tuple[list[Line], list[str]]:
-    """The lines of all ranks and of what they measure together, and the hosts. A collective.
+    """The lines of all ranks and of their joint measurements, and the hosts. A collective.
 
-    After a measurement that does not return no other is made: the ranks would be out of step.
+    A measurement that does not return is the last one: the ranks would be out of step.
     """
     host = socket.gethostname()
     gathered = bounded("together", lambda: ranks.all_gather_object((host, mine, software.versions_here())), until_s)
@@ -143,14 +143,14 @@ def all_ranks_lines(config: Config, ranks: Ranks, mine: list[Line], until_s: flo
 
 
 def can_read(lines: Sequence[Line]) -> bool:
-    """Whether the data sets opened on every rank; if not, their speed is not measured."""
+    """Whether the data sets could be opened on every rank; if not, their speed is not measured."""
     return not any(line.check == "data" and line.level == "fault" for line in lines)
 
 
 def measurements(
     config: Config, ranks: Ranks, hosts: list[str], places: list[str], has_data: bool
 ) -> list[Callable[[], list[Line]]]:
-    """The measurements of all ranks together, in this order; each returns the same lines on all ranks."""
+    """The joint measurements of all ranks, in this order; each returns the same lines on all ranks."""
     device_type, gather = ranks.device.type, ranks.all_gather_object
 
     def reading() -> list[Line]:
@@ -179,7 +179,7 @@ def measurements(
 
 
 def bounded(name: str, call: Callable[[], Any], until_s: float) -> Any:
-    """What `call`, which all ranks make, returns; the Line of a fault if it fails or takes too long."""
+    """The result of `call`, which all ranks make; the Line of a fault if it fails or takes too long."""
     box: list[Any] = []
 
     def run() -> list[Line]:

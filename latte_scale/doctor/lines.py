@@ -1,9 +1,9 @@
 """The lines that doctor prints, one for each finding, and a time limit for every check.
 
 In: functions that return lines. Out: their lines, in the order asked, each check run in a thread of its own; on several
-ranks, one line for all ranks that found the same. The decision worth knowing: a check that does not return (a mount
-that hangs, a name server that is silent) cannot be stopped, only abandoned. Its line then says so, the lines of the
-others are kept, and the process ends without waiting for it (engine.leave).
+ranks, one line for all ranks with the same finding. The decision worth knowing: a check that does not return (a hanging
+mount, an unresponsive name server) cannot be stopped, only abandoned. Its line then says so, the lines of the others
+are kept, and the process exits without waiting for it (engine.leave).
 """
 
 import threading
@@ -24,16 +24,16 @@ class Line:
     """One finding."""
 
     level: Level
-    check: str  # what was looked at, in a word or two
+    check: str  # the subject of the check, in a word or two
     found: str
-    remedy: str = ""  # what to do; nothing where all is well
+    remedy: str = ""  # what to do; empty if all is well
 
 
 Check = Callable[[], list[Line]]
 
 
 def fault_of(check: str, error: BaseException) -> Line:
-    """The line for an error whose message says what was found and, after the last semicolon, what to do."""
+    """The line for an error whose message has the finding and, after the last semicolon, the remedy."""
     text = " ".join(str(error).split()) or type(error).__name__
     found, separator, remedy = text.rpartition("; ")
     return Line("fault", check, found, remedy) if separator else Line("fault", check, text)
@@ -52,13 +52,13 @@ class Pending:
     def _run(self) -> None:
         try:
             self._lines = self._check()
-        except Exception as error:  # whatever it is, it is this check's finding, and the others go on
+        except Exception as error:  # any error is this check's finding, and the others continue
             known = isinstance(error, OSError | ValueError)
             found = error if known else RuntimeError(f"{type(error).__name__}: {error}")
             self._lines = [fault_of(self.name, found)]
 
     def lines(self, until_s: float) -> list[Line]:
-        """What it found; a fault if it has not come back at `until_s` of time.monotonic."""
+        """Its findings; a fault if it has not returned by `until_s` of time.monotonic."""
         self._thread.join(max(0.0, until_s - time.monotonic()))
         if self._lines is not None:
             return self._lines
@@ -83,7 +83,7 @@ def joined(lines_of_ranks: Sequence[Iterable[Line]], places: Sequence[str]) -> l
     """The lines of all ranks as one list: a line that several ranks found appears once, with their names if not all
     did.
 
-    If some ranks found a check sound and others did not, only the latter's lines appear. `places`: name of each rank.
+    If a check passed on some ranks only, only the lines of the others appear. `places`: name of each rank.
     """
     found: dict[str, dict[Line, list[str]]] = {}
     for place, lines in zip(places, lines_of_ranks, strict=True):

@@ -1,8 +1,8 @@
 """Names and addresses: whether the ranks of a job will find each other.
 
 In: the environment of a launcher or of Slurm. Out: lines. The decision worth knowing: the functions of
-engine/launch.py, which would refuse a launch after half a minute, are called here, too; and where there is no launch
-yet, what they will depend on is checked instead: this host's own name, and the names of the job's nodes.
+engine/launch.py, which would refuse a launch after half a minute, are called here, too. If there is no launch yet,
+their prerequisites are checked instead: this host's own name, and the names of the job's nodes.
 """
 
 import ipaddress
@@ -19,7 +19,7 @@ SLOW_S = 1.0
 
 
 def launch_lines(environ: Mapping[str, str]) -> list[Line]:
-    """What the launcher said of the world, and the address at which it meets."""
+    """The launcher's world and rendezvous address."""
     try:
         launch = launch_from_env(environ)
         if launch is None:
@@ -33,7 +33,7 @@ def launch_lines(environ: Mapping[str, str]) -> list[Line]:
 
 
 def name_lines(environ: Mapping[str, str], several_hosts: bool) -> list[Line]:
-    """This host's own name, which gloo gives to the others, and the names of the job's nodes."""
+    """This host's own name, which gloo sends to the other ranks, and the names of the job's nodes."""
     host, lines = socket.gethostname(), []
     addresses, took_s = resolve(host)
     if took_s > SLOW_S:
@@ -57,7 +57,7 @@ def name_lines(environ: Mapping[str, str], several_hosts: bool) -> list[Line]:
 
 
 def resolve(name: str) -> tuple[list[str], float]:
-    """Addresses of a host, sorted, none if it is unknown, and the seconds that took."""
+    """Addresses of a host, sorted, none if it is unknown, and the seconds of the look-up."""
     began_s = time.monotonic()
     try:
         rows = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -67,7 +67,7 @@ def resolve(name: str) -> tuple[list[str], float]:
 
 
 def nodes_of_job(environ: Mapping[str, str]) -> list[str]:
-    """Names of the first and last nodes of the Slurm job around us; none outside of one of several nodes."""
+    """Names of the first and last nodes of the Slurm job around us; none without a job, or in a job of one node."""
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes or int(environ.get("SLURM_JOB_NUM_NODES") or 1) < 2:
         return []

@@ -1,7 +1,7 @@
-"""Where checkpoints go: free space, a test write like a save's, who holds the run folder, time for a last save.
+"""Where checkpoints go: free space, a test write like a save's, the holder of the run folder, time for a last save.
 
-In: a Config. Out: lines. The decision worth knowing: the write test goes through the functions that checkpoints are
-written with (a folder) or through the store (s3://), so it fails where a save would fail; it leaves nothing behind.
+In: a Config. Out: lines. The decision worth knowing: the write test uses the functions that write checkpoints (to a
+folder) or the store (s3://), so it fails where a save would fail; it leaves nothing behind.
 """
 
 import errno
@@ -33,7 +33,7 @@ CLOCK_S = 5.0
 
 
 def state_bytes(config: Config) -> int:
-    """Size of one checkpoint: weights, two moments and the averages, all fp32 (what Checkpointer.check_room asks)."""
+    """Size of one checkpoint: weights, two moments and EMA, all fp32 (what Checkpointer.check_room asks)."""
     with torch.device("meta"):
         num_parameters = sum(param.numel() for param in build_model(config.model).parameters())
     return 4 * num_parameters * (3 + len(config.ema.decays))
@@ -45,7 +45,7 @@ def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
     run = config.run.folder
     lines = holder_lines(run) + room_lines(run, PROBE_BYTES, "run.dir", 0)
     try:
-        folder_write(run)  # the lease, logs and metrics, wherever the checkpoints go
+        folder_write(run)  # for the lease, logs and metrics, which stay here even if checkpoints go elsewhere
     except OSError as error:
         return [*lines, write_fault(str(run), error, "run.dir")]
     try:
@@ -73,7 +73,7 @@ def write_fault(place: str, error: Exception, key: str) -> Line:
 
 
 def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line]:
-    """Free space against what a run writes: the start of training refuses less than one checkpoint."""
+    """Free space compared with what a run writes: training refuses to start with less than one checkpoint."""
     free = disk.free_bytes(folder)
     found = f"{key} {folder}: {size_of(free)} free"
     if free < needed:
@@ -82,7 +82,7 @@ def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line
     if not keep_last:
         return []
     there = len([path for path in folder.glob("step-*") if path.is_dir()]) if folder.is_dir() else 0
-    wanted = needed * max(1, keep_last + 1 - there)  # one more than is kept: it is complete before an old one goes
+    wanted = needed * max(1, keep_last + 1 - there)  # one more than is kept: it is complete before one is deleted
     if free < wanted:
         found += f"; checkpoint.keep_last={keep_last} and the one being written take {size_of(wanted)} more"
         return [Line("warning", "room", found, "make room or lower checkpoint.keep_last")]
@@ -90,12 +90,12 @@ def room_lines(folder: Path, needed: int, key: str, keep_last: int) -> list[Line
 
 
 def size_of(num_bytes: float) -> str:
-    """The size in MiB, or in GiB from 1 GiB on, in words."""
+    """The size as text, in MiB, or in GiB from 1 GiB on."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def folder_write(folder: Path) -> tuple[float, float]:
-    """Write as a save does and take it away again: bytes a second, and seconds this clock is ahead of the disk's.
+    """Write like a save and delete it: bytes per second, and seconds by which this clock is ahead of the disk's.
 
     Raises OSError.
     """
@@ -114,7 +114,7 @@ def folder_write(folder: Path) -> tuple[float, float]:
 
 
 def store_write(url: str, config: Config) -> float:
-    """List checkpoints, put an object, get it back, delete it: bytes a second of the put. Raises StoreError."""
+    """List checkpoints, put an object, get it back, delete it: bytes per second of the put. Raises StoreError."""
     store, name, data = open_store(url, config.store), f"doctor-{uuid.uuid4().hex}", os.urandom(PROBE_BYTES // 4)
     list_steps(store)
     began_s = time.monotonic()
@@ -129,7 +129,7 @@ def store_write(url: str, config: Config) -> float:
 
 
 def clock_lines(ahead_s: float, place: str) -> list[Line]:
-    """This machine's clock beside that of the disk's server."""
+    """This machine's clock compared with that of the disk's server."""
     if abs(ahead_s) < CLOCK_S:
         return []
     found = f"{socket.gethostname()} is {ahead_s:+.0f} s from the clock of {place}"
@@ -137,14 +137,14 @@ def clock_lines(ahead_s: float, place: str) -> list[Line]:
 
 
 def holder_lines(run: Path) -> list[Line]:
-    """Whether another attempt holds the run folder, which training would refuse to share (run/lease.py)."""
+    """Whether another attempt holds the run folder, in which case training refuses to start (run/lease.py)."""
     holder = holder_of(run)
     if holder is None:
         return []
     mine = os.environ.get("SLURM_JOB_ID", "")
     if holder.host == socket.gethostname() and holder.machine in ("", this_machine()):
         if process_start(holder.pid) != holder.started:
-            return []  # dead: taken over at once
+            return []  # dead: its lease is taken over at once
         found = f"{run} is held by process {holder.pid} on this machine, which is alive"
         return [Line("fault", "run folder", found, "stop it, or choose another run.dir")]
     if mine and holder.job_id == mine:
@@ -177,7 +177,7 @@ def grace_lines(config: Config, environ: Mapping[str, str], estimated_s: float) 
 
 
 def notice(environ: Mapping[str, str]) -> tuple[float | None, str]:
-    """Seconds of notice before a job's limit, and who says so; None outside of Slurm.
+    """Seconds of notice before a job's limit, and their source; None outside of Slurm.
 
     From --signal of the job script or SBATCH_SIGNAL; without either, from KillWait, which is between SIGTERM and
     SIGKILL. A --signal option of the sbatch command itself is not visible to the job, so the true notice may be longer.
@@ -201,7 +201,7 @@ def time_left(environ: Mapping[str, str]) -> float | None:
 
 
 def _first(pattern: str, words: list[str]) -> str:
-    """The first match in what scontrol says; empty where there is none, or no scontrol."""
+    """The first match in the output of scontrol; empty if there is none, or no scontrol."""
     try:
         done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,8 +1,8 @@
-"""Device, driver and libraries of one rank, and whether they fit each other, the config and those of the other ranks.
+"""Device, driver and libraries of one rank, and whether they fit each other, the config and the other ranks.
 
 In: a Config and this rank's device. Out: lines, and `versions_here`, which `version_lines` compares once they are
-gathered. The decision worth knowing: nothing heavy is imported to be looked at; what is installed is read from its
-metadata, and only torch, which is there anyway, is asked about the device.
+gathered. The decision worth knowing: nothing heavy is imported for a check; versions come from package metadata, and
+only torch, which is imported anyway, is asked about the device.
 """
 
 import importlib.metadata
@@ -31,7 +31,7 @@ BUSY_BYTES = 2**30
 
 
 def device_lines(device: torch.device, local_size: int, environ: Mapping[str, str]) -> list[Line]:
-    """The GPU that this rank trains on, or why it has none."""
+    """The GPU of this rank, or why it has none."""
     asked = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
     if device.type != "cuda":
         nodes = sorted(Path("/dev").glob("nvidia[0-9]*"))
@@ -62,7 +62,7 @@ def device_lines(device: torch.device, local_size: int, environ: Mapping[str, st
 
 
 def driver_lines(device: torch.device) -> list[Line]:
-    """The kernel's driver beside the CUDA that torch was built for."""
+    """The kernel's driver compared with the CUDA that torch was built for."""
     if device.type != "cuda":
         return [Line("ok", "driver", f"none needed ({built_for()})")]
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)]
@@ -75,12 +75,12 @@ def driver_lines(device: torch.device) -> list[Line]:
 
 
 def built_for() -> str:
-    """What this torch runs on, in words."""
+    """What this torch was built for, as text."""
     return f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch built for the CPU"
 
 
 def requirement_lines(config: Config) -> list[Line]:
-    """What is installed against what latte_scale's own metadata asks for, of the extras those that the config uses."""
+    """Installed versions compared with the requirements of latte_scale, including the extras that the config uses."""
     users = {"": "latte_scale"}  # extra -> what needs it
     if config.engine.kind == "zero":
         users["deepspeed"] = "engine.kind=zero"
@@ -121,7 +121,7 @@ def attention_lines(config: Config, device: torch.device) -> list[Line]:
 
 
 def config_lines(config: Config) -> list[Line]:
-    """What the config says and its run would not look at; nothing where there is none."""
+    """Settings that the run would not use; nothing if there are none."""
     said = (line.partition("; ") for line in unread_settings(config))
     return [Line("warning", "config", found, remedy) for found, _, remedy in said]
 
@@ -135,7 +135,7 @@ def precision_lines(config: Config, device: torch.device) -> list[Line]:
 
 
 def memory_lines(config: Config, num_ranks: int, device_bytes: float) -> list[Line]:
-    """Whether a step fits into the device, by the estimate: a warning if not, as compiled blocks keep less."""
+    """Whether a step fits into the device, by the estimate: a warning if not, because compiled blocks keep less."""
     try:
         config = within_budget(config, num_ranks, device_bytes)
     except DoesNotFitError as error:
@@ -149,7 +149,7 @@ def memory_lines(config: Config, num_ranks: int, device_bytes: float) -> list[Li
 
 
 def versions_here() -> dict[str, str]:
-    """What must be the same on all ranks."""
+    """The versions that must be the same on all ranks."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("deepspeed", "flash-attn", "numpy", "transformers", "diffusers"):
         try:
@@ -169,7 +169,7 @@ def short(versions: Mapping[str, str]) -> str:
 
 
 def version_lines(gathered: Sequence[Mapping[str, str]], places: Sequence[str]) -> list[Line]:
-    """What differs between ranks, which train one model with one code."""
+    """Differences between ranks, which must all run the same code."""
     lines = []
     for name in sorted({name for versions in gathered for name in versions}):
         values: dict[str, list[str]] = {}

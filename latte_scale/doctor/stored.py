@@ -1,8 +1,8 @@
-"""The data: whether it fits the config, whether a spot check finds it sound, how fast this machine reads it.
+"""The data: whether it fits the config, whether a spot check finds it valid, how fast this machine reads it.
 
-Also whether model.init, the weights to begin from, fits. In: a Config and which rank this is. Out: lines, and bytes a
-second, which `rate_lines` judges over all machines. The decision worth knowing: this is a spot check. Every rank looks
-at shards and samples of its own, so a job of many ranks looks at many; `latte-data verify` alone reads everything.
+Also whether the initial weights, model.init, fit. In: a Config and this rank. Out: lines, and bytes per second, which
+`rate_lines` compares over all machines. The decision worth knowing: this is a spot check. Every rank checks different
+shards and samples, so a job of many ranks checks many; only `latte-data verify` reads everything.
 """
 
 import time
@@ -57,7 +57,7 @@ def data_lines(config: Config, rank: int, size: int) -> list[Line]:
 
 
 def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
-    """Whether training would refuse this data."""
+    """Whether training would accept this data."""
     weights = sum(path.stat().st_size for folder in local_folders(config) for path in folder.rglob("*.safetensors"))
     if weights > HASH_BYTES:
         found = f"not compared: the encoders' {weights / 2**30:.0f} GiB of weights would have to be hashed"
@@ -67,12 +67,12 @@ def fit_lines(config: Config, datasets: Sequence[Dataset]) -> list[Line]:
     except ManifestError as error:
         return [fault_of("fit", error)]
     except EncoderError:
-        return []  # encoder_lines says it
+        return []  # encoder_lines reports it
     return [Line("ok", "fit", "manifest, encoders and model agree")]
 
 
 def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[Line]:
-    """Whether a step of every size of clips has samples for every rank, and fills them; nothing if one size does."""
+    """Whether steps of each size of clips have samples for every rank and fill them; no line for one size that does."""
     ranks, num_shards = max(1, size // config.engine.sequence_parallel), sum(len(d.manifest.shards) for d in datasets)
     are_sorted = datasets[0].manifest.kind == "video" and bool(config.video.more_sizes)
     try:
@@ -82,7 +82,7 @@ def size_lines(config: Config, datasets: Sequence[Dataset], size: int) -> list[L
         if are_sorted:
             datasets = open_data(config)
             open_images(config.data, datasets, config.store)
-        everything = replace(config.data, holdout=0.0)  # else every index would be read
+        everything = replace(config.data, holdout=0.0)  # otherwise every index would be read
         plan = plan_of(replace(config, data=everything), datasets)
         check_ranks(plan, ranks, config.sample_group)
     except (ValueError, StoreError) as error:
@@ -103,7 +103,7 @@ def local_folders(config: Config) -> list[Path]:
 
 
 def init_lines(config: Config) -> list[Line]:
-    """Whether a new run could begin from model.init: by names and shapes, its weights are not read."""
+    """Whether a new run could start from model.init: checks names and shapes without reading the weights."""
     if config.model.init is None:
         return []
     try:
@@ -119,7 +119,7 @@ def init_lines(config: Config) -> list[Line]:
 
 
 def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:
-    """Encoders that training would load and that are not here: where shards hold pixels, each rank needs them."""
+    """Encoders that training would load but that are missing: if shards hold pixels, each rank needs them."""
     if dataset.manifest.kind != "video":
         return [Line("ok", "encoders", "not needed: the shards hold latents")]
     encoders = config.read_encoders
@@ -137,7 +137,7 @@ def encoder_lines(config: Config, dataset: Dataset) -> list[Line]:
 
 
 def sound_lines(dataset: Dataset, rank: int, size: int) -> list[Line]:
-    """Check a few shards, other ones on each rank: size, index, counts, and the checksums of some samples."""
+    """Check a few shards, different ones on each rank: size, index, counts, and the checksums of some samples."""
     shards, lines, num_samples = dataset.manifest.shards, [], 0
     chosen = sorted({(rank + turn * size) * len(shards) // (NUM_SHARDS * size) for turn in range(NUM_SHARDS)})
     for number in chosen:
@@ -169,10 +169,10 @@ def sound_lines(dataset: Dataset, rank: int, size: int) -> list[Line]:
 
 
 def read_rate(config: Config, rank: int) -> tuple[float, float] | None:
-    """Bytes and samples a second that this machine reads from the first data set, past every cache of ours.
+    """Bytes and samples per second that this machine reads from the first data set, bypassing our caches.
 
-    For READ_S seconds, READ_THREADS at a time, each beginning elsewhere. None if nothing can be read (`data_lines`
-    says why).
+    For READ_S seconds, READ_THREADS at a time, each starting at a different place. None if nothing can be read
+    (`data_lines` reports why).
     """
     try:
         dataset = open_datasets(config.data, config.store)[0]
@@ -202,7 +202,7 @@ def read_rate(config: Config, rank: int) -> tuple[float, float] | None:
 
 
 def rate_lines(rates: dict[str, tuple[float, float]], config: Config) -> list[Line]:
-    """Machines' rates beside each other, and beside what the run has needed so far (its metrics.jsonl)."""
+    """The machines' rates compared with each other, and with what the run has needed so far (its metrics.jsonl)."""
     if not rates:
         return []
     slowest, fastest = (pick(rates, key=lambda host: rates[host][0]) for pick in (min, max))

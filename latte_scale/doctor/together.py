@@ -1,8 +1,8 @@
-"""What only all ranks together can show: a slow rank, the all-reduce rate, differing clocks, folders not shared.
+"""Checks that need all ranks: a slow rank, the all-reduce rate, differing clocks, folders not shared.
 
 In: Ranks. Out: this rank's figures, and lines about the gathered figures of all ranks. The decision worth knowing:
-measuring and judging are separate. A measurement is a few collectives that every rank enters; the judgement is
-arithmetic on plain numbers, which is the same on all ranks and is tested without any.
+measurement and judgement are separate. A measurement is a few collectives that every rank enters; the judgement is
+arithmetic on plain numbers, the same on all ranks, and is tested without ranks.
 """
 
 import statistics
@@ -32,10 +32,10 @@ SKEW_S, BROKEN_SKEW_S = 5.0, 300.0
 
 
 def gemm_time(ranks: Ranks) -> float:
-    """Seconds of a square product on this rank while all ranks do the same: the best of GEMM_TURNS turns.
+    """Seconds of a square matrix product on this rank while all ranks do the same: the best of GEMM_TURNS turns.
 
-    The best, because a disturbance of a moment does not make a slow rank. Each turn lasts GEMM_TURN_S of wall time, so
-    that a rank that stalls again and again cannot hide that between its products.
+    The best, because a brief disturbance does not make a slow rank. Each turn lasts GEMM_TURN_S of wall time, so that
+    repeated stalls between products are measured too.
     """
     side, dtype = GEMM_SIDE[ranks.device.type], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=ranks.device, dtype=dtype) for _ in range(2))
@@ -45,7 +45,7 @@ def gemm_time(ranks: Ranks) -> float:
 
 
 def _turn_time(a: torch.Tensor, b: torch.Tensor, ranks: Ranks) -> float:
-    """Seconds a product over one turn."""
+    """Seconds per product over one turn."""
     _settle(ranks)
     began_s, number = time.perf_counter(), 0
     while time.perf_counter() - began_s < GEMM_TURN_S:
@@ -56,7 +56,7 @@ def _turn_time(a: torch.Tensor, b: torch.Tensor, ranks: Ranks) -> float:
 
 
 def gemm_lines(times_s: Sequence[float], places: Sequence[str], device_type: str) -> list[Line]:
-    """The ranks that take much longer than the others; else, or with one rank, the rate."""
+    """The ranks that take much longer than the others; if there are none, or with one rank, the rate."""
     flops = 2.0 * GEMM_SIDE[device_type] ** 3
     lines = []
     for rank, time_s in enumerate(times_s):
@@ -74,12 +74,12 @@ def gemm_lines(times_s: Sequence[float], places: Sequence[str], device_type: str
 
 
 def reduce_rate(ranks: Ranks) -> float:
-    """Bus bandwidth in bytes a second of an all-reduce over all ranks: 2 (n - 1) / n times its bytes over its time.
+    """Bus bandwidth in bytes per second of an all-reduce over all ranks: 2 (n - 1) / n times its bytes over its time.
 
     That is what a ring moves over each link (NVIDIA's nccl-tests, PERFORMANCE.md), so it compares with the link's rate.
     """
     tensor = torch.ones(REDUCE_BYTES[ranks.device.type] // 4, device=ranks.device)
-    ranks.sum_(tensor)  # makes the connections
+    ranks.sum_(tensor)  # opens the connections
     best_s = float("inf")
     for _ in range(REDUCE_TURNS):
         tensor.fill_(1.0)
@@ -102,7 +102,7 @@ def _settle(ranks: Ranks) -> None:
 
 
 def reduce_lines(rate: float, num_hosts: int, device_type: str, gradient_bytes: int) -> list[Line]:
-    """The rate, and what a step's gradients cost at it, if nothing hid them."""
+    """The rate, and the time of a step's gradients at this rate without overlap."""
     gradients = f"{gradient_bytes / 2**20:,.1f} MiB of gradients take {2 * gradient_bytes / rate:.2g} s"
     found = f"{rate / 1e9:.3g} GB/s between ranks on {num_hosts} machine{'s' * (num_hosts > 1)}; {gradients}"
     if device_type == "cuda" and num_hosts > 1 and rate < SLOW_LINK:
@@ -112,7 +112,7 @@ def reduce_lines(rate: float, num_hosts: int, device_type: str, gradient_bytes: 
 
 
 def clock_readings(ranks: Ranks) -> list[float]:
-    """This rank's clock right after each of some barriers, from which all leave within a message's time."""
+    """This rank's clock right after each of some barriers, which all ranks leave within the latency of a message."""
     readings = []
     for _ in range(CLOCK_TURNS):
         ranks.barrier()
@@ -121,7 +121,7 @@ def clock_readings(ranks: Ranks) -> list[float]:
 
 
 def clock_lines(readings: Sequence[Sequence[float]], places: Sequence[str]) -> list[Line]:
-    """Each clock compared with rank 0's: the median over the barriers, so that one late return does not count."""
+    """Each clock compared with rank 0's: the median over the barriers, so that one late return has no effect."""
     skews = [statistics.median(mine - first for mine, first in zip(row, readings[0], strict=True)) for row in readings]
     worst = max(range(len(skews)), key=lambda rank: abs(skews[rank]))
     found = f"{places[worst]} is {skews[worst]:+.3f} s from {places[0]}, the most of {len(skews)} ranks"
@@ -132,7 +132,7 @@ def clock_lines(readings: Sequence[Sequence[float]], places: Sequence[str]) -> l
 
 
 def shared_lines(ranks: Ranks, folder: Path, key: str, places: Sequence[str]) -> list[Line]:
-    """Whether a file that rank 0 writes is seen by all ranks. A collective."""
+    """Whether all ranks see a file that rank 0 writes. A collective."""
     blind = blind_ranks(ranks, folder)
     if not blind:
         return [Line("ok", "shared", f"all {ranks.size} ranks see what rank 0 writes into {key}")]

@@ -1,8 +1,8 @@
-"""Environment variables, and files that shadow modules, which make a sound run slow, silent or wrong.
+"""Environment variables, and files that shadow modules, which make a correct run slow, silent or wrong.
 
-In: the environment, the machine's cores and interfaces. Out: a line for each that does harm. The decision worth
-knowing: what only the site's administrators can judge (NCCL's many tuning variables) is left alone; what is named here
-is always harmful, or refers to something that does not exist.
+In: the environment, the machine's cores and interfaces. Out: a line for each harmful one. The decision worth knowing:
+settings that only the site's administrators can judge (NCCL's many tuning variables) are not checked; the ones reported
+here are always harmful, or refer to something that does not exist.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from pathlib import Path
 from latte_scale.doctor.lines import Line
 from latte_scale.engine.base import EngineSettings
 
-# Variable -> values that do harm (empty: any), what they do, what to do. Sources: PyTorch's notes on CUDA semantics and
+# Variable -> harmful values (empty: any), their effect, the remedy. Sources: PyTorch's notes on CUDA semantics and
 # on ProcessGroupNCCL's variables, NCCL's manual on its environment.
 HARMFUL: dict[str, tuple[Sequence[str], str, str]] = {
     "CUDA_LAUNCH_BLOCKING": (("1",), "the host waits for every kernel", "unset it: it is for finding errors"),
@@ -36,7 +36,7 @@ HARMFUL: dict[str, tuple[Sequence[str], str, str]] = {
 ROOT = Path(__file__).resolve().parents[2]
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 IMPORTED = ("torch", "numpy", "deepspeed", "flash_attn", "transformers", "diffusers", "safetensors", "pydantic", "yaml")
-DISTRIBUTIONS = {"yaml": "PyYAML", "flash_attn": "flash-attn"}  # where it is not the module's name
+DISTRIBUTIONS = {"yaml": "PyYAML", "flash_attn": "flash-attn"}  # if it differs from the module's name
 
 
 def variable_lines(
@@ -47,7 +47,7 @@ def variable_lines(
     interfaces: Sequence[str],
     has_gpu: bool,
 ) -> list[Line]:
-    """A line for every variable that does harm; one that says none does.
+    """A line for every harmful variable; if there are none, one line that says so.
 
     Args:
         environ: the environment.
@@ -80,7 +80,7 @@ def variable_lines(
 
 
 def thread_lines(environ: Mapping[str, str], num_cores: int, local_size: int) -> list[Line]:
-    """OMP_NUM_THREADS against the cores."""
+    """OMP_NUM_THREADS compared with the cores."""
     value = environ.get("OMP_NUM_THREADS", "")
     remedy = f"export OMP_NUM_THREADS={max(1, num_cores // local_size)}"
     if not value and local_size > 1:
@@ -97,7 +97,7 @@ def thread_lines(environ: Mapping[str, str], num_cores: int, local_size: int) ->
 
 
 def interface_lines(name: str, value: str, interfaces: Sequence[str]) -> list[Line]:
-    """A named interface must exist. To NCCL "eth" means any that begins so, "=eth0" that one, "^lo" all but lo."""
+    """A given interface must exist. To NCCL "eth" means any with that prefix, "=eth0" that one, "^lo" all but lo."""
     if not value or value.startswith("^"):
         return []
     exact = value.startswith("=") or name.startswith("GLOO")
@@ -125,7 +125,7 @@ def shadow_lines(search_path: Sequence[str] = sys.path) -> list[Line]:
     libraries = Path(os.__file__).resolve().parent
     places = [Path(folder or ".").resolve() for folder in search_path]
     first = places[: places.index(libraries)] if libraries in places else places
-    for place in first:  # what stands behind Python's own library cannot hide it
+    for place in first:  # entries after Python's own library cannot shadow it
         for path in sorted(place.glob("*.py")):
             if path.stem in sys.stdlib_module_names:
                 remedy = "rename it, or take its folder out of PYTHONPATH"

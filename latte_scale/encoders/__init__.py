@@ -2,8 +2,8 @@
 
 In: names (`tiny`, a local folder in diffusers' or transformers' layout, or a hub id). Out: `VideoAutoencoder` and
 `TextEncoder`. Shard encoding, training on raw clips, sampling and export share them, so that the latent scale and the
-processing of captions are defined once. `settings` names the encoders and has what is known without loading them;
-`files` finds, fetches and hashes their files; `vae` and `text` are the encoders.
+processing of captions are defined once. `settings` names the encoders and has the facts that are known without loading
+them; `files` finds, fetches and hashes their files; `vae` and `text` are the encoders.
 
 diffusers and transformers are imported when an encoder is loaded, not with this package, so that reading a config and
 checking data against it do not wait for them.

@@ -1,10 +1,10 @@
-"""The files of an encoder: found, fetched from a hub, held to what is expected, and hashed.
+"""The files of an encoder: finds, fetches, checks and hashes them.
 
 In: a name (`tiny`, a local folder in diffusers' or transformers' layout, alone or inside a pipeline, or a hub id). Out:
-the folder that from_pretrained reads, and a sha256 of what it reads there. What is missing, of another kind or not
-readable is an EncoderError that says what was expected and what to do.
-The decision worth knowing: one rule says which weights count, safetensors before .bin and no variant of them (fp16,
-bf16, non_ema). Fetching, accepting a folder and hashing follow it, so that what a manifest records is what was loaded.
+the folder that from_pretrained reads, and a sha256 of the files that it reads there. Files that are missing, of another
+kind or unreadable raise an EncoderError with what was expected and the remedy.
+The decision worth knowing: one rule selects the weights, safetensors before .bin and never a variant (fp16, bf16,
+non_ema). Fetching, accepting a folder and hashing follow it, so that a manifest records the weights that were loaded.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
-_WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that is there; .bin is read with weights_only=True
+_WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that exists; .bin is read with weights_only=True
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
@@ -28,7 +28,7 @@ class EncoderError(ValueError):
 
 
 def text_width(folder: Path) -> int:
-    """Numbers of an embedding, by the config of a T5 encoder."""
+    """Width of an embedding, from the config of a T5 encoder."""
     width = read_config(folder).get("d_model")
     if not isinstance(width, int):
         raise EncoderError(f"{folder / 'config.json'}: expected d_model of a T5 encoder, got {width!r}; copy it again")
@@ -41,13 +41,13 @@ def find_vae(name: str) -> Path:
 
 
 def find_text(name: str) -> Path:
-    """Folder of a text encoder. EncoderError if there is none; its tokenizer may lie elsewhere."""
+    """Folder of a text encoder. EncoderError if there is none; its tokenizer may be elsewhere."""
     expected = "a T5 encoder (config.json, weights and tokenizer, or text_encoder/ and tokenizer/ folders)"
     return find_folder(name, "tiny_t5", "text_encoder", expected)
 
 
 def find_tokenizer(name: str, encoder: Path) -> Path:
-    """Where the tokenizer lies: beside the weights, or in a pipeline's tokenizer/. EncoderError if in neither."""
+    """The tokenizer's folder: that of the weights, or a pipeline's tokenizer/. EncoderError if in neither."""
     for candidate in (encoder, encoder.parent / "tokenizer"):
         if _tokenizer_files(candidate):
             return candidate
@@ -83,12 +83,12 @@ def _inside(name: str, folder: Path, subfolder: str, expected: str) -> Path:
 
 
 def _fetch(name: str, subfolder: str, expected: str) -> Path:
-    """The encoder's folder of a hub repository: downloaded, or from the local cache where there is no network."""
+    """The encoder's folder of a hub repository: downloaded, or from the local cache if there is no network."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         snapshot = snapshot_download(name, allow_patterns=hub_files(HfApi().list_repo_files(name), subfolder))
-    except Exception as error:  # the hub's client raises OSErrors, ValueErrors and its HTTP library's own
+    except Exception as error:  # the hub's client raises OSError, ValueError and errors of its HTTP library
         try:
             snapshot = snapshot_download(name, local_files_only=True)
         except Exception:
@@ -102,7 +102,7 @@ def _fetch(name: str, subfolder: str, expected: str) -> Path:
 def hub_files(files: Sequence[str], subfolder: str) -> list[str]:
     """Which of a repository's files an encoder needs: one folder's config and weights, and for text the tokenizer.
 
-    A pipeline's repository holds other models, and many hold the same weights several times over.
+    A pipeline's repository holds other models, and many hold several copies of the same weights.
     """
     folder = f"{subfolder}/" if f"{subfolder}/config.json" in files else ""
     folders = {folder, "tokenizer/"} if subfolder == "text_encoder" else {folder}
@@ -123,7 +123,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _is_variant(file: str) -> bool:
-    """Another copy of the weights, which from_pretrained reads only when asked: model.fp16.safetensors."""
+    """Whether it is another copy of the weights, read by from_pretrained only on request: model.fp16.safetensors."""
     return ".fp16" in file or ".bf16" in file or "non_ema" in file
 
 
@@ -141,7 +141,7 @@ def read_config(folder: Path) -> dict:
 
 
 def vae_sha256(folder: Path) -> str:
-    """Hash of a VAE's weights, hex; its config has no part in it."""
+    """Hash of a VAE's weights, hex, without its config."""
     return _files_sha256(_weight_files(folder))
 
 
@@ -162,7 +162,7 @@ def _files_sha256(paths: Sequence[Path]) -> str:
 
 @contextmanager
 def loading(name: str, folder: Path, loader: str) -> Iterator[None]:
-    """Turn whatever from_pretrained raises (OSError, ValueError, KeyError, ...) into an EncoderError with the place.
+    """Turn whatever from_pretrained raises (OSError, ValueError, KeyError, ...) into an EncoderError with the path.
 
     `loader`: what reads the folder, and where it was named.
     """
@@ -170,7 +170,7 @@ def loading(name: str, folder: Path, loader: str) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()  # a bar a file is noise beside our own
+        library.disable_progress_bar()  # a bar per file would clutter our own
     try:
         yield
     except Exception as error:

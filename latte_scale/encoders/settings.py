@@ -1,8 +1,8 @@
-"""Which frozen encoders a run or a data set uses, and what is known of them without loading one.
+"""Which frozen encoders a run or a data set uses, and the facts known without loading them.
 
-In: the `encoders` section of a config. Out: facts for manifests and checks (hashes, widths, the latent scale), pixels a
-latent, folders to copy. The decision worth knowing: facts are what config.json says and hashes of the files, and no
-model is built for them, so a machine without the memory for an encoder can still hold data to a config.
+In: the `encoders` section of a config. Out: facts for manifests and checks (hashes, widths, the latent scale), pixels
+per latent, folders to copy. The decision worth knowing: facts come from config.json and hashes of the files, without
+building a model, so a machine without the memory for an encoder can still check data against a config.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from latte_scale.encoders.files import (
     vae_sha256,
 )
 
-SD_DOWNSCALE = 8  # pixels a latent of the SD VAE, with which Latte was trained
+SD_DOWNSCALE = 8  # pixels per latent of the SD VAE, with which Latte was trained
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class EncoderSettings:
 
 
 def are_local(settings: EncoderSettings) -> bool:
-    """Whether all encoders can be read without asking a hub."""
+    """Whether all encoders can be read without a hub."""
     names = (settings.vae, settings.text)
     return all(name is None or name == TINY or Path(name).is_dir() for name in names)
 
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """What manifests record about a pair of encoders and training compares, known without loading them."""
+    """Facts about a pair of encoders, known without loading them: manifests record them and training compares them."""
 
     vae_sha256: str  # of the weights
     channels: int  # of the latents
-    downscale: int  # pixels a latent, height and width
+    downscale: int  # pixels per latent, height and width
     scale: float
     shift: float
     text_sha256: str | None  # of weights and tokenizer; None without a text encoder
@@ -58,7 +58,7 @@ class EncoderFacts:
 
 
 def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
-    """Facts of the settings' encoders from their files alone: configs are parsed, weights are hashed.
+    """Facts of the settings' encoders from their files: parses configs and hashes weights.
 
     Raises EncoderError if one is missing.
     """
@@ -67,7 +67,7 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
     config = read_config(vae)
     return EncoderFacts(
         vae_sha256=vae_sha256(vae),
-        channels=int(config.get("latent_channels", 4)),  # the defaults are AutoencoderKL's: old configs lack keys
+        channels=int(config.get("latent_channels", 4)),  # default of AutoencoderKL: old configs lack keys
         downscale=2 ** (len(config.get("block_out_channels", (64,))) - 1),
         scale=float(config.get("scaling_factor", 0.18215)),
         shift=float(config.get("shift_factor") or 0.0),
@@ -77,7 +77,7 @@ def encoder_facts(settings: EncoderSettings) -> EncoderFacts:
 
 
 def vae_downscale(settings: EncoderSettings) -> int:
-    """Pixels a latent, from the VAE's config alone; that of the SD VAE where the files are not at hand."""
+    """Pixels per latent, from the VAE's config; that of the SD VAE if the files are not on this machine."""
     if not are_local(replace(settings, text=None)):
         return SD_DOWNSCALE
     return 2 ** (len(read_config(find_vae(settings.vae)).get("block_out_channels", (64,))) - 1)

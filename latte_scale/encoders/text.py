@@ -1,9 +1,10 @@
 """The frozen text encoder: captions to embeddings.
 
-In: captions as people wrote them. Out: one T5 embedding a caption. The rule for text is diffusers' LattePipeline's:
-captions are lowered and stripped, padded to `text_max_length` and run with an attention mask, then trimmed to their
-real tokens. The decision worth knowing: an embedding leaves without its padding, so it depends on no neighbour, and on
-`text_max_length` only where that cuts it; whoever batches pads anew. `null` and negative prompts come whole, to be cut.
+In: raw captions. Out: one T5 embedding per caption. Text is processed as in diffusers' LattePipeline: captions are
+lowercased and stripped, padded to `text_max_length` and run with an attention mask, then trimmed to their real tokens.
+The decision worth knowing: embeddings are returned without padding, so they do not depend on their neighbours, and on
+`text_max_length` only if it truncates them; batching pads them again. `null` and negative prompts keep their padding
+and are cut later.
 
 Shapes: B captions, L tokens, D width. transformers is imported when an encoder is loaded.
 """
@@ -23,7 +24,7 @@ MAX_CHARACTERS = 8192  # of a caption, as data_tools/captions.py keeps it; no te
 
 
 def clean_caption(caption: str) -> str:
-    """The caption as the text encoder is given it: LattePipeline's rule without its optional web cleaning.
+    """The caption as the text encoder gets it: LattePipeline's rule without its optional web cleaning.
 
     A foreign caption may have megabytes, of which the tokenizer would take seconds to keep a few hundred tokens.
     """
@@ -54,9 +55,9 @@ class TextEncoder:
         self.sha256 = text_sha256(self.folder, self.tokenizer_folder)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """One fp32 embedding [L_i, D] a caption, real tokens and the end mark only; longer captions are cut.
+        """One fp32 embedding [L_i, D] per caption: real tokens with end-of-sequence; longer captions are truncated.
 
-        Captions are cleaned here. Padded positions are masked, so an embedding does not depend on its neighbours.
+        Cleans the captions first. Padded positions are masked, so an embedding does not depend on its neighbours.
         """
         embeddings: list[Tensor] = []
         for first in range(0, len(captions), TEXT_BATCH):
@@ -65,7 +66,7 @@ class TextEncoder:
         return embeddings
 
     def null(self) -> Tensor:
-        """The embedding of the empty caption, whole: fp32 [max_length, D].
+        """The embedding of the empty caption, padding included: fp32 [max_length, D].
 
         Guidance and caption drop cut it to the length of the caption that it stands for, as LattePipeline does.
         """
@@ -76,11 +77,11 @@ class TextEncoder:
         return self._forward([caption])[0][0]
 
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each cleaned caption before cutting, the end mark included; above `max_length` it will be cut."""
+        """Tokens of each cleaned caption before truncation (above `max_length`), end-of-sequence included."""
         return [len(ids) for ids in self.tokenizer([clean_caption(c) for c in captions]).input_ids] if captions else []
 
     def what_is_cut(self, captions: Sequence[str]) -> str:
-        """What to say of captions that are longer than `max_length`; "" if none is."""
+        """A warning about captions that are longer than `max_length`; "" if there are none."""
         pairs = zip(self.num_tokens(captions), captions, strict=True)
         cut = [(length, caption) for length, caption in pairs if length > self.max_length]
         if not cut:
@@ -106,4 +107,4 @@ class TextEncoder:
         ids_BL, mask_BL = inputs.input_ids, inputs.attention_mask
         ids, mask = (tensor.to(self.device, non_blocking=True) for tensor in (ids_BL, mask_BL))
         embeddings_BLD = self.model(ids, attention_mask=mask)[0]
-        return embeddings_BLD.float(), mask_BL.sum(1).tolist()  # of the host's mask: nothing waits for the model
+        return embeddings_BLD.float(), mask_BL.sum(1).tolist()  # from the host's mask, without waiting for the model

@@ -1,9 +1,9 @@
 """The frozen VAE: clips to raw latents, and latents in model units back to clips.
 
-In: uint8 RGB clips. Out: mean and standard deviation of their posterior, and from latents clips again. Frames are
-encoded one by one, as diffusers' LattePipeline does, as many at a time as MAX_PIXELS allows.
-The decision worth knowing: raw latents are what the VAE gives, and only `to_model_units` turns them into what the model
-sees; shards store raw latents, and the manifest stores the scale.
+In: uint8 RGB clips, or latents. Out: mean and standard deviation of the posterior, or clips. Frames are encoded
+independently, as in diffusers' LattePipeline, as many at a time as MAX_PIXELS allows.
+The decision worth knowing: raw latents are the VAE's output, and only `to_model_units` scales them for the model;
+shards store raw latents, and the manifest stores the scale.
 
 Shapes: B clips, F frames, N = B * F, C channels, H W pixels, h w latents. diffusers is imported when a VAE is loaded.
 """
@@ -40,12 +40,12 @@ class VideoAutoencoder:
         config = self.model.config
         self.scale = float(config.scaling_factor)
         self.shift = float(config.shift_factor or 0.0)
-        self.downscale = 2 ** (len(config.block_out_channels) - 1)  # pixels a latent, height and width
+        self.downscale = 2 ** (len(config.block_out_channels) - 1)  # pixels per latent, height and width
         self.channels = int(config.latent_channels)
         self.sha256 = vae_sha256(self.folder)
 
     def to_model_units(self, raw: Tensor) -> Tensor:
-        """(raw - shift) * scale: what the diffusion model sees, about unit variance."""
+        """(raw - shift) * scale: the diffusion model's units, with about unit variance."""
         return (raw - self.shift) * self.scale
 
     def to_raw(self, latents: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The log of a step of the whole model, from recordings of a few of its blocks.
 
 In: a config and the number of clips in a micro-batch. Out: the `Entry`s of one forward and backward of all blocks. The
-decision worth knowing: a model is recorded with at most three units of blocks of a kind, of which the middle one stands
-for all others of the real model; a large micro-batch is extrapolated from those of two and three clips, entry by entry.
-Micro-batches of up to three clips are recorded themselves: with one clip torch copies in other places.
+decision worth knowing: a model is recorded with at most three units of blocks of a kind, and the middle one represents
+all others of the real model. A large micro-batch is extrapolated from those of two and three clips, entry by entry.
+Micro-batches of up to three clips are recorded directly, because torch makes other copies with one clip.
 """
 
 import functools
@@ -19,7 +19,7 @@ RECORDED_CLIPS = (2, 3)  # micro-batches from which larger ones are extrapolated
 
 
 class Unit(NamedTuple):
-    """Consecutive blocks of a recorded model, and how many times the real model has them."""
+    """Consecutive blocks of a recorded model, and how often the real model has them."""
 
     blocks: range
     times: int
@@ -28,13 +28,13 @@ class Unit(NamedTuple):
 def activations(config: Config, batch: int) -> tuple[Entry, ...]:
     """The log of a micro-batch of `batch` clips, or of a rank's part of them in a sequence group.
 
-    Compiled blocks keep less: what torch.compile chooses to keep is not modelled.
+    Compiled blocks keep less: the choices of torch.compile are not modelled.
     """
     return _unrolled(_stripped(config), batch)
 
 
 def _stripped(config: Config) -> Config:
-    """The config with every setting at a fixed value that changes no shape, so that configs share their recordings."""
+    """The config with a fixed value for every setting that changes no shape, so that configs share recordings."""
     engine, group = config.engine, config.sample_group
     engine = type(engine)(
         kind="fsdp2",
@@ -74,7 +74,7 @@ def _extrapolated(at_2: list[Entry], at_3: list[Entry], groups: int) -> list[Ent
 
 
 def num_units(config: Config) -> int:
-    """Pairs of a spatial and a temporal block where there are as many of each, else blocks."""
+    """Pairs of a spatial and a temporal block if there are as many of each, else blocks."""
     model = config.model
     return model.num_layers if model.kind == "latte_t2v" else model.depth // _blocks_of_a_unit(config)
 
@@ -84,11 +84,11 @@ def _blocks_of_a_unit(config: Config) -> int:
 
 
 def recorded_model(config: Config) -> tuple[Config, list[Unit]]:
-    """The config with a model of few blocks, and which of its blocks stand for how many.
+    """The config with a model of few blocks, and how many real blocks each represents.
 
-    A unit is a pair of a spatial and a temporal block where they alternate, else a block. Blocks that are checkpointed
-    and those behind them (engine.checkpointed_share, other_blocks) are units of two kinds. late_fusion has its
-    temporal blocks after the spatial ones: two kinds as well, whose checkpointed share is taken to be the same.
+    A unit is a pair of a spatial and a temporal block where they alternate, else a block. Checkpointed blocks and those
+    after them (engine.checkpointed_share, other_blocks) are units of two kinds. late_fusion has its temporal blocks
+    after the spatial ones: also two kinds, with the same checkpointed fraction assumed for both.
     """
     paired, count = _blocks_of_a_unit(config), num_units(config)
     are_alike = config.engine.activation_checkpointing == config.engine.other_blocks == "none"
@@ -113,10 +113,10 @@ def _units(times: Sequence[int], size: int) -> list[Unit]:
 
 
 def unrolled(entries: Sequence[Entry], units: Sequence[Unit]) -> Iterator[Entry]:
-    """The log of the real model: the stretch from one unit's beginning to the next one's is repeated `times` times.
+    """The log of the real model: the entries from the start of one unit to the next are repeated `times` times.
 
-    Blocks get the numbers that they have in the real model. Entries of weights outside the blocks are repeated with the
-    unit in whose stretch they are, except for their gradients, which come once.
+    Blocks get their numbers in the real model. Entries of weights outside the blocks are repeated with the unit around
+    them, except for their gradients, which occur once.
     """
     forward = [entries.index(("enter", unit.blocks[0], 0)) for unit in units]
     backward = [entries.index(("back", unit.blocks[-1], 0)) for unit in reversed(units)]

@@ -1,8 +1,8 @@
-"""Which settings fit and which of them is fastest, in words: before a launch, and after one that ran out of memory.
+"""Which settings fit and which of them is fastest, as text: before a launch, and after one that ran out of memory.
 
 In: a config and a cluster. Out: `Estimate`s of other settings, and sentences. The decision worth knowing: only settings
-that change nothing about what is computed are varied (`engine.*` and `train.micro_batch`), so a run that is resumed may
-follow every piece of advice.
+that do not change the results are varied (`engine.*` and `train.micro_batch`), so a resumed run may follow any of the
+advice.
 """
 
 import logging
@@ -22,7 +22,7 @@ from latte_scale.estimate.timing import mean_timing, timing
 
 logger = logging.getLogger("latte_scale")
 
-EQUALLY_FAST = 1.02  # times that differ by less are not told apart by an estimate
+EQUALLY_FAST = 1.02  # an estimate cannot resolve smaller differences in time
 CHECKPOINTING = ("none", "selective", "full", "offload")
 
 
@@ -31,7 +31,7 @@ def recommend(
 ) -> Estimate | None:
     """The fastest settings that fit; of about equally fast ones torch's own engines first, then those that keep most.
 
-    Every candidate has as little checkpointed as its memory allows (budget.py). None if nothing fits.
+    Every candidate checkpoints as little as its memory allows (budget.py). None if nothing fits.
     """
 
     def least_s(each: Config) -> float:
@@ -40,7 +40,7 @@ def recommend(
 
     timed = [(least_s(each), each) for each in candidates(config, cluster)]
     found: list[Estimate] = []
-    for seconds, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to find out than time
+    for seconds, each in sorted(timed, key=lambda pair: pair[0]):  # memory takes longer to compute than time
         if seconds > EQUALLY_FAST * min((estimate.timing.step_s for estimate in found), default=float("inf")):
             break
         try:
@@ -54,7 +54,7 @@ def recommend(
 
 
 def _preference(estimate: Estimate) -> tuple[bool, int, float]:
-    """Sorting key of equally fast settings, best first: what selective checkpointing recomputes is not in its time."""
+    """Sorting key of equally fast settings, best first: the recompute of selective checkpointing is not in its time."""
     engine = estimate.config.engine
     return engine.kind == "zero", CHECKPOINTING.index(engine.activation_checkpointing), estimate.memory.total
 
@@ -106,9 +106,9 @@ def yaml_of(estimate: Estimate, given: Config) -> str:
 
 
 def remedies(config: Config, cluster: Cluster) -> list[tuple[str, float, float]]:
-    """(override, bytes saved, share of a step that it costs) of each single setting that saves memory, cheapest first.
+    """(override, bytes saved, cost as fraction of a step) of each single setting that saves memory, cheapest first.
 
-    A share below 0 saves time as well, by the estimate.
+    A negative cost saves time as well, by the estimate.
     """
     now = estimate_of(config, cluster)
     found = []
@@ -140,7 +140,7 @@ def _single_changes(config: Config, batch: int) -> list[tuple[str, Config]]:
 
 
 def out_of_memory(config: Config, cluster: Cluster) -> str:
-    """The message of a run that ran out of memory: what it needs, which settings help, how much, and at what cost."""
+    """The message of a run that ran out of memory: what it needs, which settings save how much, and at what cost."""
     now = estimate_of(config, cluster)
     lines = [
         f"out of memory on the device: {now.words} on {cluster.num_gpus} GPUs needs about "
@@ -156,10 +156,10 @@ def out_of_memory(config: Config, cluster: Cluster) -> str:
 
 
 def explain_out_of_memory(config: Config, num_gpus: int, device: torch.device, error: Exception) -> str:
-    """`out_of_memory` for the trainer, with torch's own words; an estimate that fails must not hide them.
+    """`out_of_memory` for the trainer, with torch's own message, which a failing estimate must not hide.
 
-    Takes some seconds. Memory does not depend on the kind of device; the price in time is that of an H100 where the
-    table has no line for it.
+    Takes some seconds. Memory does not depend on the kind of device; the cost in time is that of an H100 if the device
+    is not in the table.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     try:

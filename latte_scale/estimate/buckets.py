@@ -1,8 +1,8 @@
-"""The buckets of a run: from a config of several clip sizes to a config of one size for each.
+"""The buckets of a run: splits a config of several clip sizes into one config per size.
 
 In: a config, and how many steps of a run each bucket has, where that is known. Out: `Bucket`s, the main size first. The
-decision worth knowing: a step has clips of one size, so a bucket's step is that of a config with this size alone and
-with the batches that the plan gives it (train.batch_budget); everything else here knows one size only.
+decision worth knowing: a step has clips of one size, so a bucket's step is that of a config with only this size and
+with the plan's batches for it (train.batch_budget). The rest of the package handles one size only.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
-"""engine.activation_checkpointing=auto: blocks keep for backward as much as fits into a memory budget.
+"""engine.activation_checkpointing=auto: blocks keep as many activations for backward as fit into a memory budget.
 
 In: a config and the ranks. Out: the config with `auto` replaced. The decision worth knowing is the order in which
 memory is saved, a unit of blocks at a time, cheapest first: selective checkpointing (only norms, modulation and
-activation functions are recomputed) for more and more blocks; once it covers all of them, full checkpointing in its
-place (products are recomputed, too); and last, full checkpointing with the blocks' inputs in host memory. Each rung of
-that ladder needs less memory than the one before, so the first that fits is found by bisection. Every rung computes the
-same bits, so a resumed run may use another.
+activation functions are recomputed) for more and more blocks; once it covers all of them, full checkpointing instead
+(matrix products are recomputed, too); and last, full checkpointing with the blocks' inputs in host memory. Each rung of
+this ladder needs less memory than the one before, so bisection finds the first that fits. Every rung computes the same
+bits, so a resumed run may use another.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from latte_scale.estimate.hardware import DEVICES, GIB, Cluster
 
 
 class DoesNotFitError(ValueError):
-    """A run needs more memory than it may use, however little its blocks keep."""
+    """A run needs more memory than it may use, even when its blocks keep as little as possible."""
 
 
 def within_memory_of(device: torch.device, config: Config, num_gpus: int) -> Config:
@@ -31,10 +31,10 @@ def within_memory_of(device: torch.device, config: Config, num_gpus: int) -> Con
 
 
 def within_budget(config: Config, num_gpus: int, device_bytes: float | None) -> Config:
-    """The config with activation checkpointing that fits, if it asks for `auto`; else the same config.
+    """The config with activation checkpointing that fits, if it is `auto`; else the same config.
 
-    `device_bytes`: the budget of a config that names none; None: a CPU, whose memory is not looked at.
-    Raises DoesNotFitError where even the last rung does not fit, ValueError where nothing says how much there is.
+    `device_bytes`: the budget of a config without one; None: a CPU, whose memory is not checked.
+    Raises DoesNotFitError if even the last rung does not fit, ValueError if the budget is unknown.
     """
     engine = config.engine
     if engine.activation_checkpointing != "auto":
@@ -51,7 +51,7 @@ def within_budget(config: Config, num_gpus: int, device_bytes: float | None) -> 
         return estimate_of(rung, Cluster(DEVICES["h100"], num_gpus)).memory.needed  # memory is the same on any device
 
     if needed_bytes(rungs[-1]) >= needed_bytes(rungs[-2]):
-        rungs.pop()  # inputs so small that the two on their way back take more than keeping all of them would
+        rungs.pop()  # inputs so small that prefetching two of them takes more memory than keeping all
     number = first_that_fits(len(rungs), lambda number: needed_bytes(rungs[number]) <= budget_bytes)
     if number is None:
         raise DoesNotFitError(
@@ -63,7 +63,7 @@ def within_budget(config: Config, num_gpus: int, device_bytes: float | None) -> 
 
 
 def ladder(engine: EngineSettings, units: int) -> list[EngineSettings]:
-    """Engines from the one that keeps everything to the one that keeps least; the budget is taken out."""
+    """Engine settings from the one that keeps everything to the one that keeps least, without the budget."""
 
     def rung(kind: str, share: float, others: str = "none") -> EngineSettings:
         chosen = {"activation_checkpointing": kind, "checkpointed_share": share, "other_blocks": others}

@@ -76,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """ValueError for numbers of devices, a share of the peak and a price that cannot be."""
+    """ValueError for an impossible number of devices, fraction of the peak or price."""
     for name in ("gpus", "per_node"):
         if (came := getattr(args, name)) is not None and came < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {came}")
@@ -90,7 +90,7 @@ def counted_steps(path: Path) -> dict[str, int]:
     """Bucket -> its steps in a run, from a file of `latte-scale coverage --out` (or RUN/coverage.json)."""
     try:
         rows = json.loads(path.read_text())["rows"]
-        return {row["bucket"]: int(row["steps"]) for row in rows if row["steps"]}  # clips that no size takes have none
+        return {row["bucket"]: int(row["steps"]) for row in rows if row["steps"]}  # clips that fit no size have none
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--coverage {path}: expected what `latte-scale coverage --out` writes ({error!r}); write it again"
@@ -124,7 +124,7 @@ def as_text(
 
 
 def _size_lines(estimate: Estimate) -> list[str]:
-    """A line a size: what it needs, and how long its steps take."""
+    """A line per size: its memory and step time."""
     lines = [f"{'Size':<14}{'of steps':>9}{'batch':>8}{'a GPU':>10}{'activations':>13}{'from torch':>12}"
              f"{'TFLOP a clip':>14}{'step s':>9}{'samples/s':>11}"]  # fmt: skip
     for step in estimate.steps:
@@ -158,7 +158,7 @@ def _time_lines(estimate: Estimate, cluster: Cluster, args: argparse.Namespace) 
 
 
 def assumptions(config: Config, cluster: Cluster, args: argparse.Namespace) -> list[str]:
-    """Everything that is not computed."""
+    """Everything that is assumed rather than computed."""
     reached, source = args.efficiency, "given"
     if reached is None:
         reached, source = EFFICIENCY[config.train.precision], "not measured on any GPU yet"

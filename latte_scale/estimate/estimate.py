@@ -1,6 +1,6 @@
 """The estimate of one config on one cluster: memory and time of a step, for every size of its clips.
 
-In: a config, whose settings are taken as they are, and a cluster. Out: an `Estimate`. budget.py and advice.py vary the
+In: a config, whose settings are used unchanged, and a cluster. Out: an `Estimate`. budget.py and advice.py vary the
 config and compare estimates.
 """
 
@@ -36,22 +36,22 @@ class Estimate:
 
     @property
     def peak(self) -> Step:
-        """The step that needs most memory."""
+        """The step with the highest memory."""
         return max(self.steps, key=lambda step: step.memory.total)
 
     @property
     def where(self) -> str:
-        """The words that name the steps of `peak` in a message; "" where all clips have one size."""
+        """Describes the steps of `peak` in a message; "" if all clips have one size."""
         return f" in steps of {self.peak.bucket.name}" if len(self.steps) > 1 else ""
 
     @property
     def memory(self) -> Memory:
-        """Memory of the step that needs most."""
+        """Memory of the step with the highest need."""
         return self.peak.memory
 
     @property
     def timing(self) -> Timing:
-        """The mean over the buckets, by their share of the steps."""
+        """The mean over the buckets, weighted by their fraction of the steps."""
         return mean_timing([(step.bucket.share, step.timing) for step in self.steps])
 
     @property
@@ -68,7 +68,7 @@ class Estimate:
 
 
 def checkpointing_words(engine: EngineSettings) -> str:
-    """What blocks keep, in a few words."""
+    """The activation checkpointing, in a few words."""
     kind, share = engine.activation_checkpointing, engine.checkpointed_share
     if kind == "none":
         return "no checkpointing"
@@ -80,13 +80,13 @@ def checkpointing_words(engine: EngineSettings) -> str:
 def estimate_of(
     config: Config, cluster: Cluster, efficiency: float | None = None, steps: Mapping[str, int] | None = None
 ) -> Estimate:
-    """Memory and time of a config, as its settings are. ValueError where they do not fit the number of ranks.
+    """Memory and time of a config, with its settings unchanged. ValueError if they do not fit the number of ranks.
 
     steps: how many of a run's steps each bucket has, as for `buckets_of`.
     """
     if config.engine.kind == "single" and cluster.num_gpus > 1:
         raise ValueError(f"engine.kind=single runs on one GPU, got {cluster.num_gpus}; use fsdp2 or zero, or --gpus 1")
-    micro_batches(config, cluster.num_gpus)  # the main size's: says what does not go together in the config's own words
+    micro_batches(config, cluster.num_gpus)  # the main size's: its error names settings that do not go together
     buckets = buckets_of(config, data_ranks(config, cluster.num_gpus), steps)
     return Estimate(config, tuple(_step(bucket, cluster, efficiency) for bucket in buckets))
 

@@ -1,7 +1,7 @@
-"""What devices and the links between them can do: the small table under every estimate, with its sources.
+"""Specifications of devices and the links between them: the table behind every estimate, with its sources.
 
-In: a name. Out: `Device`, `Cluster`. Peaks are dense and of data sheets; what of them is reached is an assumption of
-timing.py, printed with every estimate. A new device is one more line here. On 2026-11-25 the lines of H100, H200,
+In: a name. Out: `Device`, `Cluster`. Peaks are dense and from data sheets; the fraction reached is an assumption of
+timing.py, printed with every estimate. A new device needs one more line here. On 2026-11-25 the lines of H100, H200,
 L40S and B200 agreed with published tables (one of them gives B200 80 TFLOP/s in fp32); those of A100 and RTX 4090 were
 not compared.
 """
@@ -23,7 +23,7 @@ class Device:
     fp32_flops: float  # peak outside of tensor cores, FLOP/s: torch's default for fp32 products
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # to the other devices of its node, one direction
-    network_bytes_per_s: float  # its share of the node's network, one direction
+    network_bytes_per_s: float  # its part of the node's network, one direction
     per_node: int
     has_nvlink: bool
     source: str
@@ -60,7 +60,7 @@ class Cluster:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that the devices take up."""
+        """Nodes that the devices occupy."""
         return -(-self.num_gpus // self.device.per_node)
 
     def ranks(self, count: int, stride: int = 1) -> "Span":
@@ -90,7 +90,7 @@ class Span:
 
 
 def find_device(name: str, per_node: int | None = None) -> Device:
-    """The device of that name. ValueError lists those that there are."""
+    """The device of that name. ValueError lists the known ones."""
     key = name.lower()
     if key not in DEVICES:
         raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, got {name!r}")
@@ -98,7 +98,7 @@ def find_device(name: str, per_node: int | None = None) -> Device:
 
 
 def device_like(torch_name: str) -> Device | None:
-    """The device that torch.cuda.get_device_name() calls `torch_name`; None if the table has no such."""
+    """The device that torch.cuda.get_device_name() calls `torch_name`; None if the table does not have it."""
     words = torch_name.upper().replace("-", " ")
     if "A100" in words:
         return DEVICES["a100-40" if "40GB" in words else "a100"]

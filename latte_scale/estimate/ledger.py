@@ -1,8 +1,8 @@
 """Bytes allocated on a rank's device, by part, at every moment of a step, and the parts at the peak.
 
 In: allocations and frees of a step, in order. Out: the parts at the peak. `SingleEngineMemory` and `Fsdp2Memory` add
-what the engines single and fsdp2 allocate beside the activations; zero.py and zero3.py do so for DeepSpeed. All four
-are called alike: `begin` before a micro-batch, `on` for each entry of its log, `end` after its backward pass, and
+what the engines single and fsdp2 allocate besides activations; zero.py and zero3.py do so for DeepSpeed. All four have
+the same calls: `begin` before a micro-batch, `on` for each entry of its log, `end` after its backward pass, and
 `update` once, for the optimizer's step.
 """
 
@@ -50,7 +50,7 @@ class SingleEngineMemory:
         """Start a micro-batch."""
 
     def on(self, entry: Entry) -> None:
-        """A gradient of a later micro-batch is freed when it is complete: by then it was added to the existing one."""
+        """A gradient of a later micro-batch is freed when it is complete: it has been added to the existing one."""
         if entry.what == "gradient" or (entry.what == "complete" and not self._is_first):
             size = whole_bytes([self._weights.shape(entry.first, entry.second)])
             self._ledger.add("gradients", size if entry.what == "gradient" else -size)
@@ -66,10 +66,10 @@ class SingleEngineMemory:
 class Fsdp2Memory:
     """Engine fsdp2 (torch 2.13, torch/distributed/fsdp/_fully_shard): every tensor sharded by rows, units gathered.
 
-    A unit is gathered into one buffer, out of which its weights are copied. In forward the buffer lives until the next
-    unit is copied out; the buffer of a unit that was prefetched lives until that unit is used. A unit's gradients are
+    A unit is gathered into one buffer, from which its weights are copied. In forward the buffer lives until the next
+    unit is copied out; the buffer of a unit that was prefetched lives until that unit is used. A unit's gradients stay
     unsharded until backward has passed it in the last micro-batch; then they are copied into a buffer, which lives
-    until the next unit's, and reduced to rows.
+    until the next unit's, and reduce-scattered to rows.
     """
 
     def __init__(self, config: Config, weights: Weights, ledger: Ledger, num_shards: int, frees: bool) -> None:
@@ -83,11 +83,11 @@ class Fsdp2Memory:
         rows = sum(self._rows)
         ledger.change({"parameters": rows, "optimizer": 2 * rows, "ema": len(config.ema.decays) * rows})
         self._gathered: set[int] = set()
-        self._on_its_way: set[int] = set()  # gathered into its buffer, not copied out
+        self._on_its_way: set[int] = set()  # gathered into its buffer, not yet copied out
         self._kept_buffer = 0  # of the unit that was copied out last in forward
         self._reducing = 0
         self._fresh = [0] * len(units)  # gradients of this micro-batch
-        self._summed = [0] * len(units)  # of those before
+        self._summed = [0] * len(units)  # of earlier micro-batches
         self._is_last = True
 
     def begin(self, is_last: bool) -> None:
@@ -111,7 +111,7 @@ class Fsdp2Memory:
         elif entry.what == "back" and self._is_edge(entry.first, -1):
             self._gather(unit, in_forward=False)
             named = [] if unit == self._root else range(unit - 1, max(-1, unit - 1 - self._ahead), -1)
-            for ahead in named or range(unit - 1, max(-1, unit - 2), -1):  # unless named, the one that comes next
+            for ahead in named or range(unit - 1, max(-1, unit - 2), -1):  # unless named, the next one
                 self._send(ahead)
         elif entry.what == "passed" and self._is_edge(entry.first, 0):
             self._pass(unit)

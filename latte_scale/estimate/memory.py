@@ -1,8 +1,8 @@
-"""Memory of one rank by part, at the moment of a step when it is largest, for every engine.
+"""Peak memory of one rank in a step, by part, for every engine.
 
 In: a config, a cluster, and the log of a micro-batch (activations.py). Out: `Memory`. The decision worth
 knowing: a step is replayed entry by entry, with what the engine allocates and frees at each (ledger.py, zero.py,
-zero3.py: read from torch's and DeepSpeed's sources), and the peak is reported. Nothing is assumed about where it lies:
+zero3.py: read from torch's and DeepSpeed's sources), and the peak is reported. The position of the peak is not assumed:
 with large activations it is at the start of the backward pass, with small ones at its end.
 benchmarks/estimate_check.py compares total and parts with torch's own memory tracker.
 """
@@ -27,17 +27,17 @@ OUTSIDE_BYTES = 1.5 * 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank on its device; `total` is what torch's allocator has handed out at the peak."""
+    """Bytes of one rank on its device; `total` is what torch's allocator has allocated at the peak."""
 
     parameters: float  # this rank's shards of the fp32 weights
-    gathered: float  # unsharded weights that are in use, beside the shards
+    gathered: float  # unsharded weights in use, in addition to the shards
     gradients: float
     optimizer: float  # moments, and ZeRO's own copy of this rank's weights
     ema: float
-    activations: float  # inputs, and what forward made and still holds
-    workspace: float  # what backward made: gradients of activations, and recomputed activations
+    activations: float  # inputs, and tensors of forward that are still held
+    workspace: float  # tensors of backward: gradients of activations, and recomputed activations
     communication: float  # buffers of collectives
-    moment: str  # when the peak is, in words
+    moment: str  # description of when the peak is
     host: float = 0.0  # in host memory, with engine.cpu_offload or activation_checkpointing=offload
 
     @property
@@ -51,12 +51,12 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """What the device must have: with fragments and with what lies outside of torch's allocator."""
+        """What the device must have: with fragmentation and memory outside of torch's allocator."""
         return self.total * FRAGMENTED + OUTSIDE_BYTES
 
 
 def shard_ranks(config: Config, cluster: Cluster) -> int:
-    """fsdp2: ranks over which each copy of the weights is sharded. ValueError if the copies do not divide the ranks."""
+    """fsdp2: ranks over which each replica is sharded. ValueError if the replicas do not divide the ranks."""
     replicate, num_gpus = config.engine.replicate, cluster.num_gpus
     copies = max(1, num_gpus // cluster.device.per_node) if replicate == "node" else replicate
     if num_gpus % copies:
@@ -73,14 +73,14 @@ def data_ranks(config: Config, num_gpus: int) -> int:
 
 
 def micro_batches(config: Config, num_gpus: int) -> tuple[int, int]:
-    """(micro-batches a step, clips in each) on every rank."""
+    """(micro-batches per step, clips in each) on every rank."""
     train, size = config.train, data_ranks(config, num_gpus)
-    rank_range(train.global_batch, 0, size, config.sample_group)  # refuses more ranks than samples, in its own words
+    rank_range(train.global_batch, 0, size, config.sample_group)  # refuses more ranks than samples
     return micro_batch_shape(train.global_batch, size, train.micro_batch, config.sample_group)
 
 
 def memory(config: Config, cluster: Cluster, entries: tuple[Entry, ...]) -> Memory:
-    """Memory of rank 0, which has most. `entries`: the log of a micro-batch of the step, from `activations`."""
+    """Memory of rank 0, which needs most. `entries`: the log of a micro-batch of the step, from `activations`."""
     ledger, weights = Ledger(), weights_of(config.model)
     if config.engine.kind == "single":
         engine = SingleEngineMemory(config, weights, ledger)

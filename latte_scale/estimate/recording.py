@@ -1,14 +1,15 @@
 """The log of a step of a small model on fake tensors: what is allocated and freed, and between which blocks.
 
 In: a config (with few blocks) and a number of clips. Out: a list of `Entry`s in the order in which they happened. The
-decision worth knowing: nothing here is a formula of the layers. The trainer's own loss runs forward and backward on
-fake tensors (shapes and types, no data), so a change of the model, of autocast or of checkpointing changes the
-estimate with it. Weights and their gradients are left out: how they are kept is up to the engine.
+decision worth knowing: there are no formulas for the layers. The trainer's own loss runs forward and backward on fake
+tensors (shapes and types, no data), so a change of the model, of autocast or of checkpointing changes the estimate.
+Weights and their gradients are left out: their storage depends on the engine.
 
-The fakes lie on the CPU, because torch's CPU build cannot run autograd on fakes of a GPU. What is kept is the same for
-this model: attention keeps q, k, v, its output and one fp32 number a query under either of flash attention's kernels
-(a GPU takes the memory-efficient kernel for the masked cross-attention, which keeps the same), and autocast rounds the
-same products to bf16. Scratch memory inside GPU kernels is not seen, such as flash attention's fp32 gradient of q.
+The fake tensors are on the CPU, because torch's CPU build cannot run autograd on fake GPU tensors. For this model the
+saved tensors are the same: attention keeps q, k, v, its output and one fp32 number per query under either kernel of
+flash attention (a GPU takes the memory-efficient kernel for the masked cross-attention, which keeps the same), and
+autocast rounds the same products to bf16. Scratch memory inside GPU kernels, such as flash attention's fp32 gradient of
+q, is not recorded.
 """
 
 import weakref
@@ -41,10 +42,10 @@ MODEL = -1  # in place of a block: the model itself, or a weight that is in no b
 class Entry(NamedTuple):
     """One line of a step's log.
 
-    change: `first` bytes more of tensors made in forward, `second` more of tensors made in backward (gradients of
-        activations, what is computed again). gradient: that of weight `second` of block `first` is allocated.
-        complete: and this micro-batch adds no more to it.
-    enter, leave: the forward of block `first` begins, ends. back: the gradient of its output is there. passed: that of
+    change: `first` more bytes of tensors made in forward, `second` more of tensors made in backward (gradients of
+    activations, recomputed tensors). gradient: that of weight `second` of block `first` is allocated.
+    complete: this micro-batch adds no more to it.
+    enter, leave: the forward of block `first` begins, ends. back: the gradient of its output exists. passed: that of
         its input. done: the backward pass is over.
     on_host: block `first` moved `second` bytes to host memory (activation_checkpointing=offload).
     """
@@ -81,7 +82,7 @@ def record(config: Config, batch: int) -> list[Entry]:
 
 
 def _inputs(config: Config) -> ModelInputs:
-    """A synthetic micro-batch; clips that are continued have a timestep for each frame."""
+    """A synthetic micro-batch; clips with given frames have a timestep for each frame."""
     inputs = micro_batch(config, torch.device("cpu"), torch.Generator().manual_seed(0), "full")
     if not config.train.known_frames.share:
         return inputs
@@ -90,7 +91,7 @@ def _inputs(config: Config) -> ModelInputs:
 
 
 class PaperGroup(SequenceGroup):
-    """The first of `size` ranks of a sequence group, without the others: everything is allocated, nothing is sent."""
+    """The first of `size` ranks of a sequence group, without the others: all tensors are allocated, nothing is sent."""
 
     def __init__(self, size: int) -> None:
         super().__init__(0, size)
@@ -105,10 +106,10 @@ class PaperGroup(SequenceGroup):
 
 
 class Recorder(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made while it is entered."""
+    """Tracks the bytes of all tensors that are made while it is entered."""
 
     def __init__(self, existing: Sequence[Tensor]) -> None:
-        """`existing`: tensors that were there before, whose views are no allocations."""
+        """`existing`: tensors made before, whose views are no allocations."""
         super().__init__()
         self.entries: list[Entry] = []
         self.in_backward = False
@@ -124,11 +125,11 @@ class Recorder(TorchDispatchMode):
         return result
 
     def mark(self, what: What, first: int, second: int = 0) -> None:
-        """Write down what happened."""
+        """Append an entry to the log."""
         self.entries.append(Entry(what, first, second))
 
     def take_gradient(self, gradient: Tensor, block: int, number: int) -> None:
-        """This tensor turned out to be the gradient of a weight: count it as such, and not as made in backward."""
+        """This tensor turned out to be the gradient of a weight: count it as one, and not as made in backward."""
         place, freed = self._known[gradient.untyped_storage()]
         freed.detach()
         self.entries[place] = Entry("gradient", block, number)
@@ -190,7 +191,7 @@ def _mark_module(module: nn.Module, index: int, recorder: Recorder) -> None:
 
 
 class _Passed(torch.autograd.Function):
-    """Identity; calls back when the gradients of all its outputs are there."""
+    """Identity; calls back when the gradients of all its outputs exist."""
 
     @staticmethod
     def forward(ctx: Any, call: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -204,9 +205,9 @@ class _Passed(torch.autograd.Function):
 
 
 class FakeStash:
-    """Does what engine/activations.py's HostStash does: inputs of blocks leave the device and return one block early.
+    """Imitates HostStash of engine/activations.py: inputs of blocks leave the device and return one block early.
 
-    There both copies run beside the computation; here they are always complete at once.
+    HostStash overlaps both copies with the computation; here they complete at once.
     """
 
     def __init__(self, recorder: Recorder) -> None:

@@ -1,9 +1,9 @@
-"""Seconds of a step from its work and its traffic, and what a run costs.
+"""Seconds of a step from its FLOPs and its communication, and what a run costs.
 
-In: a config and a cluster. Out: `Timing`. The decision worth knowing: how much of a device's peak the products reach is
-not computed but assumed, and so printed; `--efficiency` takes the figure that `latte-scale bench step` measured
-instead. Of the transfers, only the part counts that is not hidden behind the forward or backward pass it may overlap
-with, plus the first unit's, which nothing can hide. Waiting for data, checkpoints and stragglers is left out.
+In: a config and a cluster. Out: `Timing`. The decision worth knowing: the fraction of a device's peak that matrix
+products reach is not computed but assumed, and therefore printed; `--efficiency` sets it to the figure measured by
+`latte-scale bench step`. A transfer counts only as far as the forward or backward pass does not hide it, plus the first
+unit's, which nothing can hide. Waiting for data, checkpoints and stragglers is left out.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ EFFICIENCY = {"bf16": 0.40, "fp8": 0.40, "fp32": 0.60}
 """Share of the device's peak that forward and backward reach, recomputed work counted in. bf16: published video DiTs
 reach 18 to 52 % (Wan2.1-14B under FSDP2 23 %, NeMo's DiT-7B on 256 H100 52 %), so 40 % is a hope to be measured. fp8:
 the same, of the bf16 peak; its gain is not counted before it is measured."""
-HBM_REACHED = 0.7  # share of the memory's rate that the fused update reaches; an assumption
-UPDATE_BYTES = 32  # an element: AdamW reads 4 and writes 3 numbers, and the gradient's norm reads one
-AVERAGE_BYTES = 12  # an element and average: reads two numbers and writes one
+HBM_REACHED = 0.7  # fraction of the memory bandwidth that the fused update reaches; an assumption
+UPDATE_BYTES = 32  # per element: AdamW reads 4 and writes 3 numbers, and the gradient's norm reads one
+AVERAGE_BYTES = 12  # per element and EMA: reads two numbers and writes one
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Timing:
     """One step of a whole run on a cluster, or the mean of several kinds of steps."""
 
     forward_s: float
-    backward_s: float  # recomputing included
+    backward_s: float  # recompute included
     update_s: float
     exposed_s: float  # the part of the transfers that no computation hides
     collectives: tuple[Collective, ...]
-    model_flops: float  # a step, all samples, 3 x forward: what MFU is credited with
+    model_flops: float  # per step, all samples, 3 x forward: the FLOPs that MFU counts
     global_batch: float  # samples of the step
 
     @property
@@ -56,7 +56,7 @@ class Timing:
 
 
 def timing(config: Config, cluster: Cluster, efficiency: float | None = None) -> Timing:
-    """Timing of one step. `efficiency`: share of the peak that forward and backward reach; None: EFFICIENCY."""
+    """Timing of one step. `efficiency`: fraction of the peak that forward and backward reach; None: EFFICIENCY."""
     number, batch = micro_batches(config, cluster.num_gpus)
     forward_flops = clip_flops(config)
     reached = (efficiency or EFFICIENCY[config.train.precision]) * _peak(config, cluster.device)
@@ -75,9 +75,9 @@ def timing(config: Config, cluster: Cluster, efficiency: float | None = None) ->
 
 
 def mean_timing(weighted: Sequence[tuple[float, Timing]]) -> Timing:
-    """The mean step of a run with clips of several sizes, from (share of the steps, timing) of each; shares sum to 1.
+    """The mean step of a run with clips of several sizes, from (fraction of the steps, timing) of each.
 
-    Its rates are those of the run: samples of a mean step over its seconds.
+    The fractions sum to 1. Its rates are those of the run: samples of a mean step over its seconds.
     """
     if len(weighted) == 1:
         return weighted[0][1]
@@ -108,7 +108,7 @@ def _peak(config: Config, device: Device) -> float:
 
 
 def _update_s(config: Config, cluster: Cluster) -> float:
-    """Passes of the update and of the averages over this rank's pieces."""
+    """Passes of the update and of the EMA over this rank's pieces."""
     weights = weights_of(config.model)
     piece = weights.size_bytes / cluster.num_gpus
     if config.engine.kind == "fsdp2":
@@ -135,7 +135,7 @@ def transfers(config: Config, cluster: Cluster, number: int, batch: int) -> list
 
 
 def _of_fsdp2(config: Config, cluster: Cluster, number: int) -> list[Collective]:
-    """Units gathered in forward (and backward, where they are freed between), gradients reduced once a step."""
+    """Units gathered in forward (and in backward if freed in between), gradients reduced once per step."""
     num_shards = shard_ranks(config, cluster)
     span = cluster.ranks(num_shards)
     weights = weights_of(config.model)
@@ -173,7 +173,7 @@ def _of_zero(config: Config, cluster: Cluster, number: int) -> list[Collective]:
 
 
 def _of_sequence(config: Config, cluster: Cluster, number: int, batch: int) -> Collective:
-    """Tokens change hands between a spatial and a temporal block and back, in forward and in backward, in fp32."""
+    """All-to-alls of tokens between spatial and temporal blocks and back, in forward and in backward, in fp32."""
     span = cluster.ranks(config.engine.sequence_parallel)
     height, width = latent_sides(config)
     rows = config.video.frames // config.model.frames_per_token

@@ -1,10 +1,10 @@
-"""What the ranks of a step send each other, and how long each collective takes.
+"""The communication of a step, and how long each collective takes.
 
 In: an engine's settings, the sizes of the weights and a cluster. Out: `Collective`s of one step, each with the bytes of
-the whole tensor and how often it happens. A collective's time is NCCL's own model, by which it chooses its algorithms
+the whole tensor and how often it happens. A collective's time follows the model with which NCCL chooses its algorithms
 (github NVIDIA/nccl, src/graph/tuning.cc, 2.2x): a latency for every hop of the ring, or level of the tree, and the
 bytes over the slowest link. The decision worth knowing: the ring's latency grows with the ranks and not with the bytes,
-so it is this term that ends weak scaling.
+so this term limits weak scaling.
 """
 
 import math
@@ -18,8 +18,8 @@ Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 REACHED = 0.8
 """Share of a link's nominal rate that large collectives reach: nccl-tests on DGX H100 give about 360 of 450 GB/s."""
 _US = 1e-6
-# tuning.cc: base latency, a hop inside a node, a hop between nodes in microseconds, and the share of the bandwidth; for
-# the protocols LL128 (NVLink only) and Simple.
+# tuning.cc: base latency, a hop inside a node, a hop between nodes in microseconds, and the fraction of the bandwidth;
+# for the protocols LL128 (NVLink only) and Simple.
 RING = {"ll128": (14.0, 1.9, 4.0, 0.92), "simple": (8.4, 3.4, 14.0, 1.0)}
 TREE = {"ll128": (14.0, 1.25, 8.5, 0.46), "simple": (8.4, 4.0, 14.0, 0.5)}
 
@@ -28,11 +28,11 @@ TREE = {"ll128": (14.0, 1.25, 8.5, 0.46), "simple": (8.4, 4.0, 14.0, 0.5)}
 class Collective:
     """One kind of transfer of a step."""
 
-    name: str  # what for
+    name: str  # its purpose
     kind: Kind
     span: Span
     size_bytes: float  # of the whole tensor, each time
-    times: float  # a step
+    times: float  # per step
     hidden_behind: Literal["forward", "backward", "nothing"]  # what it may overlap with
 
     @property
@@ -78,7 +78,7 @@ def _tree_s(span: Span, size_bytes: float, model: tuple[float, float, float, flo
 
 
 def _exchange_s(span: Span, size_bytes: float) -> float:
-    """All pairs at once: each rank sends all but its own share, over the network to those of other nodes."""
+    """All-to-all: each rank sends all but its own part, over the network to ranks of other nodes."""
     base, inside, between, _ = RING["simple"]
     mine = size_bytes / span.size
     away = mine * (span.size - span.per_node) / span.size

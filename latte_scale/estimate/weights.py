@@ -1,6 +1,6 @@
-"""The weights of a model by block, and what a rank holds of them, without building them.
+"""The weights of a model by block, and the part that a rank holds, without building them.
 
-In: the model's settings. Out: `Weights`: shapes, and bytes in fp32, whole and as fsdp2 cuts them.
+In: the model's settings. Out: `Weights`: shapes, and bytes in fp32, whole and as fsdp2 shards them.
 """
 
 import functools
@@ -18,7 +18,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Weights:
-    """Shapes of the parameters: of every block in the order of forward, and of all that is in no block."""
+    """Shapes of the parameters: of every block in the order of forward, and of those outside the blocks."""
 
     blocks: tuple[Shapes, ...]
     rest: Shapes
@@ -34,7 +34,7 @@ class Weights:
         return (self.rest if block == MODEL else self.blocks[block])[number]
 
     def units(self, blocks_per_unit: int) -> list[Shapes]:
-        """Shapes of each group of blocks that fsdp2 gathers together; last those of all that is in no block."""
+        """Shapes of each group of blocks that fsdp2 gathers together; last those outside the blocks."""
         starts = range(0, len(self.blocks), blocks_per_unit)
         return [sum(self.blocks[first : first + blocks_per_unit], ()) for first in starts] + [self.rest]
 
@@ -66,10 +66,10 @@ def whole_bytes(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def rows_bytes(shapes: Sequence[Sequence[int]], size: int) -> int:
-    """fp32 bytes of rank 0's rows under fsdp2, which cuts every tensor by rows and rounds up."""
+    """fp32 bytes of rank 0's rows under fsdp2, which shards every tensor by rows and rounds up."""
     return sum(4 * -(-shape[0] // size) * math.prod(shape[1:]) for shape in shapes)
 
 
 def padded_bytes(shapes: Sequence[Sequence[int]], size: int) -> int:
-    """What fsdp2 moves to gather these tensors: each is filled up to a multiple of `size` rows."""
+    """Bytes that fsdp2 moves to gather these tensors: each is padded to a multiple of `size` rows."""
     return size * rows_bytes(shapes, size)

@@ -1,8 +1,8 @@
-"""What DeepSpeed's ZeRO allocates beside the activations of a step (0.19, deepspeed/runtime/zero).
+"""What DeepSpeed's ZeRO allocates in a step besides activations (0.19, deepspeed/runtime/zero).
 
 In: the weights, the ranks, the entries of a step's log. Out: entries in the ledger. Stages 1 and 2 (stage_1_and_2.py)
-cut the weights of a group, laid end to end, into equal pieces; gradients go through a bucket, whose contents are copied
-once more while they are reduced if they belong to several ranks. Stage 3 is in zero3.py.
+flatten the weights of a group and split them into equal pieces; gradients go through a bucket, whose contents are
+copied once more during the reduction if they belong to several ranks. Stage 3 is in zero3.py.
 """
 
 import math
@@ -15,7 +15,7 @@ from latte_scale.estimate.weights import Weights
 from latte_scale.optim import is_decayed
 
 ALIGNED_TO = 2  # elements: stage_1_and_2.py, nccl_start_alignment_factor
-NORM_BYTES = 8  # an element of a gradient while its norm is taken: in float64 (zero/utils.py, get_norm_dtype)
+NORM_BYTES = 8  # per element of a gradient while its norm is computed: in float64 (zero/utils.py, get_norm_dtype)
 Place = tuple[int, int]  # block and number of a weight
 
 
@@ -42,7 +42,7 @@ class ZeroMemory:
         self._bucket = min(config.engine.zero_bucket_elements, total)
         flat, held = num_gpus * sum(self._pieces), min(sum(self._pieces), total)
         states = {"optimizer": 12 * sum(self._pieces), "ema": 4 * held * len(config.ema.decays)}
-        if self._offloads:  # the largest gradient has a place on the device on its way to the host
+        if self._offloads:  # the largest gradient has a buffer on the device on its way to the host
             ledger.host += sum(states.values())
             states = {"communication": 4 * max(self._numel.values())}
         ledger.change({"parameters": 4 * flat} | states)
@@ -60,7 +60,7 @@ class ZeroMemory:
             stop = start + self._numel[place]
             self._ranks_of[place] = range(start // piece, (stop - 1) // piece + 1)
             if start < piece:
-                self._owned.append(place)  # by rank 0, perhaps only in part
+                self._owned.append(place)  # by rank 0, possibly only in part
             start = stop
 
     def begin(self, is_last: bool) -> None:
@@ -68,7 +68,7 @@ class ZeroMemory:
         self._is_last = is_last
 
     def on(self, entry: Entry) -> None:
-        """Follow the gradients; nothing else changes what ZeRO holds."""
+        """Follow the gradients; nothing else changes ZeRO's allocations."""
         place = entry.first, entry.second
         if entry.what == "gradient":
             self._ledger.add("gradients", 4 * self._numel[place])
@@ -97,7 +97,7 @@ class ZeroMemory:
         self._is_first = False
 
     def update(self) -> None:
-        """The owned gradients are laid end to end once more, group by group, behind the norm of each."""
+        """The owned gradients are flattened once more, group by group, after the norm of each."""
         largest = max((self._numel[place] for place in self._owned), default=0)
         if self._offloads:
             return
@@ -108,7 +108,7 @@ class ZeroMemory:
             self._ledger.add("gradients", -4 * piece)
 
     def _fill(self, place: Place) -> None:
-        """Move a gradient into the bucket; one larger than the bucket goes by itself."""
+        """Move a gradient into the bucket; one larger than the bucket is reduced by itself."""
         filled = sum(self._numel[other] for other in self._filled)
         if filled + self._numel[place] > self._bucket:
             self._reduce()

@@ -1,10 +1,10 @@
-"""What DeepSpeed's ZeRO stage 3 allocates beside the activations of a step (0.19, deepspeed/runtime/zero).
+"""What DeepSpeed's ZeRO stage 3 allocates in a step besides activations (0.19, deepspeed/runtime/zero).
 
-In: the weights, the ranks, the entries of a step's log. Out: entries in the ledger. Every weight is cut; the pieces lie
-there twice (stage3.py compares a device with a string, so it makes a master copy even of fp32 weights), beside a buffer
-for this rank's gradients. The decision worth knowing: what is modelled is the third step and later ones, when DeepSpeed
-has learned in which order weights are used (partitioned_param_coordinator.py). From then on the next weights are
-prefetched, into one buffer out of which each is copied, and they stay gathered if they are used again soon.
+In: the weights, the ranks, the entries of a step's log. Out: entries in the ledger. Every weight is sharded, and a rank
+holds its shards twice (stage3.py compares a device with a string, so it makes a master copy even of fp32 weights), plus
+a buffer for its gradients. The decision worth knowing: the model is of the third step and later ones, when DeepSpeed
+has learned the order in which weights are used (partitioned_param_coordinator.py). From then on the next weights are
+prefetched into one buffer, from which each is copied, and they stay gathered if they are used again soon.
 """
 
 import math
@@ -61,11 +61,11 @@ class Zero3Memory:
         self._autograd_keeps = config.train.precision != "bf16" and checkpointing == "none"
         self._set_order(weights, computed_again=checkpointing != "none")
         self._sent_with: dict[Place, _Sent] = {}
-        self._used, self._next = 0, 0  # weights used in this micro-batch; and sent for, or passed over
+        self._used, self._next = 0, 0  # weights used in this micro-batch; and requested or skipped
         self._filled: list[Place] = []
 
     def _set_order(self, weights: Weights, computed_again: bool) -> None:
-        """When weights are used, and how many elements are used between the forward and the backward of a block."""
+        """The order in which weights are used, and the elements used between forward and backward of a block."""
         places = {
             index: [(index, number) for number in range(len(shapes))] for index, shapes in enumerate(weights.blocks)
         }
@@ -113,7 +113,7 @@ class Zero3Memory:
         self._release(MODEL)
 
     def update(self) -> None:
-        """Norms are taken one by one; then the gradients are laid end to end in a second copy."""
+        """Norms are computed one by one; then the gradients are flattened into a second copy."""
         if self._offloads:
             return
         largest = NORM_BYTES * max(self._pieces.values())
@@ -127,10 +127,10 @@ class Zero3Memory:
             self._use_one(place)
 
     def _use_one(self, place: Place) -> None:
-        """Gather a weight unless it is there or on its way, and send for those that come next."""
+        """Gather a weight unless it is gathered or on its way, and prefetch the next ones."""
         sent = self._sent_with.pop(place, None)
         if sent is None and place not in self._there:
-            self._there.add(place)  # alone it is gathered in place
+            self._there.add(place)  # a single weight is gathered in place
             self._ledger.add("gathered", 4 * self._numel[place])
         elif sent is not None:
             self._arrive(sent, place)
@@ -163,7 +163,7 @@ class Zero3Memory:
             self._sent_with |= dict.fromkeys(places, sent)
 
     def _stays(self, block: int) -> bool:
-        """Whether a block's weights stay gathered after forward: used again soon, or that use needs no new gather."""
+        """Whether a block's weights stay gathered after forward, for their next use."""
         soon = self._until_backward[block] < REUSED_WITHIN
         return self._autograd_keeps or soon or self._next > self._back_at[block]
 
@@ -174,7 +174,7 @@ class Zero3Memory:
                 self._ledger.add("gathered", -4 * self._numel[place])
 
     def _fill(self, place: Place) -> None:
-        """Move a gradient into the bucket; one larger than the bucket goes by itself."""
+        """Move a gradient into the bucket; one larger than the bucket is reduced by itself."""
         filled = sum(self._numel[other] for other in self._filled)
         if self._filled and filled + self._numel[place] > self._bucket:
             self._reduce()

@@ -1,9 +1,9 @@
-"""How far a score would move with other clips of the same kind: a bootstrap over clips, real and fake ones.
+"""How much a score would vary with other clips of the same kind: a bootstrap over clips, real and fake.
 
-The decision worth knowing: the interval stands around the score at the spread of its resamples (their quantiles less
-their mean), not at the resamples' own quantiles. A Fréchet distance grows when clips repeat, so the resamples lie above
-the score, often all of them. The interval is about scores of this many clips: it does not take away the bias that the
-number of clips itself gives FVD and FID, which is why scores of different counts do not compare.
+The decision worth knowing: the interval is centred on the score and has the spread of the resamples (their quantiles
+minus their mean), instead of being the resamples' quantiles. A Fréchet distance grows when clips repeat, so most or all
+resamples lie above the score. The interval holds for this number of clips: it does not remove the bias of FVD and FID
+that depends on the number of clips, which is why scores of different counts are not comparable.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and what resampling says of it; the last three are None without resamples."""
+    """A score and its uncertainty from resampling; the last three are None without resamples."""
 
     value: float
     low: float | None
@@ -31,7 +31,7 @@ class Interval:
 
 
 def resample(seed: int, number: int, num_clips: int, side: int) -> Tensor:
-    """How often each clip is in resample `number`: fp64 [num_clips] of sum num_clips. side: 0 real, 1 fake."""
+    """How often each clip is in resample `number`: fp64 [num_clips], summing to num_clips. side: 0 real, 1 fake."""
     draw = generator(seed, "evaluate/bootstrap", number, side).integers(0, num_clips, num_clips)
     return torch.from_numpy(np.bincount(draw, minlength=num_clips).astype(np.float64))
 
@@ -45,10 +45,10 @@ def bootstrap(
     ranks: Ranks,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Interval:
-    """The score and its interval of level LEVEL. A collective: the resamples are shared out over the ranks.
+    """The score and its interval of level LEVEL. A collective: the resamples are distributed over the ranks.
 
-    num_real is 0 for a score of fakes alone. With fewer than 2 resamples there is no interval, nor where a resample has
-    no score: one that drew the same clip every time, as happens with a handful of clips, has no pairs for KID.
+    num_real is 0 for a score of fakes only. There is no interval with fewer than 2 resamples, or if a resample has no
+    score: with a handful of clips one may draw the same clip every time, which gives no pairs for KID.
     """
 
     def at(real_weight_U: Tensor, fake_weight_U: Tensor) -> float:

@@ -1,9 +1,9 @@
 """Which clips are scored, and their pixels: a folder of videos or a data set of shards in, uint8 windows out.
 
-A folder is read with its subfolders; prompts.jsonl, where there is one, says what each file shows and which files
-belong to it. Shards are those of `latte-data shard` ("video" ones, with pixels), in a folder or s3://. The fingerprint
-of a set changes with any byte of it, so that features of real clips can be kept. Which clips are taken, and where the
-window of a real one lies, follows from the seed and the clip's name alone.
+A folder is read with its subfolders; prompts.jsonl, if there is one, lists the files and what each shows. Shards are
+those of `latte-data shard` ("video" ones, with pixels), in a folder or s3://. The fingerprint of a set changes with any
+byte of it, so that features of real clips can be cached. The choice of clips, and the window of a real one, depend only
+on the seed and the clip's name.
 """
 
 import functools
@@ -27,10 +27,10 @@ VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mkv", ".avi", ".mov", ".m4v")
 
 @dataclass(frozen=True)
 class Clip:
-    """One video: its name in the set, where it lies, and how to get its bytes and caption ("" where there is none)."""
+    """One video: its name in the set, its place, and how to get its bytes and caption ("" if there is none)."""
 
     name: str
-    place: str  # for messages: two sets may have the same names
+    place: str  # for messages: two sets may share names
     load: Callable[[], tuple[bytes, str]]
 
 
@@ -41,11 +41,11 @@ class ClipSet:
     where: str
     clips: tuple[Clip, ...]
     fingerprint: Callable[[], str]  # reads every file of a folder
-    policy: VideoSettings | None = None  # the frame policy that the videos were sampled for, where prompts.jsonl says
+    policy: VideoSettings | None = None  # the frame policy that the videos were sampled for, if in prompts.jsonl
 
 
 def open_clips(url: str | Path) -> ClipSet:
-    """The clips at a folder or a data set's URL. Raises ValueError where there is none, or only latents."""
+    """The clips at a folder or a data set's URL. Raises ValueError if there are none, or only latents."""
     if open_store(str(url)).exists(MANIFEST):
         return _shards(str(url))
     folder = Path(local_path(str(url)))
@@ -103,7 +103,7 @@ def _read(dataset: Dataset, shard: int, position: int) -> tuple[bytes, str]:
 
 
 def choose(clip_set: ClipSet, count: int, seed: int) -> list[Clip]:
-    """`count` of the clips, or all of fewer: those whose names hash lowest, sorted by name."""
+    """`count` of the clips, or all if there are fewer: those with the lowest hashes of names, sorted by name."""
     by_hash = sorted(clip_set.clips, key=lambda clip: hash64("evaluate/choose", seed, clip.name))
     return sorted(by_hash[:count], key=lambda clip: clip.name)
 
@@ -111,7 +111,7 @@ def choose(clip_set: ClipSet, count: int, seed: int) -> list[Clip]:
 def read_window(clip: Clip, video: VideoSettings, seed: int | None) -> tuple[np.ndarray, str]:
     """(uint8 [F, 3, H, W], caption) of a clip: the window drawn for `seed`, or the file's first with None.
 
-    Raises VideoError naming the clip: too short, or not to be decoded.
+    Raises VideoError naming the clip if it is too short or cannot be decoded.
     """
     data, caption = clip.load()
     try:

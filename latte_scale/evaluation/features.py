@@ -1,8 +1,8 @@
 """From clips to features, over all ranks: each rank embeds every n-th clip, and all ranks get the features of all.
 
-They are exchanged in one sum of arrays that are zero in the other ranks' rows, so the features, and all that is
-computed from them, do not depend on the number of ranks. A clip that cannot be read on one rank is an error on all of
-them: nobody waits for a rank that gave up. Features of real clips are kept in a file named by all that determines them.
+One all-reduce of arrays that are zero in the other ranks' rows exchanges them, so the features, and all scores, do not
+depend on the number of ranks. A clip that cannot be read on one rank is an error on all ranks, so none waits for a
+failed one. Features of real clips are cached in a file named by a hash of all that determines them.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ Progress = Callable[[int, int], None]  # (done, total) of this rank's part
 
 @dataclass(frozen=True)
 class Window:
-    """Which frames of a clip are looked at, and in what size."""
+    """Which frames of a clip are used, and their size."""
 
     video: VideoSettings
-    seed: int | None  # draws the place in a real clip; None: the first frames, for sampled ones
+    seed: int | None  # draws the position in a real clip; None: the first frames, for sampled ones
 
 
 def extract(

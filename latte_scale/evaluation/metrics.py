@@ -1,9 +1,9 @@
 """FVD, FID, KID, IS, CLIP score and CLIP consistency of sampled clips: which features each needs, and what is recorded.
 
-In: the names of metrics, two sets of clips and the networks' files. Out: a value with its interval and everything a
-reader needs to compare it: counts, frames, size, network and its sha256. FVD follows StyleGAN-V: clips of 16 frames,
-real ones every third frame at a random place, generated ones as they are, 2048 of each, covariances over N. Here the
-draws are seeded, and the default frames are those the samples were made for.
+In: the names of metrics, two sets of clips and the networks' files. Out: a value with its interval and everything
+needed to compare it: counts, frames, size, network and its sha256. FVD follows StyleGAN-V: clips of 16 frames, real
+ones every third frame from a random position, generated ones unchanged, 2048 of each, covariances divided by N. Here
+the draws are seeded, and the default frame policy is that of the samples.
 """
 
 import functools
@@ -35,16 +35,16 @@ NEEDS_REAL = ("fvd", "fid", "kid")
 NEEDS_COUNT = (*NEEDS_REAL, "is")  # those whose value depends on the number of clips
 STYLEGAN_V = VideoSettings(frames=16, frame_interval=3)
 
-Show = Callable[[str], Callable[[int, int], None]]  # what begins -> how far it is
+Show = Callable[[str], Callable[[int, int], None]]  # name of a stage -> its progress
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How clips are taken and scores computed; None: what the samples were made for, else StyleGAN-V's."""
+    """How clips are read and scores computed; None: the samples' own policy, else StyleGAN-V's."""
 
     frames: int | None = None
-    frame_interval: int | None = None  # of real clips; sampled ones are taken as they are
-    size: int | None = None  # pixels a side; None: of the first sampled clip
+    frame_interval: int | None = None  # of real clips; sampled ones are used unchanged
+    size: int | None = None  # pixels per side; None: of the first sampled clip
     num_clips: int = 2048  # of each side
     num_resamples: int = 200
     seed: int = 0
@@ -58,7 +58,7 @@ class Protocol:
 
 
 class Scorer:
-    """Computes metrics one after another; networks and features are made when first needed and used again."""
+    """Computes metrics one after another; networks and features are made when first needed and reused."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Scorer:
         ranks: Ranks,
         show: Show,
     ) -> None:
-        """network_files: network -> path or URL, None for its usual place. A collective, as every method."""
+        """network_files: network -> path or URL, None for its default place. A collective, as every method."""
         self._real_set, self._protocol, self._ranks, self._show = real, protocol, ranks, show
         self._files = network_files
         self._fake = choose(fake, protocol.num_clips, protocol.seed)

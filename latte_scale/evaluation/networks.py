@@ -1,10 +1,10 @@
-"""The networks that turn clips into features: files or URLs the user names, their sha256 recorded with every score.
+"""The networks that turn clips into features: files or URLs given by the user, their sha256 recorded with every score.
 
-i3d and inception are TorchScript modules as StyleGAN-V and StyleGAN2-ADA publish them, called with the arguments those
-tools call them with, and without TF32 as there, so that the numbers are theirs; clip is a folder of a CLIP model and
-its tokenizer in the layout of transformers. The decision worth knowing: CLIP runs through transformers, which is a
-dependency already and reads the published CLIP models, OpenCLIP's among them. open_clip itself needs a torchvision that
-fits the build of torch.
+i3d and inception are the TorchScript modules published with StyleGAN-V and StyleGAN2-ADA, called with the same
+arguments as in those tools and without TF32, so that the numbers agree; clip is a folder of a CLIP model and its
+tokenizer in the layout of transformers. The decision worth knowing: CLIP runs through transformers, which is already a
+dependency and reads the published CLIP models, including OpenCLIP's. open_clip itself needs a torchvision that matches
+the build of torch.
 
 Shapes: B clips, F frames, C channels, H W pixels, K vectors of a clip, D width of a feature.
 """
@@ -45,17 +45,17 @@ Embed = Callable[[Tensor, list[str]], Tensor]
 
 @dataclass(frozen=True)
 class Network:
-    """A feature network: where it came from, and what it can make of clips."""
+    """A feature network: its source, and its functions of clips."""
 
     source: str
     sha256: str  # of the file, or of a folder's weights and configuration
-    features: Embed  # i3d: K = 1; inception: a row a frame; clip: a row a frame, then one of the caption
+    features: Embed  # i3d: K = 1; inception: a row per frame; clip: a row per frame, then one of the caption
     classes: Embed | None = None  # inception: probabilities of each frame
 
 
 @contextmanager
 def whole_fp32() -> Iterator[None]:
-    """Convolutions on a GPU without TF32, which keeps 10 bits of a number and is torch's default for them."""
+    """Convolutions on a GPU without TF32, torch's default for them, which keeps 10 bits of the mantissa."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -64,12 +64,12 @@ def whole_fp32() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where networks are looked for and features kept: $LATTE_CACHE, or ~/.cache/latte_scale."""
+    """The folder of networks and cached features: $LATTE_CACHE, or ~/.cache/latte_scale."""
     return Path(os.environ.get("LATTE_CACHE") or Path.home() / ".cache" / "latte_scale")
 
 
 def find_network(name: str, given: str | None) -> Path:
-    """The local file or folder of a network: what was given, fetched first if it is a URL, or its usual place.
+    """The local file or folder of a network: the one given (a URL is fetched first), or its default place.
 
     Raises ValueError saying what to fetch and where to put it.
     """
@@ -104,7 +104,7 @@ def _fetched(name: str, url: str) -> Path:
 
 
 def load_network(name: str, path: Path, device: torch.device) -> Network:
-    """Read a network onto a device. Raises ValueError for a file that is none."""
+    """Load a network onto a device. Raises ValueError for a file that is none."""
     return _load_clip(path, device) if name == "clip" else _load_script(name, path, device)
 
 
@@ -128,7 +128,7 @@ def _load_script(name: str, path: Path, device: torch.device) -> Network:
         return call(pixels_BFCHW.flatten(0, 1), pixels_BFCHW.shape[1], return_features=True)
 
     def frame_classes(pixels_BFCHW: Tensor, _captions: list[str]) -> Tensor:
-        # Without the last bias, as the first implementation of the Inception Score left it out.
+        # Without the last bias, as in the original implementation of the Inception Score.
         return call(pixels_BFCHW.flatten(0, 1), pixels_BFCHW.shape[1], no_output_bias=True)
 
     if name == "i3d":
@@ -137,7 +137,7 @@ def _load_script(name: str, path: Path, device: torch.device) -> Network:
 
 
 def _checked_call(script: Any, path: Path, name: str) -> Callable[..., Tensor]:
-    """The module as (input, vectors a clip, options) -> [B, K, D]; ValueError for one of another kind."""
+    """The module as (input, vectors per clip, options) -> [B, K, D]; ValueError for one of another kind."""
 
     def call(x: Tensor, num_rows: int, **options: bool) -> Tensor:
         try:

@@ -1,10 +1,10 @@
 """The arithmetic of FVD, FID, KID, Inception Score and CLIP scores: features in, a number out, in fp64.
 
 Every score is a function of how often each real and each fake clip is counted (`weight_U`). All ones give the score; a
-bootstrap resample is other whole numbers with the same sum (bootstrap.py). Clips are counted, never frames: the frames
-of one clip are no independent samples.
+bootstrap resample has other integers with the same sum (bootstrap.py). Clips are counted, never frames: the frames of
+one clip are not independent samples.
 
-Shapes: U clips, K vectors of a clip (1, or one a frame), D width of a feature, S classes.
+Shapes: U clips, K vectors of a clip (1, or one per frame), D width of a feature, S classes.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def frechet_score(real_UKD: Tensor, fake_UKD: Tensor) -> Score:
 def moments(features_UKD: Tensor, weight_U: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [D] and covariance [D, D] over all vectors, fp64.
 
-    The covariance is divided by N, as StyleGAN-V's tool does, not by N - 1.
+    The covariance is divided by N, as in StyleGAN-V's tool, not by N - 1.
     """
     rows_ND = features_UKD.flatten(0, 1).double()
     weight_N = weight_U.double().repeat_interleave(features_UKD.shape[1])
@@ -42,8 +42,8 @@ def moments(features_UKD: Tensor, weight_U: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    C_a C_b has the eigenvalues of R C_b R with R = C_a^(1/2), which is symmetric: no complex roots, and singular
-    covariances (fewer clips than dimensions) are no special case.
+    C_a C_b has the eigenvalues of R C_b R with R = C_a^(1/2), which is symmetric: there are no complex roots, and
+    singular covariances (fewer clips than dimensions) need no special case.
     """
     values_D, vectors_DD = torch.linalg.eigh(cov_a_DD)
     root_DD = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
@@ -56,8 +56,8 @@ def frechet_distance(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b
 def kernel_score(real_UKD: Tensor, fake_UKD: Tensor) -> Score:
     """KID: the unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018, section 4), of all clips.
 
-    Not the mean over random subsets that is often printed, which estimates the same number less sharply. Pairs within
-    one clip are left out of the within-set means; where a clip has one vector this is the usual estimator.
+    Not the mean over random subsets that is often reported, which estimates the same number with more variance. Pairs
+    within one clip are left out of the within-set means; where a clip has one vector this is the usual estimator.
     """
     real_VV, fake_VV = _kernel_means(real_UKD, real_UKD), _kernel_means(fake_UKD, fake_UKD)
     both_VV = _kernel_means(real_UKD, fake_UKD)
@@ -115,7 +115,7 @@ def clip_score(frames_UKD: Tensor, text_U1D: Tensor) -> Score:
 
 
 def temporal_score(frames_UKD: Tensor) -> Score:
-    """Cosine of neighbouring frames' embeddings, mean over pairs: 1 for a still picture."""
+    """Cosine of neighbouring frames' embeddings, mean over pairs: 1 for a static picture."""
     return _mean_of(_cosine(frames_UKD[:, 1:], frames_UKD[:, :-1]).mean(1))
 
 

@@ -1,11 +1,11 @@
 """The scorer of moving shapes: does a video show the prompted colour, shape and direction?
 
 In: a folder of videos with `prompts.jsonl` and the clips' `shapes.json` (colours, outlines, directions; `latte-data
-shapes`). Out: the share of videos that are right in each aspect, and a verdict for each video.
+shapes`). Out: the fraction of videos that are right in each aspect, and a verdict for each video.
 
-The decision worth knowing: a video is measured without looking at its prompt. The object is what differs from the
-border's colour; it gets a colour, a shape and a direction, or None where there is nothing to see. So a model that
-ignores its prompts scores at chance, and an empty video scores 0.
+The decision worth knowing: a video is measured without its prompt. The object is what differs from the border's colour;
+it gets a colour, a shape and a direction, or None if nothing is visible. So a model that ignores its prompts scores at
+chance, and an empty video scores 0.
 
 Shapes: F frames, H W pixels, V vertices of an outline.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from latte_scale.evaluation.videos import read_frames, read_prompts
 
-MIN_CONTRAST = 40.0  # distance in RGB of 0..255 from the background below which nothing is seen
+MIN_CONTRAST = 40.0  # distance in RGB of 0..255 from the background, below which nothing counts as visible
 MIN_SHARE, MAX_SHARE = 0.01, 0.6  # of the frame that an object may cover
 MIN_TRAVEL = 0.05  # of the frame's side, from the first frame to the last: less is no motion
 ASPECTS = ("colour", "shape", "direction")
@@ -39,7 +39,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a video shows; None where it shows no such thing."""
+    """What a video shows; None for what it does not show."""
 
     colour: str | None
     shape: str | None
@@ -68,8 +68,8 @@ def load_vocabulary(path: Path) -> Vocabulary:
 def score_clip(frames_FHWC: np.ndarray, vocabulary: Vocabulary) -> Seen:
     """What uint8 RGB frames [F, H, W, 3] show, from 24 to some hundred pixels a side, in any number of frames.
 
-    Colour: the nearest of the vocabulary to the object's core. Shape: the outline that, drawn at the object's place and
-    area, is nearest to it in the mean over the frames. Direction: the one nearest to the line through its centres.
+    Colour: the nearest of the vocabulary to the object's core. Shape: the outline that, drawn with the object's centre
+    and area, is nearest to it in the mean over the frames. Direction: the one nearest to the line through its centres.
     """
     if frames_FHWC.ndim != 4 or frames_FHWC.shape[3] != 3 or len(frames_FHWC) == 0:
         raise ValueError(f"expected frames [F, H, W, 3], got {list(frames_FHWC.shape)}")
@@ -91,10 +91,10 @@ class _Object:
 
 
 def _find_object(frame_HWC: np.ndarray) -> _Object | None:
-    """The largest connected thing that differs from the border's colour, or None."""
+    """The largest connected region that differs from the border's colour, or None."""
     border = np.concatenate([frame_HWC[0], frame_HWC[-1], frame_HWC[:, 0], frame_HWC[:, -1]])
     distance_HW = np.linalg.norm(frame_HWC - np.median(border, axis=0), axis=2)
-    # The contrast of the object's core: the brightest pixels, less a few that may be noise.
+    # The contrast of the object's core: the highest values, except a few that may be noise.
     num_core = max(4, int(MIN_SHARE * distance_HW.size))
     contrast = np.median(np.sort(distance_HW, axis=None)[-num_core:])
     if contrast < MIN_CONTRAST:
@@ -184,7 +184,7 @@ def prompted(text: str, vocabulary: Vocabulary) -> dict[str, str]:
 
 
 def score_shapes(real: Path, fake: Path) -> dict[str, Any]:
-    """Scores of a folder of videos: n, the shares right in colour, shape, direction and all three, and each clip.
+    """Scores of a folder of videos: n, the fractions right in colour, shape, direction and all three, and each clip.
 
     A clip's "colour" is whether it is right, "seen" is what the video shows. Raises ValueError for a folder or prompt
     that cannot be scored.

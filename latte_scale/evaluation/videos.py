@@ -1,7 +1,7 @@
-"""Folders of sampled videos: what each file was asked to show, its frames, and how near it is to a known clip.
+"""Folders of sampled videos: the prompt of each file, its frames, and its PSNR to a known clip.
 
 In: a folder of videos with `prompts.jsonl` ({"file", "text"} a line, as `latte-scale sample` writes it). Out: the
-records, frames, and for models that were overfitted the PSNR to the clip that each line names.
+records, frames, and for overfitted models the PSNR to the clip that each line names.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from latte_scale.plain_json import parse_record
 
 
 def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
-    """The lines of a folder's prompts.jsonl. Raises ValueError with the line that is none.
+    """The lines of a folder's prompts.jsonl. Raises ValueError with the malformed line.
 
     with_text: whether every line must have a "text"; those of classes have a "label" instead.
     """
@@ -37,7 +37,7 @@ def read_prompts(folder: Path, with_text: bool = True) -> list[dict[str, Any]]:
 
 
 def frame_policy(record: dict[str, Any], where: Path) -> VideoSettings:
-    """The frame policy "video" of a line of prompts.jsonl. Raises ValueError for one that is none."""
+    """The frame policy "video" of a line of prompts.jsonl. Raises ValueError for a malformed one."""
     try:
         return VideoSettings(**record["video"])
     except (TypeError, ValueError) as error:
@@ -62,13 +62,13 @@ def read_frames(path: Path) -> np.ndarray:
 
 
 def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
-    """How near each video comes to the clip it was trained on: n, the mean PSNR in dB, and each clip's.
+    """The PSNR of each video to the clip it was trained on: n, the mean in dB, and each clip's.
 
     Every line of prompts.jsonl names its "clip" (a file in `real`) and, as `latte-scale sample` writes it, the frame
     policy "video"; the clip's frames are those that `latte-data encode` takes, from the centre. PSNR is over all
-    frames of a clip. A video that equals its clip has no PSNR in dB (its error is 0): it says "identical" and gets
-    None, is counted, and is left out of the mean, which is None if every one is. Raises ValueError for a line without
-    these, or a video of another size.
+    frames of a clip. A video that equals its clip has no PSNR in dB (its error is 0): it is marked "identical", gets
+    None, is counted, and is left out of the mean, which is None if all are identical. Raises ValueError for a line
+    without these, or a video of another size.
     """
     clips = []
     for record in read_prompts(fake):
@@ -93,6 +93,6 @@ def score_psnr(real: Path, fake: Path) -> dict[str, Any]:
 
 
 def psnr_db(image: np.ndarray, wanted: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio of uint8 pixels in dB; None where they are equal, which no figure in dB says."""
+    """Peak signal-to-noise ratio of uint8 pixels in dB; None if they are equal, because the PSNR is infinite then."""
     mse = np.mean((image.astype(np.float64) - wanted.astype(np.float64)) ** 2)
     return None if mse == 0 else float(10 * np.log10(255**2 / mse))

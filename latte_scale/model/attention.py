@@ -1,17 +1,17 @@
-"""Multi-head attention: every softmax of the model runs through `attend`, by the back end that was set in its module.
+"""Multi-head attention: every softmax of the model runs through `attend`, with the back end set in its module.
 
-In: tokens, and for cross-attention the caption's tokens and which of them are padding. Out: tokens of the same shape.
-The back ends are in attention_backends.py; a model computes with "sdpa" until `use_backends` says otherwise. Queries
-of all frames of a clip attend to one set of caption keys and values: every frame has the same caption, so folding the
-frames into the query axis gives the same numbers as repeating keys and values per frame, without the repeats.
+In: tokens, and for cross-attention the caption's tokens and their padding mask. Out: tokens of the same shape.
+The back ends are in attention_backends.py; the default is "sdpa" until `use_backends` sets another. The queries of all
+frames of a clip attend to one set of caption keys and values: every frame has the same caption, so folding the frames
+into the query axis gives the same numbers as repeating keys and values per frame, without the repeats.
 
 Two families, named by the keys of the released weights: `Attention` (LatteT2V: to_q, to_k, to_v, to_out.0; it attends
 over the axis that the caller has laid last) and `SelfAttention`, `SplitAttention` (Latte: qkv, proj; they take
-[B, F, T, D] and know which axes they attend over). For joint image training they follow one rule: an image frame takes
-no part in attention over time, and its output there is 0.
+[B, F, T, D] and know which axes they attend over). In joint image training both follow one rule: image frames are
+excluded from attention over time, and their output there is 0.
 
 Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, D width, N heads, E width of a head,
-F frames (video, then images), T tokens of a frame, S the axis that is attended over, R the other one.
+F frames (video, then images), T tokens per frame, S the axis that is attended over, R the other one.
 """
 
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of [B, F, T, D] over one axis, all heads alike; q, k and v come out of one projection."""
+    """Self-attention of [B, F, T, D] over one axis, the same for all heads; one projection gives q, k and v."""
 
     def __init__(self, width: int, num_heads: int, axis: Axis) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BFTD: Tensor, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
-        """`rotary_2FE`: turns q and k by the frame, over time only. The last num_images frames get 0 over time."""
+        """`rotary_2FE`: rotates q and k by frame number, over time only. The last num_images frames get 0 over time."""
         if self.axis == "space":
             return self.proj(_self_attend(self._heads(x_BFTD), None, self.backend))
         video_BTFD = x_BFTD[:, : x_BFTD.shape[1] - num_images].transpose(1, 2).contiguous()
@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
 class SplitAttention(nn.Module):
     """Self-attention of [B, F, T, D] whose first half of heads attends over space while the second attends over time.
 
-    One output projection reads both halves side by side. That is the sum of two attentions of half the heads, each
+    One output projection reads both halves, concatenated. This equals the sum of two attentions of half the heads, each
     with its own output projection, in one product (Latte, arXiv 2401.03048, section 3.2, variant 4).
     """
 
@@ -128,7 +128,7 @@ class SplitAttention(nn.Module):
 
 
 def rotate(x_BNSE: Tensor, rotary_2SE: Tensor) -> Tensor:
-    """Turn each pair of channels by its angle; a product of two turned vectors depends on the distance alone."""
+    """Rotate each pair of channels by its angle; the product of two rotated vectors depends only on their distance."""
     cosine_SE, sine_SE = rotary_2SE
     first, second = x_BNSE.chunk(2, dim=-1)
     return (x_BNSE * cosine_SE + torch.cat([-second, first], dim=-1) * sine_SE).to(x_BNSE.dtype)

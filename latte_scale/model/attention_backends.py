@@ -1,10 +1,10 @@
 """The back ends of attention: implementations of softmax(q k^T / sqrt(E) + bias) v with one signature.
 
-In: q, k, v as [B, N, S, E] views of [B, S, N, E] memory, and which keys are padding. Out: [B, N, Q, E]. All give the
-same numbers up to rounding; how fast each is depends on the shape, so a back end is chosen for each of a model's three
+In: q, k, v as [B, N, S, E] views of [B, S, N, E] memory, and the padding of the keys. Out: [B, N, Q, E]. All give the
+same numbers up to rounding; the fastest one depends on the shape, so a back end is chosen for each of a model's three
 sites (`attention.use_backends`): over space, over time, and to a caption. The decision worth knowing: kernels that take
-no mask get the real keys only, packed clip after clip (varlen), so captions of different lengths cost no work on
-padding; the packing is computed on the device, once a forward pass (`Padding`), and no host waits for a length.
+no mask get only the real keys, packed clip after clip (varlen), so padding of captions costs no FLOPs. The packing is
+computed on the device, once per forward pass (`Padding`), so the host does not wait for a length.
 
 Shape legend: B batch (or any folded batch axes), Q query tokens, K key tokens, N heads, E width of a head.
 """
@@ -29,13 +29,13 @@ Backend = Literal[
 ]  # fmt: skip
 
 # Added to the logit of a masked caption token (the value the released model was trained with). Finite on purpose: a row
-# without any real token, as in an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
+# without any real token, such as an empty slot of a padded micro-batch, attends to its padding instead of giving NaN.
 MASKED_LOGIT = -10000.0
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Who computes attention. Nothing here changes what is computed, beyond rounding."""
+    """Which back ends compute attention. Results are the same up to rounding."""
 
     # auto: on a GPU, the fastest at each site, measured at the start and recorded in RUN/choices.json; on a CPU, sdpa.
     # A name selects that back end everywhere; it is an error if it is not available. sdpa leaves the choice to torch;
@@ -45,12 +45,12 @@ class AttentionSettings:
 
 
 class Padding(NamedTuple):
-    """Which keys are real, in the forms that back ends take."""
+    """Which keys are real (not padding), in the forms that back ends take."""
 
     bias_B11K: Tensor  # 0 or MASKED_LOGIT
     order: Tensor  # [B K] int64: indices of all keys, flattened, real ones first, clip after clip
     real: Tensor  # [B K] bool: which keys are real, in that order
-    starts: Tensor  # [B + 1] int32: where each clip's real keys begin in that order, and their number (cu_seqlens)
+    starts: Tensor  # [B + 1] int32: where each clip's real keys begin in that order, then their total (cu_seqlens)
 
 
 def padding_of(mask_BK: Tensor, dtype: torch.dtype) -> Padding:
@@ -69,7 +69,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
 
 
 def _sdpa_by(kernel: SDPBackend) -> Callable[..., Tensor]:
-    """SDPA held to one of its kernels; a call that it cannot take raises RuntimeError."""
+    """SDPA restricted to one of its kernels; a call that the kernel does not support raises RuntimeError."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
         with sdpa_kernel(kernel):
@@ -108,7 +108,7 @@ def _flash4() -> Any:
 def _flash_package(load: Callable[[], Any]) -> Callable[..., Tensor]:
     """A flash-attn package. Version 2 returns the output, later ones the output and the log-sum-exp.
 
-    `load` imports it by a statement: torch.compile would break its graph at importlib.import_module, in every block.
+    `load` imports it with an import statement: importlib.import_module would cause a graph break in every block.
     """
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:
@@ -127,7 +127,7 @@ def _flash_package(load: Callable[[], Any]) -> Callable[..., Tensor]:
 
 
 def packed(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
-    """Attention to the real keys alone, by a varlen function: packed tokens [S, N, E] and where each clip starts.
+    """Attention to the real keys only, by a varlen function: packed tokens [S, N, E] and where each clip starts.
 
     A clip without a real key gets 0. Padding is packed behind the last clip. The gradient that flash-attn returns for
     such keys is uninitialised memory, NaN included (pytorch/pytorch#176793, Dao-AILab/flash-attention#2324); the
@@ -172,7 +172,7 @@ DETERMINISTIC: tuple[Backend, ...] = ("flash2", "flash3", "sdpa_flash", "math", 
 
 
 def why_absent(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a back end cannot run with this device and dtype, in words; None if it can."""
+    """Why a back end cannot run with this device and dtype, as a message; None if it can."""
     if backend == "triton_small":
         if device.type != "cuda" and dtype == torch.bfloat16:
             return "Triton's interpreter multiplies no bfloat16; set train.precision=fp32"

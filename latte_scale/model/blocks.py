@@ -1,14 +1,14 @@
-"""The blocks of both models, put together from one vocabulary.
+"""The blocks of both models, composed of the same parts.
 
-A block is a few residual layers in a row: `residual(x, layer, modulation)`. What can differ is
+A block is a sequence of residual layers: `residual(x, layer, modulation)`. What can differ is
   - the layers: attention over space, over time, one after the other or by halves of the heads (attention.py),
     cross-attention to a caption, the MLP;
   - where shift, scale and gate come from: a linear layer of the block (adaLN-Zero: `LatteBlock`), a table of the block
     added to a modulation that all blocks share (adaLN-single: `T2VBlock`), or nowhere (conditions ride as tokens).
 
-The decision worth knowing is how conditions meet frames. A clip's conditions are rows [B, G, ...]: row 0 serves the
-first F - G + 1 frames and each further row one frame. So G = 1 is one condition for everything, G = 1 + n a video and
-n images with conditions of their own, G = F one for each frame, and nothing is repeated before it has to be.
+The decision worth knowing is how conditions are assigned to frames. A clip's conditions are rows [B, G, ...]: row 0
+serves the first F - G + 1 frames and each further row one frame. So G = 1 is one condition for all frames, G = 1 + n a
+video and n images with their own conditions, and G = F one per frame. Rows are repeated only where they are needed.
 
 Shape legend: B batch, F frames (video, then n images), T tokens of a frame, D width, S the axis that is attended over,
 R the other one, L text length, G rows of conditions, n images, E width of a head, d several widths side by side.
@@ -32,7 +32,7 @@ Layout = Literal["space", "time", "sequential", "parallel"]  # what a LatteBlock
 
 
 def identity_reshard(x_BFTD: Tensor, whole: Axis) -> Tensor:
-    """The default `reshard`: one device holds whole clips, so there is nothing to move."""
+    """The default `reshard`: one device holds whole clips, so nothing moves."""
     return x_BFTD
 
 
@@ -47,7 +47,7 @@ def residual(
 
 
 def use_norm(model: nn.Module, backend: NormBackend) -> None:
-    """Set what computes norm, modulation and gate in every block. Must run before the blocks are compiled."""
+    """Set the back end of norm, modulation and gate in every block. Must run before the blocks are compiled."""
     for module in model.modules():
         if isinstance(module, (T2VBlock, LatteBlock)):
             module.norm = backend
@@ -66,8 +66,8 @@ def per_frame(rows_BG: Tensor, num_frames: int) -> Tensor:
 def apply_separately(layer: Callable[[Tensor], Tensor], rows_BG: Tensor, num_images: int) -> Tensor:
     """`layer` applied to the rows of the video and to those of the images, in two calls.
 
-    How a matrix product of few rows rounds depends on their number. Two calls keep the video's numbers exactly what
-    they are without images.
+    The rounding of a matrix product of few rows depends on their number. With two calls the video's numbers are exactly
+    those without images.
     """
     if rows_BG.shape[1] == 1 or not num_images:
         return layer(rows_BG)
@@ -91,7 +91,7 @@ def on_video(x_BFTD: Tensor, num_images: int, run: Callable[[Tensor], Tensor]) -
 class T2VBlock(nn.Module):
     """Self-attention, cross-attention to the caption (spatial blocks only), MLP; adaLN-single.
 
-    Temporal blocks attend over frames: what attention reads is laid out anew for it, and not the block's x.
+    Temporal blocks attend over frames: only the input of attention is transposed for it, not the block's x.
     Cross-attention has neither norm nor gate (PixArt-alpha; diffusers' norm_type "ada_norm_single").
     """
 
@@ -115,7 +115,7 @@ class T2VBlock(nn.Module):
         """[B, F, T, D] -> the same; spatial blocks take the captions' tokens and their padding, temporal ones none.
 
         modulation_BG6D: the shared modulation, G being 1 or F. The clip's caption serves all frames, or all but the
-        last n where image_text_BnLD gives each of those its own.
+        last n if image_text_BnLD gives each of these its own.
         """
         rows_BG16D = (self.scale_shift_table + modulation_BG6D)[:, :, None]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BG16D.unbind(-2)
@@ -142,16 +142,16 @@ class T2VBlock(nn.Module):
         return self.attn2(x_BFTD.flatten(1, 2), text_BLD, padding).view_as(x_BFTD)
 
     def _read_each(self, x_BnTD: Tensor, text_BnLD: Tensor, padding: Padding | None) -> Tensor:
-        """Cross-attention of frames that have a caption each; their padding has clips and images folded."""
+        """Cross-attention of frames with a caption each; the padding has clips and images folded."""
         return self.attn2(x_BnTD.flatten(0, 1), text_BnLD.flatten(0, 1), padding).view_as(x_BnTD)
 
 
 class LatteBlock(nn.Module):
-    """Attention as the layout says, then the MLP; each layer with a shift, scale and gate of its own, or none of them.
+    """Attention as the layout says, then the MLP; each layer has its own shift, scale and gate, or no layer has them.
 
     "space" and "time" have one attention. "sequential" has one over space and then one over time, "parallel" one whose
-    heads do both (Latte, arXiv 2401.03048, section 3.2). Images take no part in attention over time, and a block that
-    attends over time alone, with its MLP, leaves them unchanged.
+    heads do both (Latte, arXiv 2401.03048, section 3.2). Images are excluded from attention over time, and a block that
+    attends over time alone leaves them unchanged, its MLP included.
     """
 
     def __init__(self, width: int, num_heads: int, hidden: int, layout: Layout, modulated: bool) -> None:
@@ -176,7 +176,7 @@ class LatteBlock(nn.Module):
         rotary_2FE: Tensor | None = None,
         num_images: int = 0,
     ) -> Tensor:
-        """[B, F, T, D] -> the same. condition_BGD: what the modulation is made of; None for a block without one.
+        """[B, F, T, D] -> the same. condition_BGD: input of the modulation; None for a block without one.
 
         rotary_2FE: table of the video's frames (layers.rotary_table), or None. num_images: the last frames are images.
         """
@@ -203,7 +203,7 @@ class LatteBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, shift and scale by the condition where there is one, and the pixels of each patch."""
+    """Norm, shift and scale (by the condition, if there is one), and the projection to the pixels of each patch."""
 
     def __init__(self, width: int, values: int, modulated: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From settings to a model: the one place that knows which class belongs to which settings."""
+"""Builds a model from settings: the one place that maps settings to a model class."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """Floating point operations of one forward pass, computed from the shapes, for MFU and the estimate.
 
 In: the settings and the size of one clip. Out: 2 x multiply-accumulates of every matrix product, equal to
-torch.utils.flop_counter.FlopCounterMode on the same input. Elementwise work, norms and softmax are not counted, as is
-usual for MFU (PaLM, arXiv 2204.02311, appendix B). A training step without recompute is three times as much.
+torch.utils.flop_counter.FlopCounterMode on the same input. Elementwise operations, norms and softmax are not counted,
+as is usual for MFU (PaLM, arXiv 2204.02311, appendix B). A training step without recompute takes three times as many.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from latte_scale.model.layers import TIME_CHANNELS
 class Flops(NamedTuple):
     """Forward FLOPs by part."""
 
-    attention: int  # projections, scores and their use, of self- and cross-attention
+    attention: int  # projections, scores and weighted sums of values, of self- and cross-attention
     mlp: int  # of the blocks
     rest: int  # embeddings, modulation, caption projection, output layer
 
@@ -48,11 +48,11 @@ def flops_by_part(
     *,
     own_conditions: bool = False,
 ) -> Flops:
-    """Forward FLOPs of one clip of `frames` x `height` x `width` latents and `num_images` more images behind it.
+    """Forward FLOPs of one clip of `frames` x `height` x `width` latents, followed by `num_images` images.
 
     text_length: caption tokens (LatteT2V). own_conditions: each image has a caption or label of its own instead of the
-    clip's. One timestep a clip, no features. A caption's keys and values count once, as this model computes them. The
-    diffusers port repeats them for every frame: its count is higher by 4 (frames - 1) text_length width^2 for each
+    clip's. One timestep per clip, no features. A caption's keys and values count once, as this model computes them. The
+    diffusers port repeats them for every frame, so its count is higher by 4 (frames - 1) text_length width^2 for each
     spatial block.
     """
     conditions = 1 + num_images if own_conditions else 1
@@ -83,7 +83,7 @@ def _of_latte(settings: LatteSettings, frames: int, height: int, width: int, num
     dim, tubelet, patch_values = settings.width, settings.tubelet_size, settings.patch_size**2 * settings.tubelet_size
     frames //= tubelet
     patches = height * width // settings.patch_size**2
-    length = patches + settings.num_condition_tokens  # tokens of a frame inside the blocks
+    length = patches + settings.num_condition_tokens  # tokens per frame inside the blocks
     video, tokens = frames * length, (frames + num_images) * length
     over_space, over_time = _scores(tokens, length, dim), _scores(video, frames, dim)
     attention = {
@@ -107,7 +107,7 @@ def _projections(tokens: int, dim: int) -> int:
 
 
 def _scores(tokens: int, length: int, dim: int) -> int:
-    """Scores and their use, where every token attends to `length` tokens."""
+    """Scores and weighted sums of values, where every token attends to `length` tokens."""
     return 2 * tokens * 2 * length * dim
 
 

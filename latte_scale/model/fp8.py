@@ -1,14 +1,14 @@
 """Linear layers in 8-bit floats (train.precision=fp8): outputs and input gradients in fp8, weight gradients in bf16.
 
-In: a model, in which `use_fp8` switches the layers that see every token, and bf16 autocast around it as usual. Out: the
-same fp32 parameters under the same names, so engines, checkpoints and export need to know nothing of it.
+In: a model, under bf16 autocast as usual; `use_fp8` switches the layers that process every token. Out: the same fp32
+parameters under the same names, so engines, checkpoints and export are unaffected.
 
-The decision worth knowing is the granularity of the scales: a row. Each token has a scale, and so has each output (in
-backward each input) of the weight. So a token's numbers do not depend on which clips share its micro-batch, and a run
-can go on with another number of ranks. One scale for a whole tensor would be faster but would make clips depend on each
-other, and so would fp8 in the gradient of the weight, which sums over tokens: it stays in bf16. Scales are powers of
-two, so they add no rounding of their own. Both are as in torchao's recipe "rowwise_with_gw_hp". torchao itself is not
-used because diffusers imports it where it is installed, which costs seconds at start, with warnings.
+The decision worth knowing: scales are per row, that is, per token and per output (in backward per input) of the weight.
+So a token's numbers do not depend on which clips share its micro-batch, and a run can resume with another number of
+ranks. One scale per tensor would be faster but would make clips depend on each other. So would fp8 in the weight
+gradient, which sums over tokens: it stays in bf16. Scales are powers of two, so they add no rounding of their own. Both
+are as in torchao's recipe "rowwise_with_gw_hp". torchao itself is not used because diffusers imports it where it is
+installed, which costs seconds at start, with warnings.
 
 Shape legend: M rows (tokens), K inputs, N outputs.
 """
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-SIDES = 16  # fp8 products take sides of multiples of it
+SIDES = 16  # fp8 products need sides that are multiples of this
 EXPONENTS = -100, 127  # of a scale, whose inverse is finite in fp32, too; a row of zeros has 0
 NOT_PER_TOKEN = ("adaLN_modulation", "attn2.to_k", "attn2.to_v")
 """Layers of a block with one row for each clip or caption token, instead of one for each video token: little work."""
 
 
 def token_linears(block: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers of a block that every token goes through: nearly all of its products."""
+    """The linear layers of a block that process every token: nearly all of its FLOPs."""
     for name, layer in block.named_modules():
         if isinstance(layer, nn.Linear) and not name.startswith(NOT_PER_TOKEN):
             yield layer
@@ -47,9 +47,9 @@ def why_no_fp8(device: torch.device) -> str:
 
 
 def use_fp8(model: nn.Module, device: torch.device) -> int:
-    """Switch the layers that see every token to fp8; returns their number. Must run before the blocks are compiled.
+    """Switch the layers that process every token to fp8; returns their number. Must run before the blocks are compiled.
 
-    Raises ValueError if the device cannot, or if there is no layer whose sides are multiples of 16.
+    Raises ValueError if the device does not support fp8, or if no layer has sides that are multiples of 16.
     """
     if reason := why_no_fp8(device):
         raise ValueError(f"train.precision=fp8 needs fp8 products, but {reason}; use train.precision=bf16")
@@ -88,9 +88,9 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, is_fast: bool) -> Tensor:
-    """left right^T + bias in bf16 by fp8. `is_fast`: sums of Hopper's tensor cores in fewer bits than fp32."""
+    """left right^T + bias in bf16 by fp8. `is_fast`: accumulate in Hopper's tensor cores, in fewer bits than fp32."""
     (left_MK, left_M1), (right_NK, right_N1) = _by_rows(left_MK), _by_rows(right_NK)
-    # Not torch.nn.functional.scaled_mm, whose operator torch 2.11 has for no CPU and does not lower when it compiles.
+    # Not torch.nn.functional.scaled_mm: torch 2.11 has no CPU operator for it and does not lower it in torch.compile.
     with torch.autocast(left_MK.device.type, enabled=False):  # else a CPU rounds before it adds the bias
         return torch._scaled_mm(
             left_MK, right_NK.t(), left_M1, right_N1.t(), bias_N, out_dtype=torch.bfloat16, use_fast_accum=is_fast
@@ -98,11 +98,10 @@ def _product(left_MK: Tensor, right_NK: Tensor, bias_N: Tensor | None, is_fast: 
 
 
 def _by_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """x in fp8, row after row in memory, and what to multiply each row by: [M, 1] fp32, powers of two.
+    """x in fp8, in row-major memory, and the scale to multiply each row by: [M, 1] fp32, powers of two.
 
-    frexp splits a number into m 2^e with 1/2 <= m < 1: 2^e is the next power of two above it. A row with a value that
-    is not finite gets the scale NaN: fp8 has no infinity, and clipping at 448 would hide that the step must be
-    skipped.
+    frexp splits a number into m 2^e with 1/2 <= m < 1: 2^e is the next power of two above it. A row with a non-finite
+    value gets the scale NaN: fp8 has no infinity, and clipping at 448 would hide that the step must be skipped.
     """
     x_MK = x_MK.float()
     largest_M1 = x_MK.abs().amax(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """Checks of a model's arguments, shared by both models.
 
-Shapes only: nothing here reads a value of a tensor, so nothing waits for the device. Each function raises ValueError
-that names the argument, what was expected, what came and what to do.
+Shapes only: no function reads a value of a tensor, so none waits for the device. Each raises a ValueError that names
+the argument, the expected and the actual value, and the remedy.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def check_sides(height: int, width: int, patch_size: int) -> None:
 
 
 def check_timestep(timestep: Tensor, batch: int, num_frames: int) -> None:
-    """One timestep a clip, or one a frame."""
+    """One timestep per clip, or one per frame."""
     if timestep.shape not in ((batch,), (batch, num_frames)):
         raise ValueError(
             f"timestep: expected [{batch}], one for each clip, or [{batch}, {num_frames}], one for each frame, "
@@ -42,7 +42,7 @@ def check_timestep(timestep: Tensor, batch: int, num_frames: int) -> None:
 
 
 def check_contrastive(features: bool, contrastive_width: int) -> None:
-    """Features come out of projections that only a model with a contrastive width has."""
+    """Features come from projections that only a model with a contrastive width has."""
     if features and not contrastive_width:
         raise ValueError(
             "features: expected a model with contrastive projections, got contrastive_width 0; "
@@ -68,7 +68,7 @@ def check_positive(settings: object, names: Sequence[str]) -> None:
 
 
 def check_cut(one_condition: bool, features: bool) -> None:
-    """Check the arguments beside a `reshard`: a rank then holds some frames of a clip and does not know which."""
+    """Check the arguments given with a `reshard`: a rank then holds some frames of a clip and does not know which."""
     if not one_condition or features:
         raise ValueError(
             "reshard: expected one timestep and one caption or label a clip and no features, because a rank that holds "

@@ -1,12 +1,12 @@
-"""Latte: noisy video latents, a timestep and perhaps a class in; predicted noise (and variance) out.
+"""Latte: noisy video latents, a timestep and optionally a class in; predicted noise (and variance) out.
 
 The class-conditional and unconditional models of arXiv 2401.03048 with everything the paper varies: four ways to order
 attention over space and time, uniform or compression patches, conditions as modulation (S-AdaLN) or as tokens, three
-kinds of temporal position, images trained beside the video (latte_settings.py). The defaults are the released models,
-whose state-dict keys these are; their fixed tables `pos_embed` and `temp_embed` are computed here and not state.
+kinds of temporal position, joint image training (latte_settings.py). The defaults and the state-dict keys are those of
+the released models, except that the fixed tables `pos_embed` and `temp_embed` are computed and not stored.
 
 Two decisions worth knowing. Compression patches need no 3-D convolution: the frames of a patch are stacked on the
-channel axis, at the input and at the output, which is the same linear map. And tokens keep the layout [B, F, T, D]
+channel axis, at the input and at the output, which is the same linear map. Tokens keep the layout [B, F, T, D]
 throughout; each block knows what it attends over (blocks.py).
 
 Shape legend: B batch, F frames (video, then n images; frames of patches between the first and the last layer),
@@ -48,7 +48,7 @@ class Latte(nn.Module):
         self.blocks = nn.ModuleList(
             LatteBlock(width, settings.num_heads, settings.mlp_hidden, kind, modulated) for kind in layout
         )
-        # The block before which the video gets its temporal positions, the first one to attend over time.
+        # Temporal positions are added to the video before this block, the first one that attends over time.
         self.positions_before = next(index for index, kind in enumerate(layout) if kind != "space")
         self.final_layer = FinalLayer(width, settings.patch_size**2 * tubelet * settings.out_channels, modulated)
         self.contrastive = Contrastive(width, settings.contrastive_width) if settings.contrastive_width else None
@@ -89,9 +89,9 @@ class Latte(nn.Module):
         """Predict the noise (first in_channels output channels) and, if learned, the variance coefficient (the rest).
 
         latents_BFCHW: [B, F, C, H, W] in model units; a video of one frame is an image and gets no temporal position.
-        timestep: [B], integer or float, 0 .. 1000, or [B, F], one a frame (a frame known to be clean has 0).
+        timestep: [B], integer or float, 0 .. 1000, or [B, F], one per frame (0 for a frame given clean).
         label_B: [B] integers, num_classes for no class; None in an unconditional model. num_images: the last n frames
-        are images, which attention over time and temporal positions pass over (joint training).
+        are images, which attention over time and temporal positions skip (joint training).
         image_label_BN: [B, n], their classes; None: the clip's. reshard: called as reshard(x_BFTD, "space" or "time")
         before each block and the output layer; returns x with that axis whole.
         Returns [B, F, O, H, W]. With `features` also two [B, contrastive_width], of the video and of its class: the
@@ -116,7 +116,7 @@ class Latte(nn.Module):
 
         for index, block in enumerate(self.blocks):
             x_BFTD = reshard(x_BFTD, "time" if block.layout == "time" else "space")
-            if index == self.positions_before:  # the first place at which a rank has all frames under any reshard
+            if index == self.positions_before:  # the first point at which a rank has all frames under any reshard
                 rotary_2FE = self._rotary(x_BFTD, num_images)
                 if rotary_2FE is None:
                     x_BFTD = on_video(x_BFTD, num_images, self._add_frame_positions)
@@ -132,7 +132,7 @@ class Latte(nn.Module):
         return (out_BFOHW, *pooled) if features else out_BFOHW
 
     def _stack(self, latents_BFCHW: Tensor) -> Tensor:
-        """The frames of a compression patch side by side on the channel axis."""
+        """The frames of a compression patch, stacked on the channel axis."""
         return latents_BFCHW.unflatten(1, (-1, self.settings.tubelet_size)).flatten(2, 3)
 
     def _embed_labels(self, label_B: Tensor | None, image_label_BN: Tensor | None) -> Tensor | None:
@@ -180,7 +180,7 @@ class Latte(nn.Module):
             )
 
     def _check_tubelets(self, frames: int, num_images: int, timestep: Tensor) -> None:
-        """What compression patches cannot do: they mix the frames of a patch."""
+        """Refuse what compression patches do not support, because they mix the frames of a patch."""
         size = self.settings.tubelet_size
         if frames % size:
             raise ValueError(f"latents: expected a multiple of tubelet_size {size} frames, got {frames}; cut the clips")
@@ -226,7 +226,7 @@ def _check_label(name: str, label: Tensor, shape: tuple[int, ...], num_classes: 
 
 
 def _add_rows(time_BGD: Tensor, label_BGD: Tensor | None, num_frames: int) -> Tensor:
-    """The conditioning vector, in as few rows as tell the frames apart."""
+    """The conditioning vector, in the fewest rows that still distinguish the frames."""
     if label_BGD is None:
         return time_BGD
     if time_BGD.shape[1] > 1:
@@ -235,7 +235,7 @@ def _add_rows(time_BGD: Tensor, label_BGD: Tensor | None, num_frames: int) -> Te
 
 
 def _append_tokens(x_BFTD: Tensor, time_BGD: Tensor, label_BGD: Tensor | None) -> Tensor:
-    """Each frame's timestep and class as tokens behind its patches."""
+    """Each frame's timestep and class as tokens after its patches."""
     batch, num_frames, _, width = x_BFTD.shape
     rows = [per_frame(row_BGD, num_frames) for row_BGD in (time_BGD, label_BGD) if row_BGD is not None]
     tokens = [row_BGD[:, :, None].expand(batch, num_frames, 1, width).to(x_BFTD.dtype) for row_BGD in rows]

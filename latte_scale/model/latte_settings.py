@@ -1,7 +1,7 @@
 """The shape of Latte, the class model: its settings, the paper's sizes, and the order of its blocks.
 
-In: names of sizes and single changes. Out: `LatteSettings`, frozen, refused in words where choices contradict each
-other or do not divide. latte.py builds the model of them.
+In: a size by name, and changes of single settings. Out: `LatteSettings`, frozen; a ValueError where choices contradict
+each other or numbers do not divide. latte.py builds the model from them.
 """
 
 import math
@@ -134,7 +134,7 @@ def preset(name: str, variant: Variant = "interleaved", **changes: object) -> La
 
     Variant sequential gets 3/4 of the depth and MLPs of 3.5 widths: a block of it has two attentions (8 width^2), the
     MLP (7) and nine modulation vectors (9), 24 width^2 where the other variants have 18, so all four have the same
-    parameters but for biases. `changes` replace single settings.
+    number of parameters except for biases. `changes` replace single settings.
     """
     size, slash, patch = name.partition("/")
     if size not in SIZES or not slash or not patch.isdecimal():

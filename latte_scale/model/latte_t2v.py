@@ -4,7 +4,7 @@ The text-to-video Latte (arXiv 2401.03048) as released: num_layers pairs of a sp
 adaLN-single, cross-attention to T5 tokens in the spatial blocks. A plain nn.Module whose state dict has the keys of
 diffusers' LatteTransformer3DModel, so released weights load strictly and ours load there. The one decision worth
 knowing: tokens keep the layout [B, F, T, D] between blocks, and `reshard` is called on it before every block, which is
-all that sequence parallelism needs to move a rank's share from frames to tokens and back.
+all that sequence parallelism needs to switch a rank's shard from frames to tokens and back.
 
 Shape legend: B batch, F frames (video, then n images), C channels, H W latent height and width, T tokens of a frame,
 D width, L text length, N = 1 + n captions, G rows of conditions (blocks.py), P patch size, O output channels.
@@ -115,9 +115,9 @@ class LatteT2V(nn.Module):
         PixArt-alpha's scheme, from which Latte's spatial blocks start (github PixArt-alpha, PixArt.py,
         initialize_weights): linear layers and the patch convolution Xavier uniform with bias 0; the time MLP and its
         modulation N(0, 0.02); scale_shift_table N(0, 1 / width), as in diffusers; the output projection of every
-        cross-attention 0, so the caption comes in as it is learned; proj_out 0, so the output at step 0 is exactly 0.
-        One departure: the caption projection is Xavier, not N(0, 0.02). At the released size these agree (0.0195 and
-        0.029 for its two layers), but at a small width 0.02 would nearly silence the caption.
+        cross-attention 0, so the caption has no effect at first; proj_out 0, so the output at step 0 is exactly 0. One
+        departure: the caption projection is Xavier, not N(0, 0.02). At the released size these agree (0.0195 and 0.029
+        for its two layers), but at a small width 0.02 would make the caption nearly ineffective.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("scale_shift_table"):
@@ -143,10 +143,10 @@ class LatteT2V(nn.Module):
         """Predict the noise (first in_channels output channels) and, if learned, the variance coefficient (the rest).
 
         latents_BCFHW: [B, C, F, H, W] in model units; a video of one frame is an image and gets no temporal position.
-        timestep: [B], integer or float, 0 .. 1000, or [B, F], one a frame (a frame known to be clean has 0).
+        timestep: [B], integer or float, 0 .. 1000, or [B, F], one per frame (0 for a frame given clean).
         text: [B, L, caption_channels], one caption for all frames, or [B, N, L, caption_channels], the clip's and then
         one for each image. mask: [B, L] or [B, N, L], 1 or True for a real token; None: all are real. A masked token
-        has no effect, as if the caption were cut.
+        has no effect, as if the caption were truncated.
         reshard: called as reshard(x_BFTD, "space" or "time") before each block and the output layer; returns x with
         that axis whole. num_images: the last n frames are images, which temporal blocks and positions pass over
         (joint training, arXiv 2401.03048).
@@ -179,9 +179,9 @@ class LatteT2V(nn.Module):
         return (out_BOFHW, *pooled) if features else out_BOFHW
 
     def _captions(self, text: Tensor, mask: Tensor | None) -> list[Tensor | Padding | None]:
-        """Projected tokens and padding of the clip's caption; behind them those of the images', if they have any.
+        """Projected tokens and padding of the clip's caption, followed by those of the images' captions, if any.
 
-        The clip's go through a product of their own, so that its numbers are those without images.
+        The clip's tokens have their own matrix product, so that their numbers are those without images.
         """
         parts = [(text, mask)]
         if text.ndim == 4:

@@ -1,8 +1,8 @@
 """The parts around the blocks: embeddings of patches, positions, time, classes and captions, MLPs, the output layer.
 
 In and out: tensors of the shapes named below. Two decisions worth knowing. Position tables are fixed functions, so they
-are computed where they are used, in float64 rounded to float32, instead of being kept as buffers: nothing to save, to
-shard or to refill after a build on the meta device, and any grid works. And a clip's conditions are kept as rows
+are computed where they are used, in float64 rounded to float32, instead of being kept as buffers: there is nothing to
+save, to shard or to refill after a build on the meta device, and any grid works. A clip's conditions are kept as rows
 [B, G, D], one for all frames that share it (see blocks.py), never repeated per frame or per patch.
 
 Attribute names (net, emb.timestep_embedder, mlp.fc1 ...) are those of diffusers' LatteTransformer3DModel for LatteT2V
@@ -56,7 +56,7 @@ def frame_positions(num_frames: int, width: int, device: torch.device) -> Tensor
 def rotary_table(num_frames: int, head_dim: int, device: torch.device) -> Tensor:
     """Cosine and sine of the frame number times 10000^(-2i / E), [2, F, E] float32 (RoPE, arXiv 2104.09864).
 
-    Channel i of a head is turned together with channel i + E / 2, so both halves of the table are equal.
+    Channel i of a head is rotated together with channel i + E / 2, so both halves of the table are equal.
     """
     frames_F = torch.arange(num_frames, device=device, dtype=torch.float64)
     sine_Fe, cosine_Fe = sincos_1d(frames_F, head_dim).chunk(2, dim=1)
@@ -70,7 +70,7 @@ def patch_positions(
 
     Coordinates are divided by (grid / base_size) and by `scale`, so every grid spans 0 .. base_size / scale
     (PixArt-alpha, arXiv 2310.00426, and diffusers' PatchEmbed): 256 px and 512 px share their positions. base_size
-    None: rows and columns are counted as they are (DiT and Latte's class models).
+    None: coordinates are the row and column numbers (DiT and Latte's class models).
     """
     rows_h = torch.arange(grid_height, device=device, dtype=torch.float64)
     columns_w = torch.arange(grid_width, device=device, dtype=torch.float64)
@@ -90,7 +90,7 @@ def timestep_sinusoid(timestep: Tensor) -> Tensor:
     """[...] integer or float timesteps -> [..., 256] float32, [cos | sin] (DiT, arXiv 2212.09748).
 
     Frequencies are computed in float32, as in the released model: at t = 999 one unit in their last place moves an
-    angle by 6e-5, so exact frequencies would make another function of the same weights.
+    angle by 6e-5, so exact frequencies would change the function of the same weights.
     """
     half = TIME_CHANNELS // 2
     exponent_k = torch.arange(half, device=timestep.device, dtype=torch.float32) * -math.log(MAX_PERIOD) / half
@@ -166,7 +166,7 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """A row for each class and, behind them, one for no class (classifier-free guidance)."""
+    """One row per class, and a last one for no class (classifier-free guidance)."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The modulated norm and the gated residual of a block, by torch or by Triton kernels of one pass each.
 
-In: x, and shift, scale and gate that broadcast to it. Out: the same formulas, up to rounding. The decision worth
+In: x, and shift, scale and gate that broadcast to it. Out: the same results, up to rounding. The decision worth
 knowing: inside a compiled block torch fuses the forward passes well, including the norm with the gate before it, which
-an opaque kernel cannot do; the kernels save the second read of everything for the gradients of shift, scale and gate.
+an opaque kernel prevents. The kernels save the second read of all tensors for the gradients of shift, scale and gate.
 So which is faster depends on the shape and on engine.compile, and `auto` measures it (latte_scale/choices).
 """
 
@@ -19,7 +19,7 @@ NormBackend = Literal["torch", "triton"]
 
 @dataclass(frozen=True)
 class NormSettings:
-    """Who computes norm, modulation and gate. Nothing here changes what is computed, beyond rounding."""
+    """Which back end computes norm, modulation and gate. Results are the same up to rounding."""
 
     # auto: on a GPU, the faster one, measured at the start and recorded in RUN/choices.json; on a CPU, torch.
     backend: Literal["auto", NormBackend] = "auto"

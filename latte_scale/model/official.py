@@ -1,9 +1,9 @@
 """Latte's own weight files: the class models' .pt and the first text-to-video t2v.pt, in; the class models' .pt, out.
 
-In: a file of torch.save, of which nothing but tensors and an argparse.Namespace is ever loaded. Out: settings, a state
-dict with this project's keys, and what became of every tensor that was not simply kept. What such a file does not say
-(heads; for t2v.pt also frames and side) is an argument. The decision worth knowing: the fixed tables pos_embed and
-temp_embed are held to the formula that we compute them with, then dropped, and written again on the way back.
+In: a file of torch.save, from which only tensors and an argparse.Namespace are ever loaded. Out: settings, a state dict
+with this project's keys, and a list of every dropped or new tensor. What such a file does not contain (heads; for
+t2v.pt also frames and side) is an argument. The decision worth knowing: the fixed tables pos_embed and temp_embed are
+compared with our formula, then dropped, and computed again on export.
 
 Shape legend: T tokens of a frame, F frames, D width, C channels.
 """
@@ -27,15 +27,15 @@ from latte_scale.model.transformer_folder import UNUSED, check_state, make_setti
 
 Layout = Literal["latte", "latte_t2v", "dit", "pixart"]
 
-# What the trainers call the two copies of the weights that a file may hold: Latte and DiT, then PixArt-alpha.
+# The trainers' names for the two sets of weights that a file may hold: Latte and DiT, then PixArt-alpha.
 PARTS = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}
 # Width -> heads of the published sizes S, B, L and XL; XL is also the width of DiT-XL, PixArt-alpha and Latte-1.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-# Most that a stored fixed table may differ from the formula. The trainers run their average over the tables too, and
-# x = 0.9999 x + 0.0001 p in float32 comes to rest beside p (1e-4 seen, 6e-4 possible); half precision rounds by 2e-3.
+# Largest difference between a stored fixed table and the formula. The trainers' EMA covers the tables too, and x =
+# 0.9999 x + 0.0001 p in float32 converges only near p (1e-4 observed, 6e-4 possible); half precision rounds by 2e-3.
 # Any other order, scale or frequency differs by about 1.
 TABLE_TOLERANCE = 5e-3
-# Setting -> what the official class models have.
+# Setting -> its value in the official class models.
 _OFFICIAL = {
     "variant": ("interleaved",),
     "tubelet_size": (1,),
@@ -47,13 +47,13 @@ _OFFICIAL = {
 
 @dataclass(frozen=True)
 class Imported:
-    """A model in this project's form, and what became of the tensors that it was made from."""
+    """A model in this project's form, and which tensors of its source were dropped or are new."""
 
     settings: LatteSettings | LatteT2VSettings
     state: dict[str, Tensor]  # fp32
     dropped: dict[str, str] = field(default_factory=dict)  # key of the source -> why it is not in the state
     new: dict[str, str] = field(default_factory=dict)  # key of the state that the source lacks -> what it starts as
-    latent_side: int | None = None  # of a class model's pos_embed; our positions need none, the way back does
+    latent_side: int | None = None  # of a class model's pos_embed; only export to the official layout needs it
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Part:
 
     name: str  # its key in the file; "" where the file is the state dict itself
     state: dict[str, Tensor]  # mapped from the file, in its dtype
-    others: list[str]  # keys of the file beside it, which were not read
+    others: list[str]  # the file's other keys, which were not read
 
 
 def read_part(path: Path, part: Literal["ema", "model"] | None = None) -> Part:
-    """The weights in a .pt or .pth file: its averaged ones ("ema"), its raw ones ("model"), by default the first found.
+    """The weights in a .pt or .pth file: the EMA ones ("ema") or the raw ones ("model"); by default the first found.
 
-    Raises ValueError when the file is damaged, holds anything but tensors and plain values, or has no such part.
+    Raises ValueError when the file is damaged, holds anything other than tensors and plain values, or has no such part.
     """
     content = _load(path)
     if not isinstance(content, dict) or not content:
@@ -86,7 +86,7 @@ def read_part(path: Path, part: Literal["ema", "model"] | None = None) -> Part:
 
 
 def _load(path: Path) -> Any:
-    """The file's content, without running anything in it; its tensors stay in the file until they are used."""
+    """The file's content, without running code from it; its tensors stay in the file until they are used."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; pass a .pt or .pth file, or a folder with config.json")
     mapped = zipfile.is_zipfile(path)  # files older than torch 1.6 are no zip and cannot be mapped
@@ -101,12 +101,12 @@ def _load(path: Path) -> Any:
             f"{path}: expected tensors and plain values, got {refused[1]}, which could run code and was not loaded; "
             f"save the state dict alone to a file and pass that"
         ) from error
-    except Exception as error:  # bytes that are no pickle make the reader fail in any way it likes
+    except Exception as error:  # bytes that are no pickle can raise any exception
         raise ValueError(f"{path} is not a whole file of torch.save ({error!r}); download it again") from error
 
 
 def layout_of(state: dict[str, Tensor], where: str) -> Layout:
-    """Which model's keys these are; ValueError for a layout that is none of the published ones."""
+    """Which model has these keys; ValueError for a layout other than the published ones."""
     if any(name.startswith("temporal_transformer_blocks.") for name in state):
         return "latte_t2v"
     if any(name.startswith("blocks.0.cross_attn.") for name in state):
@@ -124,8 +124,8 @@ def latte_from_official(
 ) -> Imported:
     """A class model from the keys of github Vchitect/Latte, models/latte.py.
 
-    learned_positions: keep temp_embed as the trained table that it is in a model with temporal_position "learnable";
-    otherwise it must be the fixed sinusoid. Raises ValueError naming what does not fit.
+    learned_positions: keep temp_embed as a trained table (temporal_position "learnable"); otherwise it must be the
+    fixed sinusoid. Raises ValueError naming what does not fit.
     """
     if any(name.startswith("text_embedding_projection.") for name in state):
         raise ValueError(
@@ -147,10 +147,10 @@ def latte_from_official(
 
 
 def latte_to_official(settings: LatteSettings, state: dict[str, Tensor], latent_side: int) -> dict[str, Tensor]:
-    """The keys of github Vchitect/Latte, models/latte.py, fixed tables included: the way back of `latte_from_official`.
+    """The keys of github Vchitect/Latte, models/latte.py, fixed tables included: the inverse of `latte_from_official`.
 
-    latent_side: of the clips that the official code is to make (32: 256 px), which its spatial table has to fit.
-    Raises ValueError when that model has no place for what `settings` ask for.
+    latent_side: of the clips that the official code will sample (32: 256 px), which its spatial table must match.
+    Raises ValueError when that model does not support the `settings`.
     """
     for name, allowed in _OFFICIAL.items():
         if getattr(settings, name) not in allowed:
@@ -179,7 +179,7 @@ def t2v_from_official(
     num_frames: int = 16,
     sample_size: int = 64,
 ) -> Imported:
-    """The text-to-video model from t2v.pt, whose keys are diffusers' but for one unused table.
+    """The text-to-video model from t2v.pt, whose keys are those of diffusers except for one unused table.
 
     num_frames and sample_size default to what t2v.pt was trained with. Raises ValueError naming what does not fit.
     """
@@ -190,7 +190,7 @@ def t2v_from_official(
 
 
 def class_settings(state: dict[str, Tensor], where: str, num_heads: int | None, **given: Any) -> LatteSettings:
-    """The settings that the shapes of a DiT's or a class model's tensors tell; `given` are those they do not."""
+    """The settings of a DiT or a class model that its tensors' shapes show; `given` are those that they do not show."""
     width, in_channels, patch_size, _ = shape_of(state, "x_embedder.proj.weight", where, 4)
     hidden, _ = shape_of(state, "blocks.0.mlp.fc1.weight", where, 2)
     outputs, _ = shape_of(state, "final_layer.linear.weight", where, 2)
@@ -213,7 +213,7 @@ def class_settings(state: dict[str, Tensor], where: str, num_heads: int | None, 
 def t2v_settings(
     state: dict[str, Tensor], where: str, num_heads: int | None, num_frames: int, sample_size: int
 ) -> LatteT2VSettings:
-    """The settings that the shapes of LatteT2V's spatial half tell, and those they do not."""
+    """The settings of LatteT2V, read from the shapes of its spatial half, and those that shapes do not show."""
     width, in_channels, patch_size, _ = shape_of(state, "pos_embed.proj.weight", where, 4)
     heads = num_heads_of(width, num_heads, where)
     return make_settings(
@@ -232,7 +232,7 @@ def t2v_settings(
 
 
 def shape_of(state: dict[str, Tensor], name: str, where: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells a setting; ValueError where it is missing or has another number of axes."""
+    """The shape of a tensor from which a setting is read; ValueError if it is missing or has another number of axes."""
     if name not in state:
         raise ValueError(f"{where}: missing {name}; is this a whole state dict?")
     if state[name].ndim != ndim:
@@ -241,13 +241,13 @@ def shape_of(state: dict[str, Tensor], name: str, where: str, ndim: int) -> tupl
 
 
 def num_blocks(state: dict[str, Tensor], prefix: str) -> int:
-    """One more than the highest number in `prefix.N.`; missing blocks are told by check_state."""
+    """One more than the highest number in `prefix.N.`; check_state reports missing blocks."""
     numbers = [re.match(rf"{prefix}\.(\d+)\.", name) for name in state]
     return max((int(found[1]) for found in numbers if found), default=-1) + 1
 
 
 def num_heads_of(width: int, given: int | None, where: str) -> int:
-    """The heads of a model of this width, which no weight file tells; ValueError when they do not divide it."""
+    """The heads of a model of this width, which no weight file contains; ValueError when they do not divide it."""
     heads = given if given is not None else HEADS.get(width)
     if heads is None:
         sizes = ", ".join(f"{size} ({heads})" for size, heads in HEADS.items())
@@ -258,9 +258,9 @@ def num_heads_of(width: int, given: int | None, where: str) -> int:
 
 
 def check_spatial_table(state: dict[str, Tensor], where: str) -> tuple[int, str]:
-    """The latent side that pos_embed [1, T, D] was made for, and `check_table` of it.
+    """The latent side that pos_embed [1, T, D] was made for; checks the table with `check_table`.
 
-    Positions are the grid's own numbers, in DiT, in Latte's class models and in PixArt-alpha up to 512 px.
+    Positions are row and column numbers in DiT, in Latte's class models and in PixArt-alpha up to 512 px.
     """
     _, tokens, width = shape_of(state, "pos_embed", where, 3)
     grid = math.isqrt(tokens)
@@ -272,7 +272,7 @@ def check_spatial_table(state: dict[str, Tensor], where: str) -> tuple[int, str]
 
 
 def check_table(name: str, stored_1TD: Tensor, expected_TD: Tensor, where: str, hint: str) -> str:
-    """Why a stored fixed table can go: it is the computed one. Raises ValueError when it is another."""
+    """Why a stored fixed table can be dropped: it is the computed one. Raises ValueError when it is another."""
     if stored_1TD.shape != expected_TD[None].shape:
         raise ValueError(f"{where}: {name}: expected {[1, *expected_TD.shape]}, got {list(stored_1TD.shape)}")
     difference = float((stored_1TD[0].float() - expected_TD).abs().max())

@@ -1,10 +1,10 @@
-"""Weights of image models as the start of a video model: DiT for Latte, PixArt-alpha for LatteT2V.
+"""Weights of image models as initial weights of a video model: DiT for Latte, PixArt-alpha for LatteT2V.
 
-In: a state dict of DiT, of PixArt-alpha's .pth, or of diffusers' PixArtTransformer2DModel. Out: `Imported`, which names
-every tensor that is new or gone. Latte's spatial block has the image model's tensors, so they go there as they are. A
-temporal block starts as a copy of the spatial one before it with its two output projections at zero: it adds exactly 0,
-so one frame comes out as the image model has it, and since its gates are the trained ones, its projections learn from
-the first step (with zero gates as well they never would).
+In: a state dict of DiT, of PixArt-alpha's .pth, or of diffusers' PixArtTransformer2DModel. Out: `Imported`, which lists
+every new or dropped tensor. A spatial block of Latte has the image model's tensors and takes them unchanged. A temporal
+block starts as a copy of the spatial one before it, with its two output projections at zero. It adds exactly 0, so one
+frame gives the image model's output. Its gates are the trained ones, so its projections learn from the first step (with
+zero gates as well they would never learn).
 """
 
 import re
@@ -23,11 +23,11 @@ from latte_scale.model.official import (
 )
 from latte_scale.model.transformer_folder import T2V_CLASS, UNUSED, check_state, settings_from_config
 
-PIXART_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second: as it was first published
+PIXART_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second: the first published name
 LABELS = "y_embedder.embedding_table.weight"
 TIME_BIAS = "t_embedder.mlp.2.bias"
 
-# Output projections of a temporal block: where its two residual branches end.
+# Output projections of a temporal block: the last layers of its two residual branches.
 _LATTE_OUTPUTS = ("attn.proj.", "mlp.fc2.")
 _T2V_OUTPUTS = ("attn1.to_out.0.", "ff.net.2.")
 
@@ -83,9 +83,9 @@ def latte_from_dit(
     """A class model from DiT's keys (github facebookresearch/DiT, models.py).
 
     depth: "same" puts block i into block i, so that DiT's odd blocks become temporal (the paper's ImageNet start);
-    "twice" puts DiT's blocks into the spatial ones and adds temporal ones that add 0 at first, so that one frame comes
-    out exactly as from DiT. num_classes: None keeps DiT's labels; any other number starts every label, and 0 the whole
-    model, as DiT's null label. Raises ValueError naming what does not fit.
+    "twice" puts DiT's blocks into the spatial ones and adds temporal ones that add 0 at first, so that one frame gives
+    exactly DiT's output. num_classes: None keeps DiT's labels; with another number every label starts as DiT's null
+    label; with 0 the model is unconditional and starts from the null label. Raises ValueError naming what does not fit.
     """
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"--num-classes: expected 0 (no labels) or more, got {num_classes}")
@@ -105,7 +105,7 @@ def latte_from_dit(
 
 
 def _relabelled(state: dict[str, Tensor], num_classes: int, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model with other labels, each of which starts as the null one, and what that did."""
+    """The model with another number of labels, each initialized to the null one, and a note of the change."""
     width = shape_of(state, LABELS, where, 2)[1:]
     if shape_of(state, TIME_BIAS, where, 1) != width:
         raise ValueError(f"{where}: {TIME_BIAS}: expected {list(width)}, got {list(state[TIME_BIAS].shape)}")
@@ -135,7 +135,7 @@ def _with_temporal_blocks(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def _start(spatial: Tensor, is_output: bool) -> tuple[Tensor, str]:
-    """What a temporal block's tensor begins as, and in words."""
+    """The initial value of a temporal block's tensor, and its description."""
     if is_output:
         return torch.zeros_like(spatial), "zero"
     return spatial.clone(), "a copy from the spatial block before it"
@@ -170,7 +170,7 @@ def t2v_from_pixart(
 
 
 def _named_as_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PixArt-alpha's own names -> diffusers'; a name that is in no table stays, for check_state to refuse."""
+    """PixArt-alpha's own names -> diffusers'; a name that is in no table stays, and check_state refuses it."""
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -210,7 +210,7 @@ def _sample_size_of(config: dict[str, Any], where: str) -> int:
     """
     side, scale = config["sample_size"], config.get("interpolation_scale")
     if not isinstance(side, int) or scale is None or scale == max(side // 64, 1):
-        return side  # what is no number, settings_from_config refuses
+        return side  # settings_from_config refuses a value that is not a number
     is_number = isinstance(scale, int | float) and scale > 0
     if not is_number or not float(side / scale).is_integer() or side / scale >= 128:
         raise ValueError(

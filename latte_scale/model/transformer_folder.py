@@ -1,10 +1,10 @@
-"""A model on disk as diffusers keeps one: a folder with config.json and diffusion_pytorch_model.safetensors.
+"""A model on disk in diffusers' layout: a folder with config.json and diffusion_pytorch_model.safetensors.
 
 In and out: settings and a full state dict on the host. LatteT2V's folder is Latte-1's transformer/, which diffusers'
 LatteTransformer3DModel loads; Latte's has the class name "Latte" and our settings, because diffusers has no such class.
-It is what `latte-scale import` and `export` write and what `model.init` reads; weights may lie in one safetensors file
-or in shards with an index. Reading is strict: every tensor is there, with its shape, and nothing else is; a config that
-asks for another architecture is refused. No pickle is read. Tensors stay in the mapped file until they are used.
+`latte-scale import` and `export` write it and `model.init` reads it; weights may be in one safetensors file or in
+shards with an index. Reading is strict: the tensors must be exactly those of the settings, in name and shape, and a
+config of another architecture is refused. No pickle is read. Tensors stay in the mapped file until they are used.
 """
 
 import json
@@ -28,7 +28,7 @@ from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.layers import NORM_EPS
 
 T2V_CLASS = "LatteTransformer3DModel"
-T2V_CLASSES = (T2V_CLASS, "Transformer2DModel")  # the second: as the first published revisions named themselves
+T2V_CLASSES = (T2V_CLASS, "Transformer2DModel")  # the second: the name in the first published revisions
 LATTE_CLASS = "Latte"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -47,7 +47,7 @@ _SETTINGS: dict[str, tuple[str, int | None]] = {
     "sample_size": ("sample_size", 64),
     "num_frames": ("video_length", 16),
 }
-# What the architecture has fixed: key in config.json -> (its value, the default of diffusers' constructor).
+# Fixed by the architecture: key in config.json -> (its value, the default of diffusers' constructor).
 _FIXED: dict[str, tuple[Any, Any]] = {
     "activation_fn": ("gelu-approximate", "geglu"),
     "attention_bias": (True, False),
@@ -64,7 +64,7 @@ CONTRASTIVE = "contrastive."
 
 @contextmanager
 def complete_or_absent(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends without an error."""
+    """A temporary folder next to `out` that is renamed to it when the block ends without an error."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or an empty folder, it holds something; pass another --out")
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
@@ -95,8 +95,8 @@ def write_transformer(
 ) -> None:
     """Write config.json and the weights into `folder` (made if missing), the config last.
 
-    latent_side: noted under SIDE, which export to the official layout reads. Raises ValueError naming the tensors when
-    the state dict is not that of `settings`.
+    latent_side: recorded under SIDE, which export to the official layout reads. Raises ValueError naming the tensors
+    when the state dict does not match `settings`.
     """
     if isinstance(settings, LatteT2VSettings) and settings.contrastive_width:
         raise ValueError("diffusers' class has no contrastive projections; take them off with without_contrastive")
@@ -112,10 +112,10 @@ def read_transformer(
 ) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor]]:
     """Settings and float32 state dict of a pipeline's folder, its transformer/ folder, or a file in it.
 
-    as_stored: in the dtype that it has there, mapped from the files and not read.
+    as_stored: in the stored dtype, memory-mapped instead of read.
 
-    A pipeline needs a variance half in the output, so export pads one of zeros where the model has none; padding is
-    taken off again. Raises ValueError that names the file, what was expected, what came and what to do.
+    A pipeline needs a variance half in the output, so export pads one of zeros where the model has none; this removes
+    the padding. Raises ValueError that names the file, the expected and the actual value, and the remedy.
     """
     folder = model_folder(Path(source))
     settings = settings_from_config(read_config(folder), str(folder / CONFIG))
@@ -126,7 +126,7 @@ def read_transformer(
 
 
 def settings_from_config(config: dict[str, Any], where: str) -> LatteSettings | LatteT2VSettings:
-    """The settings that a config.json stands for; ValueError when it describes another model."""
+    """The settings that a config.json describes; ValueError when it is of another model."""
     if config.get("_class_name") == LATTE_CLASS:
         return _latte_settings(config, where)
     if config.get("_class_name") not in T2V_CLASSES:
@@ -166,7 +166,7 @@ def _latte_settings(config: dict[str, Any], where: str) -> LatteSettings:
 
 
 def make_settings(of_class: type, where: str, /, **values: Any) -> Any:
-    """Settings of a class; a ValueError of theirs begins with the file that says so."""
+    """Settings of a class; a ValueError of theirs is prefixed with the file."""
     try:
         return of_class(**values)
     except ValueError as error:
@@ -203,7 +203,7 @@ def describe(settings: LatteSettings | LatteT2VSettings) -> str:
 def without_contrastive(
     settings: LatteSettings | LatteT2VSettings, state: dict[str, Tensor]
 ) -> tuple[LatteSettings | LatteT2VSettings, dict[str, Tensor], list[str]]:
-    """The same model without the projections that only its training used, and the names of what was taken off."""
+    """The same model without the projections used only in training, and the names of the removed tensors."""
     dropped = [name for name in state if name.startswith(CONTRASTIVE)]
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
     return replace(settings, contrastive_width=0), kept, dropped
@@ -226,7 +226,7 @@ def pad_variance(settings: LatteT2VSettings, state: dict[str, Tensor]) -> tuple[
 def _without_padding(
     settings: LatteT2VSettings, state: dict[str, Tensor]
 ) -> tuple[LatteT2VSettings, dict[str, Tensor]]:
-    """Undo `pad_variance`: a second half that is all 0 beside a first half that is not."""
+    """Undo `pad_variance`: remove a second half that is all 0 if the first half is not."""
     if settings.out_channels != 2 * settings.in_channels:
         return settings, state
     halves = {
@@ -273,7 +273,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model's folder under the name and in the dtype that it has there, mapped from the files."""
+    """Every tensor of a model's folder, with its stored name and dtype, memory-mapped from the files."""
     files = _weight_files(folder)
     state: dict[str, Tensor] = {}
     for name in files:

@@ -1,8 +1,9 @@
-"""The numbers behind the charts: series of (step, value), thinned to what a screen can show.
+"""The numbers behind the charts: series of (step, value), downsampled to what a screen can show.
 
-In: runs. Out: plain JSON that page.js draws: a chart has a title, a unit, and a line a run (or a line a timestep band,
-where there is one run). The decision worth knowing: a long run is thinned by means over equal stretches of steps, not
-by leaving lines out, and the lowest and highest value of a stretch are kept beside the mean, so a spike stays visible.
+In: runs. Out: plain JSON that page.js draws: a chart has a title, a unit, and one line per run (or one per timestep
+band, if there is one run). The decision worth knowing: a long run is downsampled by means over equal intervals of
+steps, not by dropping records, and the minimum and maximum of an interval are kept with the mean, so a spike stays
+visible.
 """
 
 import math
@@ -11,8 +12,8 @@ from typing import Any
 
 from latte_scale.reporting.runs import Run
 
-MAX_POINTS = 600  # of a line: more than a chart is wide in pixels
-NUM_BANDS = 4  # of timesteps, from little noise to much
+MAX_POINTS = 600  # per line: more than a chart is wide in pixels
+NUM_BANDS = 4  # of timesteps, from low noise to high
 
 # metrics.jsonl key, title, unit, logarithmic, scale, smoothed
 CURVES = (
@@ -35,7 +36,7 @@ CURVES = (
 
 
 def all_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every chart that has something to show, the loss first."""
+    """Every chart with data, the loss first."""
     charts = []
     for key, title, unit, log, scale, smooth in CURVES:
         lines = [_line(run, number, _points(run.metrics, _value(key, scale))) for number, run in enumerate(runs)]
@@ -53,7 +54,7 @@ def all_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _band_charts(runs: Sequence[Run], records: str, title: str) -> Iterator[dict[str, Any]]:
-    """One chart with a line a band for one run; a chart a band, with a line a run, for several."""
+    """For one run a chart with one line per band; for several runs one chart per band, with one line per run."""
     lines = [
         [_line(run, number, _points(getattr(run, records), _band_value(band))) for number, run in enumerate(runs)]
         for band in range(NUM_BANDS)
@@ -105,7 +106,7 @@ def _band_value(band: int) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _points(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> list[list[float]]:
-    """[step, value] of each record that has one; of many [middle step, mean, lowest, highest] of equal stretches."""
+    """[step, value] of each record that has one; of many [middle step, mean, lowest, highest] of equal intervals."""
     found = [(record["step"], number) for record in records if (number := value(record)) is not None]
     found = [(step, float(number)) for step, number in found if math.isfinite(number)]
     if len(found) <= MAX_POINTS:
@@ -120,5 +121,5 @@ def _points(records: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]],
 
 
 def _short(number: float) -> float:
-    """Six digits: what a page needs."""
+    """Six digits, enough for a page."""
     return float(f"{number:.6g}")

@@ -1,6 +1,6 @@
 """Videos for the page: files in, data URIs that browsers play out.
 
-H.264 in 4:2:0 and pictures (gif, png, webp) go in as they are; anything else is decoded and written as H.264 first.
+H.264 in 4:2:0 and pictures (gif, png, webp) are embedded unchanged; anything else is re-encoded as H.264.
 """
 
 import base64
@@ -15,7 +15,7 @@ from latte_scale.data.video import write_mp4
 from latte_scale.evaluation.videos import read_frames
 
 PICTURES = {".gif": "image/gif", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
-FPS = 8  # of a file that does not say
+FPS = 8  # of a file without a frame rate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def _plays(path: Path) -> bool:
-    """Whether every browser plays the file as it is."""
+    """Whether every browser plays the file unchanged."""
     try:
         with av.open(str(path)) as container:
             codec = container.streams.video[0].codec_context
@@ -52,7 +52,7 @@ def _plays(path: Path) -> bool:
 
 def _as_h264(path: Path) -> bytes:
     frames_FHWC = read_frames(path)
-    height, width = (side // 2 * 2 for side in frames_FHWC.shape[1:3])  # 4:2:0 has even sides
+    height, width = (side // 2 * 2 for side in frames_FHWC.shape[1:3])  # 4:2:0 needs even sides
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy.mp4"
         write_mp4(copy, np.ascontiguousarray(frames_FHWC[:, :height, :width]), _fps(path))

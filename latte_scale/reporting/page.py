@@ -1,6 +1,6 @@
 """From runs to one HTML file: the content of each section, rendered with assets/report; the page fetches nothing.
 
-The template escapes every text; only the style sheet, the script and the charts' numbers go in as they are.
+The template escapes every text, except the style sheet, the script and the charts' numbers.
 """
 
 import statistics
@@ -18,8 +18,8 @@ from latte_scale.reporting.runs import Evaluation, Run, SampledStep, replay_verd
 from latte_scale.settings import flatten
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "report"
-MAX_STEPS = 6  # of the steps that a run sampled at: evenly chosen, the first and the last among them
-LAST_LINES = 20  # logged lines that the last loss is a mean of
+MAX_STEPS = 6  # of the steps at which a run sampled: evenly chosen, first and last included
+LAST_LINES = 20  # logged lines over which the last loss is averaged
 ASPECTS = ("colour", "shape", "direction")
 STATES = {0: "finished", 75: "stopped and saved", 78: "stopped for good", 1: "failed"}
 
@@ -30,7 +30,7 @@ def render(
     samples: Path | None = None,
     evaluations: Sequence[Evaluation] = (),
 ) -> str:
-    """The whole page. samples: a folder of videos with prompts.jsonl; evaluations: beyond those in the run folders."""
+    """The whole page. samples: a folder of videos with prompts.jsonl; evaluations: besides those in the run folders."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -135,7 +135,7 @@ def _score_cell(scores: dict[str, Any], metric: str) -> tuple[str, str]:
 
 
 def _is_score(value: object) -> bool:
-    """A number, or the None of one that was not finite."""
+    """A number, or None for one that was not finite."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
@@ -143,11 +143,11 @@ def _is_score(value: object) -> bool:
 
 
 def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[str, Any]]:
-    """Each video with its prompt, the original where one is named, and the verdict of the scorer."""
+    """Each video with its prompt, the original clip if there is one, and the verdict of the scorer."""
     verdicts: dict[str, dict[str, Any]] = {}
     for evaluation in evaluations:
         for clip in evaluation.scores.get("clips", []):
-            verdicts.setdefault(clip["file"], {}).update(clip)  # one file says shapes, another how near
+            verdicts.setdefault(clip["file"], {}).update(clip)  # one file has the shapes, another the PSNR
     clips = []
     for record in read_prompts(samples, with_text=False):
         verdict = verdicts.get(record["file"], {})
@@ -164,14 +164,14 @@ def given_clips(samples: Path, evaluations: Iterable[Evaluation]) -> list[dict[s
 
 
 def _nearness(verdict: dict[str, Any]) -> str:
-    """The PSNR of a video to its clip, in words; "" if it was not computed."""
+    """The PSNR of a video to its clip, as text; "" if it was not computed."""
     if verdict.get("identical"):
         return "identical"
     return _number(verdict.get("psnr_db"), ".1f", " dB")
 
 
 def sampled_videos(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For every prompt a strip a run: [{"prompt", "strips": [(run, about, [(step, Medium)])]}]."""
+    """For every prompt one strip per run: [{"prompt", "strips": [(run, about, [(step, Medium)])]}]."""
     strips: dict[str, list[tuple[str, str, list[tuple[int, Medium]]]]] = {}
     for run in runs:
         of_prompt: dict[str, list[tuple[int, Medium]]] = {}
@@ -202,7 +202,7 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def surroundings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(what, its value in every run) of what facts.json says, the longest lists at the end."""
+    """(what, its value in every run) of facts.json, the longest lists at the end."""
     columns = [_surroundings(run.facts) for run in runs]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [(key, [column.get(key, "") for column in columns]) for key in keys]

@@ -1,7 +1,7 @@
 """Reads run folders for a report: every file that exists, and a list of those that do not.
 
 In: a run folder. Out: `Run`. Only `metrics.jsonl` is needed; the rest (config.yaml, exit.json, facts.json,
-validation.jsonl, logs/restarts.jsonl, samples/step-*/samples.json, evaluation/*.json) is shown where it is.
+validation.jsonl, logs/restarts.jsonl, samples/step-*/samples.json, evaluation/*.json) is shown if it exists.
 """
 
 import json
@@ -33,7 +33,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """What a page shows of one run folder."""
+    """The content of one run folder for a page."""
 
     name: str
     metrics: list[dict[str, Any]]
@@ -46,7 +46,7 @@ class Run:
     facts: dict[str, Any]
     samples: list[SampledStep]
     evaluations: list[Evaluation]
-    absent: list[str]  # files that would have been shown
+    absent: list[str]  # missing files
 
 
 def read_run(path: str | Path) -> Run:
@@ -84,7 +84,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Several runs, with names that differ: runs of one name get as many of their parent folders' names as needed.
+    """Several runs, with names that differ: runs of the same name get as many of their parent folders' names as needed.
 
     Raises ValueError for a run that is given twice.
     """
@@ -96,7 +96,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def _told_apart(place: Path, places: Sequence[Path]) -> str:
-    """The last parts of a path, as few as no other of the paths ends with."""
+    """The shortest tail of a path with which no other path ends."""
     for count in range(1, len(place.parts)):
         last = place.parts[-count:]
         if sum(other.parts[-count:] == last for other in places) == 1:

@@ -1,8 +1,8 @@
-"""Sampling with a model and its conditions, whoever asks: the `sample` command, or validation inside training.
+"""Sampling with a model and its conditions, for the `sample` command and for validation inside training.
 
-In: a model to call (a module, or what an engine gives to call), requests (seed and condition of one video each), and
-how to walk. Out: latents in model units. The decision worth knowing: a request's noise comes from a CPU generator of
-its own, seeded by the request, so a video is the same at any batch size, on any number of ranks and on any device.
+In: a callable model (a module, or an engine's callable), requests (seed and condition of one video each), and sampler
+settings. Out: latents in model units. The decision worth knowing: a request's noise comes from its own CPU generator,
+seeded by the request, so a video is the same at any batch size, on any number of ranks and on any device.
 
 Shapes: B samples, N rows of a model call (B, or 2 B with guidance, the negative half first), C channels, F frames, H W
 latent height and width, L text length, D text width.
@@ -24,12 +24,12 @@ from latte_scale.sampling.requests import Architecture, Request
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to walk from noise to latents."""
+    """The sampler and its settings."""
 
     sampler: str
     num_steps: int
     guidance: float
-    strength: float = 1.0  # share of the steps that are walked from a given clip
+    strength: float = 1.0  # fraction of the steps that are taken from a given clip
     num_known: int = 0  # first frames of the given clip that are kept
 
 
@@ -41,7 +41,7 @@ def initial_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def pad_texts(texts: Sequence[Tensor], negatives: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Captions and negatives [L_i, D] of one batch -> text_BLD, negative_BLD, mask_BL.
 
-    A negative is cut to the length of its caption, as LattePipeline does, so one mask serves both.
+    A negative is cut to the length of its caption, as in LattePipeline, so both share one mask.
     """
     cut = [negative[: len(text)] for text, negative in zip(texts, negatives, strict=True)]
     text_BLD = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
@@ -86,9 +86,9 @@ def sample_latents(
 ) -> Tensor:
     """Latents in model units [B, C, F, H, W] of a batch of requests; `shape` is (C, F, H, W).
 
-    model: the module of `architecture`, or an engine's stand-in for it. clip_CFHW: latents in model units to start from
-    or to continue; of one to continue its known frames will do. progress: called as progress(model calls done, all),
-    after each call.
+    model: the module of `architecture`, or an engine's callable. clip_CFHW: latents in model units to start from or to
+    continue; to continue one, its known frames are enough. progress: called as progress(model calls done, all), after
+    each call.
     """
     model_fn = conditioned(model, architecture, requests, how.guidance > 1, device)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
@@ -113,9 +113,9 @@ def sample_latents(
 
 
 def batches_of(count: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int | None]]:
-    """This rank's batches of the numbers 0 .. count - 1: as many, and as long, on every rank.
+    """This rank's batches of the numbers 0 .. count - 1: the same number and sizes on every rank.
 
-    None stands where a rank has nothing left to do: a model that is sharded must be called there all the same.
+    None where a rank has nothing left to do: a sharded model must still be called there.
     """
     mine: list[int | None] = list(range(rank, count, size))
     mine += [None] * (-(-count // size) - len(mine))

@@ -1,8 +1,8 @@
-"""From a path to a model that can be sampled, with the encoders and the clip size that belong to it.
+"""Loads a model for sampling from a path, with its encoders and its clip size.
 
-In: a run, a checkpoint, a pipeline's or a weights' folder. Out: the model on this rank's device, whole or cut over the
-ranks, what it was trained as, and the settings of its encoders. Whatever does not belong together is refused here, with
-what was expected, before anything is sampled.
+In: a run, a checkpoint, a pipeline's or a weights' folder. Out: the model on this rank's device, whole or sharded over
+the ranks, its training settings, and the settings of its encoders. Parts that do not fit each other are refused here,
+with what was expected, before anything is sampled.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from latte_scale.weights import find_stored, load_weights, settle, split_tree
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to sample, and what its weights are."""
+    """A model ready to sample, and the source of its weights."""
 
     model: nn.Module
     architecture: Architecture
@@ -41,7 +41,7 @@ def load_model(source: str, tree: str | None, ranks: Ranks) -> Loaded:
 
 
 def load_sharded(source: str, tree: str | None, ranks: Ranks) -> Loaded:
-    """The model under FSDP2, each rank's rows read straight from the pieces of a checkpoint. A collective."""
+    """The model under FSDP2, each rank reads its rows directly from the pieces of a checkpoint. A collective."""
     stored = find_stored(settle(source, tree, ranks))
     if stored is None or ranks.size == 1:
         came = "one rank" if stored is not None else f"a folder of weights, {source}"
@@ -57,9 +57,9 @@ def load_sharded(source: str, tree: str | None, ranks: Ranks) -> Loaded:
 
 
 def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[EncoderSettings, VideoSettings]:
-    """Encoders and frame policy: of the YAML file `given`, of the run, or of the pipeline that `path` is.
+    """Encoders and frame policy: from the YAML file `given`, the run, or the pipeline at `path`.
 
-    Of several sizes the policy's own.
+    Of several sizes, the main one.
     """
     config, root = loaded.config, Path(split_tree(path)[0])
     if given is not None:
@@ -82,7 +82,7 @@ def surroundings(loaded: Loaded, path: str, given: Path | None = None) -> tuple[
 
 
 def check_fit(loaded: Loaded, vae: VideoAutoencoder, text: TextEncoder | None, video: VideoSettings) -> None:
-    """Hold encoders and clip size to the model. Raises ValueError with what was expected, what came and what to do."""
+    """Check encoders and clip size against the model. Raises ValueError with what was expected and the remedy."""
     model, problems = loaded.architecture, []
     if vae.channels != model.in_channels:
         problems.append(f"latents of {model.in_channels} channels, VAE {vae.name} has {vae.channels}")

@@ -1,7 +1,7 @@
-"""What is asked for: prompts, classes or just a number of videos, as records and as requests that a model can be given.
+"""Prompts, classes or a number of videos, as records and as requests for a model.
 
-In: prompts from a command line or a file, or classes. Out: records (plain JSON values: what prompts.jsonl holds), held
-to what the model can be asked, and requests: the seed of the noise with the condition as tensors.
+In: prompts from a command line or a file, or classes. Out: records (plain JSON values, as in prompts.jsonl), checked
+against the model, and requests: the seed of the noise with the condition as tensors.
 """
 
 import json
@@ -24,16 +24,16 @@ logger = logging.getLogger("latte_scale")
 Architecture = LatteSettings | LatteT2VSettings
 
 OPTIONS = "--prompt TEXT, or --prompts FILE with one prompt a line", "--label N", "--count N"  # of `latte-scale sample`
-SEEDS = range(-(2**63), 2**64)  # what a torch generator takes
+SEEDS = range(-(2**63), 2**64)  # the range of a torch generator
 
 
 @dataclass(frozen=True)
 class Request:
-    """One video that is asked for."""
+    """A request for one video."""
 
     seed: int  # of its noise
     text_LD: Tensor | None = None  # embedding of the caption, real tokens only
-    negative_LD: Tensor | None = None  # embedding of the negative prompt, whole (maximum length); to be cut
+    negative_LD: Tensor | None = None  # embedding of the negative prompt, at maximum length; to be cut
     label: int | None = None  # class, of a model of classes
 
     def to(self, device: torch.device | str) -> "Request":
@@ -45,8 +45,8 @@ class Request:
 def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any]]:
     """Records with "text" or "label": from a list of prompts, then a file with one prompt a line, or JSON lines.
 
-    A record may name its own "seed" and "negative"; its other keys are kept. A byte order mark is no part of the first
-    line. Raises ValueError with the line, or naming a file that is no UTF-8.
+    A record may have its own "seed" and "negative"; its other keys are kept. A byte order mark is skipped. Raises
+    ValueError with the line, or naming a file that is not UTF-8.
     """
     records: list[dict[str, Any]] = [{"text": text} for text in prompt]
     if file is None:
@@ -73,7 +73,7 @@ def check_records(
 ) -> None:
     """Raise ValueError for a record that the model cannot sample.
 
-    asked_by: the options that a message names for texts, for labels and for a number of videos.
+    asked_by: the options to name in a message, for texts, for labels and for a number of videos.
     """
     texts, labels, count = asked_by
     if isinstance(architecture, LatteT2VSettings):
@@ -99,7 +99,7 @@ def check_records(
 def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, negative: str = "") -> list[Request]:
     """Records with a "seed" as requests; captions go through the text encoder (None: there are none).
 
-    A record's own "negative" takes precedence over the one given here. Captions that are cut are named in a warning.
+    A record's own "negative" takes precedence over the one given here. A warning lists truncated captions.
     """
     if text is None:
         return [Request(record["seed"], label=record.get("label")) for record in records]
@@ -112,14 +112,14 @@ def requests_of(records: Sequence[dict[str, Any]], text: TextEncoder | None, neg
 
 
 def default_guidance(architecture: Architecture) -> float:
-    """What Latte samples with: 7.5 for text, 7 for classes; 1 (none) where there is no condition."""
+    """Latte's default: 7.5 for text, 7 for classes; 1 (none) without a condition."""
     if isinstance(architecture, LatteT2VSettings):
         return 7.5
     return 7.0 if architecture.num_classes else 1.0
 
 
 def check_guidance(guidance: float, architecture: Architecture, *negatives: str | None) -> None:
-    """ValueError for guidance of a model that nothing can guide, and for a negative prompt that nothing would read."""
+    """ValueError for guidance of an unconditional model, and for a negative prompt that would be unused."""
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, 1 for none, got {guidance}")
     if guidance > 1 and isinstance(architecture, LatteSettings) and not architecture.num_classes:

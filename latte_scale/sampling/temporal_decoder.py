@@ -1,9 +1,9 @@
 """The temporal decoder of Stable Video Diffusion in place of the VAE's own: frames that flicker less.
 
 In: latents in model units. Out: uint8 pixels, as `VideoAutoencoder.decode` gives them. It is a frozen diffusers
-AutoencoderKLTemporalDecoder (Latte-1's folder `vae_temporal_decoder`), trained on the latents of Stable Diffusion's VAE
-and of no other. The decision worth knowing: frames are decoded in chunks of 14, as LattePipeline does, but a chunk
-never spans two clips, as LattePipeline's do in a batch, so a video does not depend on its neighbours.
+AutoencoderKLTemporalDecoder (Latte-1's folder `vae_temporal_decoder`), trained only on the latents of Stable
+Diffusion's VAE. The decision worth knowing: frames are decoded in chunks of 14, as in LattePipeline, but a chunk never
+spans two clips of a batch (there it may), so a video does not depend on its neighbours.
 
 Shapes: B clips, F frames, C channels, H W pixels, h w latents. diffusers is imported when a decoder is loaded.
 """

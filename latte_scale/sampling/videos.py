@@ -1,8 +1,8 @@
-"""Sampled videos as files that say what they show: mp4, gif, or a png sheet of all frames, with metadata inside.
+"""Sampled videos as self-describing files: mp4, gif, or a png sheet of all frames, with metadata inside.
 
-In: uint8 RGB frames and `about`, plain JSON values (prompt, seed, sampler, steps, guidance, weights ...). Out: a file
-that is complete or not there. `about` lies in it as JSON, so a video that was copied away still tells how to make it
-again: in mp4 it is the comment (and the prompt the title), in gif the comment, in png the text chunk "comment".
+In: uint8 RGB frames and `about`, plain JSON values (prompt, seed, sampler, steps, guidance, weights ...). Out: a file,
+written atomically. It contains `about` as JSON, so a copied video can still be reproduced: in mp4 it is the comment
+(and the prompt the title), in gif the comment, in png the text chunk "comment".
 Shapes: F frames, H W pixels.
 """
 
@@ -16,12 +16,12 @@ import numpy as np
 
 from latte_scale.data.video import write_mp4
 
-FORMATS = ("mp4", "gif", "png")  # of several that are written, prompts.jsonl names the first
+FORMATS = ("mp4", "gif", "png")  # if several are written, prompts.jsonl lists the first
 GAP = 2  # pixels between the frames of a sheet
 
 
 def write_video(path: Path, frames_FHWC: np.ndarray, fps: int, about: dict[str, Any]) -> None:
-    """Write [F, H, W, 3] uint8 frames as the suffix says. Raises ValueError for another suffix."""
+    """Write [F, H, W, 3] uint8 frames in the format of the suffix. Raises ValueError for another suffix."""
     kind = path.suffix.removeprefix(".")
     comment = json.dumps(about, ensure_ascii=False)
     if kind == "mp4":
@@ -43,7 +43,7 @@ def write_video(path: Path, frames_FHWC: np.ndarray, fps: int, about: dict[str, 
 
 
 def sheet(frames_FHWC: np.ndarray) -> np.ndarray:
-    """All frames side by side, row by row, as near to a square as they go: uint8 [rows, columns, 3], black between."""
+    """All frames side by side, row by row, as nearly square as possible: uint8 [rows, columns, 3], black between."""
     num_frames, height, width, _ = frames_FHWC.shape
     columns = math.ceil(math.sqrt(num_frames))
     rows = math.ceil(num_frames / columns)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class StoreError(OSError):
-    """A read or write that failed; the message holds the URL, the range and what to do next."""
+    """A failed read or write; the message has the URL, the range and what to do next."""
 
 
 class MissingError(StoreError):
@@ -18,11 +18,11 @@ class MissingError(StoreError):
 
 
 class NoBucketError(MissingError):
-    """There is no such bucket at this endpoint, so it says nothing about the name."""
+    """There is no such bucket at this endpoint, so whether the name exists is unknown."""
 
 
 class ExistsError(StoreError):
-    """The name exists already, and the write was to be the first."""
+    """The name exists already, but the write required a new one."""
 
 
 class ShortReadError(StoreError):
@@ -30,7 +30,7 @@ class ShortReadError(StoreError):
 
 
 class CredentialsError(StoreError):
-    """There are no credentials, they have expired, or they do not allow this: trying again does not help."""
+    """There are no credentials, they have expired, or they do not allow this: a retry does not help."""
 
 
 class TransientError(StoreError):
@@ -46,22 +46,22 @@ class NeverReachedError(UnreachableError):
 
 
 class NeverAllowedError(CredentialsError):
-    """Nothing was allowed since this process began: wrong credentials rather than expired ones."""
+    """Nothing was allowed since this process began: the credentials are wrong rather than expired."""
 
 
 @dataclass
 class Counters:
-    """What a process has asked of object stores so far. Threads add to it without a lock: a lost count is no fault."""
+    """A process's requests to object stores so far. Threads add to it without a lock: a lost count does no harm."""
 
     num_requests: int = 0
     num_retries: int = 0  # after a fault
-    num_hedges: int = 0  # beside a request that was slow
+    num_hedges: int = 0  # in addition to a slow request
     bytes_received: int = 0
-    num_cache_hits: int = 0  # ranges that the local cache had
+    num_cache_hits: int = 0  # ranges found in the local cache
     num_cache_misses: int = 0
 
     def since(self, earlier: "Counters") -> "Counters":
-        """What has come since the copy `earlier` was made."""
+        """The difference to `earlier`, a copy."""
         pairs = zip(astuple(self), astuple(earlier), strict=True)
         return Counters(*(now - before for now, before in pairs))
 
@@ -73,11 +73,11 @@ class Store(ABC):
     """
 
     url: str
-    is_far: bool = False  # a read takes a round trip, so that announcing it pays
+    is_far: bool = False  # a read takes a round trip, so announcing it pays off
 
     @property
     def counters(self) -> Counters:
-        """What this process has asked of stores like this one, this one included; nothing is counted of folders."""
+        """The requests of this process to stores like this one, including it; reads of folders are not counted."""
         return Counters()
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> list[str]:
-        """Sorted names that start with `prefix`, without unfinished writes. An absent root lists nothing."""
+        """Sorted names that start with `prefix`, without unfinished writes. A missing root has no names."""
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Size in bytes of each name that `list` gives."""
@@ -106,18 +106,18 @@ class Store(ABC):
 
     @abstractmethod
     def below(self, name: str) -> "Store":
-        """The store at the folder `name`, reached in the same way; nothing needs to exist."""
+        """The store at the folder `name`, with the same settings; nothing needs to exist."""
 
     @abstractmethod
     def write(self, name: str, data: bytes, only_new: bool = False) -> None:
         """Store `data` under `name`, complete and durable on return, or unchanged.
 
-        Replaces what is there; with `only_new` it raises ExistsError instead, and of several writers one wins.
+        Replaces an existing one; with `only_new` it raises ExistsError instead, and one of several writers wins.
         """
 
     @abstractmethod
     def scratch(self, name: str) -> Path:
-        """A local path on which to build `name` piece by piece, near enough that `put_file` is cheap."""
+        """A local path at which to build `name` piece by piece, from which `put_file` is cheap."""
 
     @abstractmethod
     def put_file(self, name: str, local_path: str | Path) -> None:
@@ -125,7 +125,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove `name`; nothing happens if it is not there."""
+        """Remove `name`, if it exists."""
 
     def expect(self, name: str, offset: int, size: int) -> None:  # noqa: B027 (most stores have nothing to do)
         """A hint that this range will be read soon, by this process. Errors show when it is read."""

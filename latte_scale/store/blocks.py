@@ -1,11 +1,11 @@
-"""Ranges out of larger blocks: one request for what lies side by side, kept in the cache until it is asked for.
+"""Reads ranges through larger blocks: one request for adjacent bytes, cached until they are read.
 
-In: a range of an object. Out: its bytes, from pieces of PIECE bytes in the cache; what is missing there is fetched as a
-whole block of neighbouring pieces, by one of the processes and threads that want it while the others wait for a moment.
+In: a range of an object. Out: its bytes, from pieces of PIECE bytes in the cache; missing pieces are fetched as a whole
+block of neighbouring pieces, by one of the processes and threads that need it, while the others wait briefly.
 The decision worth knowing: an object store serves requests of 1 MB at about 60 % of the rate at which it serves 8 MB
-(benchmarks/RESULTS.md), so shuffled samples reach the full rate only as parts of larger reads. That pays where the
-cache holds the samples that are shuffled together. Where it does not, blocks would be fetched again and again: then
-this gives up, says so once, and every range is fetched as it is asked for.
+(benchmarks/RESULTS.md), so shuffled samples reach the full rate only as parts of larger reads. This pays off if the
+cache holds the samples that are shuffled together. Otherwise blocks would be fetched repeatedly: then this module gives
+up with one warning, and every range is fetched on demand.
 """
 
 import logging
@@ -18,13 +18,13 @@ from latte_scale.store.transfer import Facts, PastEndError
 
 PIECE = 1 << 20
 NUM_REMEMBERED = 8192  # blocks that were fetched
-FEW_FETCHES, MOST_AGAIN = 64, 0.25  # after FEW_FETCHES, the largest share of fetches of blocks fetched before
+FEW_FETCHES, MOST_AGAIN = 64, 0.25  # after FEW_FETCHES, the maximum fraction of repeated fetches
 
 log = logging.getLogger(__name__)
 
 
 class Version(NamedTuple):
-    """One version of one object: its name in the store, its URL, and what it is."""
+    """One version of one object: its name in the store, its URL, and its facts."""
 
     name: str
     url: str
@@ -36,7 +36,7 @@ class Version(NamedTuple):
 
 
 class Blocks:
-    """The blocks of one store in one process. `fetch(name, offset, size)` brings bytes and what the object is now."""
+    """The blocks of one store in one process. `fetch(name, offset, size)` returns bytes and the object's facts."""
 
     def __init__(self, cache: Cache, block_bytes: int, fetch: Callable[[str, int, int], tuple[bytes, Facts]]) -> None:
         self._cache, self._block_bytes, self._fetch = cache, block_bytes, fetch
@@ -46,8 +46,8 @@ class Blocks:
     def read(self, version: Version, offset: int, size: int) -> tuple[bytes, bool] | None:
         """Bytes [offset, offset + size), and whether all were in the cache. Raises what `fetch` raises.
 
-        None where the caller is to fetch the range itself: it is not inside the object, the object has changed, or
-        blocks do not pay.
+        None if the caller must fetch the range itself: it is not inside the object, the object has changed, or blocks
+        do not pay off.
         """
         if offset + size > version.facts.size or self._wasteful or not self._cache.takes(self._block_bytes):
             return None
@@ -61,7 +61,7 @@ class Blocks:
         return b"".join(parts), was_here
 
     def replace(self, version: Version, offset: int, data: bytes) -> None:
-        """Drop the pieces that say otherwise than `data`, just read at `offset` past the cache."""
+        """Drop the pieces that differ from `data`, just read at `offset` bypassing the cache."""
         for begin in range(offset // PIECE * PIECE, offset + len(data), PIECE):
             key = version.key(begin, PIECE)
             held = self._cache.get(key)
@@ -70,10 +70,10 @@ class Blocks:
                 self._cache.forget(key)
 
     def _bring(self, version: Version, begin: int, pieces: dict[int, bytes | None]) -> bool:
-        """Fill in the pieces of the block around `begin`; False if the object is another one now."""
+        """Fill in the pieces of the block around `begin`; False if the object has changed."""
         block = version.key(begin // self._block_bytes * self._block_bytes, self._block_bytes)
         with self._cache.claim(block):
-            pieces[begin] = self._cache.get(version.key(begin, PIECE))  # another may have brought it meanwhile
+            pieces[begin] = self._cache.get(version.key(begin, PIECE))  # another may have fetched it meanwhile
             if pieces[begin] is not None:
                 return True
             try:
@@ -95,7 +95,7 @@ class Blocks:
         return self._num_fetched > FEW_FETCHES and self._num_again > MOST_AGAIN * self._num_fetched
 
     def _note(self, block: CacheKey) -> None:
-        """Count a fetch. Threads add without a lock: a lost count is no fault."""
+        """Count a fetch. Threads add without a lock: a lost count does no harm."""
         was_wasteful = self._wasteful
         self._num_fetched += 1
         self._num_again += block in self._fetched

@@ -1,11 +1,12 @@
-"""A folder of ranges that were read from an object store, shared by any number of processes and jobs.
+"""A disk cache of ranges read from an object store, shared by any number of processes and jobs.
 
 In: a key (URL, etag, offset, size) and bytes. Out: the same bytes, or None. An entry is one file, named by the key's
-hash, that begins with the whole hash and the crc32c of its bytes; both are checked on every use, so a damaged, cut or
-swapped entry is dropped and read again. It is written under a temporary name and renamed. The total of all entries is
-kept in one small file under a lock; who would exceed the limit first removes what was used least recently.
-The decision worth knowing: the cache never makes a read fail and never makes it wait. Whatever goes wrong with its disk
-or its lock (full, read-only, busy) costs a hit, not an error, and is logged once.
+hash, that begins with the whole hash and the crc32c of its bytes; both are verified on every use, so a damaged,
+truncated or swapped entry is dropped and read again. It is written under a temporary name and renamed. The total of all
+entries is kept in one small file under a lock; a writer that would exceed the limit first removes the least recently
+used entries.
+The decision worth knowing: the cache never makes a read fail and never makes it wait. A problem with its disk or its
+lock (full, read-only, busy) costs a hit, not an error, and is logged once.
 """
 
 import fcntl
@@ -27,10 +28,10 @@ HEADER = struct.Struct("<8s32sQI12x")  # magic, sha256 of the key, size of the p
 MAGIC = b"latteC01"
 TEMPORARY = ".tmp-"
 TEMPORARY_AGE_S = 600.0  # a temporary file older than this has lost its writer
-FILL_TO = 0.9  # of the limit, after making room
+FILL_TO = 0.9  # fraction of the limit, after making room
 LOCK_WAIT_S = 0.05
-CLAIM_WAIT_S, CLAIM_POLL_S = 10.0, 0.002  # for another who fetches the same
-NUM_LISTINGS = 20  # of one folder: its unfinished entries are as many as writers, and each gets its name once
+CLAIM_WAIT_S, CLAIM_POLL_S = 10.0, 0.002  # for another process or thread that fetches the same
+NUM_LISTINGS = 20  # of one folder: it has one unfinished entry per writer, and each is renamed once
 PAUSE_S = 30.0  # without writing, after the disk refused
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class CacheKey(NamedTuple):
     size: int
 
     def digest(self) -> bytes:
-        """sha256 over all four; the parts cannot run into one another."""
+        """sha256 over all four, with unambiguous separation."""
         return hashlib.sha256("\0".join(map(str, self)).encode()).digest()
 
 
@@ -57,11 +58,11 @@ class Cache:
         self._paused_until, self._told = 0.0, set()
 
     def get(self, key: CacheKey) -> bytes | None:
-        """The bytes, or None if they are not here or not sound."""
+        """The bytes, or None if they are missing or damaged."""
         digest = key.digest()
         path = self._path(digest)
         try:
-            # O_NONBLOCK and the check for a plain file: a pipe or a link put there by others must not hold us.
+            # O_NONBLOCK and the check for a plain file: a pipe or a link put there by others must not block us.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
@@ -71,7 +72,7 @@ class Cache:
         try:
             data = self._read(descriptor, digest, key.size)
             with suppress(OSError):
-                os.utime(descriptor)  # the order of removal
+                os.utime(descriptor)  # determines the order of removal
         except (OSError, _UnsoundError) as error:
             self._drop(path, str(error))
             return None
@@ -80,7 +81,7 @@ class Cache:
         return data
 
     def put(self, key: CacheKey, data: bytes) -> None:
-        """Keep the bytes, if there is room and the disk takes them; replaces an entry with the same key."""
+        """Store the bytes, if there is room and the disk accepts them; replaces an entry with the same key."""
         if time.monotonic() < self._paused_until or HEADER.size + len(data) > self.limit_bytes:
             return
         digest = key.digest()
@@ -99,18 +100,18 @@ class Cache:
             self._tell("write", f"cache {self.folder}: {error.strerror}: reading goes on without writing to it")
 
     def takes(self, size: int) -> bool:
-        """Whether it makes sense to put `size` bytes: they fit, and the disk did not refuse a moment ago."""
+        """Whether it makes sense to put `size` bytes: they fit, and the disk did not fail a moment ago."""
         return time.monotonic() >= self._paused_until and 2 * size <= self.limit_bytes
 
     def forget(self, key: CacheKey) -> None:
-        """Remove an entry whose bytes turned out to be others than the object's."""
+        """Remove an entry whose bytes turned out to differ from the object's."""
         self._drop(self._path(key.digest()), "holds other bytes than the object")
 
     @contextmanager
     def claim(self, key: CacheKey) -> Iterator[None]:
-        """Hold others who claim the same, in any process or thread, back for a while: one fetches, they find it here.
+        """Block others who claim the same, in any process or thread, for a while: one fetches, they find it here.
 
-        Who has waited too long, or cannot lock, goes on without: the worst is a second fetch.
+        Those that wait too long, or cannot lock, continue without: the worst case is a second fetch.
         """
         descriptor = None
         with suppress(OSError):
@@ -132,7 +133,7 @@ class Cache:
         return self.folder / name[:2] / name[2:40]
 
     def _read(self, descriptor: int, digest: bytes, size: int) -> bytes:
-        """The payload of an open entry. Raises _UnsoundError with what is wrong."""
+        """The payload of an open entry. Raises _UnsoundError with the reason."""
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise _UnsoundError("is no plain file")
@@ -149,13 +150,13 @@ class Cache:
         return data
 
     def _drop(self, path: Path, reason: str) -> None:
-        """Remove an entry that is not what it should be. Its bytes stay in the total until the next count."""
+        """Remove an invalid entry. Its bytes stay in the total until the next count."""
         self._tell("unsound", f"cache {self.folder}: entry {path.name} {reason}: dropped and read again")
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
     def _reserve(self, temporary: Path, size: int) -> bool:
-        """Make a file of that size and count it in the total; False if there is no room or the lock stays busy.
+        """Create a file of that size and count it in the total; False if there is no room or the lock stays busy.
 
         It has its full size from the start, so that a count by another process includes it: the entries never hold
         more than the total says, and the total never passes the limit.
@@ -174,7 +175,7 @@ class Cache:
             return True
 
     def _make_room(self, size: int) -> int:
-        """Remove the least recently used entries; the total that is left, counted anew."""
+        """Remove the least recently used entries; returns the remaining total, recounted."""
         entries = sorted(self._entries())
         total = sum(each for _, each, _ in entries)
         target = min(FILL_TO * self.limit_bytes, self.limit_bytes - size)
@@ -182,7 +183,7 @@ class Cache:
             if total <= target:
                 break
             if TEMPORARY in path.name and used:
-                continue  # somebody writes it
+                continue  # being written
             with suppress(OSError):
                 path.unlink()
                 total -= each
@@ -191,8 +192,8 @@ class Cache:
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """(time of last use, bytes, path) of every entry; an unfinished one whose writer is gone counts as unused.
 
-        Called under the lock, which an unfinished one needs no more to get its name: it may do so between the listing
-        of its folder and the look at it, and would be missing in the total for good.
+        Called under the lock. An unfinished entry can be renamed without the lock, between the listing of its folder
+        and its stat, and would then be missing in the total forever.
         """
         for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
             for path, info in _listed(folder):
@@ -215,18 +216,18 @@ class Cache:
             os.close(descriptor)
 
     def _tell(self, what: str, message: str) -> None:
-        """Warn, once for each kind of trouble."""
+        """Warn, once for each kind of problem."""
         if what not in self._told:
             self._told.add(what)
             log.warning("%s", message)
 
 
 class _UnsoundError(Exception):
-    """An entry that is not what its name says."""
+    """An entry that does not match its name."""
 
 
 def _listed(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """The files of a folder, listed until none of them is gone when it is looked at; none if it cannot be read."""
+    """The files of a folder, listed again until none disappears before its stat; none if it cannot be read."""
     found = []
     for _ in range(NUM_LISTINGS):
         found, is_whole = [], True
@@ -257,7 +258,7 @@ def _total(lock: int) -> int | None:
 
 
 def _fill(temporary: Path, header: bytes, data: bytes) -> None:
-    """Write a reserved file. Not flushed to the disk: what a crash leaves behind fails its checksum."""
+    """Write a reserved file, without flushing it to the disk: a file left by a crash fails its checksum."""
     with temporary.open("r+b", buffering=0) as file:
         for part in (memoryview(header), memoryview(data)):
             while len(part):

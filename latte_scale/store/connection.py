@@ -1,8 +1,8 @@
 """What a process shares over all its S3 stores with the same settings: one boto3 client, its threads, its counters.
 
 In: StoreSettings. Out: a Connection, made once a process; a forked child makes its own, because sockets and threads do
-not survive a fork. boto3 signs, finds credentials and keeps connections open; its own retries are off, for here every
-try must count against one budget. Its loggers are held at WARNING: below that they print signatures and tokens.
+not survive a fork. boto3 signs, finds credentials and keeps connections open; its own retries are off, because every
+try must count against one budget. Its loggers are kept at WARNING: below that they print signatures and tokens.
 """
 
 import logging
@@ -23,7 +23,7 @@ T = TypeVar("T")
 METADATA_SERVICE = {"metadata_service_num_attempts": 3, "metadata_service_timeout": 2}
 """For credentials from a machine's role. botocore asks once, for 1 s, and reports that there are none if the service is
 busy, as it is when all ranks and loader workers of a machine start at once."""
-LOUD_WAIT_S = 1.0  # waits of at least this length are logged as warnings, shorter ones as information
+LOUD_WAIT_S = 1.0  # waits of at least this length are logged as warnings, shorter ones as info
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ class Connection:
         self.settings = settings
         self.client: Any
         self.getter: Getter
-        self.is_anonymous: bool  # there are no credentials: requests go unsigned, which a public bucket answers
+        self.is_anonymous: bool  # there are no credentials: requests are unsigned, which is enough for a public bucket
         self.counters = Counters()
-        self.reached = False  # the endpoint has answered this process, whatever it said
-        self.allowed = False  # and has done what it was asked
+        self.reached = False  # the endpoint has answered this process, even with an error
+        self.allowed = False  # and has granted a request
         self.endpoint = settings.endpoint_url or "the endpoint of the environment"
         self.renew()
         self.endpoint = self.client.meta.endpoint_url
@@ -47,7 +47,7 @@ class Connection:
         self.readers = Threads(settings.num_connections, "store-reader")
 
     def renew(self) -> None:
-        """Read the credentials (again: another program may have renewed them on the disk). Raises CredentialsError."""
+        """Read the credentials (again: another program may have renewed them on disk). Raises CredentialsError."""
         try:
             session, self.client, self.is_anonymous = _client(self.settings)
         except Exception as error:
@@ -59,9 +59,9 @@ class Connection:
         self.getter = Getter(session, self.client, self.settings, self.is_anonymous)
 
     def call(self, url: str, doing: str, request: Callable[[Any], T], passing: tuple[str, ...] = ()) -> T:
-        """The result of `request(client)`, tried again while its faults are transient and the budget lasts.
+        """The result of `request(client)`, retried while its faults are transient and the budget lasts.
 
-        Raises a StoreError, or `Passed` with the fault for the kinds in `passing`, which the caller answers itself.
+        Raises a StoreError, or `Passed` with the fault for the kinds in `passing`, which the caller handles.
         """
         tries = Tries(self, url, doing, Budget(self.settings.stall_budget_s))
         while True:
@@ -79,7 +79,7 @@ class Connection:
 
 
 class Passed(Exception):
-    """A fault that the caller of `Connection.call` asked for; `num_failed` tries failed before it."""
+    """A fault that the caller of `Connection.call` handles; `num_failed` tries failed before it."""
 
     def __init__(self, fault: Fault, num_failed: int) -> None:
         super().__init__(fault.reason)
@@ -95,7 +95,7 @@ class Tries:
         self._in_a_row, self._renewed = 0, False
 
     def failed(self, fault: Fault, error: Exception, num_bytes: int = 0) -> None:
-        """Count a failure and wait. Bytes that came before it make the next wait short again, and earn time."""
+        """Count a failure and wait. Bytes received before it reset the wait and extend the budget."""
         self.num_failed += 1
         self.budget.earn(num_bytes)
         self.connection.reached |= fault.is_answer or num_bytes > 0
@@ -127,7 +127,7 @@ class Tries:
 
     def _left_s(self) -> float:
         """Seconds within which the next try must begin. Before the first answer, a try may take its whole connect
-        timeout without an answer, so that time is taken off."""
+        timeout without an answer, so that time is subtracted."""
         if self.connection.reached:
             return self.budget.left_s
         settings = self.connection.settings
@@ -147,7 +147,7 @@ def connection_for(settings: StoreSettings) -> Connection:
 
 
 def _after_fork() -> None:
-    """A forked child starts without connections, and with a lock that nobody holds."""
+    """Start a forked child without connections, and with a free lock."""
     global _lock
     _lock = threading.Lock()
     _connections.clear()
@@ -157,7 +157,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _client(settings: StoreSettings) -> tuple[Any, Any, bool]:
-    """A botocore session, an S3 client of it, and whether there are no credentials, so that it signs nothing.
+    """A botocore session, an S3 client of it, and whether requests are unsigned because there are no credentials.
 
     Raises ValueError without boto3 or for an endpoint that holds credentials.
     """
@@ -173,7 +173,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any, bool]:
             logging.getLogger(name).setLevel(logging.WARNING)
     session = botocore.session.get_session()
     for name, value in METADATA_SERVICE.items():
-        if session.get_config_variable(name) == 1:  # botocore's own
+        if session.get_config_variable(name) == 1:  # botocore's default
             session.set_config_variable(name, value)
     boto = boto3.session.Session(botocore_session=session)
     is_anonymous = session.get_credentials() is None
@@ -197,7 +197,7 @@ def _client(settings: StoreSettings) -> tuple[Any, Any, bool]:
     client = make("path" if known and not _is_amazon(settings.endpoint_url) else settings.addressing)
     check_endpoint(client.meta.endpoint_url, "the endpoint of the environment")
     if not known and settings.addressing == "auto" and not _is_amazon(client.meta.endpoint_url):
-        client = make("path")  # few services of one's own have a host name for every bucket
+        client = make("path")  # few self-hosted services have a host name for every bucket
     return session, client, is_anonymous
 
 

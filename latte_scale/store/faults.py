@@ -1,6 +1,6 @@
 """What went wrong with a request: boto3's, urllib3's and sockets' exceptions in, a Fault and a StoreError out.
 
-A Fault says whether another try can help. Its words are our own and the service's error code, never the service's
+A Fault says whether another try can help. Its text has our own words and the service's error code, never the service's
 whole answer, so that no signature, token or key can get into a log.
 """
 
@@ -67,7 +67,7 @@ _KINDS: dict[str, Kind] = {
     "ServiceUnavailable": "transient",
     "OperationAborted": "transient",
     "ConditionalRequestConflict": "transient",
-    "BadDigest": "transient",  # the bytes were damaged on their way up
+    "BadDigest": "transient",  # the bytes were damaged during the upload
     "InvalidDigest": "transient",
     "IncompleteBody": "transient",
 }
@@ -113,7 +113,7 @@ class BrokenBodyError(Exception):
 
 
 class SilenceError(Exception):
-    """A request to which not even the head of an answer came in time."""
+    """A request without even the head of an answer in time."""
 
 
 class NoRangesError(Exception):
@@ -121,11 +121,11 @@ class NoRangesError(Exception):
 
 
 class NotS3Error(Exception):
-    """An answer without what every S3 service answers, as that of a web page on another port."""
+    """An answer that no S3 service gives, such as that of a web page on another port."""
 
 
 class RefusedError(Exception):
-    """An answer of the service that is not the object: HTTP status, and its own code."""
+    """An error answer of the service: HTTP status, and its own code."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(f"{status} {code}".strip())
@@ -134,7 +134,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """What a failed request says about the next one."""
+    """Why a request failed, and whether a retry can help."""
 
     kind: Kind
     reason: str  # a few words, free of credentials
@@ -177,12 +177,12 @@ def fault_of(error: Exception) -> Fault:
         return Fault("other", "the endpoint ignores byte ranges, which this loader stands on: use another S3 service")
     if isinstance(error, NotS3Error):
         return Fault("setup", NOT_S3)
-    if isinstance(error, RecursionError):  # boto3 asks where the bucket is, and is sent on to ask where it is
+    if isinstance(error, RecursionError):  # boto3 asks where the bucket is, and is redirected to the same question
         return Fault("setup", "sent on to another address again and again: is the endpoint http or https?")
     connection = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, http.HTTPError, OSError)
     if isinstance(error, (*connection, BrokenBodyError)):
         return _broken(error)
-    if type(error).__name__ == "ResponseParserError":  # an answer that is not XML, as a proxy's error page
+    if type(error).__name__ == "ResponseParserError":  # an answer that is not XML, such as a proxy's error page
         return Fault("transient", "an answer that is not S3's")
     if isinstance(error, boto.BotoCoreError):
         return Fault("setup", type(error).__name__)
@@ -193,7 +193,7 @@ def _refused(status: int, code: str) -> Fault:
     """The fault that the service named."""
     kind = _KINDS.get(code) or _KINDS.get(str(status))
     if kind is None and code in ("", str(status)) and 400 <= status < 500 and status not in _TRANSIENT_STATUS:
-        # A request for the head of an object is told of expired credentials like this, for its answer has no body.
+        # A HEAD request gets this for expired credentials, because its answer has no body.
         hint = "credentials that have expired, or http where https is spoken?" if status == 400 else NOT_S3
         return Fault("setup", f"{status} without a code: {hint}")
     if kind is None:
@@ -246,5 +246,5 @@ _CLASSES: dict[Kind, type[StoreError]] = {
 
 
 def exists_error(url: str) -> ExistsError:
-    """The error of a write that was to be the first."""
+    """The error of a write that required a new name."""
     return ExistsError(f"{url}: writing it as the first failed: it exists already; another writer was first")

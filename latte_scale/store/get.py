@@ -1,10 +1,10 @@
-"""Ranged GET requests: signed and sent with botocore's own parts, without the rest of boto3's machinery.
+"""Ranged GET requests: signed and sent with botocore's own parts, without the rest of boto3.
 
 In: an object, a range and perhaps an etag. Out: an Answer whose body has not been read yet, or the service's refusal.
-boto3's get_object takes 1.5 to 2.5 ms of CPU for each call, more than everything else that happens to a sample of 1 MB;
-the signature and the connection, which are all that a GET needs, take 0.6 ms (benchmarks/RESULTS.md). Credentials,
-endpoint, addressing, proxies and certificates are the client's. A service that wants more (another region, another
-signature) is asked through boto3 from then on.
+boto3's get_object takes 1.5 to 2.5 ms of CPU per call, more than all other processing of a sample of 1 MB; the
+signature and the connection, which are all that a GET needs, take 0.6 ms (benchmarks/RESULTS.md). Credentials,
+endpoint, addressing, proxies and certificates are the client's. A service that needs more (another region, another
+signature) is accessed through boto3 from then on.
 """
 
 import functools
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from latte_scale.store.faults import RefusedError
 from latte_scale.store.settings import StoreSettings
 
-NUM_URLS = 4096  # of objects, remembered
+NUM_URLS = 4096  # of objects, cached
 _CODE = re.compile(rb"<Code>\s*(\w+)\s*</Code>")
 _ELSEWHERE = (301, 302, 307)
 _ELSEWHERE_CODES = (
     "AuthorizationHeaderMalformed",
-    "IllegalLocationConstraintException",  # the bucket is in one of Amazon's regions that have to be opted into
+    "IllegalLocationConstraintException",  # the bucket is in one of Amazon's opt-in regions
     "PermanentRedirect",
     "TemporaryRedirect",
     "InvalidRequest",
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     """The head of a response that has a body."""
 
     body: Any  # urllib3's response
-    content_range: str  # "bytes 0-99/1000", or "" where the whole object comes
+    content_range: str  # "bytes 0-99/1000", or "" if the whole object is sent
     content_length: int
     etag: str
     crc32c: str | None  # of the whole object, if this package wrote it
@@ -74,7 +74,7 @@ class Getter:
                 self._through_boto3 = True
         condition = {"IfMatch": etag} if etag else {}
         response = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={first}-{last}", **condition)
-        # The StreamingBody around it can only read to a full buffer, which a trickle never fills.
+        # The StreamingBody around it only returns a full buffer, which a trickle of bytes never fills.
         body, crc = response["Body"]._raw_stream, response.get("Metadata", {}).get("crc32c")
         return Answer(body, response.get("ContentRange", ""), response["ContentLength"], response["ETag"], crc)
 
@@ -99,6 +99,6 @@ class Getter:
         return Answer(response.raw, head.get("content-range", ""), length, head.get("etag", ""), crc)
 
     def _make_url(self, bucket: str, key: str) -> str:
-        """The object's address, as boto3 would choose it; what it appends, a signature, is cut off."""
+        """The object's address, as boto3 would choose it, without the signature that it appends."""
         url = self._client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
         return url.partition("?")[0]

@@ -1,7 +1,7 @@
-"""What lies below a prefix of a bucket: objects, folders, and uploads that nobody finished.
+"""The content of a prefix of a bucket: objects, folders, and unfinished uploads.
 
-In: a Connection and where to look. Out: names relative to the prefix, with sizes and ages. Ages are told by the
-service's own clock, for this machine's may be hours off.
+In: a Connection and a place in a bucket. Out: names relative to the prefix, with sizes and ages. Ages are by the
+service's own clock, because this machine's may be hours off.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Prefix(NamedTuple):
 
     connection: Connection
     bucket: str
-    root: str  # "" or what ends in "/"
+    root: str  # "" or a prefix that ends in "/"
     url: str  # for messages
 
     def objects(self, prefix: str = "") -> list[Found]:
@@ -41,13 +41,13 @@ class Prefix(NamedTuple):
         return sorted(found)
 
     def folders(self) -> list[str]:
-        """Names before the first "/" of what lies below, sorted; one request a thousand, whatever is in them."""
+        """Names before the first "/" below the prefix, sorted; one request per thousand, whatever they contain."""
         pages = self._pages(Prefix=self.root, Delimiter="/")
         found = [each["Prefix"] for answer in pages for each in answer.get("CommonPrefixes", ())]
         return sorted(name[len(self.root) :].rstrip("/") for name in found)
 
     def drop_uploads(self, doomed: Callable[[str, float], bool]) -> list[str]:
-        """Take back the parts of unfinished uploads for which `doomed(name, age_s)` holds; their names.
+        """Delete the parts of unfinished uploads for which `doomed(name, age_s)` holds; returns their names.
 
         No listing of objects shows them, and the service keeps, and bills, them forever.
         """
@@ -71,7 +71,7 @@ class Prefix(NamedTuple):
 
     def _abort(self, key: str, upload_id: str) -> None:
         def abort(client: Any) -> None:
-            with suppress(client.exceptions.NoSuchUpload):  # its writer took it back just now
+            with suppress(client.exceptions.NoSuchUpload):  # its writer has just aborted it
                 client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
 
         self.connection.call(self.url, "taking back an unfinished upload", abort)
@@ -83,7 +83,7 @@ class Prefix(NamedTuple):
 
             def page(client: Any, more: dict[str, str] = more) -> dict[str, Any]:
                 answer = client.list_objects_v2(Bucket=self.bucket, **what, **more)
-                if "IsTruncated" not in answer:  # boto3 takes any page for a listing of nothing
+                if "IsTruncated" not in answer:  # boto3 accepts any page as an empty listing
                     raise NotS3Error
                 return answer
 

@@ -1,7 +1,7 @@
 """A store in a folder: pread for reading, temporary name and rename for writing.
 
-In: a folder path. A write goes to a temporary name, is flushed to the disk and renamed, so it is complete or not
-there. Nothing is held open between calls.
+In: a folder path. A write goes to a temporary name, is flushed to the disk and renamed, so it is atomic. No file is
+held open between calls.
 """
 
 import errno
@@ -22,7 +22,7 @@ TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}$")
 
 
 def local_path(url: str) -> str:
-    """The path that a file:// URL means, where localhost is this machine and %20 a space; other text as it is."""
+    """The path of a file:// URL, where localhost is this machine and %20 a space; other text unchanged."""
     if not url.startswith("file://"):
         return url
     path = unquote(url.removeprefix("file://"))
@@ -89,7 +89,7 @@ class LocalStore(Store):
 
     def write(self, name: str, data: bytes, only_new: bool = False) -> None:
         target = self._path(name)
-        if os.path.exists(target) and not os.path.isfile(target):  # as /dev/null, whose place a rename would take
+        if os.path.exists(target) and not os.path.isfile(target):  # such as /dev/null, which a rename would replace
             with explained(self.join(name), f"writing {len(data)} bytes"):
                 target.write_bytes(data)
             return
@@ -137,7 +137,7 @@ class LocalStore(Store):
         return self.root / name
 
     def _link(self, name: str, source: Path) -> None:
-        """Give a finished file its name, unless something has it: a link, unlike a rename, never replaces."""
+        """Give a finished file its name, unless it is taken: a link, unlike a rename, never replaces a file."""
         target = self._path(name)
         with explained(self.join(name), "storing it as the first"):
             _sync(source)
@@ -153,12 +153,12 @@ def _make_folder(path: Path) -> None:
     """Make a folder and those above it, unless they are there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:  # which would be taken for another writer's file
+    except FileExistsError as error:  # it would be mistaken for another writer's file
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
 def _kind(entry: os.DirEntry) -> Literal["folder", "file", "other"]:
-    """The kind of a folder entry; follows links, the only entries for which the disk is asked again."""
+    """The kind of a folder entry; follows links, which alone need another stat."""
     if not entry.is_symlink():
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
     if os.path.isdir(entry.path):
@@ -190,7 +190,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def explained(url: str, doing: str) -> Iterator[None]:
-    """Turn an OSError of the block into a StoreError that names the URL, what was being done and what to do next."""
+    """Turn an OSError of the block into a StoreError that names the URL, the operation and what to do next."""
     try:
         yield
     except StoreError:
@@ -200,7 +200,7 @@ def explained(url: str, doing: str) -> Iterator[None]:
 
 
 def _store_error(error: OSError, url: str, doing: str) -> StoreError:
-    """The same failure with its place and the next thing to do."""
+    """The same failure with its URL and what to do next."""
     if error.errno == errno.ENOTDIR:
         return MissingError(f"{url}: {doing} failed: a part of this path is a file, not a folder; check the URL")
     if error.errno == errno.ENOENT:

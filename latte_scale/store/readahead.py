@@ -1,7 +1,7 @@
-"""Ranges that a reader announced: fetched in the background, each handed out once.
+"""Ranges that a reader announced: fetched in the background, each returned once.
 
-In: announcements (name, offset, size). Out: their bytes, also for a range that lies inside an announced one. What is
-announced and not taken is bounded by bytes; beyond that the oldest is forgotten, for a reader that changed its mind.
+In: announcements (name, offset, size). Out: their bytes, also for a range that lies inside an announced one. The bytes
+announced but not taken are bounded; beyond that the oldest range is dropped, because the reader may no longer need it.
 """
 
 import threading
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from latte_scale.store.threads import Threads
 
-PATIENCE_S = 3600.0  # far above every stall budget: fetches end by themselves
+PATIENCE_S = 3600.0  # far above every stall budget, within which fetches end
 
 
 @dataclass(eq=False)
 class _Entry:
     offset: int
     size: int
-    taken: bool = False  # by a thread that fetches it
+    taken: bool = False  # by a fetching thread
     result: "Future[bytes]" = field(default_factory=Future)
 
 
@@ -45,7 +45,7 @@ class ReadAhead:
         self._threads.start(self._work, 0.0)
 
     def take(self, name: str, offset: int, size: int) -> bytes | None:
-        """The bytes of an announced range, waited for; None if it was not announced, or not begun. Raises its error."""
+        """Wait for the bytes of an announced range; None if it was not announced or not started. Raises its error."""
         with self._lock:
             key = self._find(name, offset, size)
             if key is None:
@@ -53,7 +53,7 @@ class ReadAhead:
             entry = self._entries.pop(key)
             self._size_bytes -= entry.size
             if not entry.taken:
-                return None  # the caller is faster than the queue
+                return None  # not started: the caller is faster than the queue
         data = entry.result.result(PATIENCE_S)
         return data[offset - entry.offset : offset - entry.offset + size]
 
@@ -67,7 +67,7 @@ class ReadAhead:
         return None
 
     def _work(self) -> None:
-        """Fetch what is queued, oldest first, until nothing is."""
+        """Fetch queued ranges, oldest first, until the queue is empty."""
         while True:
             with self._lock:
                 waiting = ((name, entry) for (name, _), entry in self._entries.items() if not entry.taken)

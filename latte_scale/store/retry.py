@@ -1,7 +1,7 @@
-"""How long to try, how long to wait between tries, and how often to ask twice. No network, no clock of its own.
+"""How long to try, how long to wait between tries, and how often to hedge. No network, no clock of its own.
 
 In: seconds and counts. Out: seconds and yes or no. The waits are random so that a thousand readers that failed together
-do not come back together; they draw from the operating system and never from a generator that training uses.
+do not retry together; the random numbers come from the operating system and never from a generator that training uses.
 """
 
 import random
@@ -17,19 +17,19 @@ _random = random.SystemRandom()
 
 
 class Budget:
-    """The time that one read or write may take, waits included: `limit_s`, and more for bytes that came."""
+    """The time that one read or write may take, waits included: `limit_s`, and more for bytes received."""
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit_s = limit_s
         self._clock, self._begun = clock, clock()
 
     def earn(self, size_bytes: int) -> None:
-        """Allow more time, for bytes that came."""
+        """Allow more time, for bytes received."""
         self.limit_s += size_bytes / MIN_BYTES_PER_S
 
     @property
     def spent_s(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since it was created."""
         return self._clock() - self._begun
 
     @property
@@ -45,10 +45,10 @@ def wait_s(failures: int, draw: Callable[[float, float], float] = _random.unifor
 
 
 class HedgeAllowance:
-    """Second requests for slow reads, kept to a small share of all reads.
+    """Limits hedges (second requests for slow reads) to a small fraction of all reads.
 
-    Without a share, a link that is slow because it is full would get twice the load. Each read earns `share` of a
-    hedge; at most `most` can be saved up, which is also what a process starts with.
+    Without a limit, a saturated link would get twice the load. Each read earns `share` of a hedge; at most `most` can
+    be saved up, which is also the initial value.
     """
 
     def __init__(self, share: float = 0.05, most: float = 4.0) -> None:
@@ -61,7 +61,7 @@ class HedgeAllowance:
             self._saved = min(self._most, self._saved + self._share)
 
     def take(self) -> bool:
-        """Whether a hedge may be sent now; if so, it is paid for."""
+        """Whether a hedge may be sent now; if so, it is deducted."""
         with self._lock:
             if self._saved < 1.0:
                 return False

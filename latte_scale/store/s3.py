@@ -1,11 +1,11 @@
-"""A store below s3://bucket/prefix: ranged, retried, cached reads, and writes that are there whole or not at all.
+"""A store below s3://bucket/prefix: ranged, retried, cached reads, and atomic writes.
 
-In: a URL and StoreSettings; names and ranges. Out: exactly the bytes that were asked for, or a StoreError that names
-bucket, key, reason and what to do. Uploads carry Content-MD5, so the service refuses damaged bytes, and the crc32c of
-the whole object, to which a whole read is held. A ranged read has no digest of its own: readers check fields, and read
-again with `fresh` what does not fit.
-The decision worth knowing: for a ranged read an object's etag is learned once a process, for data sets do not change
-while they are read. Whole reads ask anew; a range of a version that is gone is read from the new one.
+In: a URL and StoreSettings; names and ranges. Out: exactly the requested bytes, or a StoreError that names bucket, key,
+reason and remedy. Uploads carry Content-MD5, so the service refuses damaged bytes, and the crc32c of the whole object,
+against which a whole read is verified. A ranged read has no digest of its own: readers check fields, and read bad ones
+again with `fresh`.
+The decision worth knowing: for ranged reads an object's etag is fetched once per process, because data sets do not
+change while they are read. Whole reads ask again; a range of a version that is gone is read from the new one.
 """
 
 import os
@@ -33,10 +33,10 @@ from latte_scale.store.threads import run_all
 from latte_scale.store.transfer import ChangedError, Facts, PastEndError, Source, fetch
 from latte_scale.store.upload import Upload, content_md5, crc32c_hex
 
-NUM_VERSIONS = 3  # of an object that change while one read goes on, before it is an error
-NUM_DAMAGED = 3  # whole reads whose digest is wrong, before it is an error
-NUM_REMEMBERED = 8192  # objects whose facts a process keeps, a few hundred bytes each
-ABANDONED_S = 24 * 3600.0  # a scratch file that nobody has written to for so long has lost its writer
+NUM_VERSIONS = 3  # versions of an object during one read, before it is an error
+NUM_DAMAGED = 3  # whole reads with a wrong digest, before it is an error
+NUM_REMEMBERED = 8192  # objects whose facts a process caches, a few hundred bytes each
+ABANDONED_S = 24 * 3600.0  # the writer of a scratch file not written to for so long is gone
 _SCRATCH = "latte-scale-"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
@@ -64,7 +64,7 @@ class S3Store(Store):
 
     @property
     def connection(self) -> Connection:
-        """What this process shares over its stores, counters included."""
+        """The Connection that this process shares between its stores, counters included."""
         return connection_for(self.settings)
 
     @property
@@ -123,7 +123,7 @@ class S3Store(Store):
         try:
             self._call(name, f"writing {len(data)} bytes", put, ("precondition",))
         except Passed as error:
-            # An earlier try may have arrived although its answer did not.
+            # An earlier try may have succeeded although its answer was lost.
             if not (error.num_failed and self._head(name, "looking for its writer")[1].get("writer") == writer):
                 raise exists_error(self.join(name)) from error
 
@@ -149,20 +149,20 @@ class S3Store(Store):
         self._here().facts.pop(name, None)
         self._call(name, "deleting it", lambda client: client.delete_object(**self._object(name)))
 
-    # What only object stores have to offer; checkpoint/bucket.py stands on it.
+    # Operations that only object stores have; checkpoint/bucket.py uses them.
 
     def objects(self, prefix: str = "") -> Sequence[Found]:
         """Name, size and age of everything whose name starts with `prefix`, by name."""
         return self._place.objects(prefix)
 
     def folders(self) -> Sequence[str]:
-        """Names before the first "/" of what lies below, sorted; one request a thousand, whatever is in them."""
+        """Names before the first "/" below the prefix, sorted; one request per thousand, whatever they contain."""
         return self._place.folders()
 
     def upload(self, name: str, read: Callable[[int, int], bytes], size: int) -> int:
-        """Store `size` bytes, which `read(offset, size)` gives in any order and from several threads; their crc32c.
+        """Store `size` bytes of `read(offset, size)`, which threads call in any order; returns their crc32c.
 
-        Holds one part a connection at a time. They are read twice: the digest goes up before the bytes.
+        Holds one part per connection at a time. Bytes are read twice, because the digest is sent before them.
         """
         self._here().facts.pop(name, None)
         if size > self.settings.part_bytes:
@@ -172,11 +172,11 @@ class S3Store(Store):
         return google_crc32c.value(data)
 
     def delete_all(self, names: Iterable[str]) -> None:
-        """Remove objects, several at a time; those that are not there are no error."""
+        """Remove objects, several at a time; missing ones are no error."""
         run_all([lambda name=name: self.delete(name) for name in names], self.connection.readers)
 
     def rename(self, name: str, new_name: str) -> None:
-        """Copy an object inside the service, then delete it; it can be there twice in between, never not at all."""
+        """Copy an object inside the service, then delete it; in between it can exist twice, but is never missing."""
         source = {"CopySource": {"Bucket": self.bucket, "Key": self._object(name)["Key"]}}
         self._call(
             name, f"copying it to {new_name}", lambda client: client.copy_object(**self._object(new_name), **source)
@@ -184,7 +184,7 @@ class S3Store(Store):
         self.delete(name)
 
     def drop_uploads(self, doomed: Callable[[str, float], bool]) -> Sequence[str]:
-        """Take back the parts of unfinished uploads for which `doomed(name, age_s)` holds; their names."""
+        """Delete the parts of unfinished uploads for which `doomed(name, age_s)` holds; returns their names."""
         return self._place.drop_uploads(doomed)
 
     def expect(self, name: str, offset: int, size: int) -> None:
@@ -194,7 +194,7 @@ class S3Store(Store):
     # ---------------------------------------------------------------------------------------------------- reading
 
     def _read_whole(self, name: str, fresh: bool) -> bytes:
-        """A whole object, held to the digest that it carries if this package wrote it."""
+        """A whole object, verified against its digest if this package wrote it."""
         for _ in range(NUM_DAMAGED):
             if self.cache is None:
                 data, facts = self._read_unsized(name)
@@ -217,7 +217,7 @@ class S3Store(Store):
         return self._read_span(name, offset, end - offset, fresh) if offset < end else b""
 
     def _read_unsized(self, name: str) -> tuple[bytes, Facts]:
-        """A whole object without a look at its size first: one request if it fits into one part."""
+        """A whole object without asking for its size first: one request if it fits into one part."""
         self._here().facts.pop(name, None)
         try:
             return self._fetch(name, 0, None)
@@ -277,7 +277,7 @@ class S3Store(Store):
     def _fetch_parts(
         self, source: Source, offset: int, size: int | None, etag: str | None
     ) -> tuple[Sequence[bytes], Facts]:
-        """The first part, then the others beside each other, held to the first one's version."""
+        """The first part, then the others in parallel, all of the first one's version."""
         step = self.settings.part_bytes
         head, facts = fetch(self.connection, source, offset, offset + min(step, size or step) - 1, etag)
         end = facts.size if size is None else min(facts.size, offset + size)
@@ -313,7 +313,7 @@ class S3Store(Store):
         return Prefix(self.connection, self.bucket, f"{self.prefix}/" if self.prefix else "", self.url)
 
     def _here(self) -> "_Mine":
-        """What this process knows; a forked child begins anew, for its parent's threads are not its own."""
+        """This process's state; a forked child starts with a new one, because it does not inherit threads."""
         if self._mine is None or self._mine.pid != os.getpid():
             self._mine = _Mine(self)
         return self._mine
@@ -330,7 +330,7 @@ class S3Store(Store):
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the scratch files that killed processes left: of a shard each, and nobody else would."""
+    """Remove the scratch files of killed processes: each has the size of a shard, and nothing else removes them."""
     for path in folder.glob(f"{_SCRATCH}*"):
         with suppress(OSError):  # another removes it, or it is another user's
             if TEMPORARY.search(path.name) and time.time() - path.stat().st_mtime > ABANDONED_S:
@@ -338,7 +338,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 class _Mine:
-    """What one process knows of one store."""
+    """The state of one store in one process."""
 
     def __init__(self, store: S3Store) -> None:
         settings = store.settings
@@ -355,7 +355,7 @@ class _Mine:
         self.ahead = ReadAhead(store.connection.readers, fetch_span, settings.read_ahead_bytes)
 
     def note(self, name: str, facts: Facts) -> None:
-        """Remember what an object is, and forget the oldest beyond the limit."""
+        """Cache an object's facts, and drop the oldest beyond the limit."""
         self.facts[name] = facts
         if len(self.facts) > NUM_REMEMBERED:
             self.facts.pop(next(iter(self.facts), ""), None)

@@ -1,7 +1,7 @@
 """How object stores are reached and cached.
 
-Credentials are no settings: boto3's own chain finds them, and where it finds none, requests go out unsigned, which is
-enough for a public bucket.
+Credentials are no settings: boto3's own chain finds them. If it finds none, requests are unsigned, which is enough for
+a public bucket.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What s3:// URLs need beyond credentials; folders need none of it. Safe to log, to pickle and to save."""
+    """Settings for s3:// URLs besides credentials; folders need none of them. Safe to log, to pickle and to save."""
 
     endpoint_url: str | None = None  # null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or ~/.aws/config, else Amazon S3
     region: str | None = None  # null: AWS_REGION or ~/.aws/config
@@ -65,7 +65,7 @@ class StoreSettings:
 
     @property
     def without_cache(self) -> "StoreSettings":
-        """The same for what is read only once."""
+        """The same without a cache, for data that is read only once."""
         return replace(self, cache_dir=None, block_bytes=None)
 
     @property

@@ -1,6 +1,6 @@
 """A few threads that run calls in the background, at most `limit` at a time.
 
-They are daemons, unlike those of concurrent.futures: a request that hangs must not hold up the end of the process.
+They are daemons, unlike those of concurrent.futures: a hanging request must not delay the end of the process.
 """
 
 import queue
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 
 class Threads:
-    """Starts calls in threads that it keeps; a call must not raise."""
+    """Starts calls in reusable threads; a call must not raise."""
 
     def __init__(self, limit: int, name: str) -> None:
         self._free = threading.Semaphore(limit)
@@ -20,7 +20,7 @@ class Threads:
         self._name = name
 
     def start(self, call: Callable[[], None], timeout_s: float) -> bool:
-        """Run `call` in the background; False if no thread came free in time."""
+        """Run `call` in the background; False if no thread became free in time."""
         if not self._free.acquire(timeout=timeout_s):
             return False
         with self._lock:
@@ -39,14 +39,14 @@ class Threads:
             finally:
                 with self._lock:
                     self._num_idle += 1
-                del call  # do not hold on to its bytes while waiting for the next
+                del call  # release its bytes while waiting for the next
                 self._free.release()
 
 
 def run_all(calls: Sequence[Callable[[], None]], threads: Threads) -> None:
-    """Run every call, in this thread and in whichever of `threads` are free; the first error ends it and is raised.
+    """Run every call, in this thread and in the free ones of `threads`; the first error stops it and is raised.
 
-    This thread alone is enough to finish, so callers that share the threads cannot wait for each other forever.
+    This thread alone can finish, so callers that share the threads cannot deadlock.
     """
     pending, errors, helpers = deque(calls), [], []
 

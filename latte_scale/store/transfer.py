@@ -1,9 +1,9 @@
-"""One range of one object, fetched: tries, resumes, and asks a second time for what is slow.
+"""Fetches one range of one object, with retries, resumed bodies and hedging of slow requests.
 
-In: an object, a range and perhaps the version (etag) that it must be. Out: the bytes and what the object is. A broken
-body goes on from its last byte, with the etag of its first, so that two versions never mix. A read slower than
-`hedge_after_s` is asked for once more on another connection; the first whole answer counts. Every request has a
-deadline and the read as a whole a budget, so it ends in bounded time whatever the other side does.
+In: an object, a range and optionally the required version (etag). Out: the bytes and the object's facts. A broken body
+continues from its last byte, with the etag of its first, so that two versions never mix. A read slower than
+`hedge_after_s` is requested once more on another connection; the first whole answer counts. Every request has a
+deadline and the whole read a budget, so it ends in bounded time whatever the other side does.
 """
 
 import math
@@ -24,7 +24,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Facts(NamedTuple):
-    """What is known of an object."""
+    """Metadata of an object."""
 
     size: int
     etag: str
@@ -41,7 +41,7 @@ class Source:
 
 
 class ChangedError(Exception):
-    """The object is no longer the version that was asked for."""
+    """The object is no longer the requested version."""
 
 
 class PastEndError(Exception):
@@ -50,12 +50,12 @@ class PastEndError(Exception):
 
 @dataclass(eq=False)
 class Transfer:
-    """One GET request, run by a thread of its own; its bytes may be looked at while it runs."""
+    """One GET request, run by a thread of its own; its bytes may be read while it runs."""
 
     getter: Getter
     source: Source
     first: int
-    last: int  # the last byte that is wanted; the object may end before
+    last: int  # the last byte requested; the object may end before
     etag: str | None
     finished: "queue.SimpleQueue[Transfer]"
     parts: list[bytes] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Transfer:
             self.finished.put(self)
 
     def give_up(self) -> None:
-        """End the request from another thread, also while it waits for bytes."""
+        """Stop the request from another thread, also while it waits for bytes."""
         self._given_up = True
         body = self._body
         if body is not None:
@@ -100,10 +100,10 @@ class Transfer:
                 body.close()
 
     def _read_head(self, answer: Answer) -> int:
-        """Note what the object is; the number of bytes that will come."""
+        """Record the object's facts; returns the number of bytes that will follow."""
         if answer.content_range:  # "bytes 0-99/1000"
             found = _RANGE.fullmatch(answer.content_range)
-            if found is None:  # as of a cache on the way, which does not know the whole size
+            if found is None:  # e.g. from a proxy cache that does not know the whole size
                 raise BrokenBodyError(f"an answer with Content-Range {answer.content_range[:80]!r}")
             first, last, size = map(int, found.groups())
         else:
@@ -128,7 +128,7 @@ def fetch(connection: Connection, source: Source, first: int, last: int, etag: s
         parts, facts, error = race.run(first + num_kept, etag)
         num_bytes = sum(map(len, parts))
         kept, num_kept = kept + parts, num_kept + num_bytes
-        # An error may come after the last byte, as when the deadline passes just then.
+        # An error may follow the last byte, for example when the deadline passes just then.
         if error is None or (facts is not None and first + num_kept == min(last + 1, facts.size)):
             connection.reached = connection.allowed = True
             connection.hedges.earn()
@@ -143,14 +143,14 @@ def fetch(connection: Connection, source: Source, first: int, last: int, etag: s
 
 
 class _Race:
-    """The requests of one read: one at a time, and once a second one beside it."""
+    """The requests of one read: one at a time, and at most once a second one in parallel."""
 
     def __init__(self, connection: Connection, source: Source, last: int, budget: Budget) -> None:
         self._connection, self._source, self._last, self._budget = connection, source, last, budget
         self._hedge_after_s = connection.settings.hedge_after_s
 
     def run(self, first: int, etag: str | None) -> tuple[list[bytes], Facts | None, Exception | None]:
-        """(bytes, facts, None) of the first whole answer; else the longest piece, and why no more came."""
+        """(bytes, facts, None) of the first whole answer; else the longest piece, and why it ended."""
         finished: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         main = self._start(first, etag, finished, self._budget.left_s)
         if main is None:
@@ -158,7 +158,7 @@ class _Race:
         limit_s = self._connection.settings.request_timeout_s + (self._last + 1 - first) / MIN_BYTES_PER_S
         deadline = time.monotonic() + min(limit_s, self._budget.left_s)
         hedge_at = math.inf if self._hedge_after_s is None else time.monotonic() + self._hedge_after_s
-        begun: dict[Transfer, list[bytes]] = {main: []}  # each request, and the bytes that came before its first
+        begun: dict[Transfer, list[bytes]] = {main: []}  # each request, and the bytes received before its first
         ended: list[Transfer] = []
         while len(ended) < len(begun):
             done = _wait(finished, min(deadline, hedge_at))
@@ -179,7 +179,7 @@ class _Race:
     def _hedge(
         self, main: Transfer, first: int, finished: "queue.SimpleQueue[Transfer]"
     ) -> dict[Transfer, list[bytes]]:
-        """The second request, for what the first has not brought yet; nothing if none may be sent now."""
+        """The second request, for the bytes that the first has not received yet; nothing if none may be sent now."""
         if not self._connection.hedges.take():
             return {}
         self._hedge_after_s = None
@@ -212,7 +212,7 @@ def _wait(finished: "queue.SimpleQueue[Transfer]", until: float) -> Transfer | N
 def _outcome(
     begun: dict[Transfer, list[bytes]], ended: list[Transfer], limit_s: float
 ) -> tuple[list[bytes], Facts | None, Exception | None]:
-    """What a race brought: the whole answer if there is one, else the longest piece with the last error."""
+    """The result of a race: the whole answer if there is one, else the longest piece with the last error."""
     last = ended[-1] if ended else None
     if last is not None and last.error is None:
         return [*begun[last], *last.parts], last.facts, None

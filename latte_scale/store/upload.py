@@ -1,7 +1,7 @@
-"""Many bytes to one object, in parts beside each other: there whole after the last request, or not at all.
+"""Uploads many bytes to one object, in parallel parts, atomically.
 
 In: a function that reads a range, and where it goes. Out: nothing, or a StoreError; the parts of a failed upload are
-taken back. Each part carries Content-MD5, and the object the crc32c of the whole, which is looked at when it is there.
+deleted. Each part carries Content-MD5, and the object the crc32c of the whole, which is checked after the upload.
 """
 
 import base64
@@ -26,28 +26,28 @@ log = logging.getLogger(__name__)
 
 
 def content_md5(data: bytes) -> str:
-    """The Content-MD5 header of a body: the service refuses one that does not fit."""
+    """The Content-MD5 header of a body: the service refuses a body that does not match."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def crc32c_hex(crc: int) -> str:
-    """A crc32c as it is written in an object's metadata."""
+    """A crc32c in the format of an object's metadata."""
     return f"{crc:08x}"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One object on its way up."""
+    """The upload of one object."""
 
     connection: Connection
     target: dict[str, str]  # Bucket and Key
     url: str
-    read: Callable[[int, int], bytes]  # (offset, size) -> bytes of what is stored
+    read: Callable[[int, int], bytes]  # (offset, size) -> bytes to store
     size: int
 
     @property
     def doing(self) -> str:
-        """What is going on, for messages."""
+        """The operation, for messages."""
         return f"writing {self.size} bytes"
 
     def run(self) -> int:
@@ -74,7 +74,7 @@ class Upload:
         return crc
 
     def _parts(self, upload: dict[str, str]) -> list[dict[str, Any]]:
-        """Send every part; what the last request needs of them."""
+        """Send every part; returns what the last request needs of them."""
         step = max(self.connection.settings.part_bytes, math.ceil(self.size / MAX_PARTS))
         parts: list[dict[str, Any]] = [{} for _ in range(0, self.size, step)]
 
@@ -92,7 +92,7 @@ class Upload:
         return parts
 
     def _complete(self, upload: dict[str, str], parts: list[dict[str, Any]], crc: str) -> None:
-        """Finish, and see that the object is what was sent."""
+        """Finish, and verify that the object is what was sent."""
 
         def complete(client: Any) -> None:
             client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
@@ -101,7 +101,7 @@ class Upload:
         try:
             self.connection.call(self.url, self.doing, complete, ("no upload",))
         except Passed as error:
-            gone = error  # an earlier try may have arrived although its answer did not
+            gone = error  # an earlier try may have succeeded although its answer was lost
         try:
             found = self.connection.call(
                 self.url, "checking it after the upload", lambda client: client.head_object(**self.target)
@@ -118,7 +118,7 @@ class Upload:
             )
 
     def _abort(self, upload: dict[str, str]) -> None:
-        """Take back parts that would stay, and cost, forever. One try: its failure must not hide the first one."""
+        """Delete parts that would stay, and be billed, forever. One try: its failure must not hide the first one."""
         try:
             self.connection.client.abort_multipart_upload(**upload)
         except Exception as error:

@@ -1,12 +1,12 @@
-"""The loss on held-out samples at fixed timesteps and noise: a number that runs and world sizes share.
+"""The loss on held-out samples at fixed timesteps and noise, comparable between runs and world sizes.
 
 In: a config with `data.holdout`, its data sets, and the model to call. Out: the mean loss and its means over quarters
 of the diffusion time. The mean is over N losses. Loss number p (its "place") has a held-out sample, noise, and as
 timestep the middle of one of N equal parts of the diffusion time, all functions of (validation.seed, p). So timesteps
 are stratified, two validations differ by the weights alone, and the mean varies far less than with random timesteps.
-The decision worth knowing: a bucket gets places in proportion to its held-out samples, and micro-batches are dealt to
-the ranks in turn, the same number to each, because a sharded model must be called equally often on all; those that only
-fill up weigh 0.
+The decision worth knowing: a bucket gets places in proportion to its held-out samples, and micro-batches are assigned
+to the ranks round-robin, the same number to each, because a sharded model must be called equally often on all; padding
+micro-batches have weight 0.
 
 Shapes: B slots of a micro-batch, K bands.
 """
@@ -42,7 +42,7 @@ class HeldOutLoss:
     """The mean over all places, and over those of each band, low to high timesteps."""
 
     loss: float
-    bands: list[float | None]  # None: no place lies there (few samples)
+    bands: list[float | None]  # None: no place in that band (few samples)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Part:
 
 
 class HeldOut:
-    """The held-out samples of a run. All ranks make one and call it alike."""
+    """The held-out samples of a run. All ranks make one and make the same calls."""
 
     def __init__(self, config: Config, datasets: Sequence[Dataset], conditioner: Conditioner, ranks: Ranks) -> None:
         """`conditioner` is the run's: its encoders, device and latent scale are used, its seed is not.
@@ -80,7 +80,7 @@ class HeldOut:
         self._micro_batches: list[tuple[_Part, MicroBatch, bool]] | None = None
 
     def read(self) -> None:
-        """Read this rank's share, once. Not a collective: raises what the store raises, on this rank alone."""
+        """Read this rank's samples, once. Not a collective: raises what the store raises, on this rank only."""
         if self._micro_batches is not None:
             return
         read = []
@@ -96,7 +96,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: Callable[..., Any], beat: Callable[[], None] = lambda: None) -> HeldOutLoss:
-        """The loss of the model's present weights, the same number on all ranks. A collective, after `read`.
+        """The loss of the model's current weights, the same number on all ranks. A collective, after `read`.
 
         model: an engine's callable. beat: called before every micro-batch, for the watchdog.
         """
@@ -132,7 +132,7 @@ class HeldOut:
 
 
 def _parts(config: Config, datasets: Sequence[Dataset], ranks: Ranks) -> list[_Part]:
-    """A plan a bucket, of as many places as the bucket's share of the held-out samples."""
+    """One plan per bucket, with places in proportion to the bucket's held-out samples."""
     held_out = plan_data(config.data, datasets, "held_out")
     counts: Counter[str] = Counter()
     for data in held_out:

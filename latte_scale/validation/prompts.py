@@ -1,10 +1,10 @@
-"""Sample videos for fixed prompts, drawn with the weights that a run has in training.
+"""Sample videos for fixed prompts, with a run's weights during training.
 
 In: the prompts of the `validation` section, and the model to call. Out: `RUN/samples/step-00001000/00-a-red-circle.mp4`
 and, last, `samples.json`. Prompt i has the noise of validation.seed + i, as with `latte-scale sample --seed`, so the
 videos of two steps, two runs or two world sizes differ by the weights alone.
 The decision worth knowing: the text encoder, by far the largest model, is loaded on rank 0 only, before training
-begins, and freed again: only the embeddings of the prompts are kept.
+starts, and freed again: only the embeddings of the prompts are kept.
 
 Shapes: B samples, C channels, F frames, H W latent height and width.
 """
@@ -35,11 +35,11 @@ from latte_scale.sampling.requests import (
 )
 from latte_scale.sampling.videos import write_video
 
-NAME_LENGTH = 48  # letters of a prompt in a file's name
+NAME_LENGTH = 48  # characters of a prompt in a file name
 
 
 class PromptVideos:
-    """The prompts of a run, ready to be sampled. All ranks make one and call it alike."""
+    """The prompts of a run, ready to be sampled. All ranks make one and make the same calls."""
 
     def __init__(self, config: Config, conditioner: Conditioner, ranks: Ranks) -> None:
         """A collective. Raises ValueError on all ranks for prompts or a sampler that do not fit the model."""
@@ -50,7 +50,7 @@ class PromptVideos:
         guidance = default_guidance(config.model) if settings.guidance is None else settings.guidance
         check_guidance(guidance, config.model, settings.negative, *(record.get("negative") for record in records))
         sampler = settings.sampler or SAMPLERS[config.diffusion.objective][0]
-        make_scheduler(config.diffusion, sampler)  # these raise now, not at the first step that samples
+        make_scheduler(config.diffusion, sampler)  # raise now instead of at the first step that samples
         check_steps(config.diffusion, sampler, settings.sampling_steps)
         self.how = Sampling(sampler, settings.sampling_steps, guidance)
         self.records = [{"seed": settings.seed + number, **record} for number, record in enumerate(records)]
@@ -58,7 +58,7 @@ class PromptVideos:
         self._vae = conditioner.vae
 
     def _embed(self, conditioner: Conditioner) -> list[Request]:
-        """The records with their embeddings, made on rank 0 and given to all."""
+        """The records with their embeddings, made on rank 0 and broadcast to all."""
         settings = self._config.encoders
 
         def make() -> list[Request]:
@@ -73,15 +73,15 @@ class PromptVideos:
             raise ValueError(f"validation.prompts could not be encoded: {error}") from error
         finally:
             if self._ranks.device.type == "cuda":
-                torch.cuda.empty_cache()  # the encoder's memory, for the model that is built next
+                torch.cuda.empty_cache()  # free the encoder's memory for the model that is built next
 
     def load_decoder(self) -> None:
-        """Load the VAE where the run has none. Not a collective."""
+        """Load the VAE if the run has none. Not a collective."""
         if self._vae is None:
             self._vae = VideoAutoencoder(self._config.encoders.vae, self._ranks.device)
 
     def draw(self, model: Callable[..., Any], beat: Callable[[], None] = lambda: None) -> dict[int, Tensor]:
-        """Latents [C, F, H, W] of this rank's share, by number, with the model's present weights.
+        """Latents [C, F, H, W] of this rank's videos, by number, with the model's current weights.
 
         A collective, after `load_decoder`. model: an engine's. beat: called after every model call.
         """
@@ -106,7 +106,7 @@ class PromptVideos:
         return drawn
 
     def write(self, folder: Path, drawn: dict[int, Tensor], about: dict[str, Any]) -> None:
-        """Decode and write this rank's videos. Not a collective: raises what is wrong, on this rank alone."""
+        """Decode and write this rank's videos. Not a collective: raises on this rank only."""
         folder.mkdir(parents=True, exist_ok=True)
         about = {"sampler": self.how.sampler, "steps": self.how.num_steps, "guidance": self.how.guidance, **about}
         for number, latents_CFHW in drawn.items():
@@ -116,14 +116,14 @@ class PromptVideos:
             write_video(path, frames_FHWC, self._config.validation.fps, self.records[number] | about)
 
     def write_index(self, folder: Path, about: dict[str, Any]) -> None:
-        """`samples.json` with every video that is there: the last file (rank 0)."""
+        """`samples.json` with every written video: the last file (rank 0)."""
         names = [(self.file_name(number), self.title(number)) for number in range(len(self.records))]
         videos = [{"file": name, "prompt": title} for name, title in names if (folder / name).is_file()]
         content = {**about, "sampler": self.how.sampler, "videos": videos}
         write_text(folder / "samples.json", json.dumps(content) + "\n")
 
     def title(self, number: int) -> str:
-        """What a video is to show, in words."""
+        """The prompt of a video, as text."""
         record = self.records[number]
         return record.get("text") or (f"class {record['label']}" if "label" in record else f"video {number}")
 

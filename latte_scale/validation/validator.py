@@ -1,14 +1,14 @@
-"""Runs validation for the train loop: held-out loss and sample videos when they are due, with averaged weights.
+"""Runs validation for the train loop: held-out loss and sample videos when they are due, with EMA weights.
 
 In: a step and the engine. Out: a line of `RUN/validation.jsonl` ({"step", "loss", "loss_by_band", "weights",
 "num_samples", "seconds"}) and `RUN/samples/step-00001000/`. A line's step counts finished steps, as a checkpoint's name
 does, and it is written before the checkpoint of that step: so a resumed run has each line once. A validation that is
-due when the run was asked to stop is left out, for there is no time for it.
-The decision worth knowing: everything that can fail on one rank alone (reading, decoding, writing) runs without
-collectives and is followed by one that tells every rank how it went, so no rank waits for one that has given up. A
-validation that fails is logged on every rank and skipped, and training goes on. Weights and averages are exchanged in
-place, which takes no memory, and exchanged back, which loses no bit. Every rank works on whole clips of its own, also
-where a sequence group shares each clip in training: without gradients one rank has memory for it.
+due when the run was asked to stop is skipped, because there is no time for it.
+The decision worth knowing: everything that can fail on a single rank (reading, decoding, writing) runs without
+collectives and is followed by one that tells every rank the outcome, so no rank waits for a failed one. A failed
+validation is logged on every rank and skipped, and training continues. Weights and EMA are swapped in place, which
+takes no memory, and swapped back, bit for bit. Every rank processes whole clips of its own, even if a sequence group
+shares each clip in training: without gradients one rank has enough memory.
 """
 
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger("latte_scale")
 
 
 class Validator:
-    """Validation of one run. All ranks make one, before the model is built, and call it alike."""
+    """Validation of one run. All ranks make one, before the model is built, and make the same calls."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class Validator:
         self._file.rewind(step + 1, self._rewound)
         for path in sorted(self._samples.glob("step-*")):
             if path.name.removeprefix("step-").isdigit() and int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)  # drawn again, to the bit, if the run still asks for it
+                shutil.rmtree(path)  # sampled again, bit for bit, if still configured
 
     def is_due(self, step: int) -> bool:
         """Whether a loss or videos are due after `step` finished steps; after the last step they always are."""
         return self._loss_is_due(step) or self._videos_are_due(step)
 
     def run(self, step: int, engine: Engine, ema: Ema, watchdog: Watchdog, trackers: Trackers) -> float:
-        """Make the loss and the videos that are due after `step` finished steps; returns the seconds. A collective."""
+        """Compute the loss and videos that are due after `step` finished steps; returns the seconds. A collective."""
         began_s = time.perf_counter()
         held_out = self._held_out if self._loss_is_due(step) else None
         videos = self._videos if self._videos_are_due(step) else None
@@ -106,11 +106,11 @@ class Validator:
         return self._videos is not None and _is_due(step, self._settings.videos_every_steps, self._last_step)
 
     def _on_all(self, what: str, work: Callable[[], None]) -> bool:
-        """Run `work`, which makes no collective; True if it succeeded on all ranks, else all log why. A collective."""
+        """Run `work`, without collectives; True if it succeeded on all ranks, else all log the reason. A collective."""
         problem = None
         try:
             work()
-        except Exception as error:  # whatever it is, the other ranks wait for a word of this one
+        except Exception as error:  # any error, because the other ranks wait for this one's result
             logger.exception("validation: %s failed", what)
             problem = f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
         problems = [each for each in self._ranks.all_gather_object(problem) if each is not None]
@@ -131,7 +131,7 @@ class Validator:
         if self._ranks.rank == 0:
             self._file.append(record)
             copied = {f"validation_{key}": record[key] for key in ("loss", "loss_by_band")}
-            trackers.log({"step": step - 1, **copied})  # where the metrics of the last finished step go
+            trackers.log({"step": step - 1, **copied})  # the step of the last metrics
         self._say(f"validation at step {step}: loss {loss.loss:.4f} of {self._tree}, {seconds:.1f} s")
 
     def _write_videos(self, step: int, videos: PromptVideos, drawn: dict[int, Tensor], began_s: float) -> None:
@@ -157,7 +157,7 @@ class Validator:
 
 
 def weights_name(wanted: str, decays: Sequence[float]) -> str:
-    """The tree that `validation.weights` means: "model" for raw. Raises ValueError for an average that is not kept."""
+    """The tree that `validation.weights` means: "model" for raw. Raises ValueError for an EMA that is not kept."""
     averages = [tree_name(decay) for decay in decays]
     if wanted in ("raw", "model"):
         return "model"

@@ -1,12 +1,12 @@
-"""norm(x) (1 + scale) + shift and x + gate branch as one pass over the tokens each, forward and backward, on a GPU.
+"""norm(x) (1 + scale) + shift and x + gate branch in one pass over the tokens each, forward and backward, on a GPU.
 
 In: x as [B, R, S, D] at any strides, and shift, scale, gate as a block has them: [B, 1, 1, D], [B, R, 1, D] or
-[B, 1, S, D]. Out: tensors that autograd, torch.compile and activation checkpointing know what to do with. The decision
-worth knowing: these are opaque operators of torch.library, so Triton is imported when one runs and not before, a
-compiled block calls them as it calls a matrix product, and selective checkpointing runs them again in backward.
-Gradients of shift, scale and gate are sums over many rows, in two stages without atomics: the same bits every time.
+[B, 1, S, D]. Out: tensors that work with autograd, torch.compile and activation checkpointing. The decision worth
+knowing: these are opaque operators of torch.library, so Triton is imported only when one runs, a compiled block calls
+them like a matrix product, and selective checkpointing recomputes them in backward. Gradients of shift, scale and gate
+are sums over many rows, in two stages without atomics: the same bits every time.
 
-Under autocast the modulated x comes out in autocast's dtype: the linear layer behind it would round it to that anyway.
+Under autocast the modulated x has autocast's dtype: the next linear layer would round to it anyway.
 
 Shape legend: B batch, R and S the two axes of tokens, D width, A groups of rows of a clip that share a modulation.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latte_scale.model.layers import NORM_EPS
 
-NUM_PROGRAMS = 1024  # a launch, about: several for each SM of a large GPU; fixed, so that sums have the same bits
+NUM_PROGRAMS = 1024  # per launch, about: several for each SM of a large GPU; fixed, so that sums have the same bits
 MAX_WIDTH = 8192  # a row is held in registers
 
 
@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
 
 def groups_of(x: Tensor, rows: Tensor) -> Groups:
-    """By the shapes of x [B, R, S, D] and of its modulation. Raises ValueError if that is not one of the three."""
+    """From the shapes of x [B, R, S, D] and of its modulation. Raises ValueError if that is not one of the three."""
     batch, size_r, size_s, width = x.shape
     known = {  # R and S of the modulation -> groups, members, row_a, row_m
         (1, size_s): (size_s, size_r, 1, size_s),
@@ -182,7 +182,7 @@ def _launch(kernel: object, x: Tensor, tensors: tuple[Tensor, ...], groups: Grou
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """x itself where a row lies in one piece, else a copy."""
+    """x itself if its rows are contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

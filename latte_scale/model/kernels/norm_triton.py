@@ -1,18 +1,18 @@
 """Triton kernels of norm.py: LayerNorm without affine with shift and scale, the gated residual, and their gradients.
 
 Every program serves one group: the rows (tokens) of a clip, or of one frame of it, that share shift, scale and gate.
-So it loads those once, and of their gradients it leaves one partial sum; the sums of a group's programs are added by
-the caller, in a fixed order. All arithmetic is fp32. The decision worth knowing: backward computes mean and variance
-of a row again, as the row is in registers anyway; nothing but the inputs is kept for it.
+So it loads these once and writes one partial sum of their gradients; the caller adds the sums of a group's programs in
+a fixed order. All arithmetic is fp32. The decision worth knowing: backward recomputes mean and variance of a row,
+because the row is in registers anyway; only the inputs are saved for it.
 
 x is [B, R, S, D] at any strides but the last, which is 1. Row (a, m), member m of group a of clip b, is the one with
-R S index a * row_a + m * row_m; out and gradients of the same shape that have no strides here are contiguous.
+R S index a * row_a + m * row_m; out, and gradients of that shape without strides among the arguments, are contiguous.
 
-Written for Triton 3.4 and newer; the functions run in its interpreter, too (TRITON_INTERPRET=1), which wants loops of
-a length known at compile time: so the last chunk of a group has rows that are masked out.
+Written for Triton 3.4 and newer; the functions also run in its interpreter (TRITON_INTERPRET=1), which needs loop
+lengths known at compile time: so the last chunk of a group has masked rows.
 """
 
-# Triton reads annotations: `tl.constexpr` marks what a kernel is compiled for, everything else is a run-time value.
+# Triton reads annotations: `tl.constexpr` marks compile-time constants, everything else is a run-time value.
 import triton
 import triton.language as tl
 
@@ -27,7 +27,7 @@ def _place(clip, row, size_s, stride_b, stride_r, stride_s):
 
 @triton.jit
 def _normalised(x, where, d, inside, eps, D: tl.constexpr):
-    """A row without its mean, over its deviation, and one over that deviation; 0 beyond D."""
+    """A row minus its mean, divided by its standard deviation, and the reciprocal of that deviation; 0 beyond D."""
     value = tl.load(x + where + d, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(inside, value - tl.sum(value, axis=0) / D, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)

@@ -1,10 +1,10 @@
-"""Self-attention of short sequences, one head of one sequence a program: attention over 16 frames fills no large tile.
+"""Self-attention of short sequences, one program per head and sequence: 16 frames do not fill a large tile.
 
 In: q, k, v [B, N, S, E] at any strides but the last, which is 1, with S up to MAX_LENGTH and E up to MAX_HEAD_DIM; no
-padding. Out: [B, N, S, E], a view of [B, S, N, E] memory, as the projection behind it wants it. Forward and backward
-read and write every element once, and neither sums over programs, so bits repeat. As in norm.py these are opaque
-operators of torch.library, and Triton is imported when one runs. Their name says attention: selective checkpointing
-keeps the result.
+padding. Out: [B, N, S, E], a view of [B, S, N, E] memory, as the output projection needs it. Forward and backward read
+and write every element once, and neither sums over programs, so results are bitwise reproducible. As in norm.py these
+are opaque operators of torch.library, and Triton is imported when one runs. Their names contain "attention", so
+selective checkpointing keeps the result.
 """
 
 import torch
@@ -74,7 +74,7 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], strided: tuple[Tensor, 
     batch, num_heads, length, head_dim = tensors[0].shape
     if tensors[0].numel() == 0:
         return
-    # The least that a product takes is 16.
+    # The smallest side of a product is 16.
     block_s, block_e = (max(16, 1 << (size - 1).bit_length()) for size in (length, head_dim))
     strides = [stride for tensor in strided for stride in tensor.stride()[:3]]
     options = {"S": length, "E": head_dim, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_warps": block_s // 16}
@@ -82,7 +82,7 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], strided: tuple[Tensor, 
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """x itself where the channels of a head lie in one piece, else a copy."""
+    """x itself if the channels of a head are contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -1,11 +1,10 @@
 """Triton kernels of small_attention.py: a program holds one whole sequence of one head, forward and backward.
 
-So nothing is computed in blocks and nothing but q, k and v is kept: backward makes the scores again. Queries, keys and
-values are read at their strides, whatever lies between two frames. Scores, softmax and sums are fp32; products take
-their inputs in the dtype of q, and fp32 ones as they are (no TF32).
+So there is no tiling, and only q, k and v are saved: backward recomputes the scores. Queries, keys and values are read
+at their strides. Scores, softmax and sums are fp32; products have inputs in the dtype of q; fp32 products use no TF32.
 
-Shape legend: S length of the sequence, E width of a head, both padded to the powers of 2 that products want.
-Written for Triton 3.4 and newer; the functions run in its interpreter, too (TRITON_INTERPRET=1).
+Shape legend: S length of the sequence, E width of a head, both padded to the powers of 2 that products need.
+Written for Triton 3.4 and newer; the functions also run in its interpreter (TRITON_INTERPRET=1).
 """
 
 import triton
@@ -14,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(pointer, batch, head, stride_b, stride_n, stride_s, s, e):
-    """Where the elements of one head of one sequence lie, [S, E]."""
+    """Offsets of the elements of one head of one sequence, [S, E]."""
     base = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
     return pointer + base + s[:, None].to(tl.int64) * stride_s + e[None, :]
 
