@@ -1,9 +1,9 @@
-"""What a step of each size costs, with as many samples and with as many tokens a step.
+"""The cost of a step of each size, with equal samples and with equal tokens per step.
 
     python -m benchmarks.bucket_balance --config configs/t2v_512.yaml data.url=none \
         "video.more_sizes=[{frames: 16, height: 384, width: 672}, {frames: 1, height: 1024, width: 1024}]"
 
-In: a training config with video.more_sizes. Out: Markdown, a row a size: samples of a step and its forward FLOPs over
+In: a training config with video.more_sizes. Out: Markdown, a row per size: samples of a step and its forward FLOPs over
 those of the policy's own size, for both kinds of train.batch_budget. Counted (latte_scale/model/flops.py), not timed.
 """
 

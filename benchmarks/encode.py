@@ -1,11 +1,11 @@
-"""How fast `latte-data encode` is against its parts alone: decode, VAE and T5, each on the same core.
+"""The speed of `latte-data encode` against its parts alone: decode, VAE and T5, each on the same core.
 
     taskset -c 0 python -m benchmarks.encode --input shards --config configs/encode_tiny.yaml [key.sub=value ...]
 
 In: a data set of clips and an encode config. Out: clips/s of decode, of the VAE and of the text encoder alone, of
-encode with one worker (start-up not counted), and the share of 1/(1/a + 1/b + 1/c), which one core can reach at best;
-once by the wall's clock, which is the truth on a quiet machine, and once by CPU time, which other work disturbs less.
-Rounds of all four follow each other, so that other work on the machine meets each alike; medians are printed.
+encode with one worker (start-up not counted), and its fraction of 1/(1/a + 1/b + 1/c), the best that one core can
+reach; once by wall time, which is right on an idle machine, and once by CPU time, which other processes disturb less.
+Rounds of all four alternate, so that other processes on the machine affect each equally; medians are printed.
 """
 
 import argparse

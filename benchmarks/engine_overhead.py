@@ -1,12 +1,12 @@
-"""What an engine costs on one rank: the same step by each of them and by a loop of plain PyTorch, taking turns.
+"""The cost of an engine on one rank: the same step by each engine and by a loop of plain PyTorch, alternating.
 
     python -m benchmarks.engine_overhead                        # small, compute-bound, minutes on two cores
     python -m benchmarks.engine_overhead --config configs/t2v_256.yaml --engines single,fsdp2 train.global_batch=4
 
 In: a training config and overrides. Out: a table with the median step, its quartiles and, over the rounds, the median
-of the ratio to plain PyTorch in the same round; --out writes it as JSON. The decision worth knowing: every round runs
-each subject once and begins with another one, and on a CPU the ratio is one of CPU time, not of the clock: other work
-on a shared machine, and its slow minutes, then count for little. Set OMP_NUM_THREADS=1: waiting threads count as work.
+of the ratio to plain PyTorch in the same round; --out writes it as JSON. Every round runs each subject once and begins
+with another one, and on a CPU the ratio is of CPU time, not of wall time: other processes on a shared machine, and its
+slow minutes, then have little effect. Set OMP_NUM_THREADS=1: waiting threads use CPU time.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.estimate_check`: the estimate of memory against what torch's own tracker sees allocated.
+"""`python -m benchmarks.estimate_check`: the memory estimate against the allocations that torch's tracker records.
 
-In: a list of configurations, from tiny to LatteT2V at 512 px. Out: a Markdown table, a row each, with the tracked and
-the estimated bytes of every part and the largest error; exit code 1 if a total or a part is beyond 5 %.
+In: a list of configurations, from tiny to LatteT2V at 512 px. Out: a Markdown table, one row each, with the tracked and
+the estimated bytes of every part and the largest error; exit code 1 if a total or a part is off by more than 5 %.
 
-How it is tracked is in memory_tracking.py; nothing of latte_scale/estimate takes part in that.
+The tracking is in memory_tracking.py, which uses nothing of latte_scale/estimate.
 """
 
 import argparse

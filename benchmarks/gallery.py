@@ -1,9 +1,9 @@
-"""Sampled videos side by side with their prompts, as one animated GIF: what the README shows.
+"""Sampled videos side by side with their prompts, as one animated GIF, for the README.
 
     python -m benchmarks.gallery runs/quickstart/samples --out benchmarks/quickstart_full.gif
 
 In: a folder that `latte-scale sample` wrote (videos and prompts.jsonl). Out: a GIF of its first videos, or of those
-whose numbers are given, enlarged without smoothing, so that a pixel is a pixel.
+whose numbers are given, enlarged by nearest neighbour.
 """
 
 import argparse

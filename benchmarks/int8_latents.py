@@ -1,13 +1,13 @@
-"""What smaller latents cost a small run: its losses with 8-bit latents and text, and with the coarse log-std.
+"""The cost of smaller latents in a small run: its losses with 8-bit latents and text, and with the coarse log-std.
 
     python -m benchmarks.int8_latents
 
-In: the same made-up clips, encoded once for each form of FORMS, and configs/tiny_cpu.yaml with a share held out. Each
-form is trained with the same seeds. Out: OUT/int8_latents.md: for each form the training loss (mean of the last steps)
-and the held-out loss, the difference to the exact form of the same seed, and beside it how far seeds lie apart.
-The decision worth knowing: which clips form a step follows from the data set's fingerprint, which differs where a byte
-does. Here all forms are given one fingerprint, so that a form and its exact one meet the same clips, timesteps and
-noise, and their difference is that of the stored numbers alone; the digests of the runs are compared to prove it.
+In: the same synthetic clips, encoded once for each form of FORMS, and configs/tiny_cpu.yaml with a fraction held out.
+Each form is trained with the same seeds. Out: OUT/int8_latents.md: for each form the training loss (mean of the last
+steps) and the held-out loss, the difference to the exact form of the same seed, and the spread between seeds.
+The clips of a step follow from the data set's fingerprint, which changes with any byte. Here all forms are given one
+fingerprint, so that a form and its exact one get the same clips, timesteps and noise, and differ only in the stored
+numbers; the digests of the runs are compared to prove it.
 A finished run is not run again, and a call works for at most --turn-s seconds (exit code 75: call again).
 """
 

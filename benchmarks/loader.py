@@ -1,4 +1,4 @@
-"""How fast samples come out of this loader, beside the loaders that others use, and out of an S3 service.
+"""The throughput of this loader, compared with other loaders, and from an S3 service.
 
     benchmarks/loader.sh .venv-rivals                     once: the other loaders, in an environment of their own
     .venv-rivals/bin/python -m benchmarks.loader local --folder /tmp/loader
@@ -6,13 +6,13 @@
 
 In: nothing; the same samples of about 1 MB (latents 16x4x64x64 and 60 tokens of 4096, both float16) are written in each
 loader's own format. Out: a table of MB/s and samples/s, each the median of 5 runs with the lowest and the highest.
-Every run is a process of its own that reads one epoch into batches of 8 float tensors; loaders take turns, so that a
-slow minute of the machine hurts all of them. "hot": the files are in the page cache, which a first run sees to.
-`s3` reads two epochs, and counts from the first batch on (its time stands beside it), against the service's line rate:
-the same shards fetched whole by plain boto3 in 16 threads, through the same proxy that adds the latency. "1 MB
-requests" is that in pieces of a sample's size, the most that reading samples one by one can reach. "blocks" is this
-loader with store.block_bytes and an empty cache, one epoch, counted from the start, for its first batch brings more
-than itself.
+Every run is a separate process that reads one epoch into batches of 8 float tensors; loaders alternate, so that a
+slow minute of the machine affects all of them. "hot": the files are in the page cache, after a first run.
+`s3` reads two epochs, timed from the first batch on (whose own time is listed), against the service's line rate: the
+same shards fetched whole by plain boto3 in 16 threads, through the same proxy that adds the latency. "1 MB requests"
+is the same in pieces of a sample's size, the upper bound for reading samples one by one. "blocks" is this loader with
+store.block_bytes and an empty cache, one epoch, timed from the start, because its first batch fetches more than its
+own samples.
 """
 
 import argparse

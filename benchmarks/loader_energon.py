@@ -1,6 +1,6 @@
 """Megatron-Energon's side of benchmarks/loader.py: its classes, which its worker processes must be able to import.
 
-In: a folder that `energon prepare` has seen. Out: an endless iterator of (latents, text) batches.
+In: a folder prepared by `energon prepare`. Out: an endless iterator of (latents, text) batches.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""How long the first batch takes, at the start and at 90 % of an epoch of a large index, whatever is on the disk.
+"""The time to the first batch, at the start and at 90 % of an epoch of a large index.
 
     python -m benchmarks.loader_resume --folder /tmp/resume --shards 10000 --per-shard 1000
 
-In: nothing; one shard of tiny latents is written and linked under as many names as there are to be shards, so that
-indices, manifest and plan are those of 10 M samples and every read is a real one. Out: a table, each row the median of
-5 runs (lowest to highest). Every run is a process of its own; the clock runs from opening the data set, and from the
-start of the process with its imports, to the first batch in hand.
+In: nothing; one shard of tiny latents is written and linked under one name per shard, so that indices, manifest and
+plan are those of 10 M samples and every read is real. Out: a table, each row the median of 5 runs (lowest to highest).
+Every run is a separate process, timed from opening the data set, and from the start of the process with its imports,
+to the first batch.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""The samples that benchmarks/loader.py has every loader read: latents and text of about 1 MB, the same for all.
+"""The samples that every loader of benchmarks/loader.py reads: latents and text of about 1 MB, the same for all.
 
-In: a sample's number, or its bytes as a rival stored them. Out: float16 arrays or tensors.
+In: a sample's number, or its bytes as another loader stored them. Out: float16 arrays or tensors.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
-"""Whether a loader's memory stays flat: 100,000 batches of a tiny data set, and each process's memory on the way.
+"""Whether a loader's memory stays constant: each process's memory during 100,000 batches of a tiny data set.
 
     python -m benchmarks.loader_soak --out runs/loader_soak                   also: make soak-loader
 
-In: nothing; a data set of tiny latents is written below --out, with more shards than indices are kept, so that these
-caches turn over too, captions that samples share, and a damaged sample that is replaced each time. Out: memory.csv (a
-line per process and sample of time: batches so far, process, megabytes of its own and of shared memory), memory.svg and
-a table. Exit code 1 if a process grew by more than --limit-mb after the first tenth, in which caches fill.
-A process's own memory is RssAnon of /proc/PID/status; what is shared are the slots of the ring, which it has touched.
+In: nothing; a data set of tiny latents is written below --out, with more shards than cached indices, so that these
+caches turn over, too, captions shared by samples, and a damaged sample that is replaced each time. Out: memory.csv (a
+line per process and time: batches so far, process, megabytes of private and of shared memory), memory.svg and a table.
+Exit code 1 if a process grew by more than --limit-mb after the first tenth, in which caches fill.
+Private memory is RssAnon of /proc/PID/status; shared memory is the slots of the ring that the process has touched.
 """
 
 import argparse

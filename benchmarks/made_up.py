@@ -1,4 +1,4 @@
-"""What stands beside shards of made-up latents, so that the loader takes them for a data set."""
+"""The files that turn shards of synthetic latents into a data set for the loader."""
 
 import hashlib
 from collections.abc import Sequence

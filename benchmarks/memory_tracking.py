@@ -1,12 +1,12 @@
-"""What torch's own memory trackers see allocated in a step of the trainer's engines, by part.
+"""The memory allocated in a step of the trainer's engines, by part, from torch's own memory trackers.
 
-In: a config and a number of ranks. Out: bytes by part at the highest point, as torch.distributed._tools counted them.
-single and fsdp2 run on fake tensors, on a fake process group of as many ranks as asked for: nothing is computed,
-everything is counted. ZeRO reads values while it runs, so there the tensors are real and the models small.
+In: a config and a number of ranks. Out: bytes by part at the peak, as counted by torch.distributed._tools.
+single and fsdp2 run on fake tensors, on a fake process group of the given number of ranks: nothing is computed,
+everything is counted. ZeRO reads values while it runs, so its tensors are real and the models small.
 
-The decision worth knowing: the trackers name a tensor by when it was made, and a gradient is only known to be one when
-it is complete. So every allocation and free is written down, and what was there at the highest point goes by the last
-name that it got. Nothing of latte_scale/estimate takes part in any of it.
+The trackers classify a tensor when it is created, but a gradient is recognised only when it is complete. So every
+allocation and free is recorded, and the allocations at the peak are counted under the last class that each got.
+Nothing of latte_scale/estimate is used here.
 """
 
 import contextlib

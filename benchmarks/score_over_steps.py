@@ -1,15 +1,15 @@
-"""How the score of moving shapes grows over the steps of a run, for one objective at a time.
+"""The score of moving shapes over the steps of a run, for one objective at a time.
 
     python -m benchmarks.score_over_steps --objective v          (then flow, flow_uniform, epsilon)
     python -m benchmarks.score_over_steps --table
 
 In: configs/shapes_cpu_full.yaml with another `diffusion.objective`, on the quickstart's clips (drawn, packed and
-encoded on the first call). Out: OUT/OBJECTIVE/scores.jsonl, a line a checkpoint ({"step", "n", "colour", "shape",
-"direction", "all", "held_out", ...}), and OUT/score_over_steps.md and .svg. The same 128 prompts, half of them
-combinations that no clip shows, and the same noise at every checkpoint and for every objective. flow draws its time
-with shift 3, so that half of its draws are as noisy as half of v's are; flow_uniform does without.
-The decision worth knowing: a call works for at most --turn-s seconds and can be repeated until it says that nothing is
-left (exit code 0; 75: call again), so that a machine can be shared. What is trained or scored is not done again.
+encoded on the first call). Out: OUT/OBJECTIVE/scores.jsonl, a line per checkpoint ({"step", "n", "colour", "shape",
+"direction", "all", "held_out", ...}), and OUT/score_over_steps.md and .svg. Every checkpoint and objective gets the
+same 128 prompts, half of them combinations that no clip shows, and the same noise. flow draws its time with shift 3,
+so that half of its draws are as noisy as half of v's; flow_uniform draws it uniformly.
+A call works for at most --turn-s seconds and can be repeated until nothing is left (exit code 0; 75: call again), so
+that a machine can be shared. Finished training and scores are not repeated.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""A study: one training config, many rows of a few changed keys, and a table of what each came to.
+"""A study: one training config, many rows of a few changed keys, and a table of the results.
 
     python -m benchmarks.study configs/ablations/shapes.yaml --prepare
     python -m benchmarks.study configs/ablations/shapes.yaml
 
 In: a YAML with `base` (a training config), `runs` (a folder) and `rows` (name -> overrides). Each row is one training
-command (--list prints them), and a row that is finished is not run again. Out: RUNS/study.md, a table with parameters,
-FLOPs and the loss of every row, and RUNS/study.svg, the curves.
-The decision worth knowing: data, noise and timesteps are functions of seed and step, so every row meets the same ones,
-and the difference to the first row is a mean of paired differences with its standard error.
+command (--list prints them), and a finished row is not run again. Out: RUNS/study.md, a table with parameters, FLOPs
+and the loss of every row, and RUNS/study.svg, the curves.
+Data, noise and timesteps are functions of seed and step, so every row gets the same ones, and the difference to the
+first row is a mean of paired differences with its standard error.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A line chart as an SVG file for any background: what studies and score curves leave beside their tables."""
+"""A line chart as an SVG file for any background, for studies and score curves."""
 
 import html
 import math

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.thousand_ranks`: what a thousand ranks do to the plan, the slices, the manifest and the step.
+"""`python -m benchmarks.thousand_ranks`: the plan, the slices, the manifest and the step at a thousand ranks.
 
-In: nothing. Out: Markdown, and with --plot FILE the forecast as an SVG. Plan, slices and manifest are the real code,
-run for every rank in one process, and measured; so is the sharding, by the engines on a fake process group, one
-rank after another. The weak-scaling forecast is `latte_scale/estimate` with its assumptions, measured on no GPU.
+In: nothing. Out: Markdown, and with --plot FILE the forecast as an SVG. Plan, slices and manifest are measured on the
+real code, run for every rank in one process; so is the sharding, by the engines on a fake process group, one rank after
+another. The weak-scaling forecast is `latte_scale/estimate` with its assumptions, not measured on a GPU.
 """
 
 import argparse

@@ -32,12 +32,12 @@ from latte_scale.store import Store, StoreError
 
 UNREAD = ("3gp", "asf", "f4v", "flv", "gif", "m2ts", "mpeg", "mts", "mxf", "ogv", "rm", "vob", "wmv")
 """Videos that are not read, which are named rather than passed over."""
-NUM_READERS = 16  # captions and sizes that are asked of a store at a time
+NUM_READERS = 16  # concurrent requests to a store for captions and sizes
 
 
 def captioned(store: Store, given: str) -> Found:
-    """The clips of a store; `given` is the list of captions that was named, "" to look for one. Raises ValueError."""
-    known = store.sizes() if store.is_far else {}  # a listing of a bucket tells them
+    """The clips of a store; `given` is the list of captions, "" to look for one. Raises ValueError."""
+    known = store.sizes() if store.is_far else {}  # a bucket's listing has them
     found, names = Found(), list(known) if store.is_far else store.list()
     outside = names_outside(names)
     names = [name for name in names if name not in outside]
@@ -78,7 +78,7 @@ def captioned(store: Store, given: str) -> Found:
 def _chosen(
     found: Found, wanted: Sequence[str], lines: dict[str, Line], there: set[str], listed: str, again: dict[str, str]
 ) -> list[str]:
-    """The files that are clips, by what their names say; why others are not goes into `found`."""
+    """The files that are clips, by their names; the reasons why others are not go to `found`."""
     missing = f"no .txt with a caption beside it, and no list ({', '.join(LISTS)}) in the folder"
     chosen = []
     for name in wanted:
@@ -98,7 +98,7 @@ def _chosen(
 def _clips(
     found: Found, store: Store, chosen: Sequence[str], lines: dict[str, Line], known: dict[str, int]
 ) -> Iterator[Clip]:
-    """A clip for each file; one whose size is not known and cannot be asked for goes to `found.failed`."""
+    """A clip for each file; one whose size cannot be found goes to `found.failed`."""
     keys: set[str] = set()
 
     def size(name: str) -> int:
@@ -116,7 +116,7 @@ def _clips(
 
 
 def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
-    """`read(name)`, or the StoreError that says something about this file alone."""
+    """`read(name)`, or the StoreError that concerns this file alone."""
     try:
         return read(name)
     except OUTAGES:
@@ -126,9 +126,9 @@ def _unless_unreadable(read: Callable[[str], Any], name: str) -> Any:
 
 
 def _in_tars(found: Found, store: Store, tars: list[str], others: list[str]) -> Found:
-    """The clips of webdataset's and video2dataset's tars, or of shards of ours, whose manifest says what classes mean.
+    """The clips of webdataset's and video2dataset's tars, or of our own shards, whose manifest has the class names.
 
-    others: videos and archives beside them.
+    others: videos and archives next to them.
     """
     again, keys = seen_again(store, tars), set()
     is_ours = store.exists(MANIFEST)
@@ -164,7 +164,7 @@ def _in_tars(found: Found, store: Store, tars: list[str], others: list[str]) -> 
 
 
 def _sidecars(store: Store, names: Iterable[str], there: set[str], unread: dict[str, str]) -> dict[str, Line]:
-    """file -> the caption of the .txt beside it, for those that have one; why one cannot be read goes to `unread`."""
+    """file -> the caption of the .txt next to it, where there is one; reasons why one is unreadable go to `unread`."""
     texts = {name: PurePosixPath(name).with_suffix(".txt").as_posix() for name in names}
     texts = {name: text for name, text in texts.items() if text in there}
     lines = {}

@@ -32,7 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u20
 
 @dataclass(frozen=True)
 class Line:
-    """What a list or a .txt says of a clip."""
+    """What a list or a .txt has about a clip."""
 
     captions: tuple[str, ...]
     label: str | None = None  # name of the class
@@ -52,13 +52,13 @@ def tidy(caption: str) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """The text of a file: UTF-8, or UTF-16 where its first bytes say so, as some editors of Windows save it."""
+    """The text of a file: UTF-8, or UTF-16 by its byte order mark, as some Windows editors save it."""
     is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if is_wide else "utf-8-sig", "replace")
 
 
 def read_list(store: Store, name: str) -> dict[str, Line]:
-    """file -> what the list says of it. Raises ValueError naming the line that cannot be read."""
+    """file -> its line in the list. Raises ValueError with the line that cannot be read."""
     where, data = store.join(name), store.read(name)
     if name.endswith(".parquet"):
         rows = _parquet_rows(data, where)
@@ -80,7 +80,7 @@ def read_list(store: Store, name: str) -> dict[str, Line]:
 
 
 def class_names(lines: dict[str, Line], where: str) -> tuple[str, ...] | None:
-    """The sorted classes that the lines name, None where they name none. Raises ValueError where only some do."""
+    """The sorted classes in the lines, None without any. Raises ValueError where only some lines have one."""
     labels = {line.label for line in lines.values()}
     if labels <= {None}:
         return None
@@ -160,7 +160,7 @@ def _table_rows(rows: Iterable[dict[str, Any]], columns: list[str], where: str) 
 
 
 def _parse(content: dict[str, Any]) -> tuple[str | None, Line | None]:
-    """(file, what is said of it); None for what is missing or of another type."""
+    """(file, its line); None for what is missing or of another type."""
     file, text, optional = content.get("file"), content.get("text"), [content.get(name) for name in _OPTIONAL]
     captions = text if isinstance(text, list) else [text]
     sound = captions and all(isinstance(caption, str) for caption in captions)

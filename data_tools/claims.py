@@ -29,35 +29,35 @@ FOLDER = "claims"
 BEAT_S = 10.0
 STALE_S = 60.0
 """Seconds without a beat after which a holder counts as dead: several beats, and longer than a short outage."""
-NUM_TRIES = 50  # to put a claim into a folder that others sweep; each sweeps once
+NUM_TRIES = 50  # to put a claim into a folder that others clean up, each once
 
 
 class LostClaimError(RuntimeError):
-    """Another worker has taken over: whoever holds this claim stops and writes nothing more."""
+    """Another worker has taken over: the holder of this claim stops and writes nothing more."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who made a claim."""
+    """The process that made a claim."""
 
     host: str
-    machine: str  # this boot of the machine and this space of process ids: where `pid` means something
+    machine: str  # this boot of the machine and this pid namespace, in which `pid` is valid
     pid: int
-    started: str  # start time of the process in kernel ticks: a pid alone may be somebody else by now
-    token: str  # random, so that a holder knows its own claim again
+    started: str  # start time of the process in kernel ticks: the pid alone may have been reused
+    token: str  # random, so that a holder recognises its own claim
 
 
 def this_process() -> Holder:
     """This process as a holder."""
     try:
         machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: nothing is known of other processes, so their claims are watched
+    except OSError:  # not Linux: other processes cannot be inspected, so their claims are watched
         machine = uuid.uuid4().hex
     return Holder(socket.gethostname(), machine, os.getpid(), _start_of(os.getpid()) or "", uuid.uuid4().hex)
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started; None if there is none, or only its zombie."""
+    """When a process of this machine started; None if there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -66,7 +66,7 @@ def _start_of(pid: int) -> str | None:
 
 
 class Claims:
-    """The claims of one worker in one store; remembers what it saw of the others'."""
+    """The claims of one worker in one store; remembers the others' claims that it has seen."""
 
     def __init__(self, store: Store, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
         self.store, self.holder = store, this_process()
@@ -74,7 +74,7 @@ class Claims:
         self._seen: dict[str, tuple[bytes, float]] = {}  # claim -> (its content, since when it is unchanged)
 
     def take(self, work: str, num_tries: int = NUM_TRIES) -> "Claim | None":
-        """Claim a piece of work; None if a worker that lives has it. Raises StoreError."""
+        """Claim a piece of work; None if a living worker has it. Raises StoreError."""
         number, content = -1, None
         while (later := self._read(_name(work, number + 1))) is not None:
             number, content = number + 1, later
@@ -85,7 +85,7 @@ class Claims:
             self.store.write(claim.name, claim.content(), only_new=True)
         except ExistsError:
             return None
-        except MissingError:  # a command that ends swept the folder in this moment, or the bucket is gone
+        except MissingError:  # an ending command has just cleaned up the folder, or the bucket is gone
             if num_tries == 1:
                 raise
             return self.take(work, num_tries - 1)
@@ -93,7 +93,7 @@ class Claims:
         return claim
 
     def remove_others(self, claim: "Claim") -> None:
-        """Remove what is left of all claims but this one; for when all other work is done."""
+        """Remove all other remaining claims; to be called when all other work is done."""
         for name in self.store.list(f"{FOLDER}/"):
             if name.rpartition(".")[0] != f"{FOLDER}/{claim.work}":
                 self.store.delete(name)
@@ -108,7 +108,7 @@ class Claims:
         try:
             holder = Holder(**json.loads(content)["holder"])
         except (ValueError, KeyError, TypeError):
-            holder = None  # of another version, or half written: it can be watched all the same
+            holder = None  # of another version, or half written: it can still be watched
         if holder is not None and holder.machine == self.holder.machine and _start_of(holder.pid) != holder.started:
             return True
         known, since_s = self._seen.get(name, (b"", 0.0))
@@ -119,23 +119,23 @@ class Claims:
 
 
 class Claim:
-    """One piece of work that is ours. Use as a context manager: it beats meanwhile, and is given back at the end."""
+    """One piece of work that is ours. Use as a context manager: it sends heartbeats, and is released at the end."""
 
     def __init__(self, claims: Claims, work: str, number: int) -> None:
         self.work, self.number, self.name = work, number, _name(work, number)
         self._claims, self._store = claims, claims.store
         self._beats, self._lost = 0, ""
-        self._token = uuid.uuid4().hex  # of this claim: its worker may come to hold the same name again
+        self._token = uuid.uuid4().hex  # of this claim: its worker may later claim the same name again
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"claim {work}", daemon=True)
 
     def content(self) -> bytes:
-        """What is stored now."""
+        """The content to store now."""
         content = {"holder": asdict(self._claims.holder), "claim": self._token, "beats": self._beats}
         return (json.dumps(content) + "\n").encode()
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Begin to send heartbeats."""
         self._thread.start()
 
     def __enter__(self) -> "Claim":
@@ -149,12 +149,12 @@ class Claim:
                 self._store.delete(_name(self.work, number))
 
     def check(self) -> None:
-        """Raise LostClaimError if the last beat found that another worker has taken over. Costs nothing."""
+        """Raise LostClaimError if the last heartbeat found that another worker has taken over. Costs nothing."""
         if self._lost:
             raise LostClaimError(f"{self._store.join(self.name)}: {self._lost}")
 
     def look(self) -> None:
-        """The same after a look at the store; call it before something is put in place. Raises StoreError."""
+        """The same after a check of the store; call it before publishing anything. Raises StoreError."""
         if not self._is_mine():
             self._lost = "taken over by another worker, which believed this one dead"
         self.check()
@@ -172,7 +172,7 @@ class Claim:
                     return
                 self._beats += 1
                 self._store.write(self.name, self.content())
-            except StoreError as error:  # the next beat may arrive; if none does, another worker takes over
+            except StoreError as error:  # the next heartbeat may succeed; if none does, another worker takes over
                 logger.warning("a sign of life could not be given: %s", error)
 
 

@@ -18,7 +18,7 @@ VERBS = {
     "encode": "shards of clips -> shards of VAE latents and text embeddings",
     "convert": "tar shards -> MDS shards of mosaicml-streaming, or back",
 }
-WRONG_INPUT = 2  # the exit code of a user's mistake; a verb returns 1 when nothing at all could be done
+WRONG_INPUT = 2  # exit code for invalid input; a verb returns 1 when nothing at all could be done
 
 
 def usage() -> str:
@@ -34,9 +34,9 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb, as long as somebody reads its output (`| head`).
+    """Run one verb; it stops when its output is closed (`| head`).
 
-    A user's mistake (ValueError, OSError) is one message on stderr and exit code 2.
+    Invalid input (ValueError, OSError) gives one message on stderr and exit code 2.
     """
     return until_reader_leaves(lambda: _main(sys.argv[1:] if argv is None else argv))
 

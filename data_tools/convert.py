@@ -54,7 +54,7 @@ from latte_scale.store import Store, open_store
 HEADER = "convert.json"
 """Of which data set an output folder was made: its fingerprint."""
 _OURS = re.compile(rf"shard(-\d{{6,}}\.tar|\.\d{{5,}}\.mds|-\d{{6,}})(\.index\.safetensors)?|{FOLDER}/.*")
-_convert_here_with = None  # in a worker process: what it converts with
+_convert_here_with = None  # in a worker process: what its conversions share
 _BESIDE = (MDS_INDEX, NULL_TEXT, ENCODE_HEADER)
 
 
@@ -97,9 +97,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 class Converted(NamedTuple):
-    """What became of one shard."""
+    """The outcome of one shard."""
 
-    entry: ShardEntry | None  # None: no sample of it is sound
+    entry: ShardEntry | None  # None: no sample of it is intact
     report: ConvertReport
     was_there: bool  # an earlier run had finished it
 
@@ -109,7 +109,7 @@ def convert_shard(source: Dataset, store: Store, to: str, number: int) -> Conver
     name = _name(to, number)
     if (known := _finished(store, name, source.manifest.shards[number].count)) is not None:
         return known
-    for each in (index_name(name), name):  # an index proves a whole shard: the old one goes before the shard changes
+    for each in (index_name(name), name):  # an index proves a whole shard: remove the old one before the shard changes
         if store.exists(each):
             store.delete(each)
     report, keys, index = ConvertReport(), Keys(), source.index(number)
@@ -128,7 +128,7 @@ def convert_shard(source: Dataset, store: Store, to: str, number: int) -> Conver
 
 
 def _begin(input_url: str, output_url: str, to: str) -> None:
-    """What a worker process opens once, for all its shards."""
+    """Open in a worker process, once, what all its shards need."""
     global _convert_here_with
     _convert_here_with = partial(convert_shard, open_dataset(input_url), open_store(output_url), to)
 
@@ -164,11 +164,11 @@ def _check_source(source: Dataset, store: Store, to: str) -> None:
             f"{source.store.url} holds {to} shards already; convert it --to {'mds' if to == 'tar' else 'tar'}"
         )
     if source.manifest.null_text is not None:
-        source.null_text()  # held to its hash before it is copied
+        source.null_text()  # verified before it is copied
 
 
 def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
-    """Refuse a folder that another source began; with `force` remove what is ours in it instead."""
+    """Refuse a folder begun from another source; with `force`, remove our files in it instead."""
     names, header = store.list(), {"source_fingerprint": fingerprint}
     if HEADER in names and _is_header(store.read(HEADER), header):
         return
@@ -182,13 +182,13 @@ def _check_folder(store: Store, fingerprint: str, force: bool) -> None:
             "--output, or start it over with --force"
         )
     ours = [name for name in names if name in (MANIFEST, *_BESIDE) or _OURS.fullmatch(name)] if HEADER in names else []
-    for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: nobody may trust the rest
+    for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: the rest is no longer valid
         store.delete(name)
     store.write(HEADER, (json.dumps(header) + "\n").encode())
 
 
 def _forget_failures(store: Store, shards: list[str]) -> None:
-    """Remove the reports of shards that lack a sample, so that they are made again: the source may have been mended."""
+    """Remove the reports of shards that lack a sample, so that they are rebuilt: the source may have been repaired."""
     for name in shards:
         report = read_report(store, name, ConvertReport)
         if report is not None and report.left_out:
@@ -196,7 +196,7 @@ def _forget_failures(store: Store, shards: list[str]) -> None:
 
 
 def _is_header(data: bytes, header: dict[str, str]) -> bool:
-    """Whether a stored header says the same; a damaged one does not."""
+    """Whether a stored header is the same; a damaged one is not."""
     try:
         return json.loads(data) == header
     except ValueError:
@@ -215,7 +215,7 @@ def _finished(store: Store, name: str, num_samples: int) -> Converted | None:
 
 
 def _finish(source: Dataset, store: Store, to: str, outcomes: list[Converted]) -> int:
-    """What stands beside the shards, the manifest and the summary."""
+    """Write the files next to the shards and the manifest, and print the summary."""
     kept = [(number, each.entry) for number, each in enumerate(outcomes) if each.entry is not None]
     entries = tuple(entry for _, entry in kept)
     for line in _lines(each.report for each in outcomes):

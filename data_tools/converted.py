@@ -31,7 +31,7 @@ _MAGIC = (
 
 
 def stored_sample(dataset: Dataset, shard: int, position: int, sample: Sample, key: str) -> VideoSample | LatentSample:
-    """The sample that was read at a place, whole, under `key`. Raises DamagedError, ManifestError, StoreError."""
+    """The whole sample read at a place, under `key`. Raises DamagedError, ManifestError, StoreError."""
     row = dataset.index(shard).row(position)
     about, label = _json(sample), dataset.label(sample)
     names = OURS if label is None else (*OURS, "label")
@@ -57,21 +57,21 @@ def stored_sample(dataset: Dataset, shard: int, position: int, sample: Sample, k
 
 
 def unread_kinds(sample_names: tuple[str, ...]) -> Counter:
-    """Extension -> members of a sample that are no field, and so are left behind."""
+    """Extension -> number of members of a sample that are no field, and so are not copied."""
     extensions = [named[1] for name in sample_names if (named := split_name(name))]
     videos = [each for each in extensions if each.rpartition(".")[2] in VIDEO_EXTENSIONS]
-    read = [*FIELD_EXTENSIONS, *(videos or IMAGE_EXTENSIONS)]  # an image beside a video is its thumbnail
+    read = [*FIELD_EXTENSIONS, *(videos or IMAGE_EXTENSIONS)]  # an image next to a video is its thumbnail
     return Counter(each for each in extensions if each not in read)
 
 
 class Keys:
-    """Keys that a tar can hold, no two the same: foreign MDS keys may have dots or leave the archive."""
+    """Unique keys that a tar can hold: foreign MDS keys may have dots or point outside the archive."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def new(self, key: str, position: int) -> str:
-        """The key itself where it can be used."""
+        """The key itself where it can be used, otherwise another one."""
         parts = [re.sub(r"[.\0]", "_", part) for part in key.strip("/").split("/")]
         tame = key if split_name(f"{key}.json") == (key, "json") and not _leaves(key) else "/".join(parts) or "sample"
         while tame in self._taken:
@@ -85,7 +85,7 @@ def _leaves(key: str) -> bool:
 
 
 def _json(sample: Sample) -> dict[str, Any]:
-    """What the .json says; one that is no object is kept whole."""
+    """The content of the .json; one that is no object is kept whole."""
     content = json.loads(sample.fields.get("json") or b"{}")
     return content if isinstance(content, dict) else {"original": content}
 
@@ -97,7 +97,7 @@ def _texts(dataset: Dataset, shard: int, position: int, num_texts: int) -> tuple
 
 
 def _extension(sample: Sample) -> str:
-    """Of the clip: its member's, or what its first bytes say."""
+    """The clip's extension: its member's, or the one that its first bytes show."""
     named = [split[1] for name in sample.names if (split := split_name(name))]
     videos = [last for each in named if (last := each.rpartition(".")[2]) in VIDEO_EXTENSIONS]
     if found := [*videos, *(each for each in named if each in IMAGE_EXTENSIONS)]:

@@ -32,7 +32,7 @@ to the next."""
 
 @dataclass(frozen=True)
 class CutSettings:
-    """How long videos become clips; by default they stay whole."""
+    """How to cut long videos into clips; by default they stay whole."""
 
     scenes: bool = False  # a piece for each scene; needs PySceneDetect (pip install 'latte_scale[data]')
     seconds: float | None = None  # longest piece; null: any
@@ -63,10 +63,10 @@ def pieces(data: bytes, facts: VideoInfo, cut: CutSettings) -> list[Piece]:
 
 
 def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
-    """The scenes of a video: one where there is no cut in it.
+    """The scenes of a video; a single one if it has no cut.
 
-    PySceneDetect numbers a frame by its time at an average rate: in a video whose rate changes that is another one. So
-    frames are numbered here, in the order in which they come.
+    PySceneDetect numbers a frame by its time at an average rate, which is wrong in a video with a variable rate. So
+    frames are numbered here, in display order.
     """
     try:
         from scenedetect import AdaptiveDetector, SceneManager
@@ -101,7 +101,7 @@ def scenes(data: bytes, threshold: float, num_frames: int) -> list[Piece]:
 
 
 def piece_size(facts: VideoInfo, num_frames: int) -> ClipSize:
-    """The size of a piece of so many frames: its sides are even, its pixels those of the video."""
+    """The size of a piece of `num_frames` frames: its sides are even, its pixels those of the video."""
     height, width = facts.height // 2 * 2, facts.width // 2 * 2
     return ClipSize(num_frames, height, max(1, round(width * facts.pixel_shape)))
 

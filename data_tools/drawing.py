@@ -25,16 +25,16 @@ def regular_polygon(num_sides: int, turn: float) -> list[tuple[float, float]]:
     return [(round(radius * math.cos(a), 6), round(radius * math.sin(a), 6)) for a in angles]
 
 
-# Convex outlines of area 1, counter-clockwise in the (x, y) plane. Another shape is another line here. Circle and
-# square of one area are too alike at 32 px to be learned in minutes: after 2400 steps the shape was still at chance
-# while colour and direction were right (benchmarks/RESULTS.md, 2026-11-22).
+# Convex outlines of area 1, counter-clockwise in the (x, y) plane; add a shape as a line here. At 32 px, circle and
+# square of equal area are too similar to be learned in minutes: after 2400 steps the shape was still at chance while
+# colour and direction were right (benchmarks/RESULTS.md, 2026-11-22).
 SHAPES = {"circle": regular_polygon(24, 0.0), "triangle": regular_polygon(3, -math.pi / 2)}
 
 
 def coverage(outline: np.ndarray, size: float, centre_xy: tuple[float, float], side: int) -> np.ndarray:
     """How much of each pixel a convex outline of area 1, scaled by `size`, covers: [side, side] in 0..1.
 
-    The signed distance to the nearest edge line, cut to half a pixel on either side: an antialiased edge.
+    The signed distance to the nearest edge line, clamped to half a pixel on either side: an antialiased edge.
     """
     vertices = outline * size + np.array(centre_xy)
     edges = np.roll(vertices, -1, axis=0) - vertices

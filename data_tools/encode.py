@@ -67,7 +67,7 @@ from latte_scale.store import LocalStore, Store, open_store
 _OURS = re.compile(rf"shard-\d{{6,}}\.(tar|index\.safetensors)|({reports.FOLDER}|{claims.FOLDER})/.*")
 _YOUNGER = {("latents", "dtype"): "float16", ("text", "dtype"): "float16"}
 """Settings that encode.json leaves out while they hold their default: folders begun before them lack them."""
-REQUEUE = 75  # the exit code of what the same command goes on with, as the trainer's
+REQUEUE = 75  # exit code: the same command would continue; the same as the trainer's
 
 
 class EncodeError(ValueError):
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _header(settings: EncodeSettings, facts: EncoderFacts, source: Manifest) -> dict[str, Any]:
-    """What encode.json says: everything that the stored bytes follow from."""
+    """The content of encode.json: everything that determines the stored bytes."""
     header = {
         "source_fingerprint": source.fingerprint(),
         "caption_cleaning": CAPTION_CLEANING,
@@ -166,9 +166,9 @@ def _check_settings(settings: EncodeSettings, facts: EncoderFacts) -> None:
 
 
 def _check_folder(store: Store, header: dict[str, Any], force: bool) -> list[str]:
-    """Refuse a folder that other settings, encoders or clips began; with `force` name what is ours in it instead.
+    """Refuse a folder begun with other settings, encoders or clips; with `force`, return our files in it instead.
 
-    That is to be removed in this order. A data set that this tool did not make never is.
+    The caller removes them in this order. A data set that this tool did not make is never among them.
     """
     names = store.list()
     known = _known_header(store, force) if ENCODE_HEADER in names else None
@@ -189,12 +189,12 @@ def _check_folder(store: Store, header: dict[str, Any], force: bool) -> list[str
             "over with --force"
         )
     ours = [name for name in names if name in (MANIFEST, NULL_TEXT) or _OURS.fullmatch(name)]
-    # The manifest first: nobody may trust the rest.
+    # The manifest first: the rest is no longer valid.
     return [*sorted(ours, key=lambda name: name != MANIFEST), ENCODE_HEADER]
 
 
 def _known_header(store: Store, force: bool) -> dict[str, Any]:
-    """The settings that began the folder. EncodeError where they cannot be read; with `force` they are then nothing."""
+    """The settings with which the folder was begun. EncodeError if unreadable, unless `force`: then none are known."""
     try:
         known = json.loads(store.read(ENCODE_HEADER))
         _without_names(known)
@@ -209,19 +209,19 @@ def _known_header(store: Store, force: bool) -> dict[str, Any]:
 
 
 def _without_names(header: dict[str, Any]) -> dict[str, Any]:
-    """The header without the encoders' names: a copy of the same weights elsewhere makes the same bytes."""
+    """The header without the encoders' names: a copy of the same weights elsewhere gives the same bytes."""
     encoders = {key: value for key, value in header["encoders"].items() if key not in ("vae", "text")}
     return {**header, "encoders": encoders}
 
 
 def _outcomes(store: Store, counts: list[int]) -> list[tuple[ShardEntry | None, ShardReport] | None]:
-    """What is known of every shard; None for one that is not finished."""
+    """The outcome of every shard; None for one that is not finished."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         return list(pool.map(partial(finished, store), map(shard_name, range(len(counts))), counts))
 
 
 def _forget_failures(store: Store, num_shards: int) -> None:
-    """Remove the reports of shards that lack a clip, so that they are made again."""
+    """Remove the reports of shards that lack a clip, so that they are rebuilt."""
     for name in map(shard_name, range(num_shards)):
         report = read_report(store, name)
         if report is not None and report.left_out:
@@ -229,7 +229,7 @@ def _forget_failures(store: Store, num_shards: int) -> None:
 
 
 def _drop_damaged_null_text(store: Store) -> None:
-    """Remove a null embedding that is not the one that a finished data set names: workers make it again."""
+    """Remove a null embedding that differs from the one in a finished data set's manifest: workers rebuild it."""
     info = load_manifest(store).null_text if store.exists(MANIFEST) else None
     if info is None or not store.exists(info.name):
         return
@@ -239,7 +239,7 @@ def _drop_damaged_null_text(store: Store) -> None:
 
 
 def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, settings: EncodeSettings) -> int:
-    """Write the manifest, remove what killed workers left, and print the summary."""
+    """Write the manifest, remove what killed workers left, and print a summary."""
     outcomes = [each for each in _outcomes(store, board.counts) if each is not None]
     if len(outcomes) < len(board.counts):
         raise EncodeError(
@@ -264,7 +264,7 @@ def _finish(store: Store, manifest: Manifest, board: Board, seconds: float, sett
 
 
 def _tell(found: list[ShardReport], settings: EncodeSettings) -> int:
-    """Name every clip that was left out, and what else its owner should know; returns how many were left out."""
+    """Report every clip that was left out, and other findings; returns how many were left out."""
     for key, reason in (each for report in found for each in report.left_out):
         print(f"failed {key}: {reason}", file=sys.stderr)
     if num_short := sum(report.num_short for report in found):
@@ -283,8 +283,8 @@ def _tell(found: list[ShardReport], settings: EncodeSettings) -> int:
 def _close(store: Store, manifest: Manifest) -> None:
     """Remove what killed workers left and write the manifest, unless it is there or has no shards.
 
-    Commands end together, when the last shard is there. What looks unfinished to one may be another's manifest on its
-    way, so this is a piece of work that is claimed like any other, and they do it one after the other.
+    Commands end together, when the last shard is there. What looks unfinished to one may be the manifest that another
+    is writing, so this is claimed like any other piece of work, and commands do it one after the other.
     """
     every = Claims(store)
     while (claim := every.take("manifest")) is None:
@@ -295,7 +295,7 @@ def _close(store: Store, manifest: Manifest) -> None:
         if manifest.shards and not _is_there(store, manifest):
             save_manifest(store, manifest)
     if isinstance(store, LocalStore):
-        with contextlib.suppress(OSError):  # another command that ends has its claim there, or was first
+        with contextlib.suppress(OSError):  # another ending command has its claim there, or was first
             (store.root / claims.FOLDER).rmdir()
 
 

@@ -69,13 +69,13 @@ class _Clip:
     sample: Sample
     pixels_FCHW: np.ndarray
     start_frame: int
-    fit: Fit | None = None  # where there are several sizes: which, and how well
+    fit: Fit | None = None  # with several sizes: which one, and how well it fits
     texts: tuple[bytes, ...] = ()  # the stored embedding of every caption
     posteriors: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # (mean, std) [F, C, h, w] fp32; of the mirrored clip
 
 
 class Encoder:
-    """Encodes the shards of one data set; holds the frozen encoders, which are loaded when first needed."""
+    """Encodes the shards of one data set; holds the frozen encoders, which are loaded on first use."""
 
     def __init__(
         self, input_url: str, output_url: str, settings: EncodeSettings, device: str, decode_threads: int = 1
@@ -103,12 +103,12 @@ class Encoder:
         return to_bytes(pack_text(self.encoders[1].null().cpu().numpy(), "float16"))
 
     def shard(self, number: int, claim: Claim, advance: Callable[[], None]) -> ShardReport:
-        """Encode shard `number` of the source and put it in place with its report; `advance` is called per clip.
+        """Encode shard `number` of the source and publish it with its report; `advance` is called per clip.
 
         Raises LostClaimError when another worker has taken over.
         """
         name, report = shard_name(number), ShardReport()
-        for each in (index_name(name), name):  # an index proves a whole tar: the old one goes before the tar changes
+        for each in (index_name(name), name):  # an index proves a whole tar: remove the old one before the tar changes
             if self.store.exists(each):
                 self.store.delete(each)
         texts: dict[str, bytes] = {}
@@ -133,7 +133,7 @@ class Encoder:
 
     @contextlib.contextmanager
     def _stages(self, number: int, texts: dict[str, bytes]) -> Iterator[Iterator["Future[_Clip]"]]:
-        """The clips of a shard in order, decoded, with their text and encoded, a few ahead of who takes them."""
+        """The clips of a shard in order, decoded, with text and encoded, a few ahead of the consumer."""
         positions, threads = range(len(self.source.index(number))), self.decode_threads
         decode = partial(self._decode, number)
         with (
@@ -170,7 +170,7 @@ class Encoder:
         return replace(clip, texts=tuple(texts[caption] for caption in captions))
 
     def _add_posteriors(self, captioned: "Future[_Clip]") -> _Clip:
-        """Third stage: what the VAE makes of the clip, and of the mirrored clip."""
+        """Third stage: the VAE's posteriors of the clip and of the mirrored clip."""
         import torch
 
         clip = captioned.result()
@@ -208,7 +208,7 @@ class Encoder:
         )
 
     def _noise(self, name: str, posterior: tuple[np.ndarray, np.ndarray]) -> np.ndarray | None:
-        """The draw of a fixed sample, by its name: the same in every run."""
+        """The noise of a fixed sample, keyed by its name: the same in every run."""
         return rng.normal(posterior[0].shape, 0, name, 0, 0) if self.latents.kind == "sample" else None
 
     def _count_long_captions(self, texts: dict[str, bytes], report: ShardReport) -> None:
@@ -218,14 +218,14 @@ class Encoder:
 
 
 def count_fit(report: ShardReport, bucket: str, fit: Fit | None) -> None:
-    """Note in the report how well a stored clip fits the size that it got; nothing where there is one size."""
+    """Record in the report how well a stored clip fits its size; nothing if there is only one size."""
     if fit is not None:
         report.enlarged[bucket] = report.enlarged.get(bucket, 0) + fit.enlarged
         report.kept[bucket] = report.kept.get(bucket, 0.0) + float(fit.kept)
 
 
 class _BadClipError(ValueError):
-    """A clip that cannot be stored; the rest of the shard goes on."""
+    """A clip that cannot be stored; the rest of the shard continues."""
 
 
 class _ShortClipError(_BadClipError):
@@ -248,7 +248,7 @@ def _checked(pack: Callable[..., dict[str, np.ndarray]], *args: Any) -> dict[str
 
 
 def _one_thread() -> None:
-    """Torch counts its threads per thread that calls it."""
+    """Limit torch to NUM_THREADS in the calling thread: torch keeps this setting per thread."""
     import torch
 
     torch.set_num_threads(NUM_THREADS)

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-NUM_LOOKS = 9  # frames that are looked at, evenly over the clip
+NUM_LOOKS = 9  # frames that are measured, evenly over the clip
 LOOK_SIDE = 36  # pixels: the centre square of each, made this small
 HASHED_FRAMES = (0, 4, 8)  # of those that are looked at; a shorter clip repeats its last
 NUM_BANDS = 12  # of 16 bits: 64 for each hashed frame
@@ -23,7 +23,7 @@ NUM_BANDS = 12  # of 16 bits: 64 for each hashed frame
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """Limits; null: none. A clip at the limit is kept."""
+    """Limits; null: no limit. A clip at the limit is kept."""
 
     min_side: int | None = None  # pixels of the shorter side
     min_fps: float | None = None  # frames a second

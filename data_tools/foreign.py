@@ -21,7 +21,7 @@ from latte_scale.data.shards import cut_from, stored_size
 from latte_scale.store import Store
 
 CHUNK = 8 << 20  # bytes read at a time
-MAX_TEXT_BYTES = 16 << 20  # of a caption, a class or a .json: nobody wrote a longer one, and it is held in memory
+MAX_TEXT_BYTES = 16 << 20  # of a caption, a class or a .json, which are held in memory; longer ones are not genuine
 SMALL = ("txt", "json", "cls")
 """Fields whose bytes are looked at, not only hashed."""
 
@@ -30,8 +30,8 @@ SMALL = ("txt", "json", "cls")
 class Outcome:
     """Counts and reasons for the summary, and the classes that labels count in."""
 
-    class_names: tuple[str, ...] | None = None  # None: labels are left alone
-    opens_clips: bool = False  # to note their sizes
+    class_names: tuple[str, ...] | None = None  # None: labels are ignored
+    opens_clips: bool = False  # to record their sizes
     num_done: int = 0
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Found(NamedTuple):
-    """A sample as it lies in a shard, before it is judged."""
+    """A sample as found in a shard, before it is checked."""
 
     key: str
     start: int
@@ -67,7 +67,7 @@ class FileStream:
         return self._data[max(0, offset - self._begin) : max(0, end - self._begin)]
 
     def span(self, offset: int, size: int, keep: bool) -> tuple[Span, bytes]:
-        """(what the index says of a range, its bytes where they are to be kept)."""
+        """(the index entry of a range, its bytes if they are to be kept)."""
         crc, kept = google_crc32c.Checksum(), []
         for position in range(offset, offset + size, CHUNK):
             chunk = self.read(position, min(CHUNK, offset + size - position))
@@ -90,7 +90,7 @@ class FileStream:
 
 
 def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome) -> None:
-    """Put a sample into the index, or its reason into `outcome.skipped`. Raises ValueError for a repeated key."""
+    """Add a sample to the index, or its reason to `outcome.skipped`. Raises ValueError for a repeated key."""
     reason, label, caption, size, video = None, None, "", None, None
     if "video" not in found.spans:
         reason = "no video"
@@ -120,7 +120,7 @@ def add_sample(builder: IndexBuilder, found: Found, where: str, outcome: Outcome
 
 
 def store_index(builder: IndexBuilder, stream: FileStream) -> ShardEntry | None:
-    """Write the sidecar of a shard that was read, unless it is there; its manifest entry, None without a sample."""
+    """Write the sidecar of a shard that was read, unless it exists; its manifest entry, None without a sample."""
     if not len(builder):
         return None
     store, name = stream.store, stream.name

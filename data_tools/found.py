@@ -22,19 +22,19 @@ OUTAGES = (TransientError, CredentialsError)
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that is to be stored."""
+    """A clip to be stored."""
 
     key: str
     store: Store
-    files: tuple[str, ...]  # in it: one video (or the tar that holds it), or the images that are its frames, in order
+    files: tuple[str, ...]  # one video (or the tar that holds it), or the images that are its frames, in order
     source: str  # path relative to the input folder, kept in the .json
     captions: tuple[str, ...]
     size_bytes: int  # of all its files
     label: int | None = None
     min_frames: int = 1  # a shorter clip is left out
     offset: int | None = None  # of the video in its tar
-    cut_from: str | None = None  # the video that somebody cut it from, so that both are held out of training or neither
-    changed_ns: int = 0  # when its files were last written to, by their folder; 0: not known, as in a bucket
+    cut_from: str | None = None  # the video it was cut from, so that all its clips are held out of training or none
+    changed_ns: int = 0  # when its files were last written to, from their folder; 0: not known, as in a bucket
 
     def read(self) -> bytes:
         """The clip as one file. Raises VideoError for images that cannot be joined, StoreError, OSError."""
@@ -48,24 +48,24 @@ class Clip:
 
     @property
     def extension(self) -> str:
-        """Of its files, as in "mp4"."""
+        """The extension of its files, such as "mp4"."""
         return extension_of(self.source if self.offset is not None else self.files[0])
 
     @property
     def is_video(self) -> bool:
-        """One file that is stored as it is, not frames to be joined."""
+        """Whether it is one file that is stored unchanged, not frames to be joined."""
         return self.extension in VIDEO_EXTENSIONS
 
 
 @dataclass
 class Found:
-    """The clips of a folder, by name, and what is left out."""
+    """The clips of a folder, sorted by name, and what is left out."""
 
     clips: list[Clip] = field(default_factory=list)
     class_names: tuple[str, ...] | None = None
     skipped: list[str] = field(default_factory=list)  # "name: reason": not tried
     failed: list[str] = field(default_factory=list)  # "name: reason": tried
-    num_short: int = 0  # of the skipped: those with fewer frames than asked for
+    num_short: int = 0  # of the skipped: those with too few frames
 
 
 def too_short(num_frames: int, min_frames: int) -> str | None:
@@ -86,11 +86,11 @@ def listing_of(extensions: tuple[str, ...]) -> str:
 
 
 def key_of(name: str, taken: set[str]) -> str:
-    """A key for a relative file name, no two the same: "a/b.c.mp4" -> "a/b_c"."""
+    """A unique key for a relative file name: "a/b.c.mp4" -> "a/b_c"."""
     folder, _, file = name.rpartition("/")
     stem, _, extension = file.rpartition(".")
     key = f"{folder}/" * bool(folder) + (stem.replace(".", "_").strip("_") or "clip")
-    if split_name(f"{key}.json") != (key, "json"):  # a folder of a name that webdataset passes over, or of two lines
+    if split_name(f"{key}.json") != (key, "json"):  # a folder with a name that webdataset skips, or of two lines
         key = "/".join(re.sub(r"[\x00-\x1f]", "_", part).strip("_") or "clip" for part in key.split("/"))
     if key in taken:
         key = f"{key}-{extension.lower()}"
@@ -108,7 +108,7 @@ def piece_key(key: str, number: int) -> str:
 
 
 def apart_from_pieces(clips: Sequence[Clip]) -> list[Clip]:
-    """The clips, where they may be cut: a key that reads as a piece's of another clip becomes another one."""
+    """The clips, for input that may be cut: a key that could be that of another clip's piece is changed."""
     keys = {clip.key for clip in clips}
 
     def apart(clip: Clip) -> Clip:
@@ -125,7 +125,7 @@ def apart_from_pieces(clips: Sequence[Clip]) -> list[Clip]:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written down: bytes of it that are no UTF-8 came as lone surrogates."""
+    """Whether a name is valid UTF-8: other bytes of it were read as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def is_utf8(name: str) -> bool:
 
 
 def changed_ns(store: Store, name: str) -> int:
-    """When a file was last written to, as its folder says; 0 in a bucket, or if it is gone."""
+    """When a file was last written to, from its folder; 0 in a bucket, or if it is gone."""
     try:
         return os.stat(store.root / name).st_mtime_ns if isinstance(store, LocalStore) else 0
     except OSError:
@@ -142,7 +142,7 @@ def changed_ns(store: Store, name: str) -> int:
 
 
 def is_packed(name: str) -> bool:
-    """Whether a file is an archive that cannot be read where it lies, by its name."""
+    """Whether a file is an archive that must be unpacked to be read, by its name."""
     return name.lower().endswith(PACKED)
 
 
@@ -152,7 +152,7 @@ def names_outside(names: Sequence[str]) -> set[str]:
 
 
 def seen_again(store: Store, names: Sequence[str]) -> dict[str, str]:
-    """Of files below links to folders that are in the store by their own names, too: file -> its own name."""
+    """Files seen again through links to folders that are in the store themselves: file -> its own name."""
     if not isinstance(store, LocalStore):
         return {}
     root, own = Path(os.path.realpath(store.root)), {}

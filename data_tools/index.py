@@ -80,9 +80,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def find_shards(store: Store, outcome: Outcome) -> list[Callable[[Outcome], ShardEntry | None]]:
-    """What indexes each shard of a folder, in order. Raises ValueError where there are none, or of both formats.
+    """A function that indexes each shard of a folder, in order. Raises ValueError for no shards, or for both formats.
 
-    Archives that cannot be read where they lie, and tars that a link shows again, go to `outcome.skipped`.
+    Archives that must be unpacked first, and tars seen again through a link, go to `outcome.skipped`.
     """
     names = store.list()
     tars = [name for name in names if name.endswith(".tar")]
@@ -107,7 +107,7 @@ def find_shards(store: Store, outcome: Outcome) -> list[Callable[[Outcome], Shar
 
 
 def class_names(given: str) -> tuple[str, ...]:
-    """The names of --classes. Raises ValueError for a file without names, or with one twice, StoreError for no file."""
+    """The names of --classes. Raises ValueError for a file with no or repeated names, StoreError if it is missing."""
     if given.isdecimal():
         if not int(given):
             raise ValueError("--classes: expected a number of classes of 1 or more, or the file of their names, got 0")
@@ -121,7 +121,7 @@ def class_names(given: str) -> tuple[str, ...]:
 
 
 def _tell(outcome: Outcome) -> None:
-    """Name what was left out."""
+    """Report what was left out."""
     for line in _lines(outcome):
         print(line, file=sys.stderr)
 

@@ -34,7 +34,7 @@ ROLES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 def index_mds(store: Store, shard: MdsShard, outcome: Outcome) -> ShardEntry | None:
     """Read one shard from end to end, write its sidecar, return its manifest entry; None if it has no sample.
 
-    Raises MdsError naming what is compressed, cut, damaged, repeated or of columns without a clip.
+    Raises MdsError with what is compressed, truncated, damaged, repeated or has no column with a clip.
     """
     _check_plain(store, shard)
     stream, builder = FileStream(store, shard.name), IndexBuilder("video")
@@ -53,7 +53,7 @@ def index_mds(store: Store, shard: MdsShard, outcome: Outcome) -> ShardEntry | N
 
 
 def roles_of(shard: MdsShard, where: str, outcome: Outcome) -> dict[str, Column]:
-    """Field -> the column that is it. Raises MdsError where no column is a clip."""
+    """Field -> its column. Raises MdsError where no column is a clip."""
     outcome.refused += [f"{where}: column {each.name!r}" for each in shard.columns if each.encoding == PICKLED]
     columns, roles = {column.name: column for column in shard.columns}, {}
     for field, names, encodings in ROLES:

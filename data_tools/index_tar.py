@@ -24,7 +24,7 @@ PICKLED = ("pkl", "pickle", "pyd", "pth", "pt")
 def index_tar(store: Store, name: str, outcome: Outcome) -> ShardEntry | None:
     """Read one tar from end to end, write its sidecar, return its manifest entry; None if it has no sample.
 
-    Raises TarError naming the member that is cut, hostile, latents or repeated.
+    Raises TarError with the member that is truncated, malformed, latents or repeated.
     """
     stream, builder = FileStream(store, name), IndexBuilder("video")
     sample: _Open | None = None
@@ -45,7 +45,7 @@ def index_tar(store: Store, name: str, outcome: Outcome) -> ShardEntry | None:
 
 
 def _refuse_again(key: str, keys: set[str], member: Member, where: str) -> None:
-    """Note a key; TarError where it has been before: its sample would be two halves."""
+    """Record a key; TarError if it is repeated: its sample is stored in two halves."""
     if key in keys:
         raise TarError(
             f"{where}: member {member.name!r}: key {key!r} comes back after others; a sample's files must lie side by "
@@ -57,7 +57,7 @@ def _refuse_again(key: str, keys: set[str], member: Member, where: str) -> None:
 
 @dataclass
 class _Open:
-    """The sample whose members are being read."""
+    """A sample whose members are being read."""
 
     key: str
     start: int

@@ -47,9 +47,9 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[_\-\s]+")
 
 
 def find_clips(source: str | Path, layout: str = "clips", min_frames: int | None = None) -> Found:
-    """The clips of a folder, or for layout "clips" of a list of captions. `min_frames` None: the layout's own.
+    """The clips of a folder or, for layout "clips", of a list of captions. `min_frames` None: the layout's own.
 
-    Raises ValueError when the folder is not laid out so, or a line of a list cannot be read.
+    Raises ValueError when the folder does not have this layout, or a line of a list cannot be read.
     """
     if min_frames is None:
         min_frames = SKY_MIN_FRAMES if layout == "sky" else 1
@@ -150,14 +150,14 @@ def _frame_folders(root: Path, layout: str, min_frames: int) -> Found:
 def _image_folders(root: Path) -> list[tuple[Path, list[str]]]:
     """The folders below `root` that hold images directly, by name, and the sorted names of their images.
 
-    Links to folders are followed, but not back into a folder that the way here leads through.
+    Links to folders are followed, but not back into a parent folder.
     """
     folders, ways = [], [(root, frozenset())]
     while ways:
         folder, above = ways.pop()
         if (place := os.path.realpath(folder)) in above:
             continue
-        with os.scandir(folder) as listing:  # tells files from folders without asking for each frame
+        with os.scandir(folder) as listing:  # tells files from folders without a call per frame
             entries = list(listing)
         ways += [(folder / entry.name, above | {place}) for entry in entries if entry.is_dir()]
         images = sorted(e.name for e in entries if extension_of(e.name) in IMAGE_EXTENSIONS and not e.is_dir())
@@ -180,7 +180,7 @@ def _add(
     captions: tuple[str, ...],
     label: int | None = None,
 ) -> None:
-    """Add the clip `name`, whose files lie in a folder, or why they cannot be read."""
+    """Add the clip `name`, whose files are in a folder, or the reason why they cannot be read."""
     try:
         sizes = [_size_bytes(folder / file) for file in files]
         changed = max(changed_ns(LocalStore(folder), file) for file in files)
@@ -193,7 +193,7 @@ def _add(
 
 
 def _size_bytes(path: Path) -> int:
-    """Of a plain file. Raises OSError."""
+    """The size of a plain file. Raises OSError."""
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(f"{path} is no plain file")

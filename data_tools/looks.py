@@ -37,7 +37,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of a clip, or of a piece of one."""
+    """What is known of a clip, or of a piece of it."""
 
     key: str
     source: str
@@ -60,7 +60,7 @@ class Look:
 
 
 def look_at(clip: Clip, settings: ShardSettings) -> list[Look]:
-    """The looks of a clip's pieces in order, or one of the clip that says why it cannot be used."""
+    """The looks of a clip's pieces in order, or a single one with the reason why the clip cannot be used."""
 
     def left_out(by: str, reason: str) -> list[Look]:
         return [Look(clip.key, clip.source, left_out_by=by, reason=reason)]
@@ -85,9 +85,9 @@ def look_at(clip: Clip, settings: ShardSettings) -> list[Look]:
 def _look_at_piece(
     clip: Clip, settings: ShardSettings, data: bytes, facts: VideoInfo, number: int, found: list[Piece]
 ) -> Look:
-    """The look of piece `number` of those that were found."""
+    """The look of piece `number`."""
     start, stop = found[number]
-    fps = facts.fps if clip.is_video else 0.0  # frames that were joined have no rate that means something
+    fps = facts.fps if clip.is_video else 0.0  # joined frames have no meaningful rate
     is_piece = stop - start < facts.num_frames
     name = piece_key(clip.key, number) if is_piece else clip.key
     source = f"{clip.source}, frames {start} to {stop - 1}" if is_piece else clip.source
@@ -125,7 +125,7 @@ def _looked_at(data: bytes, start: int, stop: int) -> np.ndarray:
 
 
 class Lookers:
-    """A pool of processes that look, or this process where one is enough. Use as a context manager."""
+    """A pool of processes that examine clips, or this process if one is enough. Use as a context manager."""
 
     def __init__(self, settings: ShardSettings, num_workers: int) -> None:
         self.settings, self.num_workers = settings, num_workers
@@ -147,7 +147,7 @@ class Lookers:
         return self.each(partial(look_at, settings=self.settings), clips, crashed)
 
     def each(self, function: Callable[[Item], T], items: Iterable[Item], crashed: Callable[[Item], T]) -> Iterator[T]:
-        """`function(item)` of each, in order; `crashed(item)` of one with which a process of its own ends."""
+        """`function(item)` of each, in order; `crashed(item)` for an item that crashes its own process."""
         if self.pool is None:
             yield from map(function, items)
             return
@@ -159,16 +159,16 @@ class Lookers:
                     made = future.result()
                 except BrokenProcessPool:
                     yield self._alone(function, waiting.pop(0), crashed)
-                    break  # and ask again for the rest
+                    break  # and submit the rest again
                 waiting.pop(0)
                 yield made
 
     def submit(self, function: Callable[..., T], *args: object) -> "Future[T]":
-        """Run other work in the pool, or here. BrokenProcessPool is its result where a clip has ended a process."""
+        """Run another function in the pool, or here. Its result is BrokenProcessPool if a clip crashed a process."""
         if self.pool is not None:
             try:
                 return self.pool.submit(function, *args)
-            except BrokenProcessPool:  # what went before has ended a process
+            except BrokenProcessPool:  # an earlier call crashed a process
                 self._renew()
                 return self.pool.submit(function, *args)
         future: Future[T] = Future()
@@ -176,7 +176,7 @@ class Lookers:
         return future
 
     def _alone(self, function: Callable[[Item], T], item: Item, crashed: Callable[[Item], T]) -> T:
-        """One item in a process of its own, after some item has ended one of the pool's."""
+        """One item in its own process, after some item has crashed one of the pool's."""
         with self._new(1) as alone:
             try:
                 return alone.submit(function, item).result()
@@ -186,7 +186,7 @@ class Lookers:
                 self._renew()
 
     def _renew(self) -> None:
-        """Another pool in the place of one that is broken."""
+        """Replace a broken pool."""
         self.pool.shutdown(wait=True)
         self.pool = self._new()
 

@@ -30,7 +30,7 @@ def mds_name(number: int) -> str:
 
 
 def mds_columns(kind: Kind, num_texts: int = 0, mirrored: bool = False) -> tuple[Column, ...]:
-    """The columns of a shard, sorted by name; `num_texts`: the most captions that a sample has embeddings of."""
+    """The columns of a shard, sorted by name; `num_texts`: the most embedded captions of any sample."""
     if kind == "video":
         encodings = _CLIPS
     else:
@@ -54,9 +54,9 @@ def column_values(sample: VideoSample | LatentSample) -> dict[str, bytes]:
 
 
 class MdsFile:
-    """One shard in the making. Use as a context manager: an exception leaves nothing behind.
+    """One shard being written. Use as a context manager: an exception leaves nothing behind.
 
-    The offset table comes first and is known last, so samples go to a scratch file and are copied behind it.
+    The offset table comes first and is known last, so samples go to a scratch file and are copied after it.
     """
 
     def __init__(self, store: Store, name: str, kind: Kind, columns: tuple[Column, ...]) -> None:
@@ -100,7 +100,7 @@ class MdsFile:
         self._rows.append((row, described, cut_from(sample.key, sample.info)))
 
     def close(self) -> ShardEntry:
-        """Finish the file, put it and then its index in place, and return the manifest entry."""
+        """Finish the file, publish it and then its index, and return the manifest entry."""
         if not self._rows:
             raise ValueError(f"{self.store.join(self.name)}: a shard needs at least one sample")
         self._file.close()
@@ -121,7 +121,7 @@ class MdsFile:
         return ShardIndex(data).entry(data)
 
     def _index(self, first: int) -> IndexBuilder:
-        """The index, with the samples where they are: behind `first` bytes."""
+        """The index, with the samples at their final offsets: after `first` bytes."""
         builder = IndexBuilder(self.kind)
         for row, *hashed in self._rows:
             fields = {name: span._replace(offset=span.offset + first) for name, span in row.fields.items()}

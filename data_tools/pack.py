@@ -23,8 +23,8 @@ from latte_scale.store import Store
 def pack_shard(
     store: Store, name: str, group: list[Clip], looks: list[list[Look]], report: PackReport
 ) -> tuple[PackReport, ShardEntry | None]:
-    """Write one tar of the looks that are kept; no entry where there is none."""
-    for each in (index_name(name), name):  # an index proves a whole tar: the old one goes before the tar changes
+    """Write one tar of the looks that are kept; no entry if there are none."""
+    for each in (index_name(name), name):  # an index proves a whole tar: remove the old one before the tar changes
         if store.exists(each):
             store.delete(each)
     with ShardFile(store, name, "video") as shard:
@@ -37,9 +37,9 @@ def pack_shard(
 
 
 def _readable(clip: Clip, kept: list[Look], report: PackReport) -> Iterator[VideoSample]:
-    """The samples of a clip, up to the first that cannot be read or cut any more: from there on they are left out.
+    """The samples of a clip, up to the first that can no longer be read or cut; the rest is left out.
 
-    What goes wrong while a sample is written (a full disk) is no fault of the clip and is not caught here.
+    Errors while a sample is written (a full disk) are not the clip's and are not caught here.
     """
     missing = {look.key: look for look in kept}
     try:
@@ -53,16 +53,16 @@ def _readable(clip: Clip, kept: list[Look], report: PackReport) -> Iterator[Vide
 
 
 def leave_out(report: PackReport, looks: Sequence[Look], reason: str) -> None:
-    """Note that what was to be stored is not."""
+    """Record that looks to be kept are left out."""
     keys = {look.key for look in looks}
     report.left_out += [[look.source, FAILED, reason] for look in looks]
     report.hashes = {key: digest for key, digest in report.hashes.items() if key not in keys}
 
 
 def can_be_packed(clip_and_looks: tuple[Clip, list[Look]]) -> bool:
-    """Make the samples of a clip for nothing: whoever calls this wants to know whether that ends its process."""
+    """Make the samples of a clip and drop them, so that the caller learns whether that crashes the process."""
     clip, looks = clip_and_looks
-    with suppress(VideoError, OSError):  # `pack_shard` will say so
+    with suppress(VideoError, OSError):  # `pack_shard` reports these
         for _ in _samples(clip, [look for look in looks if not look.left_out_by]):
             pass
     return True
@@ -97,7 +97,7 @@ def _sample(clip: Clip, look: Look, data: bytes, extension: str) -> VideoSample:
         info |= {"first_frame": look.start, "codec": "h264", "cut_from": clip.cut_from or clip.key}
         info |= {"height": look.size.height, "width": look.size.width}
     if not clip.is_video:
-        del info["fps"]  # nobody knows it
+        del info["fps"]  # not known
     return VideoSample(
         look.key,
         clip.captions[0],

@@ -43,7 +43,7 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def write_page(out: str, content: str) -> None:
-    """Put a page at a path or URL, complete; folders are made. Raises StoreError with what to do."""
+    """Write a page to a path or URL, atomically; creates folders. Raises StoreError with what to do."""
     folder, _, name = out.rpartition("/")
     open_store(folder or ("/" if out.startswith("/") else ".")).write(name, content.encode())
 
@@ -61,7 +61,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def histogram(title: str, values: Sequence[float]) -> str:
-    """A figure of how often which values occur; all in one bar where there is one value only."""
+    """A histogram as a figure; a single bar if there is only one value."""
     low, high = min(values), max(values)
     num_bars = NUM_BARS if high > low else 1
     counts = [0] * num_bars
@@ -89,7 +89,7 @@ def histogram(title: str, values: Sequence[float]) -> str:
 
 
 def number(value: float) -> str:
-    """A number as short as it can be read: three digits, or all of a whole one."""
+    """A number in short form: three digits, or all digits of a whole one."""
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))

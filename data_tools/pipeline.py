@@ -22,9 +22,9 @@ def in_order(
     ahead: int = 2,
     set_up: Callable[[], None] | None = None,
 ) -> Iterator["Future[Output]"]:
-    """The futures of `function(input)`, begun up to `ahead` inputs beyond the one that is handed out.
+    """The futures of `function(input)`, started up to `ahead` inputs beyond the one yielded.
 
-    `set_up` runs first in every thread. Closing the iterator waits for what runs and drops what has not begun.
+    `set_up` runs first in every thread. Closing the iterator waits for running calls and drops those not started.
     """
     pool = ThreadPoolExecutor(num_threads, initializer=set_up)
     waiting: deque[Future[Output]] = deque()

@@ -91,7 +91,7 @@ def chosen(dataset: Dataset, count: int, match: str | None) -> Iterator[tuple[st
 
 
 def clip_shower(height: int) -> Shower:
-    """How a stored video becomes frames, uint8 [F, H, W, 3] of `height` pixels (made even) in its own proportions."""
+    """A function from a stored video to frames, uint8 [F, H, W, 3], `height` (made even) and width in proportion."""
 
     def show(sample: Sample, bucket: str) -> np.ndarray:
         source = sample.fields["video"]
@@ -105,9 +105,9 @@ def clip_shower(height: int) -> Shower:
 
 
 def latents_shower(dataset: Dataset, name: str | None) -> Shower:
-    """How stored latents become frames: decoded by the VAE of that name, or by the one that the manifest names.
+    """A function from stored latents to frames, decoded by the VAE `name`, or by the one in the manifest.
 
-    Raises EncoderError if it is not there, ValueError if it is another one than the latents are of.
+    Raises EncoderError if the VAE is not found, ValueError if it is not the one that made the latents.
     """
     import torch
 
@@ -130,7 +130,7 @@ def latents_shower(dataset: Dataset, name: str | None) -> Shower:
 
 
 def figure(name: str, caption: str, frames_FHWC: np.ndarray | None) -> str:
-    """One clip with its caption; its words alone where there are no frames."""
+    """One clip with its caption; only the caption if there are no frames."""
     more = len(caption) - MOST_CHARACTERS
     text = html.escape(caption[:MOST_CHARACTERS]) + (f" ... and {more} characters more" if more > 0 else "")
     video = "" if frames_FHWC is None else player(frames_FHWC)

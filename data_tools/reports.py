@@ -24,13 +24,13 @@ from latte_scale.store.s3 import S3Store
 
 FOLDER = "reports"
 NUM_READERS = 16  # requests at a time for the small files of all shards
-QUIET_S = 60.0  # whoever has not written for so long is dead, where nothing else says so
+QUIET_S = 60.0  # a writer idle for so long counts as dead, without other evidence
 _SHARD = re.compile(r"shard[-.]\d{5,}\.(tar|mds)")
 
 
 @dataclass
 class ShardReport:
-    """What became of one shard of clips."""
+    """The outcome of one shard of clips."""
 
     count: int = 0  # samples that are stored
     left_out: list[list[str]] = field(default_factory=list)  # [clip, reason]
@@ -39,7 +39,7 @@ class ShardReport:
     longest_caption: int = 0  # tokens, before it was cut; 0 where none was
     # Where there are several sizes, of the clips stored in each (by its bucket):
     enlarged: dict[str, int] = field(default_factory=dict)  # whose picture is smaller than the size
-    kept: dict[str, float] = field(default_factory=dict)  # share of the picture that the crop keeps, summed
+    kept: dict[str, float] = field(default_factory=dict)  # fraction of the picture that the crop keeps, summed
 
 
 def report_name(shard: str) -> str:
@@ -49,20 +49,20 @@ def report_name(shard: str) -> str:
 
 @dataclass
 class PackReport:
-    """What `latte-data shard` made of one group of clips."""
+    """The outcome of `latte-data shard` for one group of clips."""
 
-    recipe: str  # hash of the clips and settings that it follows from
+    recipe: str  # hash of the clips and settings that determine it
     count: int = 0  # samples that are stored
     left_out: list[list[str]] = field(default_factory=list)  # [clip, what left it out, reason]
     hashes: dict[str, str] = field(default_factory=dict)  # of stored samples, where duplicates are looked for
-    # What may have changed since although the recipe has not; "" in reports of versions that did not ask:
+    # What may have changed although the recipe has not; "" in reports of versions without these fields:
     earlier: str = ""  # hash of what the shards before it hold, where duplicates are looked for
     changed: str = ""  # hash of the times at which its files were last written to
 
 
 @dataclass
 class ConvertReport:
-    """What `latte-data convert` made of one shard."""
+    """The outcome of `latte-data convert` for one shard."""
 
     count: int = 0  # samples that are stored
     left_out: list[list[str]] = field(default_factory=list)  # [sample, reason]
@@ -78,7 +78,7 @@ def write_report(store: Store, shard: str, report: ShardReport | PackReport | Co
 
 
 def read_report(store: Store, shard: str, kind: type[Report] = ShardReport) -> Report | None:
-    """The report of a shard; None if there is none that this version wrote."""
+    """The report of a shard; None if there is none from this version."""
     try:
         return kind(**json.loads(store.read(report_name(shard))))
     except (MissingError, ValueError, TypeError):
@@ -88,7 +88,7 @@ def read_report(store: Store, shard: str, kind: type[Report] = ShardReport) -> R
 def finished(store: Store, shard: str, num_clips: int) -> tuple[ShardEntry | None, ShardReport] | None:
     """(entry, report) of a shard of `num_clips` that is finished, else None. An entry of None: no clip could be stored.
 
-    A shard with every clip of its source needs no report: versions before reports wrote none.
+    A shard with every clip of its source needs no report: earlier versions wrote none.
     """
     report = read_report(store, shard)
     if report is not None and report.count == 0:
@@ -102,9 +102,9 @@ def finished(store: Store, shard: str, num_clips: int) -> tuple[ShardEntry | Non
 
 
 def drop_damaged_indices(store: Store) -> None:
-    """Remove every index that is not the one a finished data set names: its shard is made again, not taken for whole.
+    """Remove every index that differs from the one in a finished data set's manifest, so that its shard is rebuilt.
 
-    One of another number of samples stays: --retry-failed has made that shard since.
+    One with another number of samples stays: --retry-failed has rebuilt that shard since.
     """
     shards = load_manifest(store).shards if store.exists(MANIFEST) else ()
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -116,25 +116,25 @@ def drop_damaged_indices(store: Store) -> None:
 
 
 def unfinished(store: LocalStore) -> Iterator[Path]:
-    """What writers have not put in its place: they are at it, or were killed. No listing of the store shows it."""
+    """Files that writers have not published: they are still writing, or were killed. No store listing shows them."""
     for folder, _, files in os.walk(store.root):
         yield from (Path(folder, file) for file in sorted(files) if TEMPORARY.search(file))
 
 
 def remove_unfinished(store: Store, quiet_s: float = QUIET_S) -> None:
-    """Remove what killed writers left: files, or in a bucket parts of shards, which it would keep and bill forever.
+    """Remove what killed writers left: files or, in a bucket, parts of shards, which it would keep and bill forever.
 
-    Call it when no shard is left to make. `quiet_s`: for so long nobody has written to it; 0 where all are known dead.
+    Call it when no shard is left to make. `quiet_s`: time since the last write; 0 if all writers are known to be dead.
     """
     if isinstance(store, LocalStore):
         for path in unfinished(store):
             try:
                 if not quiet_s or time.time() - path.stat().st_mtime > quiet_s:
                     path.unlink()
-            except FileNotFoundError:  # put in its place in this moment
+            except FileNotFoundError:  # just published
                 continue
     elif isinstance(store, S3Store):
         try:
             store.drop_uploads(lambda name, age_s: bool(_SHARD.fullmatch(name)) and age_s >= quiet_s)
-        except StoreError as error:  # not every service, and not every key, allows to list them
+        except StoreError as error:  # not every service or access key allows listing them
             print(f"unfinished uploads are not looked for: {error}", file=sys.stderr)

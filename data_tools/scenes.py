@@ -38,14 +38,14 @@ PROMPT = "a {colour} {shape}{company} moves {direction} {speed} over a {backgrou
 
 RADIUS = (9.0, 10.5)  # pixels, of a circle of the object's area
 COMPANION_RADIUS = (4.5, 5.5)
-GAP = 3.0  # pixels at least between the two
+GAP = 3.0  # least pixels between the two
 DARK, GREY = (20, 40), (75, 95)  # grey levels; red, the darkest colour, stays 130 away from them
 RELIEF = 8.0  # grey levels above and below the mean of stripes and shading: far less than an object's contrast
 STRIPE = 8  # pixels of a stripe
 
 
 class Words(NamedTuple):
-    """What a caption says."""
+    """The words of a caption."""
 
     colour: str
     shape: str
@@ -57,7 +57,7 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows. Lengths in pixels, colours in 0..255."""
+    """The content of one clip. Lengths in pixels, colours in 0..255."""
 
     words: Words
     sizes: tuple[float, ...]  # square roots of the objects' areas; the first is the caption's
@@ -123,11 +123,11 @@ def _extents(shape: str, size: float) -> np.ndarray:
 def _place(
     boxes: list[np.ndarray], step_xy: tuple[int, int], travel: float, draw: np.random.Generator
 ) -> tuple[tuple[float, float], ...]:
-    """Centres in frame 0 from which every object stays in view; objects that move together never come nearer."""
+    """Centres in frame 0 from which every object stays in view; objects move together, at a constant distance."""
     step = np.array(step_xy)
     lows = [MARGIN - box[0] + np.maximum(0.0, -step * travel) for box in boxes]
     highs = [SIDE - MARGIN - box[1] - np.maximum(0.0, step * travel) for box in boxes]
-    while True:  # a share of the places has room for both: tests/data_tools/test_scenes.py counts the tries
+    while True:  # a fraction of the places has room for both: tests/data_tools/test_scenes.py counts the tries
         starts = [draw.uniform(low, high) for low, high in zip(lows, highs, strict=True)]
         if len(starts) == 1 or _gap(boxes, starts) >= GAP:
             return tuple((float(x), float(y)) for x, y in starts)

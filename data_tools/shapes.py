@@ -40,7 +40,7 @@ Combination = tuple[str, str, str]  # colour, shape, direction
 
 @dataclass(frozen=True)
 class Clip:
-    """What one clip shows. Lengths in pixels, colours in 0..255."""
+    """The content of one clip. Lengths in pixels, colours in 0..255."""
 
     combination: Combination
     size: float  # square root of the shape's area
@@ -155,7 +155,7 @@ def _write(output: Path, count: int, seed: int, places: Iterable[int], labels: b
     output.mkdir(parents=True, exist_ok=True)
     draw, words = (_draw_scene, scene_clips.vocabulary(seed)) if scenes else (_draw_clip, vocabulary())
     rows = []
-    for name in ("shapes.json", "held_out.txt", "captions.jsonl"):  # of another seed they would be of other clips
+    for name in ("shapes.json", "held_out.txt", "captions.jsonl"):  # those of another seed describe other clips
         (output / name).unlink(missing_ok=True)
     for index in places:
         name = f"{index:06d}.mp4"

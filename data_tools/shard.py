@@ -48,13 +48,13 @@ from latte_scale.data.shards import finished_entry, shard_name
 from latte_scale.settings import apply_overrides, from_mapping, read_mapping
 from latte_scale.store import LocalStore, Store, open_store
 
-CLIPS_A_WORKER = 32  # fewer are done sooner than a process begins
+CLIPS_A_WORKER = 32  # fewer take less time than starting a process
 Packed = tuple[PackReport, ShardEntry | None]
 """A finished shard; no entry where no clip was kept."""
 
 
 class _Packing(NamedTuple):
-    """A shard that a pool writes."""
+    """A shard that the pool is writing."""
 
     number: int
     what: tuple[Store, str, list[Clip], list[list[Look]], PackReport]
@@ -63,7 +63,7 @@ class _Packing(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of the input: counts and reasons for the summary."""
+    """The outcome for the input: counts and reasons for the summary."""
 
     num_done: int = 0
     num_shards: int = 0  # with a clip in them
@@ -137,7 +137,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def group_clips(clips: list[Clip], max_samples: int, max_bytes: int) -> list[list[Clip]]:
-    """Cut the list into shards by number and file size; a clip above `max_bytes` gets a shard of its own."""
+    """Split the list into shards by number and file size; a clip above `max_bytes` gets its own shard."""
     groups: list[list[Clip]] = []
     size_bytes = 0
     for clip in clips:
@@ -150,7 +150,7 @@ def group_clips(clips: list[Clip], max_samples: int, max_bytes: int) -> list[lis
 
 
 def recipe_of(group: Sequence[Clip], settings: ShardSettings) -> str:
-    """A hash of everything that a shard follows from, but for the bytes of its files."""
+    """A hash of everything that determines a shard, except the bytes of its files."""
     clips = [[clip.source, clip.size_bytes, clip.captions, clip.label, clip.min_frames] for clip in group]
     for clip, described in zip(group, clips, strict=True):
         described += [clip.cut_from] * (clip.cut_from is not None)  # the others keep the hash that they always had
@@ -160,14 +160,14 @@ def recipe_of(group: Sequence[Clip], settings: ShardSettings) -> str:
 def _pack_all(
     store: Store, groups: list[list[Clip]], lookers: Lookers, outcome: Outcome, dry_run: bool, force: bool
 ) -> list[ShardEntry]:
-    """Every shard in order: kept where it is already what it should be, else looked at and written."""
+    """Every shard in order: kept if it is up to date, otherwise examined and written."""
     from rich.console import Console
     from rich.progress import track
 
     finished = store.exists(MANIFEST)
     retry = finished and force
     if retry:
-        finished = False  # from here on it is an unfinished data set: whole shards are still kept
+        finished = False  # from here on the data set is unfinished: whole shards are still kept
         if not dry_run:
             store.delete(MANIFEST)
     most_bits = lookers.settings.filters.duplicates
@@ -203,7 +203,7 @@ def _pack_all(
         what = store, name, group, looks, report
         packing.append(_Packing(number, what, lookers.submit(pack_shard, *what)))
         outcomes.append(None)
-        while packing and packing[0].future.done():  # a full disk is told now, not after the last look
+        while packing and packing[0].future.done():  # a full disk is reported now, not after the last look
             each = packing.popleft()
             outcomes[each.number] = _packed(lookers, each)
     for each in packing:
@@ -214,7 +214,7 @@ def _pack_all(
 
 
 def _packed(lookers: Lookers, packing: _Packing) -> Packed:
-    """A shard that was given to the pool. Where a clip has ended a process of it, this shard's or another's: again."""
+    """The result of a shard that the pool writes; packed again if any clip, of this shard or another, crashed it."""
     store, name, group, looks, report = packing.what
     with suppress(BrokenProcessPool):
         return packing.future.result()
@@ -246,7 +246,7 @@ def _kept(store: Store, name: str, recipe: str) -> Packed | None:
 
 
 def _without_duplicates(looks: list[Look], duplicates: Duplicates | None) -> list[Look]:
-    """The looks, those left out that repeat an earlier clip."""
+    """The looks; those that repeat an earlier clip are marked as left out."""
     if duplicates is None:
         return looks
     judged = []
@@ -262,7 +262,7 @@ def _without_duplicates(looks: list[Look], duplicates: Duplicates | None) -> lis
 
 
 def _report(recipe: str, looks: list[list[Look]]) -> PackReport:
-    """What the looks of a group say."""
+    """The report from the looks of a group."""
     flat = [look for each in looks for look in each]
     kept = [look for look in flat if not look.left_out_by]
     left_out = [[look.source, look.left_out_by, look.reason] for look in flat if look.left_out_by]
@@ -270,7 +270,7 @@ def _report(recipe: str, looks: list[list[Look]]) -> PackReport:
 
 
 def _tell(outcome: Outcome) -> None:
-    """Name every clip that is left out, and count what left them out."""
+    """Report every clip that is left out, and the counts per reason."""
     for name in outcome.skipped:
         print(f"skipped {name}", file=sys.stderr)
     for name in outcome.failed:
@@ -289,14 +289,14 @@ def _tell(outcome: Outcome) -> None:
 
 
 def _tell_of_captions(clips: list[Clip], settings: ShardSettings) -> None:
-    """Count the clips whose captions say nothing, where others' do."""
+    """Report the number of clips with empty captions, if others have one."""
     num_empty = sum(not all(clip.captions) for clip in clips)
     if num_empty and settings.filters.min_caption is None and any(any(clip.captions) for clip in clips):
         print(f"{num_empty} clips have an empty caption; filters.min_caption=1 leaves them out", file=sys.stderr)
 
 
 def _check_apart(source: str, store: Store) -> None:
-    """Refuse an output in the input: its shards would be taken for the clips the next time. Raises ValueError."""
+    """Refuse an output inside the input: the next run would take its shards for clips. Raises ValueError."""
     given = open_store(folder_and_list(source)[0])
     above, below = (
         os.path.realpath(each.root) if isinstance(each, LocalStore) else each.url for each in (given, store)
@@ -312,7 +312,7 @@ def _check_output(store: Store) -> None:
     """Refuse an output with shards that this tool did not write, which it would replace. Raises ValueError."""
     names = set(store.list())
     tars = [name for name in names if name.startswith("shard-") and name.endswith(".tar")]
-    foreign = [name for name in tars if report_name(name) not in names]  # ours are told of before they are there
+    foreign = [name for name in tars if report_name(name) not in names]  # ours have a report before the tar exists
     foreign += [name for name in (ENCODE_HEADER, CONVERT_HEADER, MDS_INDEX) if name in names]
     if foreign:
         raise ValueError(
@@ -322,9 +322,9 @@ def _check_output(store: Store) -> None:
 
 
 def _finish(store: Store, entries: list[ShardEntry], class_names: tuple[str, ...] | None, num_groups: int) -> None:
-    """Write the manifest, unless the one that is there says the same; drop shards of an earlier, longer set.
+    """Write the manifest, unless the existing one is equal; remove shards of an earlier, longer set.
 
-    And what killed commands left.
+    Also remove what killed commands left.
     """
     remove_unfinished(store)
     manifest = Manifest("video", tuple(entries), caption_cleaning="none", class_names=class_names)

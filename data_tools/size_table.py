@@ -36,7 +36,7 @@ def size_table(
 
 
 def _total(counts: Sequence[dict[str, float]]) -> Counter:
-    """The sum of what stands under each bucket."""
+    """The sum of the counts of each bucket."""
     total: Counter = Counter()
     for each in counts:
         total.update(each)

@@ -13,14 +13,14 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 
 
 class _Worker(SpawnProcess):
-    """A spawned process that ignores SIGINT from its first instruction on: what is ignored is inherited."""
+    """A spawned process that ignores SIGINT from its first instruction on: an ignored signal is inherited."""
 
     def run(self) -> None:
         threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
         super().run()
 
     def start(self) -> None:
-        """Start it, from the main thread as a rule: no other may say what a signal does."""
+        """Start it, normally from the main thread: no other may set signal handlers."""
         if threading.current_thread() is not threading.main_thread():
             super().start()
             return
@@ -32,12 +32,12 @@ class _Worker(SpawnProcess):
 
 
 class Workers(SpawnContext):
-    """The context of such processes, for whoever takes one of multiprocessing's."""
+    """A multiprocessing context that makes such processes."""
 
     Process = _Worker
 
 
 def _leave_with_parent() -> None:
-    """End this process when its parent is gone: nobody would end it otherwise, a pool's workers wait forever."""
+    """End this process when its parent is gone: otherwise a pool's workers wait forever."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -26,7 +26,7 @@ from latte_scale.store import StoreError
 
 PERCENTILES = (0, 5, 50, 95, 100)
 MOTION_FRAMES, MOTION_SIDE = 8, 64
-MOST_LISTED = 20  # damaged samples that the page names
+MOST_LISTED = 20  # damaged samples listed on the page
 
 Row = dict[str, float]
 Measure = Callable[[Sample, Dataset, str], Row]
@@ -130,7 +130,7 @@ def stored_latents(sample: Sample, dataset: Dataset, bucket: str) -> tuple[np.nd
 
 
 def motion(frames_FCHW: np.ndarray) -> float:
-    """Mean absolute difference of brightness (ITU-R BT.601) between frames that follow each other, 0 to 255."""
+    """Mean absolute difference of luma (ITU-R BT.601) between consecutive frames, 0 to 255."""
     grey_FHW = np.tensordot(frames_FCHW.astype(np.float32), np.array([0.299, 0.587, 0.114], np.float32), (1, 0))
     return float(np.abs(np.diff(grey_FHW, axis=0)).mean())
 

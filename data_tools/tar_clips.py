@@ -25,7 +25,7 @@ class TarClip(NamedTuple):
 
     tar: str
     member: Member
-    captions: tuple[str, ...]  # none where there is none
+    captions: tuple[str, ...]  # empty if there are none
     label: int | None
     cut_from: str | None  # as latte_scale.data.shards.cut_from
 
@@ -40,9 +40,9 @@ class _Group:
 
 
 def tar_clips(store: Store, tar: str, failed: list[str], is_ours: bool = False) -> list[TarClip]:
-    """The videos of a tar in its order; what is left out goes to `failed`, all of a tar that is damaged.
+    """The videos of a tar in its order; what is left out goes to `failed` (everything, for a damaged tar).
 
-    is_ours: a shard of `latte-data shard`, whose .json has what its .txt has not.
+    is_ours: a shard of `latte-data shard`, whose .json has more than its .txt.
     """
     groups: dict[str, _Group] = {}
     nameless = []
@@ -76,7 +76,7 @@ def tar_clips(store: Store, tar: str, failed: list[str], is_ours: bool = False) 
 def _facts(
     store: Store, tar: str, key: str, texts: dict[str, Member], is_ours: bool
 ) -> tuple[tuple[str, ...], int | None, str | None]:
-    """Captions, label, cut_from: the caption is that of the .txt, else of the .json; of ours all that the .json has."""
+    """Captions, label, cut_from: the caption is from the .txt, otherwise the .json; for ours, all from the .json."""
     first, about = None, {}
     for kind in ("txt", "json"):
         member = texts.get(kind)
@@ -100,5 +100,5 @@ def _facts(
 
 
 def _read(store: Store, tar: str, offset: int, size: int) -> bytes:
-    """A range that may reach past the end."""
+    """A range that may extend past the end."""
     return store.read(tar, offset, max(0, min(size, store.size(tar) - offset)))

@@ -61,7 +61,7 @@ PIECES = "ing ed er est ly s es ion ment ness able th ch sh wh tr st pl cr br gr
 
 
 def shape_images(num_clips: int, seed: int) -> Tensor:
-    """Every frame of `num_clips` shapes clips as a reader sees them, encoded and decoded: [N, 3, 32, 32] in 0..255."""
+    """Every frame of `num_clips` shapes clips as read back, encoded and decoded: [N, 3, 32, 32] in 0..255."""
     video = VideoSettings(frames=16, height=SIDE, width=SIDE, frame_interval=1)
     clips = []
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def textures(count: int, seed: int) -> Tensor:
 
 
 def _pairs(weight: Tensor, bias: Tensor, rows: Tensor, offsets: Tensor, constant: float) -> None:
-    """Make group g of a convolution's outputs carry the linear value v_g = rows[g] . input + offsets[g] past a norm.
+    """Make group g of a convolution's outputs carry the linear value v_g = rows[g] . input + offsets[g] through a norm.
 
     The group begins (v, -v, c, -c): its mean is 0 whatever v is, and the constant c outweighs v in its variance, so the
     norm only scales. After it silu(v) - silu(-v) = v, exactly. The group's other outputs keep a weak random start.
@@ -293,7 +293,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(1)  # sums in one order, so that the files repeat
+    torch.set_num_threads(1)  # sums in one order, so that the files are reproducible
     if args.only != "vae":
         tokenizer = new_tokenizer()
         new_text_encoder(len(tokenizer), args.seed).save_pretrained(args.out / "tiny_t5")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; 0 if the data set is sound, 1 if not. Raises ManifestError if there is none."""
+    """Run the command; 0 if the data set is valid, 1 if not. Raises ManifestError if there is none."""
     from rich.console import Console
     from rich.progress import track
 
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         for name in unnamed_files(dataset):
             print(f"not in the manifest: {dataset.store.join(name)}", file=sys.stderr)
-    except StoreError as error:  # who may read a bucket may not always list it; the verdict stands without
+    except StoreError as error:  # a bucket that can be read cannot always be listed; the result does not need it
         print(f"files that the manifest does not name are not looked for: {error}", file=sys.stderr)
     where = f"{manifest.count} samples, {len(manifest.shards)} shards of {dataset.store.url}"
     print(f"{len(faults)} faults in {where}")
@@ -93,7 +93,7 @@ def null_text_faults(dataset: Dataset) -> Iterator[str]:
 
 
 def unnamed_files(dataset: Dataset) -> list[str]:
-    """Files below the root that the manifest does not name, those that a killed writer left among them."""
+    """Files below the root that are not in the manifest, including those that a killed writer left."""
     manifest = dataset.manifest
     named = {MANIFEST, ENCODE_HEADER, MDS_INDEX, CONVERT_HEADER} | {
         name for shard in manifest.shards for name in (shard.name, shard.index)
@@ -113,13 +113,13 @@ def _tar_faults(store: Store, entry: ShardEntry) -> Iterator[str]:
         yield f"{store.join(entry.name)}: size: expected {entry.size_bytes} bytes, got {size_bytes}"
     found = _sha256(store, entry.name, size_bytes)
     if found != entry.sha256:
-        found = _sha256(store, entry.name, size_bytes)  # it may have been damaged on its way
+        found = _sha256(store, entry.name, size_bytes)  # it may have been damaged in transit
     if found != entry.sha256:
         yield f"{store.join(entry.name)}: sha256: expected {entry.sha256[:16]}..., got {found[:16]}..."
 
 
 def _sha256(store: Store, name: str, size_bytes: int) -> str:
-    """Of a file, read past every cache."""
+    """The sha256 of a file, read bypassing every cache."""
     digest = hashlib.sha256()
     for offset in range(0, size_bytes, CHUNK):
         digest.update(store.read(name, offset, min(CHUNK, size_bytes - offset), fresh=True))
@@ -160,7 +160,7 @@ def _text_faults(dataset: Dataset, sample: Sample) -> Iterator[str]:
 
 
 def _faults(sample: Sample, field: str, unpack: Callable[[dict[str, np.ndarray]], Any]) -> Iterator[str]:
-    """Of a field of arrays: no safetensors file, other arrays than `unpack` takes, or numbers that are not finite."""
+    """Faults of a field of arrays: no safetensors file, arrays that `unpack` refuses, or non-finite numbers."""
     arrays: dict[str, np.ndarray] = {}
     try:
         arrays = read_arrays(sample.fields[field])[0] if field in sample.fields else {}

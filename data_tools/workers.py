@@ -29,7 +29,7 @@ from latte_scale.store import ExistsError, open_store
 
 OPEN, FINISHED, MADE = 0, 1, 2
 """What this command knows of a shard: nothing, that it is finished, that it was made here."""
-POLL_S = 1.0  # between two looks of a worker that has nothing to do but to wait for others' shards
+POLL_S = 1.0  # between two polls of a worker that only waits for others' shards
 
 
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGSYS, signal.SIGTRAP}
@@ -41,23 +41,23 @@ class WorkerError(ValueError):
 
 
 class KilledError(RuntimeError):
-    """All workers were killed from outside: the same command goes on."""
+    """All workers were killed from outside: the same command continues the work."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to encode, as every worker of a command needs it."""
+    """What to encode; every worker of a command has a copy."""
 
     input_url: str
     output_url: str
     settings: EncodeSettings
     num_workers: int = 1
-    decode_threads: int | None = None  # a worker; None: one on a CPU, else its share of the cores
+    decode_threads: int | None = None  # per worker; None: one on a CPU, otherwise its share of the cores
     beat_s: float = BEAT_S
     stale_s: float = STALE_S
 
     def encoder(self, place: int) -> Encoder:
-        """The encoder of worker number `place`: on the GPUs in turn, or on the CPU."""
+        """The encoder of worker number `place`: on the GPUs, round robin, or on the CPU."""
         import torch
 
         num_gpus, threads = torch.cuda.device_count(), self.decode_threads
@@ -69,7 +69,7 @@ class Job:
 
 @dataclass
 class Board:
-    """What the workers of one command tell each other and its progress display; in shared memory."""
+    """The state that the workers of one command share with each other and its progress display; in shared memory."""
 
     counts: list[int]  # clips of each shard
     states: Any = field(repr=False)  # one of OPEN, FINISHED, MADE for each shard
@@ -82,7 +82,7 @@ class Board:
         return cls(counts, context.RawArray("b", len(counts)), context.RawArray("q", num_workers))
 
     def progress(self) -> tuple[int, int]:
-        """(clips done in all, clips done by this command)."""
+        """(clips done in total, clips done by this command)."""
         going = sum(self.clips)
         mine = sum(count for count, state in zip(self.counts, self.states, strict=True) if state == MADE)
         there = sum(count for count, state in zip(self.counts, self.states, strict=True) if state == FINISHED)
@@ -90,7 +90,7 @@ class Board:
 
 
 def encode_all(job: Job, counts: list[int]) -> Board:
-    """Finish every shard; what this command made is on the board. `counts`: clips of each shard.
+    """Finish every shard; the board shows what this command made. `counts`: clips of each shard.
 
     Raises WorkerError, KilledError, or what a worker raised.
     """
@@ -105,7 +105,7 @@ def encode_all(job: Job, counts: list[int]) -> Board:
 
 
 def _note_finished(job: Job, board: Board) -> None:
-    """Put what is there already on the board: a worker asks for shard after shard, which takes long in a bucket."""
+    """Put existing shards on the board: workers check one shard at a time, which takes long in a bucket."""
     look = partial(finished, open_store(job.output_url))
     with ThreadPoolExecutor(NUM_READERS) as pool:
         found = pool.map(look, map(shard_name, range(len(board.counts))), board.counts)
@@ -114,10 +114,10 @@ def _note_finished(job: Job, board: Board) -> None:
 
 
 def work(encoder: Encoder, claims: Claims, board: Board, place: int) -> None:
-    """Make shards until all are finished; wait for those that other workers have, for they may die."""
+    """Make shards until all are finished; wait for those of other workers, which may die."""
     put_null_text(encoder)
     total = len(board.counts)
-    start = hash64(claims.holder.token) % total  # workers that begin apart seldom ask for the same shard
+    start = hash64(claims.holder.token) % total  # workers that start at different shards seldom compete
     while OPEN in board.states[:]:
         is_idle = True
         for number in ((start + offset) % total for offset in range(total)):
@@ -128,7 +128,7 @@ def work(encoder: Encoder, claims: Claims, board: Board, place: int) -> None:
 
 
 def _make(encoder: Encoder, claims: Claims, board: Board, place: int, number: int) -> bool:
-    """Make a shard unless it is finished or somebody else's. Returns whether it is finished now."""
+    """Make a shard unless it is finished or claimed by another worker. Returns whether it is finished now."""
     name, num_clips = shard_name(number), board.counts[number]
     if finished(encoder.store, name, num_clips) is not None:
         board.states[number] = FINISHED
@@ -137,7 +137,7 @@ def _make(encoder: Encoder, claims: Claims, board: Board, place: int, number: in
     if claim is None:
         return False
     with claim:
-        if finished(encoder.store, name, num_clips) is not None:  # in the moment before the claim
+        if finished(encoder.store, name, num_clips) is not None:  # just before the claim
             board.states[number] = FINISHED
             return True
 
@@ -156,7 +156,7 @@ def _make(encoder: Encoder, claims: Claims, board: Board, place: int, number: in
 
 
 def put_null_text(encoder: Encoder) -> None:
-    """Store the embedding of the empty caption, unless it is there or there is no text."""
+    """Store the embedding of the empty caption, unless it exists or the data has no text."""
     if encoder.settings.encoders.text is not None and not encoder.store.exists(NULL_TEXT):
         try:
             encoder.store.write(NULL_TEXT, encoder.null_text(), only_new=True)
@@ -165,7 +165,7 @@ def put_null_text(encoder: Encoder) -> None:
 
 
 def _work_here(job: Job, board: Board) -> None:
-    """The one worker of a command, in this process."""
+    """Run the only worker of a command in this process."""
     import torch
 
     num_threads = torch.get_num_threads()
@@ -178,9 +178,9 @@ def _work_here(job: Job, board: Board) -> None:
 
 
 def _work_in_processes(job: Job, board: Board) -> None:
-    """One process a worker, spawned so that each has its own CUDA context.
+    """One process per worker, spawned so that each has its own CUDA context.
 
-    A worker that dies is mourned and its shard made by another; one that fails stops all.
+    A worker that dies is reported and another makes its shard; an error in one stops all.
     """
     context = Workers()
     errors = context.SimpleQueue()
@@ -197,12 +197,12 @@ def _work_in_processes(job: Job, board: Board) -> None:
                 _judge(process, errors, len(living))
     finally:
         for process in processes:
-            process.kill()  # an error or Ctrl-C: a shard is there whole or not at all, so nothing is lost by it
+            process.kill()  # an error or Ctrl-C: shards are atomic, so nothing is lost
             process.join()
 
 
 def _judge(process: Any, errors: Any, num_living: int) -> None:
-    """Raise what a worker raised; of one that was killed, say so, and raise if it was the last: its end decides."""
+    """Raise a worker's error; report one that was killed, and raise if it was the last."""
     if not errors.empty():
         is_users, text = errors.get()
         raise WorkerError(text) if is_users else RuntimeError(text)

@@ -1,4 +1,4 @@
-"""What several tests share: data sets and runs, made once a session, and corners of a real S3 service."""
+"""Shared fixtures: data sets and runs, made once per session, and separate prefixes in a real S3 service."""
 
 import json
 import os

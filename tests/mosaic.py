@@ -1,8 +1,8 @@
 """mosaicml-streaming, the real library, in a process of its own.
 
-It wants numpy < 2.2 and transformers < 5, so `make` puts it, without what it asks for, into a folder of its own beside
-the other packages; its vision part, which needs torchvision, is left out. Elsewhere: pip install --no-deps --target
-FOLDER mosaicml-streaming and what the Makefile names with it, and set LATTE_MOSAIC to the folder.
+It requires numpy < 2.2 and transformers < 5, so `make` installs it, without its dependencies, in a separate folder next
+to the other packages; its vision part, which needs torchvision, is left out. Elsewhere: pip install --no-deps --target
+FOLDER mosaicml-streaming and the packages listed with it in the Makefile, and set LATTE_MOSAIC to the folder.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Commands that tests start and wait for. Of one that hangs the test says where: the stacks of all its processes."""
+"""Commands that tests start and wait for. If one hangs, the test prints the stacks of all its processes."""
 
 import os
 import random

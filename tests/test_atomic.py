@@ -1,4 +1,4 @@
-"""Files that are complete or not there."""
+"""Atomic files."""
 
 import pytest
 

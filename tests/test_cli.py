@@ -1,4 +1,4 @@
-"""The doors: help is quick and complete, a wrong verb is answered."""
+"""The entry points: help is fast and complete, a wrong verb gives an error."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Randomness belongs to the sample: its place in the global batch decides it, not its micro-batch or rank."""
+"""Randomness is keyed by the sample: by its place in the global batch, not by its micro-batch or rank."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Configs: every file in configs/ loads, sections are held to each other, and what may change on resume."""
+"""Configs: every file in configs/ loads, sections are checked against each other, and what may change on resume."""
 
 import re
 

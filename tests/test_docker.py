@@ -1,4 +1,4 @@
-"""The images' recipes: linted, and asking for what the package has. Building them needs an engine: docker/README.md."""
+"""The Dockerfiles: linted, and consistent with the package. Building them needs an engine: docker/README.md."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What the guides name is there: paths, and in CONTRIBUTING's walk the names inside them."""
+"""What the guides name exists: paths, and in CONTRIBUTING's walk the names inside them."""
 
 import ast
 import re

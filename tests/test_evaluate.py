@@ -1,4 +1,4 @@
-"""The command: one result over folders or shards and on one rank or two, kept features, and mistakes named."""
+"""The command: one result over folders or shards and on one rank or two, cached features, and reported mistakes."""
 
 import json
 import shutil

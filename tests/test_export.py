@@ -1,4 +1,4 @@
-"""Export: LattePipeline loads what we write and walks the path that our sampler walks; class models go out as .pt."""
+"""Export: LattePipeline loads it and takes the same sampling steps as our sampler; class models are written as .pt."""
 
 import json
 from dataclasses import replace

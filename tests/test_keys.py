@@ -1,4 +1,4 @@
-"""The list of settings: complete, explained, and true of what the reader of a config accepts."""
+"""The list of settings: complete, explained, and consistent with what the config reader accepts."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a step's loss is made of: micro-batches of any number and any cut add up to one mean over its samples."""
+"""The loss of a step: micro-batches of any number and split add up to one mean over its samples."""
 
 import dataclasses
 

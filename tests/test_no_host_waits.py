@@ -1,10 +1,10 @@
-"""A step on a device whose numbers nobody can read: what would make a host wait for a GPU raises here, without one.
+"""A step on a device without values: whatever would make the host wait for a GPU raises here, without one.
 
-Tensors on torch's meta device have shapes and no values. Whatever asks for a value (item, bool, nonzero, a copy to the
-host) and whatever mixes host and device in one operation fails on them as it would stall or fail on a GPU; copies to
-the device must be asked for without waiting, and any but small ones must come out of page-locked memory, because the
-host waits for others all the same (CUDA's notes on API synchronization). What it cannot see: waits inside CUDA's own
-libraries and in autocast, which tests/gpu/test_step.py looks for on a real device.
+Tensors on torch's meta device have shapes and no values. Operations that read a value (item, bool, nonzero, a copy to
+the host) or mix host and device fail on them, where they would stall or fail on a GPU. Copies to the device must be
+non-blocking and, unless small, from page-locked memory: the host waits for any others (CUDA's notes on API
+synchronization). It cannot detect waits inside CUDA's own libraries and in autocast, for which tests/gpu/test_step.py
+looks on a real device.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A command that hangs is ended with its children, and the test that waited for it says where."""
+"""A command that hangs is ended with its children, and the test that waited for it prints where it hung."""
 
 import sys
 import time

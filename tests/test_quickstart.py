@@ -1,4 +1,4 @@
-"""The quickstart, whole, at a size that takes a minute: every stage, the kill and the resume are the real ones."""
+"""The whole quickstart at a size that takes a minute: every stage, the kill and the resume are real."""
 
 import json
 import shutil

@@ -2,8 +2,8 @@
 
 A seed draws a model of either kind with random values in every parameter (zeros of the initialisation hide mistakes),
 an objective, a sampler and requests. As a tree of a run the model goes through `export` and `import`, which keep every
-tensor or refuse in words; every source gives the same latents in any batches, and so does LattePipeline where it walks
-the same steps. `make random-models` runs more of them: LATTE_RANDOM_MODELS=FIRST:END.
+tensor or refuse with a message; every source gives the same latents in any batches, and so does LattePipeline where it
+takes the same steps. `make random-models` runs more of them: LATTE_RANDOM_MODELS=FIRST:END.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The report page: self-contained, honest about restarts, and drawn and playing in a real browser."""
+"""The report page: self-contained, with all restarts, and rendered and playing in a real browser."""
 
 import json
 from pathlib import Path

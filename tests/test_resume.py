@@ -1,4 +1,4 @@
-"""What may have changed when a run goes on; loading itself is in tests/engine/test_resume.py and tests/integration."""
+"""What may change when a run resumes; loading itself is in tests/engine/test_resume.py and tests/integration."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The printed table against the counts it is made of, and the reason it gives."""
+"""The printed table against the counts behind it, and the reason it gives."""
 
 from latte_scale import table
 from latte_scale.model.flops import num_flops

@@ -1,7 +1,7 @@
-"""Random weights in the published layouts and as a run leaves them, small.
+"""Small random weights in the published layouts and as a run saves them.
 
 Keys and shapes are written out from the layouts' descriptions. Image models come as diffusers' classes, which serve as
-oracles, and their state dicts under the names of their authors.
+references, and their state dicts under their authors' names.
 """
 
 from pathlib import Path

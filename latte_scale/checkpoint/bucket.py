@@ -82,7 +82,7 @@ class BucketDraft:
             raise _exists(self.store) from error
 
     def discard(self) -> None:
-        # The manifest may have been stored although its put failed, if only the answer was lost: keep the files then.
+        # The manifest may have been stored although its put failed, if only the answer was lost: then keep the files.
         if not self.store.exists(MANIFEST) or self.name not in _named(read_manifest(self.store)):
             self.store.delete_all(self.store.list(f"{self.name}/"))
 
@@ -94,7 +94,7 @@ class Bucket:
     """A prefix with `step-00001000/` prefixes."""
 
     def __init__(self, store: S3Store, run_id: str) -> None:
-        """run_id: of the run whose lease this process holds; "": it holds none."""
+        """run_id: the id of the run whose lease this process holds; "": it holds none."""
         self.store, self._run_id = store, run_id
         self.url = store.url
 
@@ -134,7 +134,7 @@ class Bucket:
         return ""  # the store's errors say what to do
 
     def _drop_uploads(self) -> Sequence[str]:
-        """Names of unfinished uploads of dead writers, taken back. Many keys may do all else and not see these."""
+        """Abort the unfinished uploads of dead writers; their names. Many access keys may not list these."""
         try:
             return self.store.drop_uploads(lambda name, age_s: self._is_dead(name, age_s) and STEP_FOLDER.match(name))
         except TransientError:
@@ -167,7 +167,7 @@ class Bucket:
         return orphans
 
     def _named(self, step: str) -> set[str] | None:
-        """The prefixes that a step's manifest names, its own among them; None if it is damaged."""
+        """The prefixes that a step's manifest lists, including its own; None if it is damaged."""
         try:
             return _named(read_manifest(self.store.below(step))) | {""}
         except INCONCLUSIVE:

@@ -41,13 +41,13 @@ class Content:
     trees: tuple[str, ...]  # "model", "ema/0.9999", "optim/exp_avg" ...
     shapes: dict[str, tuple[int, ...]]  # of every tensor, the same in all trees
     counters: dict[str, Any]
-    config: dict[str, Any] | None  # of the run; None where the folder does not say
-    data_fingerprint: str  # "" where the folder does not say
+    config: dict[str, Any] | None  # of the run; None where the folder does not have it
+    data_fingerprint: str  # "" where the folder does not have it
     read: Callable[[str, str], Tensor]  # (tree, name) -> the whole tensor, fp32 on the host
 
 
 def open_native(where: str | Path | Store) -> Content:
-    """A checkpoint of this project, after every byte was checked against its checksum. Raises CheckpointError."""
+    """A checkpoint of this project, every byte verified against its checksum. Raises CheckpointError."""
     problems = verify(where)
     if problems:
         raise CheckpointError(f"{where.url if isinstance(where, Store) else where} is not sound: {'; '.join(problems)}")
@@ -69,7 +69,7 @@ def open_native(where: str | Path | Store) -> Content:
 def write_native(content: Content, where: str | Path | Store) -> str:
     """Write a checkpoint below a folder or s3:// prefix, as a run of one rank would; returns its URL.
 
-    It appears when it is complete, and nothing of it stays if writing fails. Raises CheckpointError.
+    The write is atomic: nothing stays if it fails. Raises CheckpointError.
     """
     if content.config is None:
         raise CheckpointError(
@@ -108,7 +108,7 @@ def write_native(content: Content, where: str | Path | Store) -> str:
 
 
 def _one_at_a_time(content: Content, tree: str) -> Callable[[str], Any]:
-    """Buffers of a tree's tensors by name. The last one is kept, for an upload asks for a tensor part by part."""
+    """Buffers of a tree's tensors by name. The last one is kept, because an upload reads a tensor in parts."""
     lock, held = threading.Lock(), {}
 
     def array(name: str) -> Any:
@@ -130,7 +130,7 @@ def complete(final: Path) -> Iterator[Path]:
     disk.make_folder(temporary)
     try:
         yield temporary
-        if temporary.exists():  # else the block renamed it
+        if temporary.exists():  # otherwise the block has renamed it
             disk.sync_folder(temporary)
             disk.rename(temporary, final)
             disk.sync_folder(final.parent)
@@ -155,7 +155,7 @@ def write_facts(content: Content, folder: Path) -> None:
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What `write_facts` wrote; None if it is not there. Raises CheckpointError if it is damaged."""
+    """The facts that `write_facts` wrote; None if there are none. Raises CheckpointError if they are damaged."""
     path = folder / FACTS
     if not path.is_file():
         return None
@@ -170,16 +170,16 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def check_archive(file: Path | IO[bytes]) -> None:
-    """Hold a file of torch.save to the checksums in it, which torch.load passes over. Raises ValueError, BadZipFile."""
+    """Verify a file of torch.save by the checksums in it, which torch.load ignores. Raises ValueError, BadZipFile."""
     with zipfile.ZipFile(file) as archive:
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"its part {damaged} is damaged: the checksum does not fit")
 
 
 def differences(first: Content, second: Content) -> list[str]:
-    """What differs between two checkpoints, a line each; empty if they hold the same, bit for bit.
+    """The differences between two checkpoints, one line each; empty if they are equal bit for bit.
 
-    Configuration and data are compared where both say something of them.
+    Configuration and data are compared where both have them.
     """
     lines = []
     if first.config is not None and second.config is not None:
@@ -201,7 +201,7 @@ def differences(first: Content, second: Content) -> list[str]:
 
 
 def _tree_differences(tree: str, names: list[str], first: Content, second: Content) -> list[str]:
-    """One line on the largest difference of a tree, and one a differing tensor, largest first."""
+    """One line on the largest difference of a tree, and one per differing tensor, largest first."""
     found = []
     for name in names:
         mine, theirs = first.read(tree, name), second.read(tree, name)

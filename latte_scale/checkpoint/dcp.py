@@ -37,7 +37,7 @@ TYPES = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes objects of the allowed types only."""
+    """Creates objects of the allowed types only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in TYPES.get(module, ()):
@@ -46,7 +46,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, with metadata that is read once, through `_Unpickler`, and tensors held to their checksums."""
+    """DCP's reader; its metadata is read once, through `_Unpickler`, and tensors are verified by their checksums."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -61,7 +61,7 @@ class _Reader(FileSystemReader):
         return self.metadata
 
     def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
-        """One stored tensor, held to its checksums where nothing was done to its bytes."""
+        """One stored tensor, verified by its checksums unless DCP transformed its bytes."""
         if sinfo.transform_descriptors:
             return super()._slice_file(file, sinfo)
         file.seek(sinfo.offset)
@@ -72,14 +72,14 @@ class _Reader(FileSystemReader):
 
 
 def is_dcp(path: Path) -> bool:
-    """Whether a folder is one of DCP, by its metadata file."""
+    """Whether a folder is in DCP's format, by its metadata file."""
     return (path / METADATA).is_file()
 
 
 def open_dcp(path: Path) -> Content:
-    """A DCP folder of any world size. Raises CheckpointError if it is damaged, or holds no model with AdamW's moments.
+    """A DCP folder of any world size. Raises CheckpointError if it is damaged or holds no model with AdamW's moments.
 
-    Weights without an optimizer are read too: their content has the tree "model" alone.
+    Weights without an optimizer are read, too: their content has the tree "model" alone.
     """
     reader, facts = _Reader(path), read_facts(path)
     sizes = {
@@ -110,14 +110,14 @@ def _load(reader: _Reader, key: str) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load(target, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:  # the latter is what DCP makes of all it meets, and no Exception
+    except (Exception, CheckpointException) as error:  # DCP raises the latter for every error; it is no Exception
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(f"{reader.path}: {key} cannot be read: {cause}") from error
     return target[key].detach().float()
 
 
 def _facts_of(reader: _Reader, sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What a folder of another program says of itself: how many updates its optimizer has made."""
+    """The facts in a folder of another program: the number of updates of its optimizer."""
     step_keys = sorted(key for key, size in sizes.items() if key.endswith(".step") and torch.Size(size).numel() == 1)
     updates = int(_load(reader, step_keys[0])) if step_keys else 0
     return {
@@ -166,7 +166,7 @@ def key_of(tree: str, name: str) -> str:
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans with tensors that have a shape and no data; asks for each when it is its turn to be written."""
+    """Plans with tensors that have a shape and no data; loads each one only when it is to be written."""
 
     def __init__(self, content: Content) -> None:
         super().__init__(flatten_state_dict=False)
@@ -180,13 +180,13 @@ class _Planner(DefaultSavePlanner):
 
 
 def write_dcp(content: Content, target: Path) -> Path:
-    """Write a DCP folder, one file a tensor, and hold no more than one tensor; its path."""
+    """Write a DCP folder, one file per tensor, holding one tensor at a time; its path."""
     shapes = {key_of(tree, name): shape for tree in content.trees for name, shape in content.shapes.items()}
     if "optim/exp_avg" in content.trees:
         shapes |= {f"optim.state.{name}.step": () for name in content.shapes}
     planned = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     with complete(target) as temporary:
-        # One file a tensor: DCP keeps all that goes into one file in memory until the file is written.
+        # One file per tensor: DCP keeps the content of a file in memory until the file is written.
         writer = FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

@@ -42,7 +42,7 @@ ALLOWED = [
 
 
 def is_deepspeed(path: Path) -> bool:
-    """Whether a folder is one of DeepSpeed, or its `latest` names one."""
+    """Whether a folder is in DeepSpeed's format, or its `latest` names one that is."""
     return _tag_folder(path) is not None
 
 
@@ -67,7 +67,7 @@ def _tag_folder(path: Path) -> Path | None:
 
 
 def load_file(path: Path) -> Any:
-    """A file of DeepSpeed's, held to its checksums, without running anything in it.
+    """A file of DeepSpeed's, verified by its checksums and read without executing code in it.
 
     Tensors stay on the disk until they are used.
     """
@@ -83,7 +83,7 @@ def load_file(path: Path) -> Any:
 
 
 def _optimizer_state(file: Path) -> dict[str, Any]:
-    """The part of a rank's file that ZeRO wrote. CheckpointError if it is another program's."""
+    """The part of a rank's file that ZeRO wrote. Raises CheckpointError if another program wrote the file."""
     loaded = load_file(file)
     state = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or "partition_count" not in state:
@@ -106,7 +106,7 @@ class _Partitions:
     def __init__(self, tag: Path) -> None:
         self.tag = tag
         self.states = [_optimizer_state(file) for file in self._files()]
-        self.stage = int(self.states[0].get("zero_stage", 1))  # the bf16 optimizer of stage 1 does not say
+        self.stage = int(self.states[0].get("zero_stage", 1))  # the bf16 optimizer of stage 1 has no entry
         model_file = next((tag / name for name in MODEL_FILES if (tag / name).is_file()), None)
         if model_file is None:
             raise CheckpointError(f"{tag}: expected one of {', '.join(MODEL_FILES)}, which names the parameters")
@@ -135,7 +135,7 @@ class _Partitions:
         return [found[rank] for rank in range(count)]
 
     def _pieces_of_stage_1_and_2(self) -> dict[str, list[_Piece]]:
-        """A group's parameters are laid end to end, and the whole is cut into equal lengths, one for each rank."""
+        """A group's parameters are concatenated, and the whole is cut into equal lengths, one per rank."""
         pieces = {}
         for group, shapes in enumerate(self.groups):
             paddings = self.states[0].get("param_alignment_paddings")
@@ -152,7 +152,7 @@ class _Partitions:
         return pieces
 
     def _pieces_of_stage_3(self) -> dict[str, list[_Piece]]:
-        """Every parameter is cut into equal lengths by itself, the last of them padded."""
+        """Each parameter is cut into equal lengths on its own, the last one padded."""
         pieces, ranks = {}, len(self.states)
         for group, shapes in enumerate(self.groups):
             position = 0
@@ -211,7 +211,7 @@ def _open_universal(tag: Path) -> Content:
         folder = names[name] if tree in KEYS else tag / tree / name
         return load_file(folder / f"{KEYS.get(tree, 'fp32')}.pt")["param"].detach().float()
 
-    # Tensors stay on the disk: only their shapes are looked at.
+    # Tensors stay on the disk: only their shapes are read.
     shapes = {name: tuple(load_file(folder / "fp32.pt")["param"].shape) for name, folder in names.items()}
     if facts is None:
         state = load_file(tag / "zero" / "optimizer_state.pt").get("optimizer_state_dict", {}).get("state", {})
@@ -224,9 +224,9 @@ def _open_universal(tag: Path) -> Content:
 
 
 def write_deepspeed(content: Content, target: Path) -> Path:
-    """Write a DeepSpeed folder in the universal layout, tag and `latest_universal` included; its path.
+    """Write a DeepSpeed folder in the universal layout, including tag and `latest_universal`; its path.
 
-    Averages, of which DeepSpeed knows nothing, lie beside its files. Holds one tensor at a time.
+    The EMAs, which DeepSpeed does not know, are stored next to its files. Holds one tensor at a time.
     Raises CheckpointError without AdamW's moments.
     """
     missing = sorted(set(KEYS) - set(content.trees))
@@ -258,7 +258,7 @@ def write_deepspeed(content: Content, target: Path) -> Path:
 
 
 def _model_state(content: Content) -> dict[str, Any]:
-    """What DeepSpeed reads beside the parameters."""
+    """What DeepSpeed reads in addition to the parameters."""
     return {
         "module": {},
         "buffer_names": [],

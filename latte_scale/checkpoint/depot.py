@@ -16,10 +16,10 @@ from latte_scale.store import LocalStore, Store, open_store
 
 
 class Draft(Protocol):
-    """A checkpoint that is being written. A plain value: rank 0 begins it and every rank gets a copy."""
+    """A checkpoint being written. A plain value: rank 0 begins it and every rank gets a copy."""
 
-    url: str  # of the checkpoint that it will be
-    poll_s: float  # seconds between two looks for reports
+    url: str  # of the finished checkpoint
+    poll_s: float  # seconds between two polls for reports
 
     def write(self, name: str, file: TensorFile) -> dict[str, dict[str, int]]:
         """Write a complete file durably; returns its entry in the manifest: {name: {size_bytes, crc32c}}."""
@@ -34,12 +34,12 @@ class Draft(Protocol):
         """The ranks that have reported."""
 
     def take_reports(self, num_ranks: int) -> list[bytes]:
-        """The reports of ranks 0 to num_ranks - 1, which are removed (rank 0)."""
+        """Remove and return the reports of ranks 0 to num_ranks - 1 (rank 0)."""
 
     def commit(self, manifest: Manifest, fence: Callable[[], None]) -> None:
         """Make it a checkpoint, atomically, if all its files are there (rank 0).
 
-        `fence` is called right before. Raises CheckpointError, or what `fence` raises; it is no checkpoint then.
+        `fence` is called right before. Raises CheckpointError, or what `fence` raises; then nothing is committed.
         """
 
     def discard(self) -> None:
@@ -52,13 +52,13 @@ class Depot(Protocol):
     url: str
 
     def steps(self) -> list[Store]:
-        """Everything named like a checkpoint, oldest step first, sound or not; empty if the place does not exist."""
+        """Everything named like a checkpoint, oldest step first, valid or not; empty if the place does not exist."""
 
     def check(self, needed: int) -> None:
         """Raise OSError if a checkpoint of `needed` bytes cannot be written now."""
 
     def begin(self, step: int, needed: int) -> Draft:
-        """A draft for a step. CheckpointError if the step is there already; OSError if it cannot be written."""
+        """A draft for a step. CheckpointError if the step exists already; OSError if it cannot be written."""
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint: first make it invisible, then remove its files."""
@@ -67,16 +67,16 @@ class Depot(Protocol):
         """Remove what dead writers left behind; returns the names. Call it only while this run saves nothing."""
 
     def set_aside(self, url: str) -> str:
-        """Rename a broken checkpoint, so that its step can be saved again, and keep its files; returns the new name."""
+        """Rename a damaged checkpoint and keep its files, so that its step can be saved again; the new name."""
 
     def advice(self, error: Exception, needed: int) -> str:
-        """What is wrong and what to do, for an error of a save that does not say so itself; "" for any other."""
+        """What is wrong and what to do, for an error of a save that does not say so; "" for any other."""
 
 
 def open_depot(where: str | Path | Store, run_id: str = "") -> Depot:
     """The depot at a folder or s3:// URL; nothing is contacted yet.
 
-    run_id: of the run whose lease this process holds; identifies what dead attempts of it left in a bucket.
+    run_id: of the run whose lease this process holds; identifies what its dead attempts left in a bucket.
     """
     store = where if isinstance(where, Store) else open_store(where)
     if isinstance(store, LocalStore):

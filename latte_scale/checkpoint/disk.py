@@ -25,7 +25,7 @@ def make_folder(path: Path) -> None:
 def append(file: BinaryIO, chunk: bytes) -> None:
     """Write to the end of an unbuffered file."""
     view = memoryview(chunk)
-    while view:  # a disk that is getting full takes a part
+    while view:  # a nearly full disk takes only a part
         view = view[file.write(view) :]
 
 
@@ -40,7 +40,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file; nothing happens if it is not there."""
+    """Remove a file, if it exists."""
     path.unlink(missing_ok=True)
 
 
@@ -60,7 +60,7 @@ def write_file(path: Path, blobs: Iterable[Any]) -> dict[str, int]:
         for blob in blobs:
             view = memoryview(blob).cast("B")
             for offset in range(0, len(view), CHUNK_BYTES):
-                chunk = view[offset : offset + CHUNK_BYTES].tobytes()  # google_crc32c takes nothing but bytes
+                chunk = view[offset : offset + CHUNK_BYTES].tobytes()  # google_crc32c takes only bytes
                 append(file, chunk)
                 crc = google_crc32c.extend(crc, chunk)
                 size += len(chunk)
@@ -88,7 +88,7 @@ def remove_tree(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Room on the disk of a folder, which need not exist yet."""
+    """Free space on the disk of a folder, which need not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

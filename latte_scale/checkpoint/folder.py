@@ -121,7 +121,7 @@ class Folder:
     def remove(self, checkpoint: Checkpoint) -> None:
         path = Path(checkpoint.url)
         doomed = path.with_name(f"{path.name}.old-{uuid.uuid4().hex}")
-        disk.rename(path, doomed)  # first out of sight: a half removed one must not look like a checkpoint
+        disk.rename(path, doomed)  # first hide it: half removed, it must not look like a checkpoint
         disk.remove_tree(doomed)
 
     def clean(self) -> list[str]:

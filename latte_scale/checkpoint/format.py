@@ -37,11 +37,11 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, found, trusted or used; the message names the folder and what to do."""
+    """A checkpoint that cannot be written, found, verified or used; the message gives the folder and what to do."""
 
 
 class OutOfReachError(CheckpointError):
-    """The store did not answer completely in time. Its content is not at fault, and another attempt may succeed."""
+    """The store gave no complete answer in time. Its content may be valid, and another attempt may succeed."""
 
 
 class UnusableStoreError(OutOfReachError):
@@ -54,7 +54,7 @@ INCONCLUSIVE = (TransientError, CredentialsError)
 
 
 def error_class_of(error: Exception) -> type[CheckpointError]:
-    """The class of the CheckpointError that an error of a store, a disk or a checkpoint is to be raised as."""
+    """The class of CheckpointError as which an error of a store, a disk or a checkpoint is raised."""
     if isinstance(error, NeverReachedError | CredentialsError | UnusableStoreError):
         return UnusableStoreError
     return OutOfReachError if isinstance(error, TransientError | OutOfReachError) else CheckpointError
@@ -76,7 +76,7 @@ Trees = dict[str, list[Piece]]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says."""
+    """The content of manifest.json."""
 
     step: int
     world_size: int  # ranks that saved
@@ -103,7 +103,7 @@ class Checkpoint:
 
 
 def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[Tensor]]) -> Trees:
-    """Everything a run must save or load, as views: weights, moments and averages (Ema.trees) of this rank."""
+    """Everything a run must save or load, as views: weights, moments and EMAs (Ema.trees) of this rank."""
 
     def tree(tensors: Sequence[Tensor]) -> list[Piece]:
         return [
@@ -118,7 +118,7 @@ def state_trees(shards: Sequence[LocalShard], ema_trees: Mapping[str, Sequence[T
 
 
 def part_of_copies(trees: Trees, replica: int, num_replicas: int) -> Trees:
-    """The part of each piece that this rank saves where a rank of every replica holds the same piece.
+    """The part of each piece that this rank saves where one rank of every replica holds the same piece.
 
     Views, as in `trees`. The parts of the replicas tile the piece, so that everything is saved exactly once.
     """
@@ -156,7 +156,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest of a checkpoint. CheckpointError that says what is wrong with it, or one of INCONCLUSIVE."""
+    """The manifest of a checkpoint. Raises CheckpointError with what is wrong with it, or one of INCONCLUSIVE."""
     where = store.join(MANIFEST)
     try:
         content = json.loads(store.read(MANIFEST))
@@ -186,7 +186,7 @@ def read_manifest(store: Store) -> Manifest:
 
 
 def check_tiling(shapes: Mapping[str, Sequence[int]], pieces: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """Raise CheckpointError unless the pieces of each tensor, sorted by start, cover it once and without a gap."""
+    """Raise CheckpointError unless the pieces of each tensor, sorted by start, cover it once, without a gap."""
     for name, shape in shapes.items():
         position = 0
         for rank, start, stop in pieces[name]:
@@ -209,7 +209,7 @@ def check_files(checkpoint: Checkpoint) -> None:
 
 
 class TensorFile:
-    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range, made anew whenever asked for."""
+    """The bytes of a safetensors file of 1-D float32 tensors, in order or by range, rebuilt on each request."""
 
     def __init__(
         self, sizes: Sequence[tuple[str, int]], array: Callable[[str], Any], metadata: Mapping[str, str]
@@ -217,7 +217,7 @@ class TensorFile:
         """
         Args:
             sizes: name and number of elements of each tensor, in the order of the file; none is empty.
-            array: name -> a buffer of that many float32; called whenever its bytes are needed, not only once.
+            array: name -> a buffer of that many float32; called each time its bytes are needed.
             metadata: strings kept in the file's header.
         """
         ends = list(itertools.accumulate((4 * size for _, size in sizes), initial=0))
@@ -225,7 +225,7 @@ class TensorFile:
         for (name, size), start in zip(sizes, ends, strict=False):
             header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [start, start + 4 * size]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format asks for 8-byte alignment of the data
+        text += b" " * (-len(text) % 8)  # the format requires 8-byte alignment of the data
         self._head = len(text).to_bytes(8, "little") + text
         self._names, self._array = [name for name, _ in sizes], array
         self._starts = [0, *(len(self._head) + end for end in ends)]  # of the header, each tensor, and the end

@@ -58,9 +58,9 @@ def crc32c_of(store: Store, name: str) -> int:
 
 
 def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
-    """What is wrong with these files of a checkpoint; empty if their sizes and checksums fit the manifest.
+    """What is wrong with these files of a checkpoint; empty if their sizes and checksums match the manifest.
 
-    Raises one of INCONCLUSIVE where a store cannot be reached: that is no fault of the checkpoint.
+    Raises one of INCONCLUSIVE where a store cannot be reached: the checkpoint may still be valid.
     """
     store, problems = checkpoint.store, []
     for name in names:
@@ -79,7 +79,7 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
 
 
 def verify(where: str | Path | Store) -> list[str]:
-    """Everything that is wrong with a checkpoint, every byte read; empty if it is sound. Raises one of INCONCLUSIVE."""
+    """Everything wrong with a checkpoint, every byte read; empty if it is valid. Raises one of INCONCLUSIVE."""
     try:
         checkpoint = open_checkpoint(where)
     except CheckpointError as error:
@@ -90,7 +90,7 @@ def verify(where: str | Path | Store) -> list[str]:
 def open_checkpoint(where: str | Path | Store) -> Checkpoint:
     """A checkpoint (`.../step-00001000`) by its manifest; its files are not read.
 
-    Raises CheckpointError if it is not a complete one, one of INCONCLUSIVE if the store cannot tell.
+    Raises CheckpointError if it is incomplete, one of INCONCLUSIVE if the store cannot be read.
     """
     store = where if isinstance(where, Store) else open_store(where)
     manifest = read_manifest(store)
@@ -99,7 +99,7 @@ def open_checkpoint(where: str | Path | Store) -> Checkpoint:
 
 
 def verify_tree(checkpoint: Checkpoint, tree: str) -> None:
-    """CheckpointError if a file of one tree is damaged, or there is no such tree. Raises one of INCONCLUSIVE."""
+    """Raise CheckpointError if a file of the tree is damaged or there is no such tree, or one of INCONCLUSIVE."""
     if tree not in checkpoint.manifest.trees:
         raise CheckpointError(f"{checkpoint.url} has no tree {tree!r}; it has {', '.join(checkpoint.manifest.trees)}")
     problems = verify_files(checkpoint, Reader(checkpoint).files_of(tree))
@@ -108,12 +108,12 @@ def verify_tree(checkpoint: Checkpoint, tree: str) -> None:
 
 
 def list_steps(where: str | Path | Store) -> list[Store]:
-    """Everything named like a checkpoint in a place, oldest first, sound or not; empty if the place does not exist."""
+    """Everything named like a checkpoint in a place, oldest first, valid or not; empty if the place does not exist."""
     return open_depot(where).steps()
 
 
 def list_checkpoints(depot: Depot) -> list[Checkpoint]:
-    """Committed checkpoints, oldest first. Their files are not read; those without a sound manifest are left out."""
+    """Committed checkpoints, oldest first. Their files are not read; those without a valid manifest are left out."""
     checkpoints = []
     for store in depot.steps():
         try:
@@ -124,11 +124,11 @@ def list_checkpoints(depot: Depot) -> list[Checkpoint]:
 
 
 def find_newest_sound(where: str | Path | Store, ranks: Ranks) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
-    """The newest checkpoint whose every byte fits its checksums, and (url, problem) of each broken newer one.
+    """The newest checkpoint that passes verification of every byte, and (url, problem) of each damaged newer one.
 
-    A collective: the files are verified in shares, the verdict is that of all ranks. Returns (None, []) only if there
-    is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is sound, or if the store
-    cannot be read (OutOfReachError if it does not answer): a checkpoint that cannot be read is not taken for broken.
+    A collective: each rank verifies a share of the files, and all get the same result. Returns (None, []) only if there
+    is no checkpoint at all. Raises CheckpointError on all ranks if there are some and none is valid, or if the store
+    cannot be read (OutOfReachError if it does not answer): an unreadable checkpoint does not count as damaged.
     """
     problems: list[tuple[str, str]] = []
     for store in reversed(on_rank_0(ranks, lambda: open_depot(where).steps())):
@@ -162,7 +162,7 @@ def _open_or_problem(store: Store) -> tuple[Checkpoint | None, str]:
 
 
 def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[str], str]:
-    """(what is wrong with the files, why that could not be found out)."""
+    """(what is wrong with the files, why they could not be verified)."""
     try:
         return verify_files(checkpoint, names), ""
     except INCONCLUSIVE as error:
@@ -170,7 +170,7 @@ def _verify_share(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[st
 
 
 def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on all ranks; its OSError or CheckpointError is a CheckpointError on all."""
+    """The result of `function` on rank 0, on all ranks; its OSError or CheckpointError is a CheckpointError on all."""
 
     def run() -> T:
         try:
@@ -187,7 +187,7 @@ def on_rank_0(ranks: Ranks, function: Callable[[], T]) -> T:
 def load_into(checkpoint: Checkpoint, trees: Trees) -> None:
     """Fill this rank's pieces from a verified checkpoint that any engine on any number of ranks wrote.
 
-    Reads only the bytes that overlap, and holds one chunk of them. Needs Engine.after_load and Ema.after_load
+    Reads only the bytes that overlap, and holds one chunk of them. Call Engine.after_load and Ema.after_load
     afterwards. Raises CheckpointError if a tree or tensor is missing, or a shape differs.
     """
     manifest = checkpoint.manifest
@@ -210,7 +210,7 @@ def load_full(where: str | Path | Store, tree: str = "model") -> dict[str, Tenso
 
     Args:
         where: a checkpoint.
-        tree: "model", or an average such as "ema/0.9999".
+        tree: "model", or an EMA such as "ema/0.9999".
 
     Raises CheckpointError if the checkpoint or the tree is not there, or a file is damaged.
     """
@@ -249,7 +249,7 @@ class _Wanted(NamedTuple):
 
 
 class Reader:
-    """Reads tensors and ranges of them out of the files of one checkpoint; remembers where each file keeps what."""
+    """Reads tensors and ranges of them from the files of one checkpoint; caches the offsets in each file."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._pieces, self._shapes = checkpoint.manifest.pieces, checkpoint.manifest.shapes
@@ -280,7 +280,7 @@ class Reader:
                     each.target.copy_(values.view(torch.float32))
 
     def tensor(self, tree: str, name: str) -> Tensor:
-        """One tensor of a tree, whole, fp32 on the host. Checksums are not looked at."""
+        """One whole tensor of a tree, fp32 on the host. Checksums are not verified."""
         tensor = torch.empty(self._shapes[name], dtype=torch.float32)
         self.fill(tree, [whole_piece(name, tensor)])
         return tensor
@@ -306,7 +306,7 @@ class Reader:
 
 
 def _runs(ranges: list[_Wanted], limit: int) -> Iterator[list[_Wanted]]:
-    """The ranges in the order of the file, near ones together, as long as a run is no longer than `limit`."""
+    """The ranges in file order, neighbours joined into runs no longer than `limit`."""
     run: list[_Wanted] = []
     for each in sorted(ranges, key=lambda each: each.start):
         if run and (each.start - run[-1].stop > GAP_BYTES or each.stop - run[0].start > limit):

@@ -33,7 +33,7 @@ ALIGNMENT = 16  # elements, a cache line
 
 
 class Checkpointer:
-    """Saves the state of one run into one place, one checkpoint at a time. All ranks make one and call it alike."""
+    """Saves the state of one run to one place, one checkpoint at a time. All ranks make one and call it alike."""
 
     def __init__(
         self,
@@ -47,26 +47,26 @@ class Checkpointer:
         """A collective.
 
         Args:
-            where: the folder or s3:// prefix of the steps, which all ranks reach.
+            where: the folder or s3:// prefix of the steps, reachable from all ranks.
             settings: the `checkpoint` section.
             ranks: of the job.
-            broken: what find_newest_sound reported, set aside so that their steps can be saved.
-            fence: raises once this attempt may not write any more; asked before a commit and any removal.
-            run_id: of the run whose lease is held; identifies what dead attempts of it left in a bucket.
+            broken: damaged checkpoints from find_newest_sound, set aside so that their steps can be saved.
+            fence: raises once this attempt may no longer write; called before a commit and any removal.
+            run_id: of the run whose lease is held; identifies what its dead attempts left in a bucket.
         """
         self._depot = open_depot(where, run_id)
         self._settings, self._ranks, self._fence = settings, ranks, fence
         self._job: Job | None = None
         self._saved: set[int] = set()
-        self._failures: list[CheckpointError] = []  # of the saves since the last one that worked, the same on all ranks
+        self._failures: list[CheckpointError] = []  # of the saves since the last successful one, the same on all ranks
         self._host: dict[str, list[Tensor]] = {}  # tree -> host copies, reused from save to save
         self.removed, self.set_aside = on_rank_0(ranks, lambda: self._clean(broken))
         """Names, for the log: leftovers of dead attempts, now removed, and broken checkpoints, now renamed."""
 
     def check_room(self, trees: Trees) -> None:
-        """Raise CheckpointError on all ranks if one checkpoint cannot be written there now. A collective.
+        """Raise CheckpointError on all ranks if a checkpoint cannot be written there now. A collective.
 
-        For the start of a run: otherwise the first save would find out, after an hour.
+        For the start of a run: otherwise the first save would fail, after an hour.
         """
         needed = self._size_bytes(trees)
 
@@ -79,7 +79,7 @@ class Checkpointer:
         on_rank_0(self._ranks, look)
 
     def poll(self) -> bool:
-        """Whether the newest save failed, as far as this rank knows. Not a collective; ask every step."""
+        """Whether the newest save failed, as far as this rank knows. Not a collective; call it every step."""
         job = self._job
         return bool(self._failures) if job is None else job.ended.is_set() and job.error is not None
 
@@ -97,9 +97,9 @@ class Checkpointer:
         data_fingerprint: str,
         may_skip: bool = False,
     ) -> float:
-        """Start to save the state after `step` steps; returns the seconds for which training stood still.
+        """Start to save the state after `step` steps; returns the seconds for which training was blocked.
 
-        A collective, at a step boundary. Waits for the save before, copies the state and returns; without
+        A collective, at a step boundary. Waits for the previous save, copies the state and returns; without
         `asynchronous` it returns when the checkpoint is complete. A step that this run has saved is not saved again.
 
         Args:
@@ -107,10 +107,10 @@ class Checkpointer:
             trees: this rank's pieces, from state_trees; free to change as soon as this returns.
             counters, config: plain JSON values, the same on all ranks.
             data_fingerprint: of the data plan.
-            may_skip: rather than wait for the save before, leave this one out, with a log line.
+            may_skip: skip this save, with a log line, rather than wait for the previous one.
 
-        Raises CheckpointError on all ranks: the step exists already, or more than `checkpoint.max_failed` saves in a
-        row failed (no room counts as a failure). A single failure is logged on all ranks.
+        Raises CheckpointError on all ranks if the step exists already, or more than `checkpoint.max_failed` saves in a
+        row failed (a full disk counts as a failure). A single failure is logged on all ranks.
         """
         begin = time.monotonic()
         if may_skip and self._is_behind(step):
@@ -143,7 +143,7 @@ class Checkpointer:
         return time.monotonic() - begin
 
     def finish(self, hurry: bool = False) -> float:
-        """Wait until the save under way is complete; returns the seconds that took. A collective.
+        """Wait until the current save is complete; returns the seconds waited. A collective.
 
         hurry: the process is about to be killed; leave the removal of old checkpoints to the next attempt.
         Raises CheckpointError on all ranks if the newest save failed on any.
@@ -157,7 +157,7 @@ class Checkpointer:
         return time.monotonic() - begin
 
     def _is_behind(self, step: int) -> bool:
-        """Whether the save before is still being written on any rank and this step is not one to keep forever."""
+        """Whether the previous save is still being written on any rank and this step is not one to keep forever."""
         if self._settings.keep_every is not None and step % self._settings.keep_every == 0:
             return False
         job = self._job
@@ -180,7 +180,7 @@ class Checkpointer:
         return sum(self._ranks.all_gather_object(mine))
 
     def _settle(self) -> None:
-        """Wait for the job, agree on how it ended, and forget it."""
+        """Wait for the job, agree on its outcome, and drop it."""
         job = self._job
         if job is None:
             return
@@ -203,7 +203,7 @@ class Checkpointer:
         self._note_failure((OutOfReachError if may_pass else CheckpointError)(message))
 
     def _note_failure(self, error: CheckpointError) -> None:
-        """Count a failed save, which all ranks know of. Raises an error of its kind if it is one too many."""
+        """Count a failed save, of which all ranks know. Raises an error of its class if the limit is exceeded."""
         self._failures.append(error)
         logger.error("%s", error)
         if len(self._failures) > self._settings.max_failed:
@@ -213,7 +213,7 @@ class Checkpointer:
             )
 
     def _begin(self, step: int, needed: int) -> Draft | CheckpointError:
-        """The draft of a step, or what is in the way."""
+        """The draft of a step, or the error that prevents it."""
         try:
             return self._depot.begin(step, needed)
         except OSError as error:
@@ -221,7 +221,7 @@ class Checkpointer:
             return save_error(self._depot, error, url, needed)
 
     def _copy(self, trees: Trees) -> Trees:
-        """The trees in host memory of our own, complete on return."""
+        """A copy of the trees in host memory, complete on return."""
         copies: Trees = {}
         for tree, pieces in trees.items():
             if tree not in self._host:
@@ -237,23 +237,23 @@ class Checkpointer:
         return copies
 
     def _clean(self, broken: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Remove what dead attempts left and rename broken checkpoints; the names of both."""
-        self._fence()  # else the dead attempt would be this one
+        """Remove what dead attempts left and rename damaged checkpoints; the names of both."""
+        self._fence()  # otherwise this attempt might be the dead one
         removed = self._depot.clean()
         if removed:
             logger.info("removed what dead attempts left in %s: %s", self._depot.url, ", ".join(removed))
         set_aside = []
         for url in broken:
-            with suppress(FileNotFoundError, MissingError):  # removed by a person since it was looked at
+            with suppress(FileNotFoundError, MissingError):  # a person has removed it meanwhile
                 set_aside.append(self._depot.set_aside(url))
         return removed, set_aside
 
 
 def host_tensors(shapes: Sequence[torch.Size], pinned: bool, block: int = BLOCK_ELEMENTS) -> list[Tensor]:
-    """fp32 tensors of these shapes in host memory, with any content; `pinned`: page-locked.
+    """fp32 tensors of these shapes in host memory, uninitialised; `pinned`: page-locked.
 
     They share allocations of at most `block` elements (a larger tensor has its own). `block` is a power of two because
-    torch rounds page-locked memory up to one: with an allocation for each tensor it took half as much again.
+    torch rounds page-locked memory up to one: one allocation per tensor took half as much memory again.
     """
     room = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in shapes]
     tensors, memory, used = [], torch.empty(0), 0

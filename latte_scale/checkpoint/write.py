@@ -38,7 +38,7 @@ logger = logging.getLogger("latte_scale")
 
 
 def trim_freed_memory() -> None:
-    """Return freed memory to the system (glibc; elsewhere nothing is done). Takes milliseconds, without the GIL.
+    """Return freed memory to the system (glibc only; else do nothing). Takes milliseconds, without the GIL.
 
     glibc keeps the buffers that an upload's threads freed, some 250 MB a rank after each save (benchmarks/RESULTS.md,
     checkpoints in a bucket). Having it map such buffers instead, as `latte-scale ckpt` does, would slow down training.
@@ -48,7 +48,7 @@ def trim_freed_memory() -> None:
 
 
 class Job:
-    """Writes one checkpoint, in a thread of its own that makes no collective."""
+    """Writes one checkpoint, in its own thread, which calls no collective."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class Job:
     ) -> None:
         self.draft, self.manifest = draft, manifest
         self.error: CheckpointError | None = None
-        self.written = threading.Event()  # this rank's files are there, or will not be
+        self.written = threading.Event()  # this rank's files are complete, or have failed
         self.abort = threading.Event()  # another rank failed
-        self.hurry = threading.Event()  # remove nothing old any more
+        self.hurry = threading.Event()  # remove no old checkpoints
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"save step {manifest.step}", daemon=True)
         self._depot, self._trees, self._ranks, self._settings = depot, trees, ranks, settings
@@ -112,7 +112,7 @@ class Job:
         return True
 
     def _commit(self) -> None:
-        """Join the reports into the manifest and commit: from here on the checkpoint exists."""
+        """Merge the reports into the manifest and commit: from then on the checkpoint exists."""
         pieces: dict[str, list[list[int]]] = {name: [] for name in self.manifest.shapes}
         for rank, text in enumerate(self.draft.take_reports(self._ranks.size)):
             report = json.loads(text)
@@ -133,7 +133,7 @@ class Job:
 
 
 def discard_draft(draft: Draft) -> None:
-    """Remove what a failed save has written. What cannot be removed is logged, and removed by the next start."""
+    """Remove what a failed save has written. What cannot be removed is logged; the next start removes it."""
     try:
         draft.discard()
     except (OSError, CheckpointError) as error:
@@ -150,15 +150,15 @@ def save_error(depot: Depot, error: Exception, url: str, needed: int) -> Checkpo
 def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None], hurry: threading.Event) -> list[int]:
     """Remove checkpoints beyond the newest `keep_last` and the multiples of `keep_every`; their steps.
 
-    Only checkpoints of which every file is there count. Before anything is removed, one that stays is read back whole
-    and held to its checksums: the newest; if it is broken, it does not count any more and the next older one stays.
+    Only checkpoints with all their files count. Before anything is removed, the newest is read back and verified in
+    full; if it is damaged, it no longer counts and the next older one stays.
     """
     complete = []
     for checkpoint in list_checkpoints(depot):
         try:
             check_files(checkpoint)
         except CheckpointError:
-            continue  # broken: not counted among those to keep, and left for the user to look at
+            continue  # damaged: not counted among those to keep, and left for the user to inspect
         complete.append(checkpoint)
     while len(complete) > settings.keep_last:
         sound = _is_sound(complete[-1], hurry)
@@ -179,7 +179,7 @@ def retain(depot: Depot, settings: CheckpointSettings, fence: Callable[[], None]
 
 
 def _is_sound(checkpoint: Checkpoint, hurry: threading.Event) -> bool | None:
-    """Whether every byte fits its checksum; None if there was no time to look."""
+    """Whether every byte passes verification; None if there was no time for it."""
     for name in checkpoint.manifest.files:
         if hurry.is_set():
             return None

@@ -23,7 +23,7 @@ _TYPES = {
 
 
 def read_arrays(data: bytes | memoryview) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(name -> read-only array, metadata). Raises ValueError when the bytes are not safetensors of a type we store."""
+    """(name -> read-only array, metadata). Raises ValueError for bytes that are not safetensors of a stored type."""
     size = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(bytes(data[8 : 8 + size]))

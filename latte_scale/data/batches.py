@@ -37,32 +37,32 @@ SMALL_BYTES = 1024
 class MicroBatch:
     """B slots of one bucket. Empty slots (index -1, weight 0, id "") hold zeros and one unmasked zero token.
 
-    One token stays unmasked because attention over a fully masked caption is not a number.
+    One token stays unmasked because attention over a fully masked caption is NaN.
     """
 
     step: int
     bucket: str
     weight_B: Tensor  # float32: 1 for a sample, 0 for an empty slot
     index_B: Tensor  # int64: place in the global batch, -1 for an empty slot
-    dropped_B: Tensor  # bool: the caption was replaced by the empty one; a label is dropped by who uses it
+    dropped_B: Tensor  # bool: the caption was replaced by the empty one; the user of a label drops it
     sample_ids: list[str]  # "dataset/shard/key" as read from the shard
-    captions: list[str]  # as stored, also where dropped; of several the one that was drawn
+    captions: list[str]  # as stored, also where dropped; of several, the one drawn
     replaced: list[Replacement] = field(default_factory=list)
-    fetched: Counters = field(default_factory=Counters)  # what its process asked of object stores for it
+    fetched: Counters = field(default_factory=Counters)  # its process's requests to object stores for it
     mean_BFCHW: Tensor | None = None  # float16 raw latents ("latents" data)
     std_BFCHW: Tensor | None = None  # float16, latent kinds "mean_std" and "mean_logstd" only
     text_BLD: Tensor | None = None  # float16, zeros after each caption's end; None: the data has no stored text
     mask_BL: Tensor | None = None  # bool, True for real tokens
     pixels_BFCHW: Tensor | None = None  # uint8 ("video" data)
     label_B: Tensor | None = None  # int64 class, -1 for an empty slot or data without labels; not given: all -1
-    # Images of joint training, n a clip.
+    # Images of joint training, n per clip.
     image_ids: list[list[str]] = field(default_factory=list)  # as sample_ids; "ID#3" is frame 3 of a clip
     image_mean_BNCHW: Tensor | None = None  # as mean_BFCHW
     image_std_BNCHW: Tensor | None = None
     image_pixels_BNCHW: Tensor | None = None
     image_label_BN: Tensor | None = None  # int64, as label_B
     image_dropped_B: Tensor | None = None  # bool: captions or labels of the images are dropped, one draw for all n
-    # Of an image set with captions; where there is none, the images have the clip's own.
+    # Of an image set with captions; without one, the images have the clip's caption.
     image_captions: list[list[str]] | None = None
     image_text_BNLD: Tensor | None = None
     image_mask_BNL: Tensor | None = None
@@ -79,7 +79,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a worker has no micro-batch. Raised in it, torch would make a page of traceback the error's message."""
+    """Why a worker has no micro-batch. If it were raised there, torch would put a page of traceback in its message."""
 
     error: StoreError | LoaderError
 
@@ -98,7 +98,7 @@ class MicroBatches(torch.utils.data.Dataset):
     rank: int
     size: int
     micro_batch: int
-    num_images: int = 0  # a clip, for joint training
+    num_images: int = 0  # per clip, for joint training
     images: Dataset | None = None  # where they come from; None: frames of the clip itself
     group: int = 1  # consecutive samples that one micro-batch holds together
 
@@ -110,12 +110,12 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.images is not None:
             self._image_source = image_set(self.images, self.plan, self.num_images, self.video, *common)
         self._null_texts: dict[str, np.ndarray] = {}
-        # Data sets of a run are reached with the same settings, so one store's counters are those of all.
+        # The data sets of a run share their store settings, so one store's counters are those of all.
         stores = [dataset.store for dataset in (*self.datasets, self.images) if dataset is not None]
         self._far_store = next((store for store in stores if store.is_far), None)
         self._counted = Counters()
         self._announced = -1, 0
-        self.ring: Ring | None = None  # through which workers hand over what they make; None: in torch's way
+        self.ring: Ring | None = None  # through which workers hand over their batches; None: torch's way
 
     def num_parts(self, step: int) -> int:
         """Micro-batches of a step, the same on every rank."""
@@ -126,7 +126,7 @@ class MicroBatches(torch.utils.data.Dataset):
         return step_shape(self.plan, bucket, self.size, self.micro_batch, self.group)
 
     def __getitem__(self, place: tuple[int, int]) -> "MicroBatch | Packed | Failed":
-        """Micro-batch `part` of a step; in a worker with a ring packed, and what cannot be read as Failed."""
+        """Micro-batch `part` of a step; Packed in a worker with a ring, Failed if it cannot be read."""
         worker = torch.utils.data.get_worker_info()
         if self._far_store is not None:
             for each in (place, self._after(*place, worker.num_workers if worker else 1)):  # this worker's next, too
@@ -173,16 +173,16 @@ class MicroBatches(torch.utils.data.Dataset):
 
     @property
     def max_parts(self) -> int:
-        """No step has more micro-batches."""
+        """The most micro-batches of any step."""
         return max(self._shape(bucket)[0] for bucket in self.plan.buckets)
 
     @property
     def max_bytes(self) -> int:
-        """No micro-batch has larger tensors."""
+        """An upper bound on the bytes of a micro-batch's tensors."""
         return max(self._shape(bucket)[1] * self._slot_bytes(bucket) for bucket in self.plan.buckets)
 
     def _slot_bytes(self, bucket: str) -> int:
-        """No slot of this bucket has more, images and text included."""
+        """An upper bound on the bytes of a slot of this bucket, including images and text."""
         info, text = self.datasets[0].manifest.latents, self.datasets[0].manifest.text
         if info is None:
             policy = self.datasets[0].policy(bucket, self.video)
@@ -196,14 +196,14 @@ class MicroBatches(torch.utils.data.Dataset):
         return clip_bytes + text_bytes + self.num_images * (frame_bytes + text_bytes) + SMALL_BYTES
 
     def _after(self, step: int, part: int, number: int) -> tuple[int, int]:
-        """The place of the micro-batch that comes `number` after this one."""
+        """The place of the micro-batch `number` after this one."""
         part += number
         while part >= (parts := self.num_parts(step)):
             step, part = step + 1, part - parts
         return step, part
 
     def _announce(self, step: int, part: int) -> None:
-        """Tell the stores which samples of a micro-batch will be read, once."""
+        """Announce to the stores, once, which samples of a micro-batch will be read."""
         if (step, part) <= self._announced:
             return
         self._announced = step, part
@@ -265,7 +265,7 @@ class MicroBatches(torch.utils.data.Dataset):
     def _text(
         self, items: list[Item | None], datasets: Sequence[Dataset | None], dropped: list[bool], room: Room
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings padded to the longest, and their mask; a dropped one is the null embedding cut to its length."""
+        """Embeddings padded to the longest, and their mask; a dropped one is the null embedding, cut to its length."""
         texts = [item and item.text_LD for item in items]
         lengths = [1 if text is None else len(text) for text in texts]
         text_BLD = room.empty((len(items), max(lengths), self.datasets[0].manifest.text.dim), torch.float16)

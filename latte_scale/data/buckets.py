@@ -20,9 +20,9 @@ BatchBudget = Literal["samples", "tokens"]
 
 
 def bucket_costs(budget: BatchBudget, video: VideoSettings, datasets: Sequence[Dataset]) -> dict[str, Fraction] | None:
-    """Bucket -> cost of a sample, 1 for one of the size of `video` itself; None where all samples count the same.
+    """Bucket -> cost of a sample, 1 for one of the size of `video` itself; None where all samples cost the same.
 
-    budget: what every step has the same number of. Whole clips of one size have one cost.
+    budget: the unit of which every step has the same number. Whole clips of one size have one cost.
     """
     latents, sizes = datasets[0].manifest.latents, datasets[0].sizes
     if budget == "samples" or (latents is None and sizes is None):
@@ -33,7 +33,7 @@ def bucket_costs(budget: BatchBudget, video: VideoSettings, datasets: Sequence[D
 
 
 def sizes_of(video: VideoSettings, downscale: int) -> Sizes | None:
-    """The sizes into which whole clips are sorted, under the names that their latents' buckets have; None for one."""
+    """The sizes into which whole clips are sorted, under the names of their latents' buckets; None for one size."""
     policies = video.policies()
     return Sizes({bucket_name(policy, downscale): policy for policy in policies}) if len(policies) > 1 else None
 

@@ -23,22 +23,22 @@ class Coverage:
 
     bucket: str
     dataset: str  # its URL
-    clips: int  # that take part; of bucket TOO_SHORT those that cannot
-    held_out: int  # that data.holdout keeps from training
+    clips: int  # that take part; in bucket TOO_SHORT, those that cannot
+    held_out: int  # clips that data.holdout keeps from training
     batch: int  # samples of a step of this bucket, from all data sets
     steps: int  # of this bucket
-    drawn: int  # samples that this data set gives to them
-    used: int  # clips that come at least once
-    left_over: int  # clips that never come
+    drawn: int  # samples of these steps from this data set
+    used: int  # clips drawn at least once
+    left_over: int  # clips never drawn
 
     @property
     def epochs(self) -> float:
-        """How often each clip comes."""
+        """How often each clip is drawn."""
         return self.drawn / self.clips
 
 
 def coverage(plan: Plan, datasets: Sequence[Dataset], steps: int) -> list[Coverage]:
-    """What steps 0 to `steps` see, buckets in the plan's order and data sets in theirs; last what no size takes."""
+    """The data of steps 0 to `steps`: buckets in the plan's order, data sets in theirs; last, clips of no size."""
     rows, of_bucket = [], plan.steps_before(steps)
     for bucket in plan.buckets:
         for number, drawn in plan.drawn_before(steps, bucket).items():
@@ -62,7 +62,7 @@ def coverage(plan: Plan, datasets: Sequence[Dataset], steps: int) -> list[Covera
 
 
 def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
-    """The rows for a person to read, and below them the sum and what is worth a warning."""
+    """The rows as a text table, with the sum and the warnings below."""
     names = {row.dataset: f"{number}" for number, row in enumerate({row.dataset: row for row in rows}.values())}
     titles = f"{'bucket':<14}{'data':>5}{'clips':>15}{'held out':>10}{'batch':>8}{'steps':>12}{'latents a step':>16}"
     lines = [f"{titles}{'drawn':>15}{'used':>15}{'left over':>15}{'epochs':>9}"]
@@ -78,7 +78,7 @@ def coverage_table(rows: Sequence[Coverage], steps: int) -> str:
 
 
 def warnings(rows: Sequence[Coverage]) -> list[str]:
-    """Lines about buckets that are probably not what was meant."""
+    """Lines about buckets that are probably not intended."""
     lines = []
     for bucket in dict.fromkeys(row.bucket for row in rows):
         own = [row for row in rows if row.bucket == bucket]

@@ -17,7 +17,7 @@ CHOICE_OF_FRAMES = ("frame_interval", "window", "sampling")
 
 @dataclass(frozen=True)
 class Expected:
-    """What a config needs of a latents data set. None: the caller does not know or care."""
+    """What a config needs of a latents data set. None: not known, or irrelevant."""
 
     video: VideoSettings | None = None
     vae_sha256: str | None = None
@@ -44,9 +44,9 @@ class Difference:
 
 
 def differences(manifest: Manifest, expected: Expected) -> list[Difference]:
-    """Every key in which a latents manifest is not what is expected; none for "video" sets, which fit any policy.
+    """Every key in which a latents manifest differs from `expected`; none for "video" sets, which fit any policy.
 
-    A mirrored set beside the plain one is no difference: a config without video.hflip leaves it alone.
+    Additional mirrored latents are no difference: a config without video.hflip ignores them.
     """
     if manifest.kind == "video":
         return []
@@ -68,7 +68,7 @@ def differences(manifest: Manifest, expected: Expected) -> list[Difference]:
 
 
 def _video_differences(expected: VideoSettings, came: VideoSettings) -> Iterator[Difference]:
-    """What is not as expected of the frame policy that latents were made with."""
+    """The differences in the frame policy with which latents were made."""
     sizes, stored = ([policy.size for policy in video.policies()] for video in (expected, came))
     if expected.more_sizes or came.more_sizes:
         foreign = [str(size) for size in stored if size not in sizes]
@@ -87,7 +87,7 @@ def _video_differences(expected: VideoSettings, came: VideoSettings) -> Iterator
 
 
 def mixture_differences(first: Manifest, other: Manifest) -> Iterator[Difference]:
-    """What keeps two data sets out of one mixture. Sizes may differ: whether they are the config's is asked later."""
+    """What prevents mixing two data sets. Sizes may differ: they are compared with the config later."""
     names = ["kind", "latents", "caption_cleaning", "class_names"]
     yield from (Difference(name, a, b) for name in names if (a := getattr(first, name)) != (b := getattr(other, name)))
     if first.video and other.video:

@@ -18,7 +18,7 @@ IDLE_SHARE = 0.1
 
 
 class Launch(NamedTuple):
-    """What determines the shape of a step, beside its bucket."""
+    """What determines the shape of a step, in addition to its bucket."""
 
     global_batch: int
     micro_batch: int
@@ -31,11 +31,11 @@ class Idle(NamedTuple):
 
     bucket: str
     batch: int  # samples of a step
-    num_slots: int  # that the ranks work through for them
+    num_slots: int  # that the ranks compute for them
 
     @property
     def share(self) -> float:
-        """The share of the slots that no sample fills."""
+        """The fraction of the slots that no sample fills."""
         return 1 - self.batch / self.num_slots
 
 
@@ -51,7 +51,7 @@ def idle_of(costs: Mapping[str, Fraction], launch: Launch) -> list[Idle]:
 
 
 def idle_words(plan: Plan, micro_batch: int, size: int, group: int = 1) -> tuple[list[str], str]:
-    """(what is idle, a sentence for each bucket that is worth one; what to set, in words). ([], "") where all is well.
+    """(a sentence for each bucket with many idle slots; what to set, in words). ([], "") where there is none.
 
     `size`: data-parallel ranks. Every bucket has a sample for each of them (`check_ranks`).
     """
@@ -72,14 +72,14 @@ def idle_lines(plan: Plan, micro_batch: int, size: int, group: int = 1) -> list[
 
 
 def remedy(costs: Mapping[str, Fraction], launch: Launch) -> str:
-    """What brings every bucket below IDLE_SHARE, in words.
+    """The settings that bring every bucket below IDLE_SHARE, in words.
 
-    A smaller micro-batch if that suffices, because the samples of a step stay the same; else the best global batch from
-    half to twice as large, and the fewest ranks that take no longer for any bucket.
+    A smaller micro-batch if that suffices, because the samples of a step stay the same; otherwise the best global batch
+    from half to twice as large, and the fewest ranks that take no longer for any bucket.
     """
 
     def best(launches: Iterable[Launch]) -> Launch | None:
-        """The first launch with the least idle work, to the nearest hundredth; None if even that wastes too much."""
+        """The first launch with the fewest idle slots, to the nearest hundredth; None if even that has too many."""
         found = min(launches, key=lambda each: round(_worst(costs, each), 2), default=launch)
         return found if _worst(costs, found) < IDLE_SHARE else None
 
@@ -112,7 +112,7 @@ def _fewest_ranks(costs: Mapping[str, Fraction], launch: Launch) -> int:
 
 
 def _worst(costs: Mapping[str, Fraction], launch: Launch) -> float:
-    """The idle share of the bucket that wastes most; 1 if a bucket has fewer samples than there are ranks."""
+    """The idle fraction of the worst bucket; 1 if a bucket has fewer samples than there are ranks."""
     if any(
         samples_for(launch.global_batch, cost, launch.group) < launch.size * launch.group for cost in costs.values()
     ):

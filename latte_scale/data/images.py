@@ -41,7 +41,7 @@ class ClipFrames:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Samples of an image set, each with its own caption and class; one reader with its plan a bucket of clips."""
+    """Samples of an image set, each with its own caption and class; one reader and plan per bucket of clips."""
 
     num_images: int
     clips: Plan
@@ -78,10 +78,10 @@ def image_set(
     seed: int,
     place: str,
 ) -> ImageSet:
-    """The image set `images` beside the clips of `plan`: one plan a size of clips, over the images of that size.
+    """The image set `images` for the clips of `plan`: one plan per size of clips, over the images of that size.
 
-    A plan goes on with the steps of its own size only, so that each image comes once before any comes again.
-    Raises ManifestError where data.holdout leaves a size without an image.
+    Each plan counts only the steps of its own size, so that every image comes once before any comes again. Raises
+    ManifestError where data.holdout leaves a size without an image.
     """
     counts = images.counts(holdout, side)
     fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
@@ -101,7 +101,7 @@ def image_set(
 
 
 def check_images(images: Dataset, clips: Sequence[Dataset]) -> None:
-    """Raise ManifestError, with what differs and what to do, for an image set that does not fit the clips."""
+    """Raise ManifestError, with the difference and what to do, for an image set that does not fit the clips."""
     mine, its = clips[0].manifest, images.manifest
     pairs: list[tuple[str, object, object]] = [("kind", mine.kind, its.kind)]
     if mine.class_names is not None:

@@ -38,11 +38,11 @@ MAKE_AGAIN = "restore it, or make it again: clips by `latte-data index`, latents
 
 
 class IndexFileError(ManifestError):
-    """A sidecar index that is damaged or is not the one that the manifest names."""
+    """A sidecar index that is damaged or not the one in the manifest."""
 
 
 class Span(NamedTuple):
-    """One field of one sample: where its bytes are in the tar and what they must hash to."""
+    """One field of one sample: its byte range in the tar and its checksum."""
 
     offset: int
     size: int
@@ -57,8 +57,8 @@ class Row(NamedTuple):
     start: int
     end: int
     fields: dict[str, Span]
-    label: int | None = None  # class, where the index and not the sample's .json holds it
-    size: ClipSize | None = None  # of a whole clip as it is shown, where that is known
+    label: int | None = None  # class, where the index has it and not the sample's .json
+    size: ClipSize | None = None  # of a whole clip as shown, where known
 
     @property
     def num_texts(self) -> int:
@@ -77,7 +77,7 @@ def text_field(number: int) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Whether a field is an embedding, which lies outside of the sample's own members."""
+    """Whether a field is an embedding, which is stored outside the sample's own members."""
     return name.startswith("text")
 
 
@@ -105,9 +105,9 @@ class IndexBuilder:
         return key in self._keys
 
     def add(self, row: Row, caption: str, cut_from: str | None = None) -> None:
-        """Append a sample; `caption` is hashed, and the video that it was cut from or, without one, its key.
+        """Append a sample; `caption` is hashed, and `cut_from` (the video it was cut from) or, without one, its key.
 
-        Raises ValueError for a key that is already there.
+        Raises ValueError for a repeated key.
         """
         if row.key in self._keys:
             raise ValueError(f"sample key {row.key!r} appears twice in one shard; keys must differ")
@@ -159,7 +159,7 @@ class IndexBuilder:
             "sha256": sha256,
             "buckets": buckets,
         }
-        # One metadata key only: safetensors does not keep the order of several, and the bytes must repeat.
+        # Only one metadata key: safetensors does not keep the order of several, and the bytes must be reproducible.
         return save(columns, metadata={"latte_scale": json.dumps(about, sort_keys=True)})
 
 
@@ -230,7 +230,7 @@ class ShardIndex:
 
     @functools.cached_property
     def sizes_N3(self) -> np.ndarray | None:
-        """Frames, height and width of each clip as shown, -1 where unknown, int32 [n, 3]; None: of none known."""
+        """Frames, height and width of each clip as shown, -1 where unknown, int32 [n, 3]; None: all unknown."""
         return np.column_stack([self._columns[name] for name in _SIDES]) if "frames" in self._columns else None
 
     def sort(self, sizes: Sizes) -> None:
@@ -273,20 +273,20 @@ class ShardIndex:
 
 
 def is_held_out(key_hash: np.ndarray, share: float) -> np.ndarray:
-    """Which samples belong to the held-out share in [0, 1): those whose hash lies below it. bool, as key_hash."""
+    """Which samples are in the held-out fraction in [0, 1): those whose hash is below it. bool, shape of key_hash."""
     if not 0.0 <= share < 1.0:
         raise ValueError(f"data.holdout must be a share in [0, 1), got {share}")
     return key_hash < np.uint64(int(share * 2.0**64))
 
 
 def load_index(store: Store, entry: ShardEntry) -> ShardIndex:
-    """Read the sidecar that a manifest names and hold it to the manifest's hash.
+    """Read a sidecar and verify it against the hash in the manifest.
 
     Raises IndexFileError if it is not that file, MissingError if it is absent.
     """
     where, data = store.join(entry.index), store.read(entry.index)
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        data = store.read(entry.index, fresh=True)  # it may have been damaged on its way, or in a cache
+        data = store.read(entry.index, fresh=True)  # it may have been damaged in transit, or in a cache
     found = hashlib.sha256(data).hexdigest()
     if found != entry.index_sha256:
         raise IndexFileError(

@@ -29,23 +29,23 @@ MAX_REPLACEMENTS = 32
 
 
 class LoaderError(RuntimeError):
-    """A sample that cannot be delivered; the message names rank, step, shard and sample."""
+    """A sample that cannot be delivered; the message gives rank, step, shard and sample."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A planned sample that could not be used, and the one that came instead."""
+    """A planned sample that could not be used, and its replacement."""
 
     step: int
     index: int  # in the global batch
     planned_id: str
     id: str
     reason: str
-    image: int | None = None  # number of the image, where it was one of a joint batch
+    image: int | None = None  # number of the image, for an image of a joint batch
 
 
 class Draw(NamedTuple):
-    """The key of random numbers: that of sample `index` of the global batch (sub 0), or of its image number sub - 1."""
+    """The key of random numbers: of sample `index` of the global batch (sub 0), or of its image number sub - 1."""
 
     step: int
     index: int
@@ -57,7 +57,7 @@ class Item:
     """One sample, decoded."""
 
     id: str
-    caption: str  # of several the one that was drawn
+    caption: str  # of several, the one drawn
     label: int  # -1: data without labels
     mean_FCHW: np.ndarray | None = None
     std_FCHW: np.ndarray | None = None
@@ -67,7 +67,7 @@ class Item:
 
 @dataclass
 class ItemReader:
-    """Planned samples of one plan to items. Holds the data sets' small caches only; copied into every worker."""
+    """Turns planned samples of one plan into items. Holds only the data sets' small caches; copied to every worker."""
 
     datasets: Sequence[Dataset]
     video: VideoSettings
@@ -108,7 +108,7 @@ class ItemReader:
         )
 
     def expect(self, draw: Draw, bucket: str, planned: SampleId) -> None:
-        """Announce `item` of the same sample. Whatever is wrong with it shows there."""
+        """Announce a later `item` of the same sample, which then raises any error."""
         try:
             position = int(self._positions(planned, bucket)[planned.row])
             caption_at = self._caption_at(planned, position, draw)
@@ -130,7 +130,7 @@ class ItemReader:
             raise LoaderError(f"{self._place(draw)}: {error}: {reason}") from error
 
     def _read_twice(self, sample_id: SampleId, bucket: str, draw: Draw) -> Item:
-        """Read and decode; once more past every cache if that fails."""
+        """Read and decode; if that fails, once more bypassing every cache."""
         try:
             return self._read(sample_id, bucket, draw, cached=True)
         except (DamagedError, VideoError):
@@ -175,7 +175,7 @@ class ItemReader:
         return f"shard {entry.name}, row {sample_id.row}"
 
     def _planned_name(self, sample_id: SampleId, bucket: str) -> str:
-        """The id of a sample that could not be read, by the index."""
+        """The id of a sample that could not be read, from the index."""
         dataset = self.datasets[sample_id.dataset]
         key = dataset.index(sample_id.shard).key(int(self._positions(sample_id, bucket)[sample_id.row]))
         shard = dataset.manifest.shards[sample_id.shard].name.removesuffix(".tar")
@@ -183,7 +183,7 @@ class ItemReader:
 
 
 def _add_arrays(item: Item, sample: Sample, dataset: Dataset, bucket: str, mirrored: bool) -> None:
-    """The arrays of a latents sample; shapes are held to the bucket and the manifest."""
+    """The arrays of a latents sample; shapes are checked against the bucket and the manifest."""
     manifest = dataset.manifest
     try:
         latents = _arrays(sample, "mirrored" if mirrored else "latents")
@@ -196,7 +196,7 @@ def _add_arrays(item: Item, sample: Sample, dataset: Dataset, bucket: str, mirro
 
 
 def _arrays(sample: Sample, field: str) -> dict[str, np.ndarray]:
-    """The arrays of a field. Raises ValueError where it is missing, or sound bytes that are no safetensors file."""
+    """The arrays of a field. Raises ValueError where it is missing, or intact bytes that are no safetensors file."""
     if field not in sample.fields:
         raise ValueError(f"no field {field!r}")
     return read_arrays(sample.fields[field])[0]

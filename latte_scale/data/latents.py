@@ -31,7 +31,7 @@ _STD_OF_BYTE = np.exp(np.arange(256) / LOG_STD_STEPS + LOG_STD_LEAST).astype(np.
 def pack_latents(
     mean_FCHW: np.ndarray, std_FCHW: np.ndarray, info: LatentsInfo, noise_FCHW: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """The arrays that are stored of a posterior; `noise_FCHW`, standard normal, is for kind "sample" alone.
+    """The arrays stored for a posterior; `noise_FCHW`, standard normal, is for kind "sample" alone.
 
     Raises ValueError for values that float16 cannot hold.
     """
@@ -49,7 +49,7 @@ def pack_latents(
 def unpack_latents(
     arrays: dict[str, np.ndarray], info: LatentsInfo, shape_FCHW: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(mean or sample, std where one is kept), float16 of the given shape. Raises ValueError for other arrays."""
+    """(mean or sample, std where one is stored), float16 of the given shape. Raises ValueError for other arrays."""
     mean_FCHW = _unpack("sample" if info.kind == "sample" else "mean", arrays, info.dtype, shape_FCHW)
     if info.kind == "mean_std":
         return mean_FCHW, _unpack("std", arrays, "float16", shape_FCHW)
@@ -62,7 +62,7 @@ def unpack_latents(
 
 
 def pack_text(embedding_LD: np.ndarray, dtype: NumberType) -> dict[str, np.ndarray]:
-    """The arrays that are stored of an embedding. Raises ValueError for values that float16 cannot hold."""
+    """The arrays stored for an embedding. Raises ValueError for values that float16 cannot hold."""
     return _pack("embedding", embedding_LD, dtype)
 
 

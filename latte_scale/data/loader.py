@@ -87,7 +87,7 @@ class DataSettings:
 def open_datasets(
     settings: DataSettings, store: StoreSettings | None = None, sizes: Sizes | None = None
 ) -> tuple[Dataset, ...]:
-    """Open every data set of `data.url`; `store` says how s3:// is reached, `sizes` into which whole clips are sorted.
+    """Open every data set of `data.url`; `store`: how to reach s3://; `sizes`: those into which to sort whole clips.
 
     Raises ManifestError if one is missing or they cannot be mixed.
     """
@@ -117,7 +117,7 @@ def open_images(
 
 
 def data_fingerprint(plan: Plan, images: Dataset | None) -> str:
-    """sha256 of everything that decides which clip, and which image of an image set, comes when."""
+    """sha256 of everything that determines the order of the clips and of an image set's images."""
     if images is None:
         return plan.fingerprint
     by_size = "/by size" if len(plan.buckets) > 1 else ""  # until then a size passed over the images of other steps
@@ -125,7 +125,7 @@ def data_fingerprint(plan: Plan, images: Dataset | None) -> str:
 
 
 def plan_data(settings: DataSettings, datasets: Sequence[Dataset], side: Side = "train") -> tuple[PlanData, ...]:
-    """What the plan needs of each data set. The held-out side ignores weights: each of its samples comes once."""
+    """What the plan needs of each data set. The held-out side ignores weights: it uses each of its samples once."""
     return tuple(
         PlanData(
             counts=dataset.counts(settings.holdout, side),
@@ -137,7 +137,7 @@ def plan_data(settings: DataSettings, datasets: Sequence[Dataset], side: Side = 
 
 
 def resolve_settings(settings: DataSettings, datasets: Sequence[Dataset]) -> DataSettings:
-    """The settings with the shuffle window that this data gets: what the run writes down and keeps."""
+    """The settings with the shuffle window resolved for this data, which the run records and keeps."""
     num_samples = sum(data.num_samples for data in plan_data(settings, datasets))
     return dataclasses.replace(settings, shuffle_window=resolve_shuffle_window(settings.shuffle_window, num_samples))
 
@@ -158,9 +158,9 @@ def make_plan(
 class Loader:
     """An endless iterator of (step, micro-batches of this rank) from `start_step`. Close it, or use it in `with`.
 
-    Every rank gets the same number of micro-batches of the same number of slots (`step_shape`). With `num_images`
-    every clip brings so many images, from `images` or, without one, from the clip itself. `group` consecutive samples
-    of the global batch stay in one micro-batch.
+    Every rank gets the same number of micro-batches of the same number of slots (`step_shape`). Every clip comes with
+    `num_images` images, from `images` or, without it, from the clip itself. `group` consecutive samples of the global
+    batch stay in one micro-batch.
     Raises ValueError for a global batch smaller than the ranks or not made of whole groups; while iterating, StoreError
     or LoaderError with rank, step, shard and sample.
     """
@@ -215,7 +215,7 @@ class Loader:
             sampler=_CountFrom(start_step, self._source.num_parts),
             num_workers=settings.num_workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else the loader would draw from torch's global generator
+            generator=torch.Generator(),  # otherwise the loader draws from torch's global generator
             **workers,
         )
         self._iterator: Iterator[MicroBatch] | None = None
@@ -245,9 +245,9 @@ class Loader:
         atexit.unregister(self._at_exit)
         self._loader, iterator = None, self._iterator
         if self._workers and iterator is not None:
-            # Private, but there is no other way to end them while a traceback still refers to the iterator.
+            # Private, but the only way to end them while a traceback still refers to the iterator.
             iterator._shutdown_workers()
-            for worker in self._workers:  # one that hangs in a read has not seen the request, and ignores SIGTERM
+            for worker in self._workers:  # one that hangs in a read misses the request, and ignores SIGTERM
                 worker.kill()
                 worker.join()
         self._iterator, self._workers, self._source.ring = None, [], None
@@ -261,7 +261,7 @@ class Loader:
             slots_each = self._settings.prefetch + -(-2 * self._source.max_parts // num_workers)
             try:
                 self._source.ring = Ring(num_workers, slots_each, self._source.max_bytes)
-            except OSError as error:  # a system that promises no more memory than it has
+            except OSError as error:  # a system that does not overcommit memory
                 log.warning("no shared memory for %d micro-batches (%s): reading is slower", slots_each, error)
         others = multiprocessing.active_children()
         self._iterator = iter(self._loader)
@@ -294,7 +294,7 @@ class _CountFrom:
 
 
 def _init_worker(worker: int) -> None:
-    """Workers outlive the signals that ask the trainer to stop: it still needs the batches of the step it is in."""
+    """Make a worker ignore the signals that stop the trainer, which still needs the current step's batches."""
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

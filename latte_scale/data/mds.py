@@ -27,7 +27,7 @@ _U32 = np.dtype("<u4")
 
 
 class MdsError(ValueError):
-    """An MDS folder or shard that is damaged, cut or not of a kind that is read; the message names the place."""
+    """An MDS folder or shard that is damaged, truncated or of an unsupported kind; the message gives the place."""
 
 
 class Column(NamedTuple):
@@ -46,7 +46,7 @@ class MdsShard:
     size_bytes: int
     count: int  # samples
     columns: tuple[Column, ...]
-    packed_name: str | None = None  # the compressed file that stands for it, where there is one
+    packed_name: str | None = None  # the compressed file in its place, where there is one
 
 
 def is_mds(name: str) -> bool:
@@ -55,7 +55,7 @@ def is_mds(name: str) -> bool:
 
 
 def read_mds_index(store: Store) -> list[MdsShard]:
-    """The shards that the folder's `index.json` names, in order. Raises MdsError, StoreError."""
+    """The shards in the folder's `index.json`, in order. Raises MdsError, StoreError."""
     where = store.join(MDS_INDEX)
     try:
         content = json.loads(store.read(MDS_INDEX))
@@ -70,7 +70,7 @@ def read_mds_index(store: Store) -> list[MdsShard]:
 
 
 def write_mds_index(store: Store, shards: Sequence[tuple[MdsShard, str]]) -> None:
-    """Write `index.json` for (shard, its sha256): what mosaicml-streaming looks for."""
+    """Write `index.json`, which mosaicml-streaming reads, for (shard, its sha256)."""
     described = [
         {
             **_config(shard.columns),
@@ -89,9 +89,9 @@ def head_bytes(count: int) -> int:
 
 
 def read_offsets(head: bytes, shard: MdsShard, where: str) -> np.ndarray:
-    """Where the samples begin, and the last ends, int64 [count + 1]; `head` is the first `head_bytes` of the file.
+    """Offsets of the samples and of the end, int64 [count + 1]; `head` is the first `head_bytes` of the file.
 
-    Raises MdsError where they are not those of a whole file of the size and count that `index.json` says.
+    Raises MdsError where they do not fit a whole file of the size and count in `index.json`.
     """
     numbers = np.frombuffer(head, _U32, len(head) // _U32.itemsize).astype(np.int64)
     if len(numbers) != shard.count + 2 or numbers[0] != shard.count:
@@ -107,7 +107,7 @@ def read_offsets(head: bytes, shard: MdsShard, where: str) -> np.ndarray:
 
 
 def sizes_bytes(columns: Sequence[Column]) -> int:
-    """Bytes of the sizes with which a sample begins."""
+    """Bytes of the sizes at the start of a sample."""
     return _U32.itemsize * sum(column.size is None for column in columns)
 
 
@@ -128,12 +128,12 @@ def column_ranges(sizes: bytes, columns: Sequence[Column], begin: int, end: int)
 
 
 def pack_sizes(values: Sequence[bytes]) -> bytes:
-    """The sizes with which a sample begins, of columns that all have no fixed size, in their order."""
+    """The sizes at the start of a sample, for columns without a fixed size, in their order."""
     return np.array([len(value) for value in values], _U32).tobytes()
 
 
 def pack_head(sample_sizes: Sequence[int], columns: Sequence[Column]) -> tuple[bytes, int]:
-    """(everything in front of the samples, size of the whole file). Raises ValueError above MAX_SHARD_BYTES."""
+    """(everything before the samples, size of the whole file). Raises ValueError above MAX_SHARD_BYTES."""
     config = json.dumps(_config(columns), sort_keys=True).encode()
     first = head_bytes(len(sample_sizes)) + len(config)
     offsets = first + np.cumsum([0, *sample_sizes], dtype=np.int64)
@@ -146,7 +146,7 @@ def pack_head(sample_sizes: Sequence[int], columns: Sequence[Column]) -> tuple[b
 
 
 def _config(columns: Sequence[Column]) -> dict[str, Any]:
-    """What a shard says of itself."""
+    """A shard's own description."""
     return {
         "version": 2,
         "format": "mds",

@@ -25,7 +25,7 @@ def interleave(weights: Sequence[int], start: int, length: int) -> tuple[list[in
     if len(weights) == 1:
         return [start], [0] * length
     total, scale = sum(weights), math.lcm(*weights)
-    # Before time t stream i has at most w_i t + 1/2 events, so at t = (start - streams/2) / total no more than `start`
+    # Before time t stream i has at most w_i t + 1/2 events, so at t = (start - streams/2) / total at most `start`
     # events have passed: count them, then walk the few that are missing.
     reach = 2 * start - len(weights)
     counts = [max(0, -((total - weight * reach) // (2 * total))) for weight in weights]
@@ -45,10 +45,10 @@ def interleave(weights: Sequence[int], start: int, length: int) -> tuple[list[in
 
 
 def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of [0, size) sends `places` (int64, 1-D): a Feistel network with cycle walking.
+    """The image of `places` (int64, 1-D) under a keyed permutation of [0, size): a Feistel network with cycle walking.
 
-    The network permutes the smallest power of 4 that holds `size`; a value that falls outside walks on until it is
-    inside, four tries a place on average at worst.
+    The network permutes the smallest power of 4 that holds `size`; a value outside [0, size) is permuted again until it
+    is inside, at worst four passes per place on average.
     """
     if size == 1:  # data.shuffle_window=1, samples in the shards' order: all rounds lead here
         return np.zeros_like(places)
@@ -61,7 +61,7 @@ def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.ndarray:
-    """One pass over uint64 values below 4**half_bits; the round function is the finisher of splitmix64."""
+    """One pass over uint64 values below 4**half_bits; the round function is the finalizer of splitmix64."""
     mask, bits = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     left, right = values >> bits, values & mask
     for key in round_keys:

@@ -39,7 +39,7 @@ MIN_WINDOW = 256
 
 
 class SampleId(NamedTuple):
-    """A sample by place: `row` counts the samples of the bucket, not held out, in the shard, in index order."""
+    """A sample by place: `row` counts the bucket's samples in the shard that are not held out, in index order."""
 
     dataset: int
     shard: int
@@ -56,11 +56,11 @@ class StepPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanData:
-    """What the plan needs to know of one data set."""
+    """What the plan needs of one data set."""
 
     counts: dict[str, np.ndarray]  # bucket -> samples per shard that take part, int64 [num_shards]
     fingerprint: str
-    weight: float | None = None  # share of all samples, relative to the others; None: its number of samples
+    weight: float | None = None  # fraction of all samples, relative to the others; None: its number of samples
 
     @property
     def num_samples(self) -> int:
@@ -74,10 +74,10 @@ class PlanData:
 
 
 class Plan:
-    """Steps to samples for one (data, seed, global batch, shuffle window, costs).
+    """Maps steps to samples for one (data, seed, global batch, shuffle window, costs).
 
-    `costs`: of a sample of each bucket, in samples of the size that global_batch counts in; None: all cost the same.
-    `group`: a bucket's batch is made of whole groups of so many samples.
+    `costs`: cost of a sample of each bucket, in samples of the size in which global_batch counts; None: all cost the
+    same. `group`: a bucket's batch consists of whole groups of so many samples.
     Raises ValueError when no sample takes part, when weights are mixed with None, or are not positive.
     """
 
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides which sample comes when."""
+        """sha256 of everything that determines the order of the samples."""
         content = {
             "version": PLAN_VERSION,
             "seed": self.seed,
@@ -130,7 +130,7 @@ class Plan:
         if set(self._batches.values()) != {self.global_batch}:
             content["batches"] = self._batches
         if any(len(data.buckets) > 1 for data in self.datasets):
-            content["windows"] = "shared"  # until then every bucket had its own order of shards
+            content["windows"] = "shared"  # before, every bucket had its own order of shards
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def batch_size(self, bucket: str) -> int:
@@ -151,7 +151,7 @@ class Plan:
         return sum(count * self._batches[name] for name, count in self.steps_before(step).items())
 
     def drawn_before(self, step: int, bucket: str) -> dict[int, int]:
-        """Data set -> how many samples of a bucket it gives to the steps before `step`."""
+        """Data set -> number of its samples of a bucket in the steps before `step`."""
         place = self.steps_before(step)[bucket] * self._batches[bucket]
         counts, _ = interleave(self._weights[bucket], place, 0)
         return dict(zip(self._members[bucket], counts, strict=True))
@@ -183,7 +183,7 @@ class Plan:
         return StepPlan(step, bucket, ids)
 
     def replacement(self, step: int, index: int, attempt: int) -> SampleId:
-        """The sample that stands in for sample `index` of `step` on try number `attempt` (from 0).
+        """The replacement for sample `index` of `step` on try number `attempt` (from 0).
 
         Drawn from the same bucket and data set, never the planned sample itself; from the bucket's other data sets
         if that one has no other. Raises ValueError when the bucket has no other sample at all.
@@ -209,7 +209,7 @@ class Plan:
         raise AssertionError("place lies below the total")
 
     def _stream(self, dataset: int, bucket: str, stream: range) -> list[SampleId]:
-        """The samples number `stream` of a data set's endless stream in a bucket."""
+        """The samples at positions `stream` of a data set's endless stream in a bucket."""
         num_samples = int(self.datasets[dataset].counts[bucket].sum())
         samples: list[SampleId] = []
         start = stream.start
@@ -241,7 +241,7 @@ class Plan:
         return samples
 
     def _num_windows(self, dataset: int, num_samples: int) -> int:
-        """Into how many windows an epoch of a bucket is cut: those of the whole data set, unless it is rare."""
+        """The number of windows in an epoch of a bucket: that of the whole data set, unless the bucket is rare."""
         windows = -(-self._num_samples[dataset] // self.shuffle_window)
         return min(windows, -(-num_samples // min(self.shuffle_window, MIN_WINDOW)))
 
@@ -260,7 +260,7 @@ class Plan:
 
 
 def resolve_shuffle_window(window: int | None, num_samples: int) -> int:
-    """The shuffle window in samples that a run uses: as given, or by default 65,536; never above the samples there are.
+    """The shuffle window of a run in samples: as given, or by default 65,536; at most the number of samples.
 
     Raises ValueError below 1 or without any sample.
     """
@@ -283,7 +283,7 @@ def _locate(ends: np.ndarray, place: int) -> tuple[int, int]:
 
 
 def _shares(datasets: Sequence[PlanData]) -> dict[tuple[int, str], Fraction]:
-    """(data set, bucket) -> share of all samples, unnormalised; empty ones left out."""
+    """(data set, bucket) -> fraction of all samples, unnormalised; without empty ones."""
     weights = [dataset.weight for dataset in datasets]
     if None in weights and any(weight is not None for weight in weights):
         raise ValueError(f"data.url: give every data set a weight or none of them; got {weights}")

@@ -30,13 +30,13 @@ _rings: "weakref.WeakValueDictionary[int, Ring]" = weakref.WeakValueDictionary()
 
 
 class Room:
-    """Space for the tensors of one micro-batch, taken from the front; in a slot, or in no slot at all."""
+    """Space for the tensors of one micro-batch, allocated from the front; in a slot, or in none."""
 
     def __init__(self, memory: Tensor | None = None, slot: int = -1) -> None:
         self.memory, self.slot, self._used = memory, slot, 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor with any content, here if there is space, else where torch puts it."""
+        """An uninitialised tensor, here if there is space, otherwise where torch puts it."""
         begin, size = self._used, math.prod(shape) * dtype.itemsize
         if self.memory is None or begin + size > len(self.memory):
             return _elsewhere(shape, dtype)
@@ -44,22 +44,22 @@ class Room:
         return self.memory[begin : begin + size].view(dtype).view(shape)
 
     def offset(self, tensor: Tensor) -> int | None:
-        """Where a contiguous tensor begins in the slot; None if it lies elsewhere."""
+        """Offset of a contiguous tensor in the slot; None if it is elsewhere."""
         offset = tensor.data_ptr() - self.memory.data_ptr()
         return offset if 0 <= offset < max(1, self._used) and tensor.is_contiguous() else None
 
 
 class Ring:
-    """`slots_each` slots of `slot_bytes` for each worker. Make it before the workers are forked.
+    """`slots_each` slots of `slot_bytes` for each worker. Create it before the workers are forked.
 
-    Pages come into being when a slot is first used, and workers use the lowest free slot, so spare slots cost nothing.
+    Pages are allocated when a slot is first used, and workers use the lowest free slot, so spare slots cost nothing.
     """
 
     def __init__(self, num_workers: int, slots_each: int, slot_bytes: int) -> None:
         self._slots_each, self._owner = slots_each, os.getpid()
         self._slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         num_slots = num_workers * slots_each
-        self._states = mmap.mmap(-1, num_slots)  # one byte a slot; only its worker takes it, only the owner frees it
+        self._states = mmap.mmap(-1, num_slots)  # one byte per slot; only its worker takes it, only the owner frees it
         self._memory = mmap.mmap(-1, num_slots * self._slot_bytes)
         self.number = next(_numbers)
         _rings[self.number] = self
@@ -72,7 +72,7 @@ class Ring:
         return Room()
 
     def take(self, slot: int) -> None:
-        """Keep a slot from its worker until `tensors_of` has been called and what it gave is gone."""
+        """Reserve a slot until the tensors over its memory (`memory_of`) are gone."""
         self._states[slot] = _TAKEN
 
     def memory_of(self, slot: int) -> Tensor:
@@ -85,14 +85,14 @@ class Ring:
         return np.frombuffer(self._memory, np.uint8, self._slot_bytes, slot * self._slot_bytes)
 
     def _free(self, slot: int) -> None:
-        # A process forked later has copies of our tensors: when those go, ours are still in use.
+        # A process forked later has copies of our tensors: when those are freed, ours are still in use.
         if os.getpid() == self._owner:
             self._states[slot] = _FREE
 
 
 @dataclass
 class Packed:
-    """A dataclass on its way out of a worker: its tensors are in a slot, the rest is here."""
+    """A dataclass in transit from a worker: its tensors are in a slot, the rest is here."""
 
     ring: int
     slot: int
@@ -115,7 +115,7 @@ class Packed:
 
 
 def pack(ring: Ring, room: Room, made: Any) -> Any:
-    """A dataclass as a Packed: small tensors, which are not in the room yet, move there. Without a slot, as it is."""
+    """A dataclass as a Packed: small tensors that are not yet in the room move there. Without a slot: unchanged."""
     if room.memory is None:
         return made
     places = {}
@@ -123,7 +123,7 @@ def pack(ring: Ring, room: Room, made: Any) -> Any:
         if room.offset(tensor) is None:
             moved = room.empty(tensor.shape, tensor.dtype).copy_(tensor)
             if room.offset(moved) is None:
-                continue  # no space left: it goes torch's way
+                continue  # no space left: sent in torch's way
             tensor = moved
         places[name] = room.offset(tensor), tensor.shape, tensor.dtype
     rest = copy.copy(made)
@@ -133,7 +133,7 @@ def pack(ring: Ring, room: Room, made: Any) -> Any:
 
 
 def _elsewhere(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of its own; in a worker it lies in shared memory from the start, which spares a copy on the way out."""
+    """A separate tensor; in a worker it is in shared memory from the start, which saves a copy on the way out."""
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.empty(0, dtype=dtype).untyped_storage()._new_shared(math.prod(shape) * dtype.itemsize)

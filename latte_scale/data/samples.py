@@ -26,33 +26,33 @@ from latte_scale.data.sizes import TOO_SHORT, Sizes
 from latte_scale.data.tar import BLOCK, TarError, padded, split_name, walk
 from latte_scale.store import ShortReadError, Store, StoreSettings, open_store
 
-NUM_INDEX_READERS = 16  # at a time, where every index is read
+NUM_INDEX_READERS = 16  # concurrent, where every index is read
 NUM_CACHED_INDICES = 256
 MOST_CACHED_BYTES, FEWEST_CACHED = 128 << 20, 4  # of indices: about a million samples, in shards of any size
 NUM_CACHED_TEXTS = 64
-_ARRAYS = ("latents", "mirrored")  # fields that are only ever looked at as arrays
+_ARRAYS = ("latents", "mirrored")  # fields that are only used as arrays
 
 
 class DamagedError(ValueError):
-    """The stored bytes of one sample are not those that were written; the message names shard and sample."""
+    """The stored bytes of one sample differ from those written; the message gives shard and sample."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was read: the key from the tar's own headers, and every field's checked bytes.
+    """A sample as read: the key from the tar's own headers, and every field's verified bytes.
 
-    Fields of arrays (latents, mirrored, text) are views into what was read, which live as long as it; others are bytes.
-    Of the embeddings of several captions one is read, as field "text".
+    Fields of arrays (latents, mirrored, text) are views into the bytes read, and keep them alive; others are bytes.
+    Of the embeddings of several captions, one is read, as field "text".
     """
 
     key: str
     fields: dict[str, bytes | memoryview]
     about: dict[str, Any]  # the .json, {} if there is none; "label" is the index's, where that has one
-    names: tuple[str, ...] = ()  # of its members in a tar, also of those that are no field
+    names: tuple[str, ...] = ()  # of its members in a tar, including those that are no field
 
     @property
     def caption(self) -> str:
-        """The .txt if there is one, else the .json's "caption", else ""."""
+        """The .txt if there is one, otherwise the .json's "caption" or ""."""
         if "txt" in self.fields:
             return self.fields["txt"].decode("utf-8", "replace").strip()
         caption = self.about.get("caption")
@@ -60,7 +60,7 @@ class Sample:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """All captions: the .json's "captions" where they are strings and begin with `caption`, else that alone."""
+        """All captions: the .json's "captions" if they are strings and begin with `caption`; otherwise only that."""
         captions, first = self.about.get("captions"), self.caption
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             return (first,)
@@ -71,8 +71,8 @@ class Sample:
 class Dataset:
     """A finished data set: its manifest, indices read when first needed, and samples.
 
-    Holds small caches only (indices, shared embeddings), so that a copy in every worker process is cheap.
-    `sizes`: whole clips are sorted into these, by what the indices know of them; None: they are one bucket.
+    Holds only small caches (indices, shared embeddings), so that a copy in every worker process is cheap.
+    `sizes`: whole clips are sorted into these, by the sizes in the indices; None: they are one bucket.
     """
 
     def __init__(self, store: Store, manifest: Manifest, sizes: Sizes | None = None) -> None:
@@ -80,7 +80,7 @@ class Dataset:
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._positions: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._texts: OrderedDict[tuple[int, int], tuple[str, bytes]] = OrderedDict()  # those of several samples
-        self._counts: dict[float, dict[Side, dict[str, np.ndarray]]] = {}  # by holdout: what the indices count
+        self._counts: dict[float, dict[Side, dict[str, np.ndarray]]] = {}  # by holdout: counts from the indices
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store, "manifest": self.manifest, "sizes": self.sizes}
@@ -94,7 +94,7 @@ class Dataset:
 
     @property
     def buckets(self) -> dict[str, int]:
-        """Samples per bucket, held-out ones included, names sorted. Of sorted clips every index is read, once."""
+        """Samples per bucket, including held-out ones, names sorted. With `sizes`, every index is read, once."""
         if self.sizes is None:
             return self.manifest.buckets
         counts = {name: int(counts.sum()) for name, counts in self._counted(0.0)["train"].items()}
@@ -102,11 +102,11 @@ class Dataset:
 
     @property
     def num_too_short(self) -> int:
-        """Clips that no size takes."""
+        """Clips that fit no size."""
         return 0 if self.sizes is None else int(self._counted(0.0)["train"][TOO_SHORT].sum())
 
     def policy(self, bucket: str, video: VideoSettings) -> VideoSettings:
-        """The frame policy by which whole clips of a bucket are decoded: `video`, or that of their size."""
+        """The frame policy for decoding whole clips of a bucket: `video`, or that of their size."""
         return video if self.sizes is None else self.sizes.policies[bucket]
 
     def index(self, shard: int) -> ShardIndex:
@@ -133,7 +133,7 @@ class Dataset:
     def counts(self, holdout: float, side: Side) -> dict[str, np.ndarray]:
         """Bucket -> samples per shard, int64 [num_shards], on one side of the holdout.
 
-        Without a holdout the manifest knows them; with one, or with several sizes, every index is read once for both
+        Without a holdout the manifest has them; with one, or with several sizes, every index is read once for both
         sides, several at a time. Clips too short for every size are left out.
         """
         if self.sizes is None and holdout == 0.0 and side == "train":
@@ -142,7 +142,7 @@ class Dataset:
         return {bucket: counts[bucket] for bucket in self.buckets}
 
     def _counted(self, holdout: float) -> dict[Side, dict[str, np.ndarray]]:
-        """Both sides of a holdout, counted over all indices and kept; of sorted clips TOO_SHORT, too."""
+        """Both sides of a holdout, counted over all indices and cached; with `sizes`, including TOO_SHORT."""
         if holdout not in self._counts:
 
             def count(entry: ShardEntry) -> dict[Side, dict[str, int]]:
@@ -158,7 +158,7 @@ class Dataset:
         return self._counts[holdout]
 
     def read(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
-        """The sample at `position` of a shard. `cached=False` reads past every cache, of the store and of embeddings.
+        """The sample at `position` of a shard. `cached=False` bypasses every cache, of the store and of embeddings.
 
         Of the embeddings of n captions, number floor(caption_at * n) is read, with `caption_at` in [0, 1).
         Raises DamagedError (this sample's bytes are wrong), ManifestError (the tar is not the indexed one) or
@@ -193,7 +193,7 @@ class Dataset:
         return replace(sample, fields={**sample.fields, "text": text})
 
     def read_twice(self, shard: int, position: int, cached: bool = True, caption_at: float = 0.0) -> Sample:
-        """`read`, and once more past every cache where bytes were wrong: they may have been damaged on their way."""
+        """`read`; if bytes are wrong, once more bypassing every cache: they may have been damaged in transit."""
         try:
             return self.read(shard, position, cached, caption_at)
         except DamagedError:
@@ -249,9 +249,9 @@ class Dataset:
             ) from error
 
     def _check_indexed(self, entry: ShardEntry, row: Row) -> None:
-        """Raise ManifestError for a whole tar of another size, as after a data set was replaced while it is read.
+        """Raise ManifestError for a whole tar of another size, as when a data set is replaced while it is read.
 
-        A tar ends with two empty blocks; one that was only cut short does not, and keeps what lies before the cut.
+        A tar ends with two empty blocks; a truncated one does not, and its samples before the cut stay readable.
         """
         size = self.store.size(entry.name)
         if size == entry.size_bytes or size < 2 * BLOCK:
@@ -286,7 +286,7 @@ class Dataset:
             raise DamagedError(_damaged(self.store, entry, row.key, str(error))) from error
 
     def _read_text(self, entry: ShardEntry, span: Span, data: bytes, begin: int, fresh: bool) -> tuple[str, memoryview]:
-        """(name, bytes) of a shared embedding, out of `data` if it lies there."""
+        """(name, bytes) of a shared embedding, from `data` if it is there."""
         first = span.offset - BLOCK
         if not begin <= first <= begin + len(data) - BLOCK - span.size:
             data, begin = self.store.read(entry.name, first, BLOCK + span.size, fresh), first
@@ -298,7 +298,7 @@ class Dataset:
 
 
 def open_dataset(url: str, settings: StoreSettings | None = None) -> Dataset:
-    """Open the data set at a URL. Raises ManifestError if there is none, ValueError for a scheme that is not read."""
+    """Open the data set at a URL. Raises ManifestError if there is none, ValueError for an unsupported scheme."""
     store = open_store(url, settings)
     return Dataset(store, load_manifest(store))
 
@@ -309,11 +309,11 @@ def _per_shard(counts: list[dict[str, int]], buckets: Iterable[str]) -> dict[str
 
 
 class _Mismatch(ValueError):
-    """A field is not what the index says."""
+    """A field does not match the index."""
 
 
 def _window(row: Row, text: Span | None) -> tuple[int, int]:
-    """Bytes to read: the sample's own members, and the embedding if it lies just before them."""
+    """Bytes to read: the sample's own members, and the embedding if it is just before them."""
     if text is not None and text.offset + padded(text.size) == row.start:
         return text.offset - BLOCK, row.end
     return row.start, row.end
@@ -340,7 +340,7 @@ def _own_fields(entry: ShardEntry, row: Row, data: bytes, begin: int, where: str
 
 
 def _about(row: Row, fields: dict[str, bytes]) -> dict[str, Any]:
-    """The .json, whose bytes are known to be those that were written, with the class that the index holds."""
+    """The .json, whose bytes were verified, with the class from the index."""
     label = {} if row.label is None else {"label": row.label}
     try:
         content = json.loads(fields.get("json") or b"{}")
@@ -350,7 +350,7 @@ def _about(row: Row, fields: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _valid(text: str) -> str:
-    """The text as UTF-8 can hold it: half of a surrogate pair, which a .json may escape, becomes "?"."""
+    """The text, valid in UTF-8: half of a surrogate pair, which a .json may escape, becomes "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -381,7 +381,7 @@ def _checked(name: str, data: bytes, begin: int, span: Span) -> memoryview:
 def _cut_out(name: str, data: bytes, begin: int, span: Span) -> tuple[memoryview, str]:
     """(a field's bytes, a view of `data`, which starts at `begin` of the shard; what is wrong with them or "")."""
     payload = memoryview(data)[span.offset - begin : span.offset - begin + span.size]
-    found = google_crc32c.value(np.frombuffer(payload, np.uint8))  # it takes no memoryview, and an array costs no copy
+    found = google_crc32c.value(np.frombuffer(payload, np.uint8))  # it accepts no memoryview; an array costs no copy
     if len(payload) == span.size and found == span.crc32c:
         return payload, ""
     return payload, f"field {name!r}: crc32c: expected {span.crc32c:08x}, got {found:08x}"
@@ -392,7 +392,7 @@ def _damaged(store: Store, entry: ShardEntry, key: str, reason: str) -> str:
 
 
 def _trim(cache: OrderedDict, limit: int, num_bytes: Callable[[Any], int] | None = None) -> None:
-    """Drop the oldest entries beyond the limit, and where their bytes are told beyond MOST_CACHED_BYTES."""
+    """Drop the oldest entries beyond the limit and, with `num_bytes`, beyond MOST_CACHED_BYTES."""
     while len(cache) > limit:
         cache.popitem(last=False)
     while num_bytes and len(cache) > FEWEST_CACHED and sum(map(num_bytes, cache.values())) > MOST_CACHED_BYTES:

@@ -40,7 +40,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class ClipSize:
-    """A size that clips may have beside that of the frame policy."""
+    """A size that clips may have in addition to that of the frame policy."""
 
     frames: int
     height: int  # pixels
@@ -93,7 +93,7 @@ class VideoSettings:
         return ClipSize(self.frames, self.height, self.width)
 
     def policies(self) -> tuple["VideoSettings", ...]:
-        """The policy of each size alone, its own first. An image has no window: any frame will do."""
+        """The policy of each size alone, its own first. An image has no window: it may be any frame."""
         still = {"window": None, "sampling": "stride"}
         own = dataclasses.replace(self, more_sizes=()) if self.more_sizes else self
         return own, *(
@@ -102,13 +102,13 @@ class VideoSettings:
         )
 
     def stored(self) -> dict[str, Any]:
-        """The plain values that are written and hashed: of the younger fields only those in use."""
+        """The plain values that are written and hashed; of fields added later, only those in use."""
         unused = {name for name, default in _ADDED_TO_VIDEO.items() if getattr(self, name) == default}
         content = {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
         return content | ({"more_sizes": list(content["more_sizes"])} if self.more_sizes else {})
 
     def beginning(self, num_frames: int) -> "VideoSettings":
-        """The policy of the first `num_frames` frames of a clip alone, which a shorter file has, too."""
+        """The policy of only the first `num_frames` frames of a clip, which a shorter file has, too."""
         interval = self.frame_interval
         if self.sampling == "linspace" and self.frames > 1:
             interval = (self._window_frames - 1) // (self.frames - 1)
@@ -117,7 +117,7 @@ class VideoSettings:
 
     @property
     def span(self) -> int:
-        """Neighbouring frames from the first frame of a clip to its last: (frames - 1) * frame_interval + 1."""
+        """Frames in the file from the first frame of a clip to its last: (frames - 1) * frame_interval + 1."""
         return (self.frames - 1) * self.frame_interval + 1
 
     @property
@@ -188,7 +188,7 @@ class LatentsInfo:
     downscale: int  # pixels per latent, height and width
     scale: float
     shift: float
-    dtype: NumberType = "float16"  # of mean or sample; data/latents.py says how each kind is stored
+    dtype: NumberType = "float16"  # of mean or sample; data/latents.py defines how each kind is stored
 
     __pydantic_config__ = _STRICT
 
@@ -222,7 +222,7 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A single file beside the shards."""
+    """A single file in addition to the shards."""
 
     name: str
     sha256: str
@@ -232,18 +232,18 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader needs to know about a data set before it reads a sample."""
+    """Everything that a reader needs before it reads a sample of a data set."""
 
     kind: Kind
     shards: tuple[ShardEntry, ...]
-    caption_cleaning: str  # "none": captions as they came; "lower-strip": what the text encoder was given
+    caption_cleaning: str  # "none": captions unchanged; "lower-strip": as given to the text encoder
     tool_version: str = field(default_factory=lambda: version("latte_scale"))  # of the tool that wrote the manifest
     video: VideoSettings | None = None  # the frame policy of the latents; None: whole clips
     latents: LatentsInfo | None = None
     vae: VaeInfo | None = None
     text: TextInfo | None = None
     null_text: FileInfo | None = None  # embedding of the empty caption, `embedding` [Lmax, D]
-    class_names: tuple[str, ...] | None = None  # what "label" of a sample's .json counts in; None: no labels
+    class_names: tuple[str, ...] | None = None  # indexed by "label" of a sample's .json; None: no labels
     format_version: int = FORMAT_VERSION
 
     __pydantic_config__ = _STRICT
@@ -265,7 +265,7 @@ class Manifest:
     def stored(self) -> dict[str, Any]:
         """The plain values that are written and hashed."""
         content = dataclasses.asdict(dataclasses.replace(self, shards=()))
-        content["shards"] = [vars(shard) for shard in self.shards]  # asdict would take a second for 10,000
+        content["shards"] = [vars(shard) for shard in self.shards]  # asdict takes a second for 10,000
         if self.video is not None:
             content["video"] = self.video.stored()
         if self.class_names is None:
@@ -275,7 +275,7 @@ class Manifest:
         return content
 
     def fingerprint(self) -> str:
-        """sha256 of what is stored. The writing tool's version and the encoders' names (paths) are left out."""
+        """sha256 of `stored`, without the writing tool's version and the encoders' names (paths)."""
         return self._fingerprint
 
     @functools.cached_property
@@ -290,7 +290,7 @@ class Manifest:
 
 
 def save_manifest(store: Store, manifest: Manifest) -> None:
-    """Write `manifest.json`: the last file of a data set, after which it exists for readers."""
+    """Write `manifest.json`, the last file of a data set: from then on readers see it."""
     store.write(MANIFEST, (json.dumps(manifest.stored(), indent=1) + "\n").encode())
 
 

@@ -28,17 +28,17 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 
 @dataclass(frozen=True)
 class VideoSample:
-    """A whole clip as it came, with its caption."""
+    """A whole clip, unchanged, with its caption."""
 
     key: str
     caption: str
     video: bytes
     extension: str  # the container's own: "mp4", "mkv", ...
-    info: dict[str, Any] = field(default_factory=dict)  # more for the .json: "source", "cut_from", frames, fps, ...
+    info: dict[str, Any] = field(default_factory=dict)  # also in the .json: "source", "cut_from", frames, fps, ...
     more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
     label: int | None = None  # class, by its place in the manifest's class_names; None: the data set has none
-    source_bytes: int | None = None  # size of the files that `video` was joined from; None: it is one file as it came
-    size: ClipSize | None = None  # its frames, and height and width as shown in square pixels; None: nobody looked
+    source_bytes: int | None = None  # size of the files from which `video` was joined; None: it is one original file
+    size: ClipSize | None = None  # frames, and height and width as shown in square pixels; None: not known
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class LatentSample:
     """Encoded latents and text, all as safetensors bytes."""
 
     key: str
-    caption: str  # as the text encoder was given it
+    caption: str  # as given to the text encoder
     bucket: str  # "FxHxW" in latent units
-    latents: bytes  # `mean` or `sample` [F, C, h, w] raw, and what the latent kind keeps of the std (data/latents.py)
+    latents: bytes  # `mean` or `sample` [F, C, h, w] raw, and the std as the latent kind stores it (data/latents.py)
     text: bytes | None  # `embedding` [L, D], real tokens only; None: the data set has no text
     info: dict[str, Any] = field(default_factory=dict)
     more_captions: tuple[str, ...] = ()  # beside `caption`, the first of several
@@ -68,7 +68,7 @@ def text_name(caption: str) -> str:
 
 
 def description(captions: Sequence[str], label: int | None = None, source_bytes: int | None = None) -> str:
-    """What the index hashes of a sample beside its video: its caption; where it has more than that, all of it."""
+    """What the index hashes of a sample besides its video: the caption and, where present, everything else."""
     if len(captions) == 1 and label is None and source_bytes is None:
         return captions[0]
     return json.dumps([list(captions), label, source_bytes], ensure_ascii=False)
@@ -108,21 +108,21 @@ def stored_size(about: dict[str, Any]) -> ClipSize | None:
 
 
 def cut_from(key: str, about: dict[str, Any]) -> str | None:
-    """The video that a clip was cut from, as its .json says; None for a whole one and where nobody noted it.
+    """The video that a clip was cut from, from its .json; None for a whole clip and where it is not recorded.
 
-    Ours has "cut_from", cosmos-curate's "source_video"; video2dataset notes "clips" and numbers those of one key.
+    Ours has "cut_from", cosmos-curate's "source_video"; video2dataset has "clips" and numbers those of one key.
     """
     named = [about.get(name) for name in ("cut_from", "source_video")]
     if "clips" in about and (numbered := re.fullmatch(r"(.+)_\d+", key, re.DOTALL)):
         named.append(numbered[1])
     video = next((name for name in named if isinstance(name, str) and name), None)
-    return None if video is None else video.encode(errors="replace").decode()  # JSON may hold half a character
+    return None if video is None else video.encode(errors="replace").decode()  # JSON may hold half a surrogate pair
 
 
 def finished_entry(store: Store, name: str) -> ShardEntry | None:
     """The manifest entry of a shard that an earlier run finished, or None if it must be written.
 
-    The index is written after its tar, so it and a tar of the recorded size prove a finished shard.
+    The index is written after its tar, so an index and a tar of the recorded size prove a finished shard.
     """
     try:
         data, size_bytes = store.read(index_name(name)), store.size(name)
@@ -133,7 +133,7 @@ def finished_entry(store: Store, name: str) -> ShardEntry | None:
 
 
 class ShardFile:
-    """One tar in the making. Use as a context manager: an exception leaves nothing behind."""
+    """One tar being written. Use as a context manager: an exception leaves nothing behind."""
 
     def __init__(self, store: Store, name: str, kind: Kind) -> None:
         self.store, self.name, self.kind = store, name, kind
@@ -160,7 +160,7 @@ class ShardFile:
         self.abandon()
 
     def add(self, sample: VideoSample | LatentSample) -> None:
-        """Append a sample. Raises ValueError for a key or extension that readers would not find again."""
+        """Append a sample. Raises ValueError for a key or extension that readers would not find."""
         _check_key(sample.key)
         if isinstance(sample, VideoSample) != (self.kind == "video"):
             raise ValueError(f"{self.name}: a {self.kind} shard cannot hold a {type(sample).__name__}")
@@ -176,7 +176,7 @@ class ShardFile:
         self._index.add(row, described, cut_from(sample.key, sample.info))
 
     def close(self) -> ShardEntry:
-        """Finish the tar, put it and then its index in place, and return the manifest entry."""
+        """Finish the tar, publish it and then its index, and return the manifest entry."""
         if not len(self):
             raise ValueError(f"{self.store.join(self.name)}: a shard needs at least one sample")
         self._write(END)
@@ -188,7 +188,7 @@ class ShardFile:
         return ShardIndex(data).entry(data)
 
     def abandon(self) -> None:
-        """Remove the unfinished tar, if it is one."""
+        """Remove the tar if it is unfinished."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 
@@ -208,7 +208,7 @@ class ShardFile:
         return sorted(members, key=lambda member: member[1])
 
     def _add_texts(self, sample: VideoSample | LatentSample) -> dict[str, Span]:
-        """Field -> where the embedding of each of the sample's captions is, those written that are not there yet."""
+        """Field -> place of the embedding of each of the sample's captions; writes those that are not yet stored."""
         if isinstance(sample, VideoSample) or sample.text is None:
             return {}
         pairs = zip((sample.caption, *sample.more_captions), (sample.text, *sample.more_texts), strict=True)
@@ -241,7 +241,7 @@ class ShardFile:
 
 
 def _check_key(key: str) -> None:
-    """A key must come back whole from webdataset's rule and from a file system."""
+    """Raise ValueError unless a key survives webdataset's rule and a file system unchanged."""
     if not key or key.startswith("/") or ".." in key.split("/") or split_name(f"{key}.json") != (key, "json"):
         raise ValueError(
             f"sample key {key!r}: expected a relative name without dots in its last part, as in 'city/000123'"

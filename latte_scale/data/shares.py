@@ -24,10 +24,10 @@ EMPTY = Slot(-1, None)
 
 
 def rank_range(global_batch: int, rank: int, size: int, group: int = 1) -> tuple[int, int]:
-    """The indices [start, stop) of the global batch that belong to a rank: as even as whole groups allow.
+    """The indices [start, stop) of the global batch of one rank: as even as whole groups allow.
 
-    A group is `group` samples, from a multiple of it on, that stay together in one micro-batch.
-    Raises ValueError when a rank would have none, or the global batch is not made of whole groups.
+    A group is `group` consecutive samples, starting at a multiple of it, that stay together in one micro-batch.
+    Raises ValueError when a rank would have none, or the global batch does not consist of whole groups.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size} ranks: expected 0 to {size - 1}")
@@ -42,9 +42,9 @@ def rank_range(global_batch: int, rank: int, size: int, group: int = 1) -> tuple
 
 
 def micro_batch_shape(global_batch: int, size: int, micro_batch: int, group: int = 1) -> tuple[int, int]:
-    """(micro-batches a step, slots in each), the same on every rank; `micro_batch` is the most that fits.
+    """(micro-batches per step, slots in each), the same on every rank; `micro_batch` is the most that fits.
 
-    Raises ValueError when global batch or micro-batch are not made of whole groups.
+    Raises ValueError when global batch or micro-batch do not consist of whole groups.
     """
     if micro_batch < 1:
         raise ValueError(f"train.micro_batch must be at least 1, got {micro_batch}")
@@ -61,7 +61,7 @@ def check_ranks(plan: Plan, size: int, group: int = 1) -> None:
 
 
 def check_bucket(bucket: str, cost: Fraction, global_batch: int, size: int, group: int = 1) -> None:
-    """The same of one bucket, whose samples cost so much."""
+    """The same for one bucket, whose samples cost `cost`."""
     if (batch := samples_for(global_batch, cost, group)) < size * group:
         enough = math.ceil(cost * size) * group
         raise ValueError(
@@ -74,14 +74,14 @@ def check_bucket(bucket: str, cost: Fraction, global_batch: int, size: int, grou
 def step_shape(plan: Plan, bucket: str, size: int, micro_batch: int, group: int = 1) -> tuple[int, int]:
     """(micro-batches of a step of this bucket, slots in each), as `micro_batch_shape`.
 
-    `micro_batch` counts in samples of cost 1: of a bucket whose samples cost half as much, twice as many go in.
+    `micro_batch` counts in samples of cost 1: a bucket whose samples cost half as much has twice as many slots.
     """
     fitting = samples_for(micro_batch, plan.costs[bucket], group)
     return micro_batch_shape(plan.batch_size(bucket), size, fitting, group)
 
 
 def slots(plan: Plan, step: int, rank: int, size: int, micro_batch: int, group: int = 1) -> list[list[Slot]]:
-    """A rank's micro-batches of a step: equal in number and length on all ranks, filled up with empty slots."""
+    """A rank's micro-batches of a step: equal in number and length on all ranks, padded with empty slots."""
     number, _ = step_shape(plan, plan.bucket(step), size, micro_batch, group)
     return [micro_batch_slots(plan, step, rank, size, micro_batch, each, group)[1] for each in range(number)]
 
@@ -100,7 +100,7 @@ def micro_batch_slots(
 
 
 def _num_groups(name: str, samples: int, group: int) -> int:
-    """Groups in a batch that must be made of whole ones."""
+    """Groups in a batch that must consist of whole ones."""
     below = samples // group * group
     if below != samples:
         near = f"{below} or {below + group}" if below else str(group)

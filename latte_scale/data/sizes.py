@@ -29,11 +29,11 @@ class Fit:
 
     policy: VideoSettings  # of this size alone
     enlarged: bool  # the picture is smaller than the size
-    kept: Fraction  # share of the picture's area that the crop keeps
+    kept: Fraction  # fraction of the picture's area that the crop keeps
 
 
 def best_fit(policies: Sequence[VideoSettings], num_frames: int, height: Fraction | int, width: Fraction | int) -> Fit:
-    """The size for a clip of `num_frames` frames whose picture as shown is `height` x `width` square pixels.
+    """The size for a clip of `num_frames` frames, shown at `height` x `width` square pixels.
 
     Raises ValueError where the clip is too short for every size.
     """
@@ -46,7 +46,7 @@ def best_fit(policies: Sequence[VideoSettings], num_frames: int, height: Fractio
 
 
 def _fit(policy: VideoSettings, height: Fraction, width: Fraction) -> Fit:
-    """Resized until it covers the size, then cropped, as data/video.py does it."""
+    """Resized until it covers the size, then cropped, as in data/video.py."""
     scale = max(policy.height / height, policy.width / width)
     return Fit(policy, scale > 1, policy.height * policy.width / (scale**2 * height * width))
 
@@ -70,12 +70,12 @@ class Sizes:
 
     @property
     def names(self) -> list[str]:
-        """What `numbers` counts in: the buckets, and TOO_SHORT."""
+        """The names that `numbers` indexes: the buckets, and TOO_SHORT."""
         return [*self.policies, TOO_SHORT]
 
     def numbers(self, sizes_N3: np.ndarray) -> np.ndarray:
         """The place in `names` of each clip, int32 [n]; sizes_N3: frames, height and width as shown, each above 0."""
-        # Of a clip's frames only matters which sizes it is long enough for, so there are few kinds of clips.
+        # A clip's length matters only for which sizes it is long enough, so there are few kinds of clips.
         least = sorted({policy.min_frames for policy in self.policies.values()})
         enough = np.searchsorted(least, sizes_N3[:, 0], side="right")
         heights, widths = sizes_N3[:, 1].astype(np.int64), sizes_N3[:, 2].astype(np.int64)

@@ -21,25 +21,25 @@ _META_NAME = re.compile(r"(^|/)__[^/]*__($|/)")
 
 
 class TarError(ValueError):
-    """An archive that is cut, damaged or hostile; the message names the member."""
+    """An archive that is truncated, damaged or malformed; the message gives the member."""
 
 
 class Member(NamedTuple):
     """One regular file of an archive: byte offsets from the archive's start."""
 
     name: str
-    start: int  # first header block, long-name headers included
+    start: int  # first header block, including long-name headers
     offset: int  # payload
     size: int  # payload bytes
 
 
 def padded(size: int) -> int:
-    """A payload's size on the tape: the next multiple of 512."""
+    """A payload's size in the archive: the next multiple of 512."""
     return -(-size // BLOCK) * BLOCK
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) by webdataset's rule: the file name is cut at its first dot, the folder stays in the key.
+    """(key, extension) by webdataset's rule: the file name is split at its first dot, the folder stays in the key.
 
     None for a name that webdataset skips: without a dot, beginning with a dot, or a __meta__ member.
     """
@@ -50,7 +50,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def header(name: str, size: int) -> bytes:
-    """The header blocks of a regular file, the same bytes on every machine and day (no times, no owner)."""
+    """The header blocks of a regular file, reproducible byte for byte (no times, no owner)."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8")
@@ -62,9 +62,9 @@ def walk(
     """Regular members from byte `start` until the end blocks or byte `end`, in the archive's order.
 
     `read(offset, size)` may return fewer bytes only at the end of the data. Payloads are not read, so a walk over
-    an object store costs one small read a member; given the archive's size `total`, a member whose payload is cut is
-    not handed out. `where` is the archive's URL for messages.
-    Raises TarError for a damaged, cut or hostile archive.
+    an object store costs one small read per member; given the archive's size `total`, a member with a truncated
+    payload is not yielded. `where` is the archive's URL for messages.
+    Raises TarError for a damaged, truncated or malformed archive.
     """
     position, last = start, "none"
     while end is None or position < end:
@@ -131,7 +131,7 @@ def _parse(block: bytes, where: str, position: int, last: str) -> _Header:
 
 
 def _size(digits: str | bytes, where: str, position: int, base: int = 10) -> int:
-    """A size in digits. A negative one would send the walk back to where it came from, forever."""
+    """A size in digits. A negative one would send the walk back, in an endless loop."""
     try:
         size = int(digits, base)
     except ValueError:
@@ -155,7 +155,7 @@ def _parse_pax(payload: bytes, where: str, position: int) -> dict[str, str]:
 
 
 def _refuse_hostile(name: str, kind: bytes, where: str) -> None:
-    """A name or type that an honest dataset does not hold."""
+    """Raise TarError for a name or type that no valid data set contains."""
     if kind not in _REGULAR:
         what = {b"1": "a hard link", b"2": "a symbolic link"}.get(kind, f"a special file (type {kind!r})")
         raise TarError(f"{where}: member {name!r} is {what}; only regular files are read: repack the tar without it")

@@ -28,16 +28,16 @@ CONTAINERS = (
 )
 """What FFmpeg may take a file for: formats whose bytes are all in it. A playlist or an SDP named like a clip would
 open other files, or wait for the network."""
-MAX_FRAMES = 1 << 22  # of a file: 19 hours at 60 a second; one that claims more is endless
-MIN_FRAME_BYTES = 8  # of a file for each frame; a hostile index can name the same byte a billion times
-MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192, twice 8K video; decoding takes 4 bytes and more for each
-# Titles and comments that are no UTF-8, as old cameras write them, must not stop the reading; in PyAV 19 none do.
+MAX_FRAMES = 1 << 22  # of a file: 19 hours at 60 fps; one that claims more is endless
+MIN_FRAME_BYTES = 8  # of a file for each frame; a malformed index can refer to the same byte a billion times
+MAX_PIXELS = 1 << 26  # of a frame: 8192 x 8192, twice 8K video; decoding takes at least 4 bytes for each
+# Titles and comments that are not UTF-8, from old cameras, must not stop the reading; in PyAV 19 none do.
 TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-FRAME_TIME = Fraction(1, 25)  # seconds; the pace that a file of joined images claims
+FRAME_TIME = Fraction(1, 25)  # seconds; the frame duration that a file of joined images claims
 
 
 class VideoError(ValueError):
-    """A file that cannot give a clip; the message says why."""
+    """A file from which no clip can be read; the message says why."""
 
 
 class TooShortError(VideoError):
@@ -60,7 +60,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class _Video:
-    """An open file and what a walk over its packets says."""
+    """An open file and the facts from a walk over its packets."""
 
     container: Any
     stream: Any
@@ -94,9 +94,9 @@ def read_clip(source: bytes | str | Path, video: VideoSettings, start_frame: int
 
 
 def read_fitting_clip(source: bytes | str | Path, video: VideoSettings, u: float) -> tuple[np.ndarray, int, Fit]:
-    """As `read_random_clip` in the size of the policy that fits the file best (data/sizes.py), and which that is.
+    """As `read_random_clip`, in the size that fits the file best (data/sizes.py); also returns that Fit.
 
-    The first frame is decoded, too: it says how the picture is turned.
+    The first frame is decoded, too, because it has the rotation of the picture.
     """
     with _opened(source) as opened:
         height, width = _shown(_first_frame(opened), opened.pixel_shape)
@@ -108,7 +108,7 @@ def read_fitting_clip(source: bytes | str | Path, video: VideoSettings, u: float
 
 
 def read_random_clip(source: bytes | str | Path, video: VideoSettings, u: float) -> tuple[np.ndarray, int]:
-    """(clip, its start frame): the start is the place `u` in [0, 1) of all that leave room for the whole window."""
+    """(clip, its start frame): the start is at the fraction `u` in [0, 1) of all that leave room for the window."""
     with _opened(source) as opened:
         return _read_at(opened, video, u)
 
@@ -136,7 +136,7 @@ def _read(opened: _Video, video: VideoSettings, start_frame: int) -> np.ndarray:
 def _opened(source: bytes | str | Path) -> Iterator[_Video]:
     """An open file with its first video stream, one decoding thread. FFmpeg's errors become VideoErrors.
 
-    Files lie about their frame count and Matroska has none, so the packets are walked (no decoding).
+    Frame counts in files can be wrong and Matroska has none, so the packets are counted (no decoding).
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
@@ -144,7 +144,7 @@ def _opened(source: bytes | str | Path) -> Iterator[_Video]:
             if not container.streams.video:
                 raise VideoError("audio only: no video stream" if container.streams.audio else "no video stream")
             stream = container.streams.video[0]
-            stream.thread_count = 1  # worker processes are the parallelism
+            stream.thread_count = 1  # worker processes run in parallel already
             pixels = stream.codec_context.width * stream.codec_context.height
             if pixels > MAX_PIXELS:
                 size = f"{stream.codec_context.width} x {stream.codec_context.height}"
@@ -222,8 +222,8 @@ def _convert(frame: Any, video: VideoSettings, pixel_shape: Fraction) -> np.ndar
     scale = max(Fraction(height, frame.height), Fraction(width) / (frame.width * pixel_shape))
     new_height = max(height, round(frame.height * scale))
     new_width = max(width, round(frame.width * pixel_shape * scale))
-    # FFmpeg knows the matrix of a tagged file; most files carry no tag and then follow BT.601, as ffmpeg itself does.
-    # One thread: PyAV 19 keeps those of a conversion for the next, which in a forked worker waits for them forever.
+    # FFmpeg knows the matrix of a tagged file; most files have no tag and are taken as BT.601, as ffmpeg itself does.
+    # One thread: PyAV 19 keeps a conversion's threads for the next, which in a forked worker waits for them forever.
     rgb = frame.reformat(new_width, new_height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     top, left = (new_height - height) // 2, (new_width - width) // 2
     return upright(rgb[top : top + height, left : left + width], frame)
@@ -231,7 +231,7 @@ def _convert(frame: Any, video: VideoSettings, pixel_shape: Fraction) -> np.ndar
 
 def upright(pixels_HWC: np.ndarray, frame: Any) -> np.ndarray:
     """The pixels of a decoded frame as it is shown: mirrored and turned."""
-    if _is_mirrored(frame):  # FFmpeg's rotation is then that of the frame turned upside down
+    if _is_mirrored(frame):  # FFmpeg's rotation is then that of the frame upside down
         pixels_HWC = pixels_HWC[::-1]
     return np.rot90(pixels_HWC, k=_rotation(frame) // 90)
 
@@ -240,7 +240,7 @@ def _is_mirrored(frame: Any) -> bool:
     """Whether a frame is shown mirrored, as those of front cameras may be."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV 18 gives none where it does not know one kind of it, as a photo's EXIF
+    except ValueError:  # PyAV 18 gives none if it does not know one kind of it, such as a photo's EXIF
         return False
     if matrix is None:
         return False
@@ -254,10 +254,10 @@ def _rotation(frame: Any) -> int:
 
 
 def join_frames(paths: Sequence[Path]) -> bytes:
-    """Image files of one kind (JPEG, PNG), in order, as a QuickTime file that holds their bytes as they are.
+    """Image files of one kind (JPEG, PNG), in order, as a QuickTime file that holds their bytes unchanged.
 
-    Nothing is decoded, every frame can be read by itself, and equal files give equal bytes. The file claims 25 frames a
-    second, which means nothing. Raises VideoError naming the image that cannot be used.
+    Nothing is decoded, every frame can be read by itself, and equal files give equal bytes. The file claims 25 frames
+    per second, which has no meaning. Raises VideoError with the image that cannot be used.
     """
     joined = io.BytesIO()
     with av.open(joined, "w", format="mov", options={"fflags": "+bitexact"}) as container:
@@ -288,10 +288,10 @@ def _opened_image(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def write_mp4(path: Path, frames_FHWC: np.ndarray, fps: int, metadata: dict[str, str] | None = None) -> None:
-    """Encode [F, H, W, 3] uint8 RGB frames as H.264 (crf 12, a keyframe every 8) and put them at `path`, complete.
+    """Encode [F, H, W, 3] uint8 RGB frames as H.264 (crf 12, a keyframe every 8) and write `path` atomically.
 
-    Even heights and widths only (4:2:0 colour). One thread and bit-exact muxing: equal frames give equal files on one
-    machine, nearly always: of 64 x 48 pixels x264 made another one now and then. metadata: of the keys that mp4 has
+    Even heights and widths only (4:2:0 colour). One thread and bit-exact muxing: on one machine equal frames nearly
+    always give equal files (at 64 x 48 pixels x264 occasionally made another one). metadata: keys that mp4 has
     (title, comment, ...).
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")

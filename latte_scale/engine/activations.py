@@ -41,9 +41,9 @@ def keep_products(blocks: Sequence[nn.Module]) -> None:
 
 
 def offload_blocks(blocks: Sequence[nn.Module], device_type: str, min_bytes: int = MIN_BYTES) -> None:
-    """Make each block keep only its inputs, those of at least `min_bytes` in host memory.
+    """Make each block keep only its inputs, and move those of at least `min_bytes` to host memory.
 
-    Must run after compilation: what moves tensors between devices is not compiled.
+    Must run after compilation: moves between devices are not compiled.
     """
     stash = HostStash(device_type, min_bytes)
     for block in blocks:
@@ -60,7 +60,7 @@ def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Checkp
 
 
 class HostStash:
-    """Copies saved tensors to host memory and back, on a CUDA stream of its own beside the computation."""
+    """Copies saved tensors to host memory and back, on its own CUDA stream, during the computation."""
 
     def __init__(self, device_type: str, min_bytes: int) -> None:
         self.stream = torch.cuda.Stream() if device_type == "cuda" else None
@@ -85,7 +85,7 @@ class HostStash:
 
 
 class _Stashed:
-    """One tensor in host memory. It knows the one stashed before it, which backward will ask for next."""
+    """One tensor in host memory, linked to the one stashed before it, which backward needs next."""
 
     def __init__(
         self, tensor: Tensor, stream: "torch.cuda.Stream | None", before: "weakref.ref[_Stashed] | None"
@@ -102,13 +102,13 @@ class _Stashed:
         tensor.record_stream(stream)  # its memory is not reused before the copy is complete
 
     def fetch(self) -> None:
-        """Start to copy the tensor back, unless that has started."""
+        """Start to copy the tensor back, unless the copy has started."""
         if self._back is not None:
             return
         if self._stream is None:
             self._back = self._host
             return
-        # Allocated on the stream of the computation, whose order frees and reuses it; the copy waits for that.
+        # Allocated on the computation's stream, in whose order it is freed and reused; the copy waits for that stream.
         self._back = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -117,7 +117,7 @@ class _Stashed:
         self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The tensor on its device; also starts to copy back the one that backward will ask for next."""
+        """The tensor on its device; also starts to copy back the one that backward needs next."""
         self.fetch()
         back, self._back = self._back, None
         if self._stream is not None:

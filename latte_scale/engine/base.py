@@ -100,7 +100,7 @@ class EngineSettings:
 
 
 class StepResult(NamedTuple):
-    """What a step did, as 0-d fp32 tensors: read one step later, they make no host wait for the device."""
+    """The outcome of a step, as 0-d fp32 tensors: read one step later, so that the host does not wait."""
 
     grad_norm: Tensor  # global L2 norm before clipping; not finite when nothing was applied
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite: then weights, moments and counters did not move
@@ -123,10 +123,10 @@ class Engine(Protocol):
     module: nn.Module  # the model that was handed in
     device: torch.device
     ranks: Ranks
-    sequence: SequenceGroup  # the ranks that hold each clip together, this one among them: they share their samples
+    sequence: SequenceGroup  # the ranks that hold each clip together, this one included: they have the same samples
     dp_rank: int  # which share of the global batch is this rank's and its group's
     dp_size: int
-    replica: int  # the copy of the weights of which this rank holds pieces; every copy tiles all parameters
+    replica: int  # the replica of the weights of which this rank holds pieces; each replica tiles all parameters
     num_replicas: int
 
     @property
@@ -136,36 +136,36 @@ class Engine(Protocol):
 
     @property
     def num_updates(self) -> int:
-        """Updates applied since the beginning of the run, those before a resume included. Waits for the device."""
+        """Updates applied since the beginning of the run, including those before a resume. Waits for the device."""
         ...
 
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
         """Add the gradient of `loss`, 0-d: this rank's share. The step's gradient is the sum over ranks and shares.
 
-        Ranks of a sequence group pass the same loss; each adds what reached its weights through its part of the clips.
+        Ranks of a sequence group pass the same loss; each adds the gradient that flows through its part of the clips.
         """
         ...
 
     def step(self, lr: float, clip: bool = True) -> StepResult:
-        """Clip (unless told not to) and apply the summed gradient, after the step's last backward; clears it."""
+        """Clip (if `clip`) and apply the summed gradient, after the step's last backward; then clear it."""
         ...
 
     def local_shards(self) -> list[LocalShard]:
-        """This rank's piece of every parameter, in the order of named_parameters, empty pieces included.
+        """This rank's piece of every parameter, in the order of named_parameters, including empty pieces.
 
-        The pieces of the ranks of one replica tile each parameter; other replicas hold the same, to the bit.
+        The pieces of the ranks of one replica tile each parameter; other replicas hold bitwise equal pieces.
         """
         ...
 
     def after_load(self, num_updates: int) -> None:
-        """Make the model and the step counters follow what was written into the local shards."""
+        """Update the model and the step counters from the values written into the local shards."""
         ...
 
 
 def make_deterministic() -> None:
-    """Ask torch for deterministic kernels; bitwise resume on a GPU needs them.
+    """Select torch's deterministic kernels, which bitwise resume on a GPU needs.
 
-    Must run before the first matrix product of the process: torch reads the variable then, and never again.
+    Must run before the process's first matrix product: torch reads the variable then, and only then.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -195,7 +195,7 @@ def check_model(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_equal_weights(model: nn.Module, ranks: Ranks) -> None:
-    """Raise ValueError on all ranks if the weights differ between ranks: each rank is about to keep only its piece."""
+    """Raise ValueError on all ranks if their weights differ: afterwards each rank keeps only its own piece."""
     total = torch.zeros((), dtype=torch.int64)
     for param in model.parameters():  # a sum over bits as integers: exact in any order
         total += param.detach().contiguous().view(torch.int32).sum(dtype=torch.int64).to("cpu")
@@ -218,8 +218,8 @@ def num_bytes(model: nn.Module) -> int:
 def set_precision(model: nn.Module, precision: Precision, device_type: str) -> None:
     """Replace model.forward by itself under bf16 autocast unless `precision` is fp32.
 
-    Wrapped here and not around the call: DeepSpeed's engine refuses a surrounding autocast. The cast cache is off: with
-    it, bf16 copies of all weights live until the end of the forward pass, and recomputed blocks see other tensors.
+    Wrapped here and not around the call: DeepSpeed's engine refuses a surrounding autocast. The cast cache is off: it
+    would keep bf16 copies of all weights until the forward pass ends, and recomputed blocks would see other tensors.
     """
     if precision == "fp32":
         return
@@ -238,7 +238,7 @@ def set_precision(model: nn.Module, precision: Precision, device_type: str) -> N
 def prepare(
     model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, precision: Precision, device_type: str
 ) -> None:
-    """Prepare the model as all engines do before sharding it, in the order in which the wrappers must nest."""
+    """Prepare the model for sharding, as every engine does, in the order in which the wrappers must nest."""
     check_model(model)
     assert settings.activation_checkpointing != "auto", "estimate/budget.py replaces it before an engine is built"
     count = round(settings.checkpointed_share * len(blocks))

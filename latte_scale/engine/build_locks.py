@@ -17,9 +17,9 @@ at once is rare, and repeated by the next start."""
 
 
 def drop_stale_locks(root: Path | None = None) -> list[Path]:
-    """Remove the locks of DeepSpeed's extensions that nobody holds, after waiting until they are STALE_S old.
+    """Remove the locks of DeepSpeed's extensions that no process holds, after waiting until they are STALE_S old.
 
-    For one process of a machine, before any other of the job may take a lock.
+    To be called by one process per machine, before any other process of the job takes a lock.
     """
     root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     removed = []
@@ -48,6 +48,6 @@ def _is_open(path: Path) -> bool:
         try:
             if os.readlink(link) == wanted:
                 return True
-        except OSError:  # gone while we look, or not ours to see
+        except OSError:  # gone meanwhile, or another user's
             continue
     return False

@@ -30,27 +30,27 @@ class Compilation(NamedTuple):
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
-    """torch.compile each block in place: equal blocks share one compilation a shape, and names stay."""
+    """torch.compile each block in place: equal blocks share one compilation per shape; names are unchanged."""
     _allow_many_graphs()
     for block in blocks:
         block.compile(backend=backend, dynamic=False)
 
 
 def compile_forwards(blocks: Sequence[nn.Module]) -> None:
-    """torch.compile each block's forward alone: what is wrapped around it afterwards is then not compiled."""
+    """torch.compile each block's forward alone: wrappers that are added afterwards are not compiled."""
     _allow_many_graphs()
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def _allow_many_graphs() -> None:
-    from torch._dynamo import config  # seconds to import: only where something is compiled
+    from torch._dynamo import config  # takes seconds to import: only where something is compiled
 
     config.recompile_limit = max(MOST_GRAPHS, config.recompile_limit)
 
 
 class Compilations:
-    """What this process compiles during a run: logged when it happens, counted by the bucket of the step."""
+    """This process's compilations during a run: logged as they happen, counted by the bucket of the step."""
 
     def __init__(self, enabled: bool) -> None:
         """`enabled`: blocks are compiled (engine.compile); otherwise nothing is counted."""
@@ -65,7 +65,7 @@ class Compilations:
             self._take()
 
     def note(self, bucket: str, step: int, is_expected: bool = False) -> tuple[int, int]:
-        """Count what was compiled since the last call, in a step of `bucket`: (graphs, how many of them recompiled).
+        """Count the compilations since the last call, in a step of `bucket`: (graphs, number of them recompiled).
 
         A bucket's first step compiles its graphs. Graphs of a later step are recompilations, logged as warnings, unless
         `is_expected`.
@@ -99,7 +99,7 @@ class Compilations:
         return [self._compilation(entry) for entry in reversed(new) if entry.is_forward is not False]
 
     def _compilation(self, entry: Any) -> Compilation:
-        """From torch's record, which names no function once the limit of graphs was reached."""
+        """From torch's record, which names no function once the limit on graphs is reached."""
         where = f"{entry.co_name} ({entry.co_filename}:{entry.co_firstlineno})" if entry.co_name else "nothing any more"
         reason = self._reasons.next(entry.recompile_reason) if entry.recompile_reason else entry.fail_reason
         return Compilation(where, (entry.duration_us or 0) / 1e6, reason or "")
@@ -108,7 +108,7 @@ class Compilations:
 class Reasons(logging.Handler):
     """Collects torch's reasons for recompilations from its log.
 
-    Its records name only one graph that did not fit, often that of another size; its log names all of them.
+    Its records give one graph that did not fit, often that of another size; its log gives all of them.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Reasons(logging.Handler):
         self._heard: deque[str] = deque()
 
     def listen(self) -> None:
-        """Make torch log its reasons, to this handler alone; where TORCH_LOGS is set, that decides what is logged."""
+        """Make torch log its reasons, to this handler alone; TORCH_LOGS, where set, decides what is logged."""
         torch._logging.set_logs(recompiles=True)
         logger = logging.getLogger("torch._dynamo.guards.__recompiles")
         logger.handlers = [each for each in logger.handlers if not isinstance(each, Reasons)] + [self]

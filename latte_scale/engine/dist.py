@@ -50,7 +50,7 @@ class Ranks:
         return box[0]
 
     def from_rank_0(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, on all ranks; what it raises there, all raise, in the same words."""
+        """The result of `function` on rank 0, on all ranks; an error there is raised on all, with the same message."""
         result: T | None = None
         error: Exception | None = None
         if self.rank == 0:
@@ -71,12 +71,12 @@ class Ranks:
         return tensor
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called it."""
         self.sum_(torch.zeros(1, dtype=torch.int64))
 
 
 def _known_elsewhere(kind: type[Exception]) -> type[Exception]:
-    """The class itself, or the nearest above it that another process can import: boto3 makes some as it goes."""
+    """The class itself, or its nearest base that another process can import: boto3 creates some at run time."""
 
     def is_importable(each: type) -> bool:
         return getattr(sys.modules.get(each.__module__), each.__qualname__, None) is each
@@ -85,7 +85,7 @@ def _known_elsewhere(kind: type[Exception]) -> type[Exception]:
 
 
 def _made_again(kind: type[Exception], words: str) -> Exception:
-    """An error of that class with these words; of the nearest class above it whose constructor takes words alone."""
+    """An error of that class, or of its nearest base whose constructor takes a message alone, with this message."""
     for each in kind.__mro__:
         try:
             return each(words)
@@ -95,15 +95,15 @@ def _made_again(kind: type[Exception], words: str) -> Exception:
 
 
 def init_distributed(launch: Launch | None = None, device: str | None = None, timeout_s: float = 600.0) -> Ranks:
-    """Join the job's process group: gloo for CPU tensors, and nccl for CUDA tensors where there are GPUs.
+    """Join the job's process group: gloo for CPU tensors, and NCCL for CUDA tensors where there are GPUs.
 
     Args:
         launch: which process this is; None: taken from the environment, one process if no launcher set it.
         device: "cpu" or "cuda"; None: cuda where there is one.
         timeout_s: seconds after which a collective that waits for a lost rank raises.
 
-    Raises LaunchError for half a launcher environment, an address that cannot work, or ranks that make no
-    world (an AbsentRanksError, if some do not come in time); ValueError for a local rank without a GPU.
+    Raises LaunchError for an incomplete launcher environment, an address that cannot work, or ranks that form
+    no world (AbsentRanksError if some do not arrive in time); ValueError for a local rank without a GPU.
     """
     launch = launch or launch_from_env()
     local_rank = launch.local_rank if launch else 0
@@ -138,7 +138,7 @@ def _device(kind: str, local_rank: int) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group; nothing happens if there is none."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -146,9 +146,9 @@ def shutdown() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with `code`: exit handlers run and output is flushed, but the interpreter is not finalized.
 
-    gloo's threads live on after `shutdown`, because DTensor's caches and DeepSpeed's globals never drop the group. A
-    thread that frees a tensor needs the interpreter; if that is being finalized just then, the process aborts
-    ("terminate called without an active exception", pytorch/pytorch#179291) and a finished run would look failed.
+    gloo's threads outlive `shutdown`, because DTensor's caches and DeepSpeed's globals never drop the group. A thread
+    that frees a tensor needs the interpreter; if that is being finalized, the process aborts ("terminate called
+    without an active exception", pytorch/pytorch#179291), and a finished run would appear failed.
     """
     atexit._run_exitfuncs()
     logging.shutdown()

@@ -33,7 +33,7 @@ RESHARD_ABOVE_BYTES = 8 * 2**30
 
 
 class Fsdp2Engine:
-    """The model under fully_shard, one unit a group of blocks, with GuardedAdamW over this rank's rows."""
+    """The model under fully_shard, one unit per group of blocks, with GuardedAdamW over this rank's rows."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Fsdp2Engine:
         return self._optimizer.num_updates
 
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
-        self.module.set_requires_gradient_sync(last_microbatch)  # reduce once a step, not once a micro-batch
+        self.module.set_requires_gradient_sync(last_microbatch)  # reduce once per step, not per micro-batch
         loss.backward()
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class Fsdp2Engine:
         self._optimizer.set_num_updates(num_updates)
 
     def _sum(self, tensor: Tensor) -> None:
-        """Add over the ranks of one copy of the weights, which together hold every gradient once."""
+        """Add over the ranks of one replica, which together hold every gradient once."""
         if self._mesh.num_shards > 1:
             dist.all_reduce(tensor, group=self._mesh.group)
 
@@ -100,7 +100,7 @@ class Fsdp2Engine:
 def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSettings, mesh: ShardMesh) -> FSDPModule:
     """fully_shard groups of `blocks_per_unit` blocks and then the rest, with gradients summed over ranks in fp32.
 
-    The model lies on the ranks' device, or on meta and gets its memory afterwards.
+    The model is on the ranks' device, or on meta; it then gets its memory afterwards.
     """
     # Each step would warn that the model's output is a view; the loss does nothing in place on it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -121,7 +121,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], settings: EngineSetting
 
 
 def frees_after_forward(settings: EngineSettings, size_bytes: int) -> bool:
-    """Whether the gathered weights of a model of `size_bytes` in fp32 are let go after the forward pass."""
+    """Whether the gathered weights of a model of `size_bytes` in fp32 are freed after the forward pass."""
     wanted = settings.reshard_after_forward
     return wanted == "always" or (wanted == "auto" and size_bytes > RESHARD_ABOVE_BYTES)
 
@@ -129,8 +129,8 @@ def frees_after_forward(settings: EngineSettings, size_bytes: int) -> bool:
 def shard_empty(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> list[LocalShard]:
     """Shard a model that was built on the meta device, for inference: weights are gathered block by block and freed.
 
-    Returns this rank's pieces, uninitialised and without optimizer state, for a checkpoint to fill: no rank ever holds
-    the whole model.
+    Returns this rank's pieces, uninitialised and without optimizer state, to be filled from a checkpoint: no rank ever
+    holds the whole model.
     """
     mesh = make_shard_mesh(ranks, replicate=1)
     shard(model, blocks, EngineSettings(kind="fsdp2", reshard_after_forward="always"), mesh)
@@ -145,11 +145,11 @@ def shard_empty(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks) -> 
 
 
 def prefetch(units: Sequence[FSDPModule], ahead: int) -> None:
-    """Prefetch `ahead` units: those that follow in the order of forward and, in backward, in the reverse order.
+    """Prefetch the next `ahead` units: in the order of forward and, in backward, in the reverse order.
 
-    FSDP2 starts the next all-gather by itself, but only when the next unit is called; units that are named here are
-    gathered before the current one computes. `ahead` 0 leaves FSDP2's own behaviour. The first of `units` is the root,
-    which forward enters first.
+    FSDP2 starts the next all-gather by itself, but only when the next unit is called; units set here are gathered
+    before the current one computes. `ahead` 0 leaves FSDP2's default. The first of `units` is the root, which forward
+    enters first.
     """
     if ahead == 0:
         return

@@ -29,11 +29,11 @@ ROOM_LOOK_S = 1.0
 
 
 class LaunchError(ValueError):
-    """The processes of a job do not form one world; the message says who is missing or what to change."""
+    """The processes of a job do not form one world; the message says which is missing or what to change."""
 
 
 class AbsentRanksError(LaunchError):
-    """Ranks did not come in time: too many were asked for, or a machine hangs or is slow today."""
+    """Ranks did not arrive in time: too many were asked for, or a machine hangs or is slow."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Launch:
     rank: int
     size: int
     local_rank: int  # index of this process on its machine: picks the GPU
-    local_size: int | None = None  # processes on this machine, where the launcher tells
+    local_size: int | None = None  # processes on this machine, where the launcher sets it
 
 
 def launch_from_env(environ: Mapping[str, str] | None = None) -> Launch | None:
-    """What a launcher said in the environment; None if no launcher did.
+    """The launch that the environment describes; None if no launcher set it.
 
-    Raises LaunchError if only some of the variables are set, or if Slurm started more than they say: half a launch
-    would become many jobs of one process.
+    Raises LaunchError if only some of the variables are set, or if Slurm started more processes than they say: an
+    incomplete launch would become many jobs of one process.
     """
     environ = os.environ if environ is None else environ
     missing = [name for name in LAUNCHER_VARIABLES if not environ.get(name)]
@@ -82,7 +82,7 @@ def _parse(environ: Mapping[str, str]) -> Launch:
 
 
 def _check_slurm(launch: Launch | None, environ: Mapping[str, str]) -> None:
-    """Refuse a world that is smaller than what Slurm started, in which every task or node would train for itself."""
+    """Refuse a world smaller than what Slurm started: every task or node would train by itself."""
     step_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or 1)
     nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES") or 1)
     size = launch.size if launch else 1
@@ -96,7 +96,7 @@ def _check_slurm(launch: Launch | None, environ: Mapping[str, str]) -> None:
 
 
 def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> None:
-    """Raise LaunchError for a MASTER_ADDR that leads every machine to itself when the ranks are on several."""
+    """Raise LaunchError for a MASTER_ADDR that every machine resolves to itself when the ranks are on several."""
     environ = os.environ if environ is None else environ
     if launch.local_size is None or launch.size <= launch.local_size:
         return
@@ -108,7 +108,7 @@ def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> N
         host = socket.gethostname()
         raise LaunchError(f"MASTER_ADDR {address} is no name that {host} can resolve ({error}); {advice}") from error
     on_first_host = launch.rank == launch.local_rank
-    own_name = on_first_host and address == socket.gethostname()  # a first host may know itself as 127.0.1.1
+    own_name = on_first_host and address == socket.gethostname()  # it may resolve its own name to 127.0.1.1
     if not own_name and all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in found):
         raise LaunchError(
             f"MASTER_ADDR {address} is the loopback address of {socket.gethostname()} itself, but {launch.size} ranks "
@@ -121,12 +121,12 @@ def check_address(launch: Launch, environ: Mapping[str, str] | None = None) -> N
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank registers with."""
+    """A rank's registration."""
 
     host: str
-    host_address: str  # to which the host resolves its own name: what gloo tells the others to connect to
+    host_address: str  # to which the host resolves its own name; gloo makes the others connect to it
     interface: str  # GLOO_SOCKET_IFNAME, which replaces it
-    job: str  # of Slurm, with its restart count
+    job: str  # Slurm's job id, with its restart count
 
 
 def _card() -> Card:
@@ -140,7 +140,7 @@ def _card() -> Card:
 
 
 def rendezvous(launch: Launch) -> dist.Store:
-    """The store of the job, once every rank has registered in it. Raises LaunchError on all ranks that came."""
+    """The store of the job, once every rank has registered in it. Raises LaunchError on all ranks that arrived."""
     limit_s = roll_call_limit_s()
     try:
         store = _open_store(launch, timedelta(seconds=limit_s))
@@ -159,10 +159,10 @@ def rendezvous(launch: Launch) -> dist.Store:
     return room
 
 
-# A launcher's store may outlive an attempt (torchrun's does by default), and no variable numbers the attempts the same
-# on all hosts: each torchrun agent counts the failures that it has seen, so that of a host which joins later starts at
-# 0. So rank 0 makes a room (a prefix of keys) with a new name for each attempt and publishes it under "room". A room
-# that already has a verdict belongs to an earlier attempt: a rank that finds one waits for the next.
+# A launcher's store may outlive an attempt (torchrun's does by default), and no variable numbers attempts the same on
+# all hosts: each torchrun agent counts the failures it has seen, so the count of a host that joins later starts at 0.
+# Rank 0 therefore makes a room (a prefix of keys) with a new name for each attempt and publishes it under "room". A
+# room that already has a verdict belongs to an earlier attempt: a rank that finds one waits for the next.
 
 
 def _room(store: dist.Store, name: str) -> dist.Store:
@@ -170,14 +170,14 @@ def _room(store: dist.Store, name: str) -> dist.Store:
 
 
 def _call_roll(store: dist.Store, size: int, limit_s: float) -> tuple[dist.Store, str, bool]:
-    """Rank 0's part. Returns the room, what is wrong ("" if nothing is), and whether ranks are absent."""
+    """Rank 0's part. Returns the room, the problem ("" if there is none), and whether ranks are absent."""
     name = uuid.uuid4().hex
     room = _room(store, name)
     room.set("limit_s", str(limit_s))
     _enter(room, 0)
     store.set("room", name)
     cards, counts = _collect(room, size, limit_s, is_over=lambda: store.get("room").decode() != name)
-    if (other := store.get("room").decode()) != name:  # another process takes itself for rank 0: tell it, too
+    if (other := store.get("room").decode()) != name:  # another process is rank 0, too: inform it
         _room(store, other).add("count/0", 1)
         counts[0] += 1
     problem = _problem(cards, counts, size)
@@ -189,7 +189,7 @@ def _call_roll(store: dist.Store, size: int, limit_s: float) -> tuple[dist.Store
 
 
 def _answer(store: dist.Store, rank: int, limit_s: float) -> tuple[dist.Store, str, bool]:
-    """The other ranks' part; returns the same. Raises dist.DistError if rank 0 does not come."""
+    """The other ranks' part; returns the same. Raises dist.DistError if rank 0 does not arrive."""
     name, room, is_over, again, until_s = "", store, True, False, time.monotonic() + limit_s
     while True:
         store.wait(["room"], timedelta(seconds=limit_s))
@@ -214,7 +214,7 @@ def _answer(store: dist.Store, rank: int, limit_s: float) -> tuple[dist.Store, s
             continue
         problem, are_absent = json.loads(room.get("verdict"))
         room.add("read", 1)
-        if again and not problem:  # registered too late for rank 0 to see it: the others go on
+        if again and not problem:  # registered too late for rank 0 to see: the others continue
             problem, are_absent = _twice([rank]), False
         return room, problem, are_absent
 
@@ -233,7 +233,7 @@ def roll_call_limit_s() -> float:
 
 
 def _age_s() -> float:
-    """Seconds since this process began; 0 where the kernel does not tell."""
+    """Seconds since this process began; 0 where the kernel does not report it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -251,7 +251,7 @@ def _open_store(launch: Launch, limit: timedelta) -> dist.Store:
 def _collect(
     store: dist.Store, size: int, limit_s: float, is_over: Callable[[], bool]
 ) -> tuple[dict[int, Card], dict[int, int]]:
-    """The cards of the ranks that came in time, or before it `is_over`, and how often each rank came."""
+    """The cards of the ranks that registered in time, or before it `is_over`, and how often each rank did."""
     waiting, until_s = set(range(size)), time.monotonic() + limit_s
     while waiting := {rank for rank in waiting if not store.check([f"card/{rank}"])}:
         if time.monotonic() >= until_s or is_over():
@@ -263,7 +263,7 @@ def _collect(
 
 
 def _problem(cards: Mapping[int, Card], counts: Mapping[int, int], size: int) -> str:
-    """Why these ranks are not one world; empty if they are."""
+    """Why these ranks do not form one world; empty if they do."""
     hosts = sorted({card.host for card in cards.values()})
     came = f"{len(cards)} of {size} ranks came, from {', '.join(hosts[:8])}{' ...' if len(hosts) > 8 else ''}"
     if twice := _came_twice(counts):

@@ -13,7 +13,7 @@ from latte_scale.optim import GuardedAdamW, OptimSettings
 
 
 class SingleEngine:
-    """The model whole on one device, with GuardedAdamW over flat views of its parameters."""
+    """The whole model on one device, with GuardedAdamW over flat views of its parameters."""
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last_microbatch)
-        # DeepSpeed averages over ranks (a sum is refused by stage 3): exact for a power of two, one rounding otherwise.
+        # DeepSpeed averages over ranks (stage 3 refuses a sum): exact for a power of two, one rounding otherwise.
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
 
     def step(self, lr: float, clip: bool = True) -> StepResult:
@@ -117,19 +117,19 @@ class ZeroEngine:
         self._gather_persistent()
 
     def _gather_persistent(self) -> None:
-        """Stage 3: gather the parameters that stay gathered, as DeepSpeed does itself after an applied update alone.
+        """Stage 3: gather the parameters that stay gathered; DeepSpeed does so only after an applied update.
 
-        The order of parameters that it records in the first step after a load does not hold for a step without them.
+        The order of parameters recorded in the first step after a load is not valid for a step without them.
         """
         persistent = self._zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
 
     def _hide_gathering(self) -> None:
-        """Let selective checkpointing see the operators of the blocks alone, and not how their weights are gathered.
+        """Let selective checkpointing see only the blocks' operators, and not how their weights are gathered.
 
-        It counts operators, and refuses a block that runs more of one kind again than it ran before. DeepSpeed gathers
-        and frees inside the blocks, and not alike in both: not in the first step after a load, nor after a validation.
+        It counts operators, and refuses a block whose recomputation runs more of one kind than its forward. DeepSpeed
+        gathers and frees inside the blocks, and differently in the two in the first step after a load or a validation.
         """
         coordinator = self._zero.parameter_offload.get_param_coordinator()
         for name in ("trace_prologue", "fetch_sub_module", "release_sub_module"):
@@ -137,10 +137,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _forget_gradients(self) -> None:
-        """Zero the gradient buffers that outlive a step: a backward only writes those of parameters that it reaches.
+        """Zero the gradient buffers that outlive a step: backward writes only those of parameters that it reaches.
 
-        Else one that the next step does not use (temporal positions, in a step of images) would be updated once more
-        with its old gradient.
+        Otherwise a parameter that the next step does not use (temporal positions, in a step of images) would be updated
+        with its old gradient again.
         """
         if self._stage == 3:
             self._zero.grad_partitions_flat_buffer.zero_()
@@ -149,10 +149,10 @@ class ZeroEngine:
                 flat.grad.zero_()
 
     def _make_states(self) -> None:
-        """Create the moments and step counters, which DeepSpeed leaves to the first step, where a load can find them.
+        """Create the moments and step counters, for a load to fill; DeepSpeed creates them in the first step.
 
-        Versions that do create them took a step on zero gradients for it: the counters are set back, so that the bias
-        correction of the first real update is that of plain torch.
+        Versions that create them earlier take a step on zero gradients: the counters are set back, so that the bias
+        correction of the first real update equals plain torch's.
         """
         for flat in self._flat_weights():
             self._adamw.state[flat] = zero_state(flat.detach())
@@ -166,7 +166,7 @@ class ZeroEngine:
 
 
 def _without_modes(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, unseen by the dispatch modes that are on around it."""
+    """The same callable, hidden from the active dispatch modes."""
 
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -182,9 +182,9 @@ def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_element
     zero: dict[str, Any] = {"stage": settings.zero_stage, "reduce_bucket_size": bucket}
     if settings.zero_stage == 3:
         zero |= {
-            # Else DeepSpeed replaces torch.nn.functional.linear in the whole process by a matmul and an addition, which
-            # round bf16 twice: another function than the other engines compute. The price: without activation
-            # checkpointing the gathered weights of a linear layer live until its backward.
+            # Otherwise DeepSpeed replaces torch.nn.functional.linear in the whole process by a matmul and an addition,
+            # which round bf16 twice: a different function from the other engines'. The cost: without activation
+            # checkpointing, the gathered weights of a linear layer live until its backward.
             "memory_efficient_linear": False,
             "stage3_prefetch_bucket_size": min(settings.zero_prefetch_elements, num_elements),
             "stage3_param_persistence_threshold": settings.zero_persistent_elements,
@@ -198,13 +198,13 @@ def deepspeed_config(settings: EngineSettings, optim: OptimSettings, num_element
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip_norm or 0.0,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # else offload compiles DeepSpeed's own Adam for minutes
+        "zero_force_ds_cpu_optimizer": False,  # otherwise offload compiles DeepSpeed's Adam: minutes
         "zero_allow_untested_optimizer": True,
     }
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    """The module deepspeed, set up for this rank's kind of device. ImportError that says what to install."""
+    """The module deepspeed, set up for this rank's kind of device. Raises ImportError with what to install."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # deepspeed takes its device from it, in every step of stage 3
@@ -217,11 +217,11 @@ def _import_deepspeed(ranks: Ranks) -> Any:
             "engine.kind=fsdp2"
         ) from error
     if ranks.device.type == "cpu":
-        # Else every start compiles probes for all of DeepSpeed's operators, and the first one an operator that only
-        # inference uses: most of a minute, under a lock that SIGKILL leaves behind.
+        # Otherwise every start compiles probes for all of DeepSpeed's operators, and the first start an operator that
+        # only inference uses: most of a minute, under a lock that SIGKILL leaves behind.
         deepspeed.ops.__compatible_ops__ = {}
     logger.setLevel(logging.WARNING)
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # one line a collective from torch >= 2.13
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch >= 2.13 warns once per collective
         warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
     return deepspeed
 

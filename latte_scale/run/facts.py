@@ -28,12 +28,12 @@ SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|JWT", re.IGNOR
 
 
 def describe_rank(rank: int, device: str) -> dict[str, Any]:
-    """What one rank says of itself, to be gathered."""
+    """The facts of one rank, to be gathered."""
     return {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "device": device}
 
 
 def collect_facts(ranks: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
-    """Everything about this attempt; `ranks` is what `describe_rank` gave on each."""
+    """Everything about this attempt; `ranks` has the `describe_rank` of each."""
     return {
         "time": time.time(),
         "command": [sys.executable, *sys.argv],

@@ -56,9 +56,9 @@ class RunFolder:
         self._attempt: Holder | None = None  # rank 0's, likewise
 
     def open(self) -> None:
-        """Make the folder and begin this rank's log. Raises StopRunError where nothing can be written.
+        """Create the folder and begin this rank's log. Raises StopRunError where nothing can be written.
 
-        Also raises it if a folder has the name of one of FILES: the first write to it would fail, and be requeued.
+        Also raises it if a folder has the name of one of FILES: the first write to it would fail, and the run requeue.
         """
         for name in FILES:
             if (self.path / name).is_dir():
@@ -85,7 +85,7 @@ class RunFolder:
         self.has_log = True
 
     def take(self, from_rank_0: Callable[[Callable[[], Any]], Any]) -> "Fence":
-        """Take the folder's lease on rank 0. A collective: `from_rank_0` calls a function there, and tells all ranks.
+        """Take the folder's lease on rank 0. A collective: `from_rank_0` broadcasts a function's result from there.
 
         Raises StopRunError on all ranks if another attempt holds the folder.
         """
@@ -97,14 +97,14 @@ class RunFolder:
                 lease = Lease(self.path, this_process(), tell=lambda words: print(words, flush=True))
             except (LeaseError, OSError) as error:
                 raise StopRunError(str(error)) from error
-            (self.path / "exit.json").unlink(missing_ok=True)  # the last attempt's
+            (self.path / "exit.json").unlink(missing_ok=True)  # the previous attempt's
             return lease.holder, self._read_or_make_id()
 
         self._attempt, self.run_id = from_rank_0(begin)
         return Fence(lease)
 
     def _read_or_make_id(self) -> str:
-        """The run's id; called by who holds the lease."""
+        """The run's id; only the holder of the lease calls this."""
         path = self.path / "run_id"
         if not path.exists():
             write_text(path, uuid.uuid4().hex[:12])
@@ -116,16 +116,16 @@ class RunFolder:
             write_text(self.path / "config.yaml", settings.dump_yaml(config))
 
     def write_coverage(self, text: str) -> None:
-        """Write what the run sees of its data (rank 0)."""
+        """Write which of its data the run sees (rank 0)."""
         write_text(self.path / "coverage.json", text)
 
     def write_exit(self, code: int, reason: str) -> bool:
-        """Write `exit.json`: what scripts read, because launchers turn every failure into 1.
+        """Write `exit.json`, which scripts read, because launchers turn every failure into exit code 1.
 
         Rank 0 writes it, and so does a rank that fails, so that the file has its reason and not rank 0's "connection
         closed by peer". Of several failures the first one stays, unless a later one forbids a requeue. Nothing is
-        written once another attempt holds the folder. Returns False if writing failed: then only the exit code of the
-        process tells, and the caller should keep the lease, which shows scripts that the folder was held.
+        written once another attempt holds the folder. Returns False if writing failed: then only the process's exit
+        code shows the outcome, and the caller should keep the lease, which shows scripts that the folder was held.
         """
         try:
             self._write_exit(code, reason)
@@ -167,14 +167,14 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def note_replacement(self, replacement: Any) -> None:
-        """Add a line to `logs/replaced-RANK.jsonl`: a sample that could not be read, and the one that came instead."""
+        """Add a line to `logs/replaced-RANK.jsonl`: a sample that could not be read, and its replacement."""
         logger.warning("sample replaced: %s", replacement)
         with open(self.logs / f"replaced-{self.rank:05d}.jsonl", "a") as file:
             file.write(json.dumps(dataclasses.asdict(replacement)) + "\n")
 
 
 def has_trained(folder: Path) -> bool:
-    """Whether an attempt has logged a step: its settings, stores and machines were right then."""
+    """Whether an attempt has logged a step: then its settings, stores and machines worked."""
     try:
         return (folder / "metrics.jsonl").stat().st_size > 0
     except OSError:
@@ -192,7 +192,7 @@ def read_exit(folder: Path) -> dict[str, Any]:
 class Fence:
     """Whether this attempt may still write: its launcher is alive and, on rank 0, it holds the lease of the folder.
 
-    A rank does not die with its launcher (torchrun starts ranks in sessions of their own), and must not go on beside
+    A rank does not die with its launcher (torchrun starts ranks in their own sessions), and must not continue alongside
     the attempt that replaces it.
     """
 
@@ -220,7 +220,7 @@ class Fence:
         return False
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         if self._lease is not None:
             self._lease.release()
 
@@ -234,7 +234,7 @@ def folder_of(config: str | Path, overrides: Sequence[str]) -> str:
 
 
 def path_of(run_dir: str) -> Path:
-    """run.dir as a path; `~` is the home directory, which no shell puts into key=value. SettingsError for a URL."""
+    """run.dir as a path; `~` is expanded, which shells do not do in key=value. SettingsError for a URL."""
     if not run_dir or "://" in run_dir:
         raise settings.SettingsError(
             f"run.dir: expected a folder that every node may write, got {run_dir!r}; only checkpoints go to an "
@@ -244,9 +244,9 @@ def path_of(run_dir: str) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m latte_scale.run CONFIG [key=value ...]`: print the run folder, for scripts; 0, or 78 with the reason.
+    """`python -m latte_scale.run CONFIG [key=value ...]`: print the run folder, for scripts; 0, or 78 with a reason.
 
-    Options of the trainer among the arguments are passed over.
+    Options of the trainer among the arguments are ignored.
     """
     words = sys.argv[1:] if argv is None else argv
     if not words:

@@ -30,14 +30,14 @@ from latte_scale.store import Counters
 
 logger = logging.getLogger("latte_scale")
 
-HALF = 2**31  # the digest travels as two numbers that a float64 sum keeps exact
+HALF = 2**31  # the digest is sent as two numbers, which a float64 sum keeps exact
 STORE_FIELDS = tuple(each.name for each in fields(Counters))
 HOST_FIELDS = (
     *("samples", "tokens", "flops", "data_wait_s"),
-    *STORE_FIELDS,  # asked of object stores for the samples of the step
-    "replaced",  # samples that could not be read, and others came instead
+    *STORE_FIELDS,  # requests to object stores for the samples of the step
+    "replaced",  # samples that could not be read and were replaced
     *("graphs", "recompiled"),  # compiled, with engine.compile; and those of them after the bucket's first step
-    *("stop", "lost", "save_failed"),  # how many ranks were asked to stop, may not write any more, could not save
+    *("stop", "lost", "save_failed"),  # ranks that were asked to stop, may no longer write, could not save
     *("digest_low", "digest_high"),
     "digest_apart",  # not 0 if the ranks of a sequence group had different samples or noise
 )
@@ -61,7 +61,7 @@ class Tally:
     sequence_rank: int = 0
     sequence_size: int = 1
     host: dict[str, float] = field(default_factory=lambda: dict.fromkeys(HOST_FIELDS, 0.0))
-    losses: list[Tensor] = field(default_factory=list)  # a micro-batch: [2 + 2 NUM_BANDS] fp64 on the device
+    losses: list[Tensor] = field(default_factory=list)  # per micro-batch: [2 + 2 NUM_BANDS] fp64 on the device
 
     def add(self, inputs: ModelInputs, loss_B: Tensor, contrastive_B: Tensor | None, tokens: int, flops: float) -> None:
         """Count one micro-batch; `tokens` and `flops` (of a step without recompute) are those of its real samples."""
@@ -80,7 +80,7 @@ class Tally:
         self.host["digest_apart"] += low * (self.sequence_size - 1) if counts else -low
 
     def count_reads(self, fetched: Iterable[Counters]) -> None:
-        """Add what was asked of object stores for the step; every rank of a sequence group asks for itself."""
+        """Add the requests to object stores for the step; every rank of a sequence group makes its own."""
         for each in fetched:
             for name, value in asdict(each).items():
                 self.host[name] += value
@@ -99,16 +99,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Progress:
-    """All the state a run has besides its tensors: a few integers."""
+    """The state of a run besides its tensors: a few integers."""
 
     step: int = 0  # the next step to run
     skipped_steps: tuple[int, ...] = ()  # steps whose update was not finite and was not applied
 
     def updates_before(self, step: int) -> int:
-        """The number of updates from which the learning rate of `step` follows.
+        """The number of updates that determines the learning rate of `step`.
 
         Whether step - 1 was applied is not known when `step` begins (its flag is read one step late), so it counts as
-        applied; also after a resume, where it is known, so that a resume changes no learning rate.
+        applied; also after a resume, when it is known, so that a resume changes no learning rate.
         """
         return step - sum(skipped < step - 1 for skipped in self.skipped_steps)
 
@@ -122,7 +122,7 @@ class Progress:
 
 
 class Journal:
-    """Turns the summed numbers of each step into a record; equal on all ranks, written by rank 0."""
+    """Turns the summed numbers of each step into a record: the same on all ranks, written by rank 0."""
 
     def __init__(
         self,
@@ -140,8 +140,8 @@ class Journal:
     ) -> None:
         """`file`: where to write, None on ranks that do not. `recompute_share`: recomputed over model FLOPs.
 
-        `contrastive`: the run has a contrastive loss, which is reported beside the diffusion loss. `compiled`: its
-        blocks are compiled, and the graphs made are reported.
+        `contrastive`: the run has a contrastive loss, reported with the diffusion loss. `compiled`: its blocks are
+        compiled, and the graphs made are reported.
         """
         self.progress, self.stop_requested = progress, False
         self._file, self._console, self._device, self._num_devices = file, console, device, num_devices
@@ -152,24 +152,24 @@ class Journal:
         self._sample_ids: dict[int, list[str]] = {}
         self._spikes: dict[str, SpikeDetector] = defaultdict(SpikeDetector)  # by bucket: each has its own level of loss
         self._save_failed = False
-        self._from_stores = False  # samples come out of object stores: known from the first request on
+        self._from_stores = False  # samples come from object stores: known from the first request on
         self._began_at_s: dict[int, float] = {}
         self._first_step, self._started_at_s = progress.step, time.perf_counter()
         self.throughput = Throughput(self._started_at_s)
 
     def begin(self, step: int, lr: float, epoch: float, samples_seen: int, bucket: str) -> None:
-        """Keep what the host knows of a step until its numbers come back; `samples_seen` includes this step."""
+        """Keep what the host knows of a step until its numbers arrive; `samples_seen` includes this step."""
         self._known[step] = {"samples_seen": samples_seen, "epoch": epoch, "lr": lr, "bucket": bucket}
         self._began_at_s[step] = time.perf_counter()
 
     def note_samples(self, step: int, sample_ids: list[str]) -> None:
-        """Keep this rank's samples of a step until its numbers come back: they are named if something is wrong."""
+        """Keep this rank's samples of a step until its numbers arrive: they are logged if something is wrong."""
         self._sample_ids[step] = [name for name in sample_ids if name]  # an empty slot has no name
 
     def take(self, step: int, numbers: list[float]) -> None:
         """Account for one finished step.
 
-        Raises StopRunError on all ranks after too many skipped updates in a row, or once any rank may not write.
+        Raises StopRunError on all ranks after too many skipped updates in a row, or once any rank may no longer write.
         """
         values = dict(zip(FIELDS, numbers, strict=True))
         known = self._known.pop(step)
@@ -201,7 +201,7 @@ class Journal:
             )
 
     def _warn(self, step: int, values: dict[str, float], bucket: str, sample_ids: list[str]) -> None:
-        """Print what a person should look at, and log it on every rank together with the rank's own samples."""
+        """Print what needs attention, and log it on every rank with the rank's own samples."""
         loss = values["loss"] / values["samples"]
         height = self._spikes[bucket].look(loss)
         problem = None
@@ -258,7 +258,7 @@ class Journal:
             "save_failed": int(values["save_failed"]),
             **self._graphs(),
             "memory_gib": memory_bytes(self._device) / 2**30,
-            "worker_memory_gib": [size / 2**30 for size in worker_memory_bytes()],  # rank 0's, flat if all is well
+            "worker_memory_gib": [size / 2**30 for size in worker_memory_bytes()],  # rank 0's; constant if all is well
             **self.throughput.summary(ended_at_s, self._num_devices, self._peak),
             **(self.throughput.of_stores(ended_at_s) if self._from_stores else {}),
             "time": time.time(),

@@ -47,10 +47,10 @@ class Holder:
 
     host: str
     pid: int
-    started: str  # start time of the process as the kernel counts it: a pid alone may be somebody else by now
+    started: str  # start time of the process in the kernel's count: the pid alone may have been reused
     job_id: str  # of the scheduler or, without one, of torchrun's rendezvous; "" without either
     restart: int  # how often the scheduler has restarted the job
-    token: str  # random, so that an attempt knows its own lease again
+    token: str  # random, so that an attempt recognises its own lease
     machine: str = ""  # where `pid` means this process; "" in leases of earlier versions
 
 
@@ -68,7 +68,7 @@ def this_process(environ: Mapping[str, str] | None = None) -> Holder:
 
 
 def this_machine() -> str:
-    """Identifies the running kernel and the pid namespace of this process, which a container has for itself."""
+    """Identifies the running kernel and the pid namespace of this process (a container has its own)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -77,7 +77,7 @@ def this_machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in kernel ticks; None if there is none, or only its zombie."""
+    """When a process of this machine started, in kernel ticks; None if there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -91,7 +91,7 @@ class Lease:
     def __init__(self, folder: str | Path, holder: Holder, tell: Callable[[str], None] = logger.warning) -> None:
         """Raises LeaseError if another attempt is alive and is not an older restart of the same job.
 
-        `tell`: called with a line for a person if this has to wait.
+        `tell`: called with a message if this has to wait.
         """
         self.path, self.holder = Path(folder) / "lease.json", holder
         self._given_back = threading.Event()
@@ -106,9 +106,9 @@ class Lease:
         threading.Thread(target=self._live, name="lease", daemon=True).start()
 
     def _live(self) -> None:
-        """Send heartbeats (touch the file) as long as the lease is ours.
+        """Send heartbeats (touch the file) while the lease is ours.
 
-        The file that was read is touched, not the path: another attempt may put its own there in between.
+        It touches the file that it read, not the path: another attempt may put its own there in between.
         """
         while not self._given_back.wait(TOUCH_EVERY_S):
             try:
@@ -117,30 +117,30 @@ class Lease:
                     if current is None or current.token != self.holder.token:
                         return  # `check` raises before the next write
                     os.utime(file.fileno())
-            except FileNotFoundError:  # given back
+            except FileNotFoundError:  # released
                 return
-            except OSError:  # a shared folder that does not answer for a moment; the next heartbeat may arrive
+            except OSError:  # a shared folder that briefly does not answer; the next heartbeat may arrive
                 continue
 
     def _put_first(self, temporary: Path) -> bool:
-        """Create the lease if there is none. Of two attempts that start at the same moment, one finds the other's."""
+        """Create the lease if there is none. Of two attempts that start at once, one finds the other's."""
         try:
             os.link(temporary, self.path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without links: the later of the two wins, and the other stops at its next look
+        except OSError:  # a file system without links: the later of the two wins; the other stops at its next check
             if self.path.exists():
                 return False
             os.replace(temporary, self.path)
         return True
 
     def _wait_for_holder(self, temporary: Path, tell: Callable[[str], None]) -> None:
-        """Return once nobody holds the folder. LeaseError at once, or where a holder of the same job does not die."""
+        """Return once the folder is free. LeaseError at once, or if a holder of the same job does not die."""
         mine, until_s, has_told = self.holder, time.monotonic() + LOST_S + WATCH_S, False
-        is_late = False  # by the clock before the look, for a shared folder may answer it a minute later
+        is_late = False  # by the clock before the check, which a shared folder may answer a minute later
         while (reason := self._refusal(now=temporary.stat().st_mtime)) is not None:
             current = self._read()
-            if current is None:  # given back in this moment
+            if current is None:  # just released
                 continue
             is_peer = self._same_job(current) and current.restart == mine.restart and current.host != mine.host
             if not is_peer or is_late:
@@ -163,7 +163,7 @@ class Lease:
             raise LeaseError(f"{self.path} was {by}: this attempt stops and writes nothing more")
 
     def release(self) -> None:
-        """Give the folder back, if it is still ours."""
+        """Release the folder, if it is still ours."""
         self._given_back.set()
         current = self._read()
         if current is not None and current.token == self.holder.token:
@@ -175,7 +175,7 @@ class Lease:
     def _refusal(self, now: float) -> str | None:
         """Why the holder in the file keeps the folder; None if it does not. `now`: the folder's clock."""
         current, mine = self._read(), self.holder
-        if current is None:  # released since, or cut by a full disk: it holds nothing
+        if current is None:  # released since, or truncated by a full disk: not valid
             return None
         same_job = self._same_job(current)
         if same_job and mine.restart > current.restart:
@@ -190,9 +190,9 @@ class Lease:
         else:
             try:
                 silent_s = now - self.path.stat().st_mtime
-            except FileNotFoundError:  # released in this moment
+            except FileNotFoundError:  # just released
                 return None
-            namesake = current.host == mine.host  # restarted since, with new process ids, or another one of that name
+            namesake = current.host == mine.host  # restarted since, with new process ids, or another of that name
             stale_s = LOST_S if same_job else STALE_S
             if (namesake or silent_s > stale_s) and not self._moves():
                 return None
@@ -219,18 +219,18 @@ class Lease:
                 time.sleep(WATCH_S / 40)
                 if self._touched_ns() != before:
                     return True
-        except FileNotFoundError:  # given back meanwhile
+        except FileNotFoundError:  # released meanwhile
             pass
         return False
 
     def _touched_ns(self) -> int:
-        """Time of the last heartbeat. Opens the file, because otherwise NFS may answer from a cache a minute old."""
+        """Time of the last heartbeat. Opens the file: otherwise NFS may answer from a cache a minute old."""
         with open(self.path) as file:
             return os.fstat(file.fileno()).st_mtime_ns
 
 
 def holder_of(folder: str | Path) -> Holder | None:
-    """Who holds a run folder; None if nobody does, or if the lease is cut (by a full disk) or of another version."""
+    """The holder of a run folder; None without one, or if the lease is truncated (full disk) or of another version."""
     try:
         return _parse((Path(folder) / "lease.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -238,7 +238,7 @@ def holder_of(folder: str | Path) -> Holder | None:
 
 
 def _parse(content: bytes) -> Holder | None:
-    """The holder that a lease names; None if it is cut or of another version."""
+    """The holder in a lease; None if it is truncated or of another version."""
     try:
         return Holder(**json.loads(content))
     except (ValueError, TypeError):

@@ -16,7 +16,7 @@ TAIL_BYTES = 2**20
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, appended and flushed, rewound to the step a run resumes from."""
+    """`metrics.jsonl`: one JSON object per line, appended and flushed, rewound to the step a run resumes from."""
 
     def __init__(
         self,
@@ -24,17 +24,17 @@ class MetricsFile:
         fence: Callable[[], None] = lambda: None,
         on_line: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
-        """`fence` is called before each line; it raises once this attempt may not write any more.
+        """`fence` is called before each line; it raises once this attempt may no longer write.
 
-        `on_line` is called with every record that was written, in which None stands for what is not finite.
+        `on_line` is called with every record written, in which None stands for values that are not finite.
         """
         self.path, self._fence, self._on_line = Path(path), fence, on_line
 
     def rewind(self, step: int, keep_in: str | Path) -> list[int]:
         """Move every line of a step >= `step` to the file `keep_in`; returns those steps.
 
-        They were logged by an attempt that ended before its next checkpoint and will be logged again. Of a long file
-        only the end is looked at, for lines stand in the order of steps, but for one that a dead attempt wrote late.
+        An attempt that ended before its next checkpoint logged them, and they will be logged again. Only the end of a
+        long file is read: lines are in the order of steps, except one that a dead attempt wrote late.
         """
         if not self.path.exists():
             return []
@@ -47,11 +47,11 @@ class MetricsFile:
                     kept.append(line)
                     continue
                 steps += [] if of is None else [of]
-                moved.append(line)  # also one that was cut by a kill: its step is logged again, or is lost already
+                moved.append(line)  # also one truncated by a kill: its step is logged again, or already lost
             if moved:
                 with open(keep_in, "ab") as keep:
                     keep.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
-            if moved or not all(line.endswith(b"\n") for line in lines):  # the next would be appended to the last one
+            if moved or not all(line.endswith(b"\n") for line in lines):  # else the next is appended to the last one
                 with replacing(self.path) as new:
                     file.seek(0)
                     _copy(file, new, begin)
@@ -59,19 +59,19 @@ class MetricsFile:
         return steps
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line; it has left the process when this returns, so a kill cannot take it back."""
+        """Write one line and flush it to the kernel, so that a kill cannot lose it."""
         self._fence()
         record = finite(record)
         try:
             with open(self.path, "a") as file:
                 file.write(json_text(record) + "\n")
-        except OSError as error:  # of a full disk it does not say which
+        except OSError as error:  # for a full disk it does not say which
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._on_line(record)
 
 
 def _tail(file: BinaryIO, step: int) -> tuple[int, list[bytes]]:
-    """The last lines of a file, TAIL_BYTES of them and from before `step` on, and the offset at which they begin."""
+    """The last lines of a file, TAIL_BYTES of them and from before `step` on, and the offset where they begin."""
     size, length = file.seek(0, os.SEEK_END), TAIL_BYTES
     while True:
         file.seek(max(0, size - length))
@@ -96,7 +96,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; what is no record, as a last line cut by a kill, is left out."""
+    """The records of a metrics.jsonl; lines that are no record, such as a last one truncated by a kill, are skipped."""
     path = Path(path)
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [record for record in map(parse_record, lines) if record is not None]

@@ -31,7 +31,7 @@ STRAGGLER = 1.2
 """A rank is named if it needs this many times as long as the other ranks do, waiting for each other not counted."""
 PARTS = ("compute", "exposed communication", "data wait", "checkpoint", "host")
 STEP, CHECKPOINT = "train step", "checkpoint"
-LOADER = "enumerate(DataLoader)"  # what torch's DataLoader calls its spans
+LOADER = "enumerate(DataLoader)"  # torch's name for the DataLoader's spans
 COMMUNICATION = ("nccl", "gloo:", "c10d::", "record_param_comms")
 SNAPSHOT_FILE, LOOK_EVERY_STEPS = "snapshot", 20
 HISTORY_ENTRIES = 100_000
@@ -43,12 +43,12 @@ class Profile:
     """Follows the steps of one attempt. Use it in `with`; call `step` at the end of every step, on all ranks."""
 
     def __init__(self, folder: str | Path, ranks: Ranks, num_steps: int, console: Console) -> None:
-        """`num_steps`: to be traced, 0 for none."""
+        """`num_steps`: steps to trace, 0 for none."""
         self._folder, self._ranks, self._num_steps, self._console = Path(folder), ranks, num_steps, console
         self._done = 0
         self._profiler: profile | None = None
         self._span: record_function | None = None
-        self._asked_ns = self._snapshot_time_ns()  # a file left by an earlier attempt asks for nothing
+        self._asked_ns = self._snapshot_time_ns()  # a file left by an earlier attempt is no request
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +67,7 @@ class Profile:
                 self._console.print(message, markup=False)
 
     def step(self) -> None:
-        """A step has ended. A collective once, after the last step of the trace."""
+        """To be called after every step. A collective once, after the last step of the trace."""
         self._done += 1
         self._look_for_snapshot()
         traced = self._done - FIRST_STEPS
@@ -112,7 +112,7 @@ class Profile:
     def _snapshot_time_ns(self) -> int:
         try:
             return (self._folder / SNAPSHOT_FILE).stat().st_mtime_ns
-        except OSError:  # no such file, or the run folder is none: RunFolder.open says so
+        except OSError:  # no such file, or no run folder: RunFolder.open reports that
             return 0
 
     def _look_for_snapshot(self) -> None:
@@ -128,13 +128,13 @@ class Profile:
         folder = self._folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"memory-{self._done:08d}-rank-{self._ranks.rank:05d}.pickle"
-        torch.cuda.memory._dump_snapshot(str(path))  # torch's documented way, in spite of its name
+        torch.cuda.memory._dump_snapshot(str(path))  # torch's documented way, despite its name
         torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
         logger.warning("memory snapshot %s (pytorch.org/memory_viz); touch it again for one with history", path)
 
 
 def parts_of(events: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds a step of each of PARTS, and of "step", from the events of a chrome trace."""
+    """Mean seconds per step of each of PARTS, and of "step", from the events of a chrome trace."""
     on_gpu = any(event.get("cat") == "kernel" for event in events)
     work = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
 
@@ -188,7 +188,7 @@ def covered(window: Spans, spans: Spans) -> float:
 
 
 def stragglers(gathered: Sequence[dict[str, float]]) -> list[str]:
-    """A line for each rank that needs much longer than the others for what it does alone, and for which part."""
+    """A line for each rank much slower than the others at what it does alone, and at which part."""
     alone = [seconds["step"] - seconds["exposed communication"] for seconds in gathered]
     lines = []
     for rank, mine in enumerate(alone):
@@ -202,7 +202,7 @@ def stragglers(gathered: Sequence[dict[str, float]]) -> list[str]:
 
 
 def table_of(gathered: Sequence[dict[str, float]], num_steps: int) -> Table:
-    """Milliseconds a step and shares, a row a rank."""
+    """Milliseconds per step and shares, one row per rank."""
     table = Table(title=f"ms a step, mean of {num_steps}", box=None)
     for name in ("rank", "step", *PARTS):
         table.add_column(name, justify="right")

@@ -21,9 +21,9 @@ LOOK_EVERY_S = 1.0
 
 
 class StopSignals:
-    """Remembers that a signal asked for a stop, until the next step boundary: the handler itself does nothing else.
+    """Records a signal that asks for a stop, until the next step boundary: the handler does nothing else.
 
-    The first Ctrl-C asks like any other signal, and prints that; a second one is the usual KeyboardInterrupt.
+    The first Ctrl-C acts like any other signal, and prints that; a second one is the usual KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -49,19 +49,19 @@ class StopSignals:
             os.write(sys.stderr.fileno(), INTERRUPTED.encode())  # not print: a handler may interrupt another one
 
     def reason(self) -> str:
-        """The reason that `exit.json` gives; the seconds in it tell how early a scheduler has to send its signal."""
+        """The reason for `exit.json`; its seconds show how early a scheduler has to send its signal."""
         if self.signal_name is None:
             return "stopped by a signal on another rank, saved"
         return f"stopped by {self.signal_name}, saved {time.monotonic() - self._asked_at_s:.1f} s after it"
 
 
 class StopSources:
-    """Everything that may ask this rank to stop, looked at between steps."""
+    """Everything that may ask this rank to stop, checked between steps."""
 
     def __init__(
         self, signals: StopSignals, folder: str | Path, rank: int, time_budget_s: float | None, began_at_s: float
     ) -> None:
-        """The budget counts from `began_at_s` of time.monotonic: when the process started, before it met the others."""
+        """The budget counts from `began_at_s` of time.monotonic: the start of the process, before the rendezvous."""
         self._signals, self._rank, self._budget_s = signals, rank, time_budget_s
         self.path = Path(folder) / STOP_FILE
         self._began_at_s = began_at_s
@@ -82,10 +82,10 @@ class StopSources:
         return self._cause is not None
 
     def reason(self) -> str:
-        """The reason that `exit.json` gives for a stop after a save."""
+        """The reason in `exit.json` for a stop after a save."""
         return self._signals.reason() if self._cause is None else f"stopped by {self._cause}, saved"
 
     def clear(self) -> None:
-        """Remove the file, once the run has stopped: it asks for one stop, and the next attempt goes on."""
+        """Remove the file once the run has stopped: it asks for one stop, and the next attempt continues."""
         if self._rank == 0:
             self.path.unlink(missing_ok=True)

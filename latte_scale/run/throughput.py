@@ -15,7 +15,7 @@ import torch
 logger = logging.getLogger("latte_scale")
 
 # Dense bf16 tensor-core peaks in FLOP/s, without sparsity, by a part of torch.cuda.get_device_name(); from the vendor's
-# data sheets. First match wins, so longer names stand first. A device that is not here gets no MFU.
+# data sheets. The first match wins, so longer names come first. A device that is not listed gets no MFU.
 PEAK_BF16_FLOPS = {
     "H200 NVL": 835.5e12,
     "H200": 989.4e12,
@@ -40,7 +40,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def utilization(flops: float, seconds: float, num_devices: int, peak: float | None) -> float | None:
-    """Share of the devices' peak that `flops` in `seconds` make: MFU if recompute is left out, HFU if it is counted in.
+    """`flops` in `seconds` over the devices' peak: MFU if `flops` excludes recompute, HFU if it includes it.
 
     Raises ValueError above 1: such a figure means that the FLOPs or the peak are wrong.
     """
@@ -57,14 +57,14 @@ def utilization(flops: float, seconds: float, num_devices: int, peak: float | No
 
 @dataclass
 class Throughput:
-    """Work done since the last logged line. Times are those of time.perf_counter."""
+    """Counts since the last logged line. Times are those of time.perf_counter."""
 
     started_at_s: float
     samples: int = 0
-    replaced: int = 0  # of them: the planned ones could not be read
+    replaced: int = 0  # of them: planned ones that could not be read
     tokens: int = 0
     model_flops: float = 0.0  # 3 x forward of real tokens
-    recomputed_flops: float = 0.0  # what activation checkpointing runs again
+    recomputed_flops: float = 0.0  # run again by activation checkpointing
     data_wait_s: float = 0.0
     checkpoint_stall_s: float = 0.0
     validation_s: float = 0.0
@@ -73,9 +73,9 @@ class Throughput:
     fetched: Counter[str] = field(default_factory=Counter)  # store.Counters, summed over the ranks
 
     def summary(self, until_s: float, num_devices: int, peak: float | None) -> dict[str, float | None]:
-        """Rates of the window up to `until_s`, as metrics.jsonl names them; mfu and hfu where the peak is known.
+        """Rates of the window up to `until_s`, under their names in metrics.jsonl; mfu and hfu if the peak is known.
 
-        These are None, with a warning, where they would be above 1.
+        mfu and hfu are None, with a warning, where they would be above 1.
         """
         seconds = max(until_s - self.started_at_s, 1e-9)
         rates = {
@@ -104,7 +104,7 @@ def _possible_utilization(flops: float, seconds: float, num_devices: int, peak: 
     """`utilization`, or None and a warning where it would be above 1: a wrong figure must not end a run.
 
     The host is a step ahead of the device, so the time of a window is that of steps shifted by one. Where the step
-    before the window is smaller (images before a video), the window's work may be more than its time allows.
+    before the window is smaller (images before a video), the window's FLOPs may be more than its time allows.
     """
     try:
         return utilization(flops, seconds, num_devices, peak)
@@ -119,7 +119,7 @@ def worker_memory_bytes() -> list[int]:
     for child in sorted(multiprocessing.active_children(), key=lambda each: each.pid):
         try:
             status = Path(f"/proc/{child.pid}/status").read_text()
-        except OSError:  # it ended just now, or this is not Linux
+        except OSError:  # it has just ended, or this is not Linux
             continue
         found += [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")]
     return found

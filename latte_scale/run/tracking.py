@@ -36,7 +36,7 @@ class LogSettings:
 
 
 class Tracker(Protocol):
-    """A copy of the metrics somewhere else. Each of these may fail."""
+    """A copy of the metrics elsewhere. Any of these methods may fail."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take one line of metrics.jsonl."""
@@ -48,7 +48,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Those that a run has, each until it fails; use it in `with`, which closes them."""
+    """The trackers of a run, each used until it fails; use it in `with`, which closes them."""
 
     def __init__(self) -> None:
         self._trackers: dict[str, Tracker] = {}
@@ -93,11 +93,11 @@ def open_trackers(
         folder: the run folder.
         run_id: of the run, the same in all its attempts.
         config: the resolved configuration, nested mappings.
-        first_step: the step this attempt begins with; TensorBoard drops what an earlier attempt wrote from there on.
-        last_logged: the last step that an earlier attempt logged, -1 for none; wandb cannot drop steps, so these are
-            not sent again.
+        first_step: the first step of this attempt; TensorBoard drops what an earlier attempt wrote from there on.
+        last_logged: the last step that an earlier attempt logged, -1 for none; wandb cannot drop steps, so earlier
+            ones are not sent again.
 
-    Raises ValueError where one that is asked for is not installed.
+    Raises ValueError if a requested one is not installed.
     """
     trackers = Trackers()
     if settings.tensorboard:
@@ -110,7 +110,7 @@ def open_trackers(
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a metrics line by name; a list becomes `name/0`, `name/1`; what is null or text is left out."""
+    """The numbers of a metrics line by name; a list becomes `name/0`, `name/1`; null and text are left out."""
     found: dict[str, float] = {}
     for key, value in record.items():
         for name, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
@@ -175,7 +175,7 @@ class Wandb:
             self._run.log(scalars(record), step=record["step"])
 
     def close(self) -> None:
-        """Send what is left, for FINISH_TIMEOUT_S at most; `wandb sync` sends what did not get through."""
+        """Send what is left, for FINISH_TIMEOUT_S at most; `wandb sync` sends the rest."""
         self._run.finish()
 
 

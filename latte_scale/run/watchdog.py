@@ -20,7 +20,7 @@ class Watchdog:
     """Fires unless it is armed again in time. One per process; use it in `with`, or close it."""
 
     def __init__(self, folder: str | Path, rank: int, timeout_s: float) -> None:
-        """Opens the file now: a process that hangs may not be able to.
+        """Opens the file now: a hanging process may not be able to.
 
         Args:
             folder: the run's logs.
@@ -35,7 +35,7 @@ class Watchdog:
     def arm(self, factor: float = 1.0) -> None:
         """Begin to count: the process ends unless this is called again, or `close`, within `factor` x timeout_s.
 
-        Cheap enough for every step: the clock is set anew at most once a second.
+        Cheap enough for every step: the clock is set at most once per second.
         """
         now_s, limit_s = time.monotonic(), factor * self.timeout_s
         if limit_s == self._limit_s and now_s - self._armed_at_s < min(1.0, limit_s / 20):

@@ -1,4 +1,4 @@
-"""The products that are timed are those that a step runs, by their FLOPs."""
+"""The timed products are those of a step, by their FLOPs."""
 
 import pytest
 

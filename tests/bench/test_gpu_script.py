@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh, which no test can run: it parses, says how it is called, and names configs and rivals that are."""
+"""benchmarks/gpu.sh, which no test can run: it parses, prints its usage, and names existing configs and baselines."""
 
 import os
 import re

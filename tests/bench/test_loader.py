@@ -1,4 +1,4 @@
-"""The config's own data through its loader: what a rank gets, how it is waited for, and what goes wrong in words."""
+"""The config's own data through its loader: what a rank gets, how long it waits, and the error messages."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every side of a comparison does the same work: the same losses from the same weights, step after step."""
+"""Every side of a comparison computes the same: the same losses from the same weights, step after step."""
 
 from pathlib import Path
 

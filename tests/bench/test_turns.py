@@ -1,4 +1,4 @@
-"""Turns: what is counted, and what is not."""
+"""Alternating rounds: what is counted, and what is not."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What the overhead's table says of given times; that the engines' steps agree is in tests/bench and tests/engine."""
+"""The overhead's table for given times; the tests that engines' steps agree are in tests/bench and tests/engine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tables and curves of what was measured, without measuring: studies, and the score over steps."""
+"""Tables and curves from given measurements: studies, and the score over steps."""
 
 import json
 import xml.etree.ElementTree as ElementTree

@@ -1,4 +1,4 @@
-"""A thousand ranks on paper, at the size that takes seconds: the functions check what they say themselves."""
+"""benchmarks/thousand_ranks.py at a size that takes seconds: its functions check their own results."""
 
 import xml.etree.ElementTree as ElementTree
 

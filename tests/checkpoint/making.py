@@ -1,4 +1,4 @@
-"""Small checkpoints whose values show what was saved, and a fault at any one change of the disk."""
+"""Small checkpoints whose values identify what was saved, and a fault at any single change of the disk."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Checkpoints in a real S3 service: there when their manifest is, read in few requests, removed the other way round."""
+"""Checkpoints in a real S3 service: committed by their manifest, read in few requests, removed manifest first."""
 
 import re
 import threading

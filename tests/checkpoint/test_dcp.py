@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint: those that plain FSDP2 scripts write, those they load, and hostile ones."""
+"""Folders of torch.distributed.checkpoint: those that plain FSDP2 scripts write or load, and malformed ones."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""DeepSpeed's folders: what its own save_checkpoint writes is read, what is written its own load_checkpoint reads."""
+"""DeepSpeed's folders: we read what its save_checkpoint writes, and its load_checkpoint reads what we write."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Checkpoints without an engine: the format, what is wrong with a broken one, finding the newest sound one, loading."""
+"""Checkpoints without an engine: the format, faults of a damaged one, finding the newest valid one, loading."""
 
 import json
 import shutil

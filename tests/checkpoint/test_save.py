@@ -1,4 +1,4 @@
-"""The Checkpointer: one save at a time in the background, failures that are heard, saves left out and never stacked."""
+"""The Checkpointer: one save at a time in the background, reported failures, saves skipped and never queued."""
 
 import logging
 import shutil

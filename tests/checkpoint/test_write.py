@@ -1,4 +1,4 @@
-"""The background part of a save: what is removed, what never is, and who may not write any more."""
+"""The background part of a save: what is removed, what never is, and who may no longer write."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who computes norm and gate: named or refused, measured once and recorded, and everybody computes the same."""
+"""Back ends of norm and gate: named or refused, measured once and recorded, and all compute the same."""
 
 import json
 

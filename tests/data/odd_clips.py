@@ -1,4 +1,4 @@
-"""Clips as the world holds them: sound ones that are odd, and bad ones, each with the reason that must be given."""
+"""Real-world clips: valid but unusual ones, and bad ones, each with the reason that must be reported."""
 
 import io
 import struct

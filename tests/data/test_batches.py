@@ -1,4 +1,4 @@
-"""Micro-batches: what is stored comes out; damage is replaced and reported; faults name their place."""
+"""Micro-batches: they hold what is stored; damage is replaced and reported; errors give their place."""
 
 import functools
 import itertools

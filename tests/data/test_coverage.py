@@ -1,4 +1,4 @@
-"""The coverage report: what walking through all steps finds, and warnings where a size is not trained as meant."""
+"""The coverage report: equal to a walk through all steps, with warnings where a size is not trained as intended."""
 
 import json
 from collections import Counter

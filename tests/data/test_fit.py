@@ -1,4 +1,4 @@
-"""A manifest against a config, and data sets against each other: every difference is named, nothing else is one."""
+"""A manifest against a config, and data sets against each other: every difference is reported, and nothing else."""
 
 import dataclasses
 

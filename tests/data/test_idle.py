@@ -1,4 +1,4 @@
-"""Idle slots of a step: counted as the ranks will run them, and advice that mends what it is given for."""
+"""Idle slots of a step: counted as the ranks run them, and advice that removes them."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""Images of joint training: which they are, what comes with them, and that nothing else moves."""
+"""Images of joint training: which they are, what comes with them, and that nothing else changes."""
 
 import itertools
 import shutil

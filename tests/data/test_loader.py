@@ -1,4 +1,4 @@
-"""The loader: the plan's samples in order, whatever reads them; the settings; workers that come and go."""
+"""The loader: the plan's samples in order, with any workers; the settings; workers that start and end."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""MDS shards: read through the index like tars, every fault seen, hostile offset tables refused."""
+"""MDS shards: read through the index like tars, every fault detected, malformed offset tables refused."""
 
 import json
 from pathlib import Path

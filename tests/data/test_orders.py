@@ -1,4 +1,4 @@
-"""The two orders: what they are by definition, for any range, at any distance."""
+"""The two orders: equal to their definitions, for any range, at any offset."""
 
 import time
 from collections import Counter

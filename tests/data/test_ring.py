@@ -1,4 +1,4 @@
-"""The ring: what a worker made arrives, and no slot is used again while anybody holds a tensor of it."""
+"""The ring: a worker's batch arrives, and no slot is reused while any process holds a tensor of it."""
 
 import gc
 import itertools

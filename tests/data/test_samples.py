@@ -1,4 +1,4 @@
-"""Reading samples: one read each, nothing believed unchecked."""
+"""Reading samples: one read each, and every byte verified."""
 
 import json
 from pathlib import Path

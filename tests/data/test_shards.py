@@ -1,4 +1,4 @@
-"""The shard writer: bounded, repeatable tars that webdataset reads, and nothing half written."""
+"""The shard writer: bounded, reproducible tars that webdataset reads, and nothing half written."""
 
 import json
 import tarfile

@@ -1,4 +1,4 @@
-"""Decoding: the right frames, the right way up, the right size, and a reason for every failure."""
+"""Decoding: the right frames, orientation and size, and a reason for every failure."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the tests of `latte-data encode` share."""
+"""Fixtures of the tests of `latte-data encode`."""
 
 from collections.abc import Iterator
 

@@ -1,10 +1,10 @@
-"""Encode while workers and whole commands are killed at random, and compare every byte with a run that nobody killed.
+"""Encode while workers and whole commands are killed at random, and compare every byte with an uninterrupted run.
 
     python -m tests.data_tools.kills --kills 20
 
-In: a number of kills and a seed. Out: exit code 0 and a line of counts if every data set that was finished in spite of
-the kills holds the bytes of the undisturbed one. A kill is SIGKILL of one worker or of the command with all its
-workers, at a random moment while shards are made; then the same command is typed again, with another --workers.
+In: a number of kills and a seed. Out: exit code 0 and a line of counts if every data set that was finished despite
+the kills has the bytes of the uninterrupted one. A kill is SIGKILL of one worker or of the command with all its
+workers, at a random moment while shards are made; then the same command runs again, with another --workers.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""`latte-data encode` as on a host of its own: its machine is another one for every other, so claims are only watched.
+"""`latte-data encode` as on a separate host: other processes count as on other machines, so claims are only watched.
 
     python -m tests.data_tools.other_host NAME STALE_S --input URL --output URL --config X.yaml [...]
 
-Beats are shorter than the command's, and the test says when a host that gives none counts as dead, so that it need not
-wait for a minute.
+Heartbeats are more frequent than the command's, and the test sets after how long a silent host counts as dead, so that
+it need not wait for a minute.
 """
 
 import dataclasses

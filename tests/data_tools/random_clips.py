@@ -1,9 +1,9 @@
-"""Random clips through the whole data path: the pixels that loaders give out are those that were drawn.
+"""Random clips through the whole data path: loaders return the pixels that were drawn.
 
     python -m tests.data_tools.random_clips --seeds 0 200
 
 A seed draws clips of coloured fields (codec, container, pixel format, colours, B frames, times, pixel shape, display
-matrix), shards, frame policy, ranks and workers. Each clip that comes is held against its own pictures, which are
+matrix), shards, frame policy, ranks and workers. Each clip from a loader is compared with its own pictures, which are
 turned, resized and cropped here without FFmpeg, at the window, caption and side that its place in the batch draws.
 """
 

@@ -1,4 +1,4 @@
-"""Bad and odd clips and hostile captions through the toolchain: each listed with its reason, never fatal or half."""
+"""Bad and odd clips and malformed captions through the toolchain: each reported with its reason, never fatal."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`latte-data convert`: tars to MDS and back to the byte; the real libraries read what is written."""
+"""`latte-data convert`: tars to MDS and back, byte for byte; the real libraries read what is written."""
 
 import hashlib
 import json

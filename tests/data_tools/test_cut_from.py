@@ -1,4 +1,4 @@
-"""Clips that were cut from one video are on one side of the holdout, whoever cut them and wherever they go."""
+"""Clips cut from one video are on one side of the holdout, whichever tool cut them and wherever they are stored."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""slurm/encode.sh: a task of the array, run as Slurm would start it. No Slurm is needed: a task asks it nothing."""
+"""slurm/encode.sh: a task of the array, run as Slurm would start it. It needs no Slurm: a task never calls it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Filters: each leaves out what it says, counts it, and a dry run tells without writing; near-duplicates; pool."""
+"""Filters: each leaves out what it should and counts it, a dry run reports without writing; near-duplicates; pool."""
 
 import json
 import time

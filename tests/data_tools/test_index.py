@@ -1,4 +1,4 @@
-"""`latte-data index`: tars of other tools become data sets; hostile and broken ones do not."""
+"""`latte-data index`: tars of other tools become data sets; malformed and damaged ones do not."""
 
 import argparse
 import io

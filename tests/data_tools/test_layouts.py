@@ -1,4 +1,4 @@
-"""Layouts: small trees as the data sets are published; what is found, left out and refused."""
+"""Layouts: small folders in the published layouts; what is found, left out and refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Stages: order, how far they run ahead, errors, what becomes of them when nobody takes any more."""
+"""Stages: order, how far they run ahead, errors, and what happens when the consumer stops."""
 
 import contextlib
 import threading

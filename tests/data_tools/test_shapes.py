@@ -1,4 +1,4 @@
-"""Shapes clips: what is drawn, what is held out, and that a seed means the same files."""
+"""Shapes clips: what is drawn, what is held out, and that a seed gives the same files."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Where clips come from: lists in three formats, tars of other tools, hostile captions; the same samples from each."""
+"""Sources of clips: lists in three formats, tars of other tools, malformed captions; the same samples from each."""
 
 import csv
 import io

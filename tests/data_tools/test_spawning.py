@@ -1,4 +1,4 @@
-"""Ctrl-C reaches every process of a command: its workers leave it to the command, and never outlive it."""
+"""Ctrl-C reaches every process of a command: its workers ignore it, and never outlive the command."""
 
 import os
 import signal

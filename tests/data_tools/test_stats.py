@@ -1,4 +1,4 @@
-"""Statistics of clips and of latents, held to what is in them, and the page in a real browser."""
+"""Statistics of clips and of latents, compared with their content, and the page in a real browser."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""`latte-data verify`: finds what was broken on purpose, and nothing in a sound set."""
+"""`latte-data verify`: finds deliberate damage, and nothing in a valid data set."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Several workers and commands on one folder: each shard once, dead workers' shards made by others, errors told."""
+"""Several workers and commands on one folder: each shard once, dead workers' shards made by others, errors reported."""
 
 import multiprocessing
 import os

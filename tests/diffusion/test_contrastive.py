@@ -1,4 +1,4 @@
-"""The contrastive loss against a plain double loop, and what takes no part in it."""
+"""The contrastive loss against a plain double loop, and what is excluded from it."""
 
 import math
 

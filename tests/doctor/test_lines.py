@@ -1,4 +1,4 @@
-"""Lines of many ranks become one screen; what is judged from numbers, names and variables."""
+"""Lines of many ranks are merged into one screen; results from numbers, names and variables."""
 
 import logging
 import socket

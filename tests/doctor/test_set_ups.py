@@ -1,4 +1,4 @@
-"""Doctor on a sound set-up and on broken ones: each is really broken, and the line that says so is the one expected."""
+"""Doctor on a correct set-up and on broken ones: each is really broken, and the expected line reports it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every way to keep less gives the gradients of keeping everything, and runs again what it says, no more."""
+"""Every kind of checkpointing gives the gradients of keeping everything, and recomputes what it should, no more."""
 
 import dataclasses
 from collections import Counter

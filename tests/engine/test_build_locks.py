@@ -1,4 +1,4 @@
-"""Locks of dead processes go, locks of living ones stay."""
+"""Locks of dead processes are removed, locks of living ones stay."""
 
 import os
 import time

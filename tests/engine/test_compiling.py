@@ -1,4 +1,4 @@
-"""One graph a kind of block and size of clips, none in later steps; what is made again is told with torch's reason."""
+"""One graph per kind of block and size of clips, none in later steps; recompilations are logged with their reason."""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What engine/zero.py takes from DeepSpeed's inside, pinned to the versions it was seen in."""
+"""The DeepSpeed internals that engine/zero.py uses, pinned to the versions in which they were seen."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""A whole model's log from a few of its blocks is the log of the whole model."""
+"""A whole model's log, extrapolated from a few of its blocks, equals the log of the whole model."""
 
 import pytest
 

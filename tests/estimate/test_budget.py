@@ -1,4 +1,4 @@
-"""Activation checkpointing by a memory budget: the first rung that fits, the ladder, and what cannot be."""
+"""Activation checkpointing by a memory budget: the first setting that fits, their order, and impossible budgets."""
 
 from dataclasses import replace
 from types import SimpleNamespace

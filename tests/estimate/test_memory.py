@@ -1,6 +1,6 @@
-"""The estimate of memory against what torch's own tracker sees: quick rows of benchmarks/estimate_check.py.
+"""The memory estimate against torch's own tracker: quick rows of benchmarks/estimate_check.py.
 
-A dozen rows more, those of ZeRO among them, take minutes: the command holds them all.
+A dozen more rows, including those of ZeRO, take minutes: the command runs them all.
 """
 
 import pytest

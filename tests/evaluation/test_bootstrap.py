@@ -1,4 +1,4 @@
-"""Intervals: they hold the truth as often as they say, and do not depend on the ranks."""
+"""Intervals: they have their nominal coverage, and do not depend on the ranks."""
 
 import math
 

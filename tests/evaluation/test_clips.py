@@ -1,4 +1,4 @@
-"""Which clips are scored: chosen and cut by name and seed alone, and known by their bytes."""
+"""Which clips are scored: chosen and cut by name and seed alone, and identified by their bytes."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """The faults that a run must survive, by the numbers of the fault list, and where each is tested.
 
-F6 to F10, F12 and F20 are of the data and of stores; their tests are with those. `test_every_fault_has_its_tests` holds
-the list to the files.
+F6 to F10, F12 and F20 concern data and stores; their tests are with those. `test_every_fault_has_its_tests` compares
+the list with the files.
 """
 
 COVERED = {

@@ -1,7 +1,7 @@
 """Attempts of a run as processes that are quick to start and can be killed, stopped and signalled one rank at a time.
 
 A server imports the trainer once and forks every rank from there, so an attempt on two ranks starts in about a second
-instead of ten. The server itself never computes; to the ranks it is the launcher. Run as a program it is the server.
+instead of ten. The server itself never computes; for the ranks it is the launcher. This file, run as a program, is it.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""One server for all attempts of the fault tests, and the runs that nothing disturbs."""
+"""One server for all attempts of the fault tests, and the uninterrupted runs."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,14 +1,14 @@
-"""Random settings, stopped and continued at random on other ranks and engines: each is the run that nobody stopped.
+"""Random settings, stopped and continued at random on other ranks and engines, against the uninterrupted run.
 
     python -m tests.faults.random_runs --seeds 0 40 [--out DIR] [--bucket]
 
 A seed draws a trial: the settings of a run, and two or three attempts, each with its engine, ranks and micro-batch,
 that end by a file, a signal, a kill, a full disk or a lower train.steps; between them the newest checkpoint may be
-damaged, or converted to another format and back. What they leave is compared with one uninterrupted run on one process:
-the same samples and noise at every step, and losses, weights, moments and averages within rounding; where all attempts
-are alike, bit for bit with an uninterrupted one of their kind, too. Settings that exclude each other may be drawn: such
-a trial is refused, with code 78, in words and without a traceback. Prints how near each trial came to what is allowed,
-and how to repeat what failed; exit code 1 if anything did.
+damaged, or converted to another format and back. The result is compared with one uninterrupted run on one process:
+the same samples and noise at every step, and losses, weights, moments and EMA within rounding; if all attempts are
+alike, also bit for bit with an uninterrupted one of their kind. Settings that exclude each other may be drawn: such a
+trial must end with code 78 and a message, without a traceback. Prints each trial's difference against its tolerance,
+and how to repeat failures; exit code 1 if there are any.
 """
 
 import argparse

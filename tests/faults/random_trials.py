@@ -1,7 +1,7 @@
-"""What a trial of random_runs.py is, and what a seed draws: settings of a run and the attempts that make it up.
+"""A trial of random_runs.py, and what a seed draws: settings of a run and its attempts.
 
-The tables hold what is drawn evenly; a value that stands there twice comes twice as often. Settings that exclude each
-other are left out where a line does it: most trials should train.
+Values are drawn uniformly from the tables; a value listed twice is drawn twice as often. Settings that exclude each
+other are avoided where one line suffices: most trials should train.
 """
 
 import json

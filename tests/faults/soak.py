@@ -1,11 +1,11 @@
-"""F24: one run after another is killed at random until so many kills are used up; each must end as if nothing happened.
+"""F24: one run after another is killed at random, up to --kills times; each must end like an uninterrupted run.
 
     python -m tests.faults.soak --kills 200 [--seed 1] [--data LATENTS] [--out DIR]      (make soak)
 
 A kill is SIGKILL to one rank or to all, at a random moment of an attempt: while it starts, steps, saves, removes old
-checkpoints or ends. Then the same command runs again. What a run leaves (losses, digests of ids and noise, weights,
-moments, averages) is compared bit for bit with the run that nobody killed, on one rank, two of fsdp2 and two of zero-3.
-Ends with a summary in the form of a table; exit code 1 if anything differed.
+checkpoints or ends. Then the same command runs again. The results (losses, digests of ids and noise, weights, moments,
+EMA) are compared bit for bit with the uninterrupted run, on one rank, two of fsdp2 and two of zero-3.
+Ends with a summary table; exit code 1 if anything differed.
 """
 
 import argparse

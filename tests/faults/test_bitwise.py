@@ -1,4 +1,4 @@
-"""F15, F18: a run that was stopped and resumed is, bit for bit, the run that was not; engines, precisions and all.
+"""F15, F18: a run that was stopped and resumed equals the uninterrupted run bit for bit, with any engine or precision.
 
 An epoch of the data is 5 steps: stops come before, at and after its end, and twice in one epoch.
 """

@@ -1,4 +1,4 @@
-"""The list of faults is what the files hold."""
+"""The list of faults matches the test files."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""F5: a rank that is frozen. A short stop is waited for, a long one ends the job with the stacks of every rank."""
+"""F5: a frozen rank. The job waits out a short stop; a long one ends it with the stacks of every rank."""
 
 import signal
 import time

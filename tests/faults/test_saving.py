@@ -1,4 +1,4 @@
-"""F2, F3, F11, F17, F21, F23: a kill or an error at any change of the disk, and folders that somebody meddled with."""
+"""F2, F3, F11, F17, F21, F23: a kill or an error at any change of the disk, and run folders changed by hand."""
 
 import errno
 import json

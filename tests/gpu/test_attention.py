@@ -1,4 +1,4 @@
-"""Attention to captions of different lengths on a GPU: padding gives nothing to gradients, whatever memory held."""
+"""Attention to captions of different lengths on a GPU: padding adds nothing to gradients, whatever it contains."""
 
 import pytest
 import torch

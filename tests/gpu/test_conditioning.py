@@ -1,4 +1,4 @@
-"""Micro-batches on a GPU: no host waits for them; whole clips and raw captions are the same as on a CPU."""
+"""Micro-batches on a GPU: the host never waits for them; whole clips and raw captions are the same as on a CPU."""
 
 import pytest
 import torch

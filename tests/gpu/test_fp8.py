@@ -1,4 +1,4 @@
-"""8-bit products on a GPU: those of the same numbers in fp32, no wait of the host, one graph a kind of block."""
+"""8-bit products on a GPU: equal to those of the same numbers in fp32, no host wait, one graph per kind of block."""
 
 import pytest
 import torch

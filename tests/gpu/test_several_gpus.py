@@ -1,4 +1,4 @@
-"""Clips over several GPUs, and copies of the weights on them, over nccl: the samples and losses of one GPU."""
+"""Sequence parallelism and HSDP on several GPUs, over NCCL: the samples and losses of one GPU."""
 
 import pytest
 import torch

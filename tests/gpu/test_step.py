@@ -1,4 +1,4 @@
-"""A step on a GPU: no host waits in it, choices by measurement, what checkpointing saves, bits that repeat."""
+"""A step on a GPU: no host waits, measured choices, the memory that checkpointing saves, reproducible bits."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""What a user gets wrong, and what stored data does: a message that says what to do, and nothing lost."""
+"""Mistakes of users and faults of stored data: a message that says what to do, and nothing lost."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run with compiled blocks: its losses, and how many graphs it made when, whatever captions a step has."""
+"""A run with compiled blocks: its losses, and the number of graphs in each step, for any captions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Kill, signal, rerun from the command line: the run goes on as if nothing had happened, or says why it does not."""
+"""Kill, signal, rerun from the command line: the run equals an uninterrupted one, or says why it cannot continue."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The whole path with s3:// where a folder stood: shard, encode, verify, index, train; and a service that breaks."""
+"""The whole path with s3:// instead of a folder: shard, encode, verify, index, train; and a failing service."""
 
 import json
 import re

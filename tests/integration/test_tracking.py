@@ -1,4 +1,4 @@
-"""A run that is resumed leaves one curve in every tracker, and says how it was made."""
+"""A resumed run has one curve in every tracker, and its metadata."""
 
 import json
 

@@ -1,6 +1,6 @@
 """Ranks on machines that do not share a folder of the run: refused at the start, on all of them, by name.
 
-The second rank has a disk of its own under the same name: a mount namespace, which root makes.
+The second rank has its own disk at the same path: a mount namespace, which needs root.
 """
 
 import json

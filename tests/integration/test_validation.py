@@ -1,4 +1,4 @@
-"""Validation inside a real run: training does not notice, a resume has each line once, videos are the command's."""
+"""Validation in a real run: training is unaffected, a resume has each line once, videos equal the command's."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Settings of either kind find their class."""
+"""Settings of either kind build the right class."""
 
 import dataclasses
 

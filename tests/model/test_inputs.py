@@ -1,4 +1,4 @@
-"""The words of the checks that both models share."""
+"""The messages of the checks that both models share."""
 
 import pytest
 import torch

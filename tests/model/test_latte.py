@@ -1,4 +1,4 @@
-"""Latte against its forward written out by hand, in every combination, and its own claims."""
+"""Latte against its forward written out by hand, in every combination, and its documented properties."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The official layouts of Latte: nothing is lost either way, nothing foreign is loaded, and every misfit is named."""
+"""The official layouts of Latte: lossless both ways, nothing foreign is loaded, and every mismatch is reported."""
 
 import argparse
 import dataclasses

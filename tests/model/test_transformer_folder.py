@@ -1,4 +1,4 @@
-"""The folder format against diffusers, round trips, and what a broken or foreign folder is told."""
+"""The folder format against diffusers, round trips, and the errors for a damaged or foreign folder."""
 
 import dataclasses
 import json

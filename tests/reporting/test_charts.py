@@ -1,4 +1,4 @@
-"""The numbers behind the charts: nothing is lost by thinning that an eye would look for."""
+"""The numbers behind the charts: thinning loses nothing visible."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Videos inside the page: as they are where browsers play them, H.264 where not."""
+"""Videos in the page: unchanged where browsers play them, otherwise as H.264."""
 
 import base64
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What stands in the sections: tables side by side, the steps that are shown, and texts that are only text."""
+"""The content of the sections: tables side by side, the steps that are shown, and text that is escaped."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reading run folders: names, parts that are not there, and what restarts did."""
+"""Reading run folders: names, missing parts, and the effect of restarts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run folder says of how the run was made."""
+"""What a run folder records about how the run was made."""
 
 import json
 import subprocess

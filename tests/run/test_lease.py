@@ -1,4 +1,4 @@
-"""Who holds a run folder: the living, the newer restart, and nobody twice."""
+"""The holder of a run folder: the living attempt, the newer restart, and never two at once."""
 
 import dataclasses
 import json

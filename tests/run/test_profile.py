@@ -1,4 +1,4 @@
-"""Where a step's time went, from intervals; a real run with and without the profiler is the same to the bit."""
+"""Where a step's time went, from intervals; a real run with and without the profiler is bitwise equal."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Numbers come back one step late, and a loss that stands out is told once."""
+"""Numbers are read one step late, and a loss spike is reported once."""
 
 import numpy as np
 import torch

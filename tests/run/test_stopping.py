@@ -1,4 +1,4 @@
-"""Signals, a file and a clock become one flag."""
+"""Signals, a file and a time budget set one flag."""
 
 import os
 import re

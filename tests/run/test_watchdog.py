@@ -1,4 +1,4 @@
-"""A process that hangs ends with its stacks on the disk, whatever it hangs in; one that goes on is left alone."""
+"""A process that hangs ends with its stacks on the disk, whatever it hangs in; one that continues is unaffected."""
 
 import ctypes
 import faulthandler

@@ -1,4 +1,4 @@
-"""What a sampled video says of itself, as any player or picture viewer finds it."""
+"""The metadata of a sampled video, as any player or picture viewer reads it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who samples what, and the same latents on any number of ranks, whole or sharded."""
+"""Which rank samples what, and the same latents on any number of ranks, whole or sharded."""
 
 from pathlib import Path
 from typing import Any

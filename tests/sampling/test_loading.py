@@ -1,4 +1,4 @@
-"""What goes with a model: encoders and clip size of the folder that it came from."""
+"""What is loaded with a model: encoders and clip size from its folder."""
 
 import shutil
 

@@ -1,12 +1,12 @@
-"""A real Slurm on one machine: a controller and some nodes that are hosts of their own (hosts.py), no system service.
+"""A real Slurm on one machine: a controller and some nodes that are separate hosts (hosts.py), no system service.
 
 By hand, as root, until Ctrl-C:
 
     python -m tests.slurm.cluster --nodes 3         prints the `export SLURM_CONF=...` with which sbatch finds it
 
 Two partitions: `normal`, and `high`, whose jobs take nodes away from those of `normal` (requeue after 20 s of grace).
-Nodes pretend to have 16 cores and two GPUs. Times are short, so that tests are: a silent node is down after about half
-a minute, a job that is told to end is killed after KILL_WAIT_S, a requeued one may start again at once.
+Nodes pretend to have 16 cores and two GPUs. Timeouts are short, to keep tests short: a silent node is down after about
+half a minute, a job that is asked to end is killed after KILL_WAIT_S, a requeued one may start again at once.
 """
 
 import argparse

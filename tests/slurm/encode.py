@@ -1,6 +1,6 @@
-"""What a cluster does to an array of slurm/encode.sh, one case a test: the long form, part of `make test-slurm`.
+"""What a cluster does to an array of slurm/encode.sh, one case per test: the long form, part of `make test-slurm`.
 
-Every case ends with the same comparison: every byte of every file as one worker without Slurm made it, nothing else.
+Every case ends with the same comparison: the same files, byte for byte, as from one worker without Slurm.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""What is wrong with a cluster before the first step: a clear error within a minute and no allocation wasted.
+"""Faults of a cluster before the first step: a clear error within a minute and no allocation wasted.
 
-Run by `make test-slurm`, like long_form.py. Where a job ought to run all the same (a home that cannot be written), it
-has to; else it has to end by itself, for good, with a reason that says what to do.
+Run by `make test-slurm`, like long_form.py. Where a job should still run (a read-only home), it must; otherwise it must
+end by itself, without a requeue, with a reason that says what to do.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces joined by a bridge, each with an address and a hostname of its own.
+"""Several hosts on one machine: network namespaces joined by a bridge, each with its own address and hostname.
 
 What is real: separate loopbacks, addresses and names, a cable that can be pulled. What is not: the hosts share the
 clock, the disk (which serves as the shared file system) and the process table. Needs root and the programs in TOOLS.

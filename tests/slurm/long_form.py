@@ -1,7 +1,7 @@
-"""What a cluster does to a training job, one case a test: the long form, `make test-slurm` (about half an hour).
+"""What a cluster does to a training job, one case per test: the long form, `make test-slurm` (about half an hour).
 
-Every case ends with the same comparison: each step once, and the losses of the unbroken run, bit for bit. The tests
-print what benchmarks/RESULTS.md says of them (`-s`).
+Every case ends with the same comparison: each step once, and the losses of the uninterrupted run, bit for bit. With
+`-s` the tests print the figures of benchmarks/RESULTS.md.
 """
 
 import os

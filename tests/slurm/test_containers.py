@@ -1,6 +1,6 @@
-"""Jobs whose interpreter is in a container: not on the batch script's host, only where LATTE_SRUN_ARGS lead.
+"""Jobs whose interpreter is in a container: not on the batch script's host, only where LATTE_SRUN_ARGS point.
 
-No container engine is needed for that: here srun's words lead to a folder, and the interpreter's path begins there.
+This needs no container engine: here srun's arguments point to a folder that has the interpreter.
 """
 
 import shlex

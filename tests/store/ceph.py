@@ -1,7 +1,7 @@
 """A real S3 service on loopback for tests: Ceph's radosgw with one monitor and one storage daemon in a folder.
 
 Needs the programs radosgw, ceph-mon and ceph-osd (Debian: apt-get install radosgw ceph-mon ceph-osd). No root, no
-system service; about 20 s to start, a gigabyte of memory. Every process is ended by the id that started it.
+system service; about 20 s to start, a gigabyte of memory. Every process is ended by its id.
 """
 
 import ctypes

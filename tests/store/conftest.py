@@ -1,4 +1,4 @@
-"""A corner of a real S3 service for each test that asks."""
+"""A separate prefix in a real S3 service for each test that requests it."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""An HTTP proxy in front of an S3 service that answers, delays or damages requests as a test asks.
+"""An HTTP proxy in front of an S3 service that answers, delays or damages requests as a test requires.
 
 In: faults, each for the next few requests that match; a latency; a bandwidth. Out: the service's answers, with the
-faults in them, and a log of the requests. One thread a connection, in the process of the test. As a process of its own:
+faults in them, and a log of the requests. One thread per connection, in the process of the test. As a separate process:
 
     python -m tests.store.proxy --upstream 127.0.0.1:7480 --port 7481 --latency-ms 20
 """

@@ -1,6 +1,6 @@
-"""The S3 service of a test session, started when the first test asks and ended with the process; a test's corner of it.
+"""The S3 service of a test session, started on first use and ended with the process; one prefix of it per test.
 
-In: nothing. Out: `service()`, a running radosgw, or a skip with the reason; `Corner`, a prefix of its own with a proxy
+In: nothing. Out: `service()`, a running radosgw, or a skip with the reason; `Corner`, a test's own prefix, with a proxy
 for faults before it and the environment that boto3 reads.
 """
 

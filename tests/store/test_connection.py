@@ -1,4 +1,4 @@
-"""What a process shares: one client, and nothing that gives credentials away."""
+"""What a process shares: one client, and nothing that reveals credentials."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Which failures are worth another try, and what the others say."""
+"""Which failures are retried, and the messages of the others."""
 
 import ssl
 

@@ -1,4 +1,4 @@
-"""GET requests that boto3 signs and others send: the same bytes, and nothing of a signature in an address."""
+"""GET requests signed by boto3 and sent by another client: the same bytes, and no signature in an address."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A store in a folder: ranges, complete-or-absent writes, and errors that say what to do."""
+"""A store in a folder: ranges, atomic writes, and errors that say what to do."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Budgets, waits and hedges, on a clock that the test moves."""
+"""Budgets, waits and hedged requests, on a simulated clock."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Background calls: never more than the limit, and no waiting in a circle."""
+"""Background calls: never more than the limit, and no deadlock."""
 
 import threading
 import time

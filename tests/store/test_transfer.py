@@ -1,4 +1,4 @@
-"""Reads through a proxy that breaks them: right bytes or the right error, and either in bounded time."""
+"""Reads through a proxy that injects faults: right bytes or the right error, and either in bounded time."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""A tiny run taken apart: its engine, averages and validation on any number of ranks, without a launcher."""
+"""The parts of a tiny run: its engine, EMA and validation on any number of ranks, without a launcher."""
 
 from pathlib import Path
 from typing import Any

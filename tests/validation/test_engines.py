@@ -1,4 +1,4 @@
-"""The same validation on every engine and world size, and training that does not notice it."""
+"""The same validation on every engine and world size, without an effect on training."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""On a GPU: the same validation as on a CPU, and training that does not notice it. Skips itself where there is none."""
+"""On a GPU: the same validation as on a CPU, without an effect on training. Skips itself where there is none."""
 
 import pytest
 import torch

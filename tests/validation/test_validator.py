@@ -1,4 +1,4 @@
-"""Which weights are looked at; what is done with them is in test_engines.py."""
+"""Which weights are validated; what is done with them is in test_engines.py."""
 
 import pytest
 

@@ -18,10 +18,10 @@ from latte_scale.engine.dist import Ranks
 
 @dataclass(frozen=True)
 class ShardMesh:
-    """The mesh for fully_shard, and this rank's place: piece `shard` of `num_shards`, in copy `replica`."""
+    """The mesh for fully_shard, and this rank's place: piece `shard` of `num_shards`, in replica `replica`."""
 
     mesh: DeviceMesh
-    group: ProcessGroup  # the ranks of this rank's copy: they hold every piece once
+    group: ProcessGroup  # the ranks of this rank's replica: they hold every piece once
     shard: int
     num_shards: int
     replica: int
@@ -29,9 +29,9 @@ class ShardMesh:
 
 
 def make_shard_mesh(ranks: Ranks, replicate: int | Literal["node"]) -> ShardMesh:
-    """`replicate` copies of the weights, "node" for one on each machine, each sharded over its ranks. A collective.
+    """`replicate` replicas of the weights ("node": one per machine), each sharded over its ranks. A collective.
 
-    Raises ValueError if the ranks do not make up as many copies of the same size.
+    Raises ValueError if the ranks do not divide into that many replicas of equal size.
     """
     copies = _num_hosts(ranks) if replicate == "node" else replicate
     if ranks.size % copies:

@@ -31,15 +31,15 @@ FRAMES, TOKENS = 1, 2
 
 
 class SequenceGroup:
-    """The ranks that hold each clip together. A single rank is a group too, in which nothing is split or moved."""
+    """The ranks that hold each clip together. In a group of one rank nothing is split or moved."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size, self.group = rank, size, group
 
     def clip(self, num_frames: int, frames_per_token: int = 1) -> "ClipShare":
-        """This rank's share in one forward pass of clips of `num_frames`, `frames_per_token` of which make a token.
+        """This rank's share of clips of `num_frames` in one forward pass; `frames_per_token` frames make a token.
 
-        Raises ValueError if there are not as many rows of tokens on the frame axis as ranks.
+        Raises ValueError if the frame axis has fewer rows of tokens than there are ranks.
         """
         return ClipShare(self, num_frames, frames_per_token)
 
@@ -55,9 +55,9 @@ class SequenceGroup:
 
 
 def make_sequence_group(ranks: Ranks, size: int, timeout_s: float) -> SequenceGroup:
-    """Groups of `size` consecutive ranks, which a launcher places on one machine. A collective.
+    """Groups of `size` consecutive ranks, which launchers place on one machine. A collective.
 
-    Raises ValueError if the ranks do not make up whole groups.
+    Raises ValueError if the ranks do not divide into whole groups.
     """
     if size == 1:
         return SequenceGroup()
@@ -91,7 +91,7 @@ class ClipShare:
 
     @property
     def reshard(self) -> Callable[[Tensor, Literal["space", "time"]], Tensor] | None:
-        """The model's `reshard` argument; None for a single rank, for the model's default does nothing."""
+        """The model's `reshard` argument; None for a single rank, because the model's default does nothing."""
         return None if self._group.size == 1 else self._reshard
 
     def join(self, out_BOFHW: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class ClipShare:
 
 
 def even_split(count: int, size: int) -> list[int]:
-    """`count` over `size` ranks: the first ones get one more where it does not divide."""
+    """`count` over `size` ranks: the first ranks get one more where it does not divide evenly."""
     return [count // size + (rank < count % size) for rank in range(size)]
 
 
@@ -154,9 +154,9 @@ def switch(
     join_axis: int,
     join_counts: Sequence[int],
 ) -> Tensor:
-    """Rank r of the group gets its part of `cut_axis` from all ranks, put together on `join_axis` in rank order.
+    """Rank r of the group gets its part of `cut_axis` from all ranks, concatenated on `join_axis` in rank order.
 
-    A collective of the group, of one all-to-all with parts of any size.
+    A collective of the group: one all-to-all with parts of any size.
     """
     parts = x_BFTD.split(list(cut_counts), dim=cut_axis)
     sent = torch.cat([part.reshape(-1) for part in parts])
@@ -173,7 +173,7 @@ def switch(
 
 
 class _Join(torch.autograd.Function):
-    """All ranks' frames concatenated; backward keeps this rank's part, for the loss is the same on all ranks."""
+    """All ranks' frames concatenated; backward keeps this rank's part, because all ranks have the same loss."""
 
     @staticmethod
     def forward(ctx: Any, out_BOFHW: Tensor, group: SequenceGroup, frames: Sequence[int]) -> Tensor:

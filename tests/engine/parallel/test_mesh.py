@@ -1,4 +1,4 @@
-"""Copies of the sharded weights (HSDP): the losses of one, the same bits in all, saved once, read by any engine."""
+"""Replicas of the sharded weights (HSDP): the losses of one, bitwise equal, saved once, read by any engine."""
 
 from typing import Any
 

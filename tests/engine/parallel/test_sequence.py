@@ -1,4 +1,4 @@
-"""A clip over several ranks: predictions and gradients equal those of one process, for even and uneven cuts."""
+"""A clip over several ranks: predictions and gradients equal those of one process, for even and uneven splits."""
 
 from typing import Any
 
