@@ -1,11 +1,11 @@
 """`latte-data VERB ...`: the command line that makes data sets. A verb's module is imported only when it is called."""
 
 import argparse
-import difflib
 import importlib
 import sys
 from importlib.metadata import version
 
+from latte_scale.arguments import answer_without_verb
 from latte_scale.broken_pipe import until_reader_leaves
 
 VERBS = {
@@ -18,19 +18,8 @@ VERBS = {
     "encode": "shards of clips -> shards of VAE latents and text embeddings",
     "convert": "tar shards -> MDS shards of mosaicml-streaming, or back",
 }
+MORE = "Order: shapes (or your own clips), shard (or index), encode.\nSee data_tools/README.md."
 WRONG_INPUT = 2  # exit code for invalid input; a verb returns 1 when nothing at all could be done
-
-
-def usage() -> str:
-    """The help text: one line per verb."""
-    lines = ["usage: latte-data VERB [options]     (latte-data VERB --help for its options)", ""]
-    lines += [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
-    lines += [
-        "",
-        "Order: shapes (or your own clips), shard (or index), encode.",
-        "See data_tools/README.md.",
-    ]
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,18 +32,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     """`main` with its arguments."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
+    if argv[:1] == ["--version"]:
         print(f"latte-data {version('latte_scale')}")
         return 0
+    code = answer_without_verb("latte-data", VERBS, argv, MORE)
+    if code is not None:
+        return code
     verb, *rest = argv
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"latte-data: no verb {verb!r}{hint}\n\n{usage()}", file=sys.stderr)
-        return WRONG_INPUT
     try:
         module = importlib.import_module(f"data_tools.{verb}")
         parser = argparse.ArgumentParser(

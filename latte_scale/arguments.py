@@ -14,24 +14,35 @@ from pathlib import Path
 
 
 def run_verb(command: str, verbs: Mapping[str, tuple[str, str]], argv: Sequence[str], more: str = "") -> int:
-    """Run the verb that `argv` begins with, and return its exit code; 2 for an unknown verb, 0 after the help.
+    """Run the verb that `argv` begins with, and return its exit code; that of `answer_without_verb` if there is none.
 
-    verbs: verb -> ("module:function", what it does); only its module is imported. more: the last line of the help.
+    verbs: verb -> ("module:function", what it does); only its module is imported. more: the last lines of the help.
+    """
+    code = answer_without_verb(command, {verb: what for verb, (_, what) in verbs.items()}, argv, more)
+    if code is not None:
+        return code
+    verb, *rest = argv
+    module, function = verbs[verb][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest)
+
+
+def answer_without_verb(command: str, verbs: Mapping[str, str], argv: Sequence[str], more: str = "") -> int | None:
+    """Print the help and return 0 if it is asked for, 2 for an unknown verb; None if `argv` begins with one of `verbs`.
+
+    verbs: verb -> what it does. more: the last lines of the help.
     """
     lines = [f"usage: {command} VERB [options]     ({command} VERB --help for its options)", ""]
-    lines += [f"  {verb:<12}{what}" for verb, (_, what) in verbs.items()]
+    lines += [f"  {verb:<12}{what}" for verb, what in verbs.items()]
     usage = "\n".join([*lines, *(["", more] if more else [])])
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0
-    verb, *rest = argv
-    if verb not in verbs:
-        near = difflib.get_close_matches(verb, verbs, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"{command}: no verb {verb!r}{hint}\n\n{usage}", file=sys.stderr)
-        return 2
-    module, function = verbs[verb][0].split(":")
-    return getattr(importlib.import_module(module), function)(rest)
+    if argv[0] in verbs:
+        return None
+    near = difflib.get_close_matches(argv[0], verbs, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"{command}: no verb {argv[0]!r}{hint}\n\n{usage}", file=sys.stderr)
+    return 2
 
 
 class _Manual(argparse.RawDescriptionHelpFormatter):
