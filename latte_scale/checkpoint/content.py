@@ -173,7 +173,7 @@ def check_archive(file: Path | IO[bytes]) -> None:
     """Verify a file of torch.save by the checksums in it, which torch.load ignores. Raises ValueError, BadZipFile."""
     with zipfile.ZipFile(file) as archive:
         if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"its part {damaged} is damaged: the checksum does not fit")
+            raise ValueError(f"{damaged} does not match its checksum; restore the file, or use another checkpoint")
 
 
 def differences(first: Content, second: Content) -> list[str]:
