@@ -53,7 +53,8 @@ def describe(step: Store) -> tuple[str, bool]:
     size = sum(file["size_bytes"] for file in manifest.files.values())
     skipped = len(manifest.counters.get("skipped_steps", []))
     trees = ", ".join(manifest.trees)
-    return f"{name_of(step)}  {size / 2**20:.1f} MiB  {manifest.world_size} ranks  {skipped} skipped  [{trees}]", True
+    ranks = f"{manifest.world_size} rank{'s' if manifest.world_size > 1 else ''}"
+    return f"{name_of(step)}  {size / 2**20:.1f} MiB  {ranks}  {skipped} skipped  [{trees}]", True
 
 
 def verify(step: Store) -> tuple[str, bool]:

@@ -21,7 +21,7 @@ def test_a_sound_run(run, capsys):
     assert ckpt.main(["ls", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["step-00000002", "step-00000004"]
-    assert "model, optim/exp_avg, optim/exp_avg_sq, ema/0.99" in lines[0]
+    assert "  1 rank  0 skipped  [model, optim/exp_avg, optim/exp_avg_sq, ema/0.99]" in lines[0]
     assert ckpt.main(["verify", str(run / "checkpoints" / "step-00000004")]) == 0
     assert capsys.readouterr().out == "step-00000004  sound\n"
 
@@ -45,7 +45,9 @@ def test_a_flipped_bit_and_a_missing_manifest_are_found(run, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "step-00000002  sound" in output and "ema-0.99.rank-00000.safetensors is damaged" in output
     assert ckpt.main(["diff", str(run), str(broken)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {broken}/checkpoints/step-00000004 is not sound: ")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {broken}/checkpoints/step-00000004 is not sound: ")
+    assert error.endswith("; use another checkpoint\n")
     (broken / "checkpoints" / "step-00000002" / "manifest.json").unlink()
     assert ckpt.main(["ls", str(broken)]) == 1
     assert "NOT COMPLETE" in capsys.readouterr().out

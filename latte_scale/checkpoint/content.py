@@ -50,7 +50,8 @@ def open_native(where: str | Path | Store) -> Content:
     """A checkpoint of this project, every byte verified against its checksum. Raises CheckpointError."""
     problems = verify(where)
     if problems:
-        raise CheckpointError(f"{where.url if isinstance(where, Store) else where} is not sound: {'; '.join(problems)}")
+        url = where.url if isinstance(where, Store) else where
+        raise CheckpointError(f"{url} is not sound: {'; '.join(problems)}; use another checkpoint")
     checkpoint = open_checkpoint(where)
     manifest = checkpoint.manifest
     shapes = {name: tuple(shape) for name, shape in manifest.shapes.items()}

@@ -46,16 +46,26 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader; its metadata is read once, through `_Unpickler`, and tensors are verified by their checksums."""
+    """DCP's reader; its metadata is read once, through `_Unpickler`, and tensors are verified by their checksums.
+
+    sizes: of every tensor, by its key.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
             self.metadata = _Unpickler(io.BytesIO((path / METADATA).read_bytes())).load()
+            if not isinstance(self.metadata, Metadata):
+                raise TypeError(f"it holds a {type(self.metadata).__name__}")
+            self.sizes = {
+                key: _size_of(key, entry)
+                for key, entry in self.metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
         except Exception as error:  # a damaged pickle may raise anything, MemoryError included
-            raise CheckpointError(f"{path / METADATA} is not read: {error}") from error
-        if not isinstance(self.metadata, Metadata):
-            raise CheckpointError(f"{path / METADATA} is not a checkpoint's metadata: {type(self.metadata).__name__}")
+            raise CheckpointError(
+                f"{path / METADATA} is not a checkpoint's metadata: {error}; restore it, or use another checkpoint"
+            ) from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
@@ -71,6 +81,15 @@ class _Reader(FileSystemReader):
         return stored
 
 
+def _size_of(key: str, entry: TensorStorageMetadata) -> tuple[int, ...]:
+    """Size of a tensor. Raises ValueError if its chunks do not fill it: DCP would leave the rest uninitialized."""
+    axes = [axis for chunk in entry.chunks for axis in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)]
+    is_inside = all(start >= 0 and start + length <= size for start, length, size in axes)
+    if not is_inside or sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+        raise ValueError(f"the chunks of {key} do not fill its size {tuple(entry.size)}")
+    return tuple(entry.size)
+
+
 def is_dcp(path: Path) -> bool:
     """Whether a folder is in DCP's format, by its metadata file."""
     return (path / METADATA).is_file()
@@ -82,12 +101,8 @@ def open_dcp(path: Path) -> Content:
     Weights without an optimizer are read, too: their content has the tree "model" alone.
     """
     reader, facts = _Reader(path), read_facts(path)
-    sizes = {
-        key: tuple(entry.size)
-        for key, entry in reader.metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    keys = _keys_with_facts(facts["trees"], sizes) if facts else _keys_by_shape(path, sizes)
+    sizes = reader.sizes
+    keys = _keys_with_facts(path, facts["trees"], sizes) if facts else _keys_by_shape(path, sizes)
     shapes = {name: sizes[key] for name, key in keys["model"].items()}
     for tree, names in keys.items():
         wrong = sorted(name for name, shape in shapes.items() if sizes.get(names.get(name, "")) != shape)
@@ -128,10 +143,18 @@ def _facts_of(reader: _Reader, sizes: dict[str, tuple[int, ...]]) -> dict[str, A
     }
 
 
-def _keys_with_facts(trees: list[str], sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
-    """tree -> tensor -> key, of a folder that this project wrote."""
+def _keys_with_facts(path: Path, trees: list[str], sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
+    """tree -> tensor -> key, of a folder that this project wrote. Raises CheckpointError for a key of no tree."""
     names = [key.removeprefix("model.") for key in sizes if key.startswith("model.")]
-    return {tree: {name: key_of(tree, name) for name in names} for tree in trees}
+    keys = {tree: {name: key_of(tree, name) for name in names} for tree in trees}
+    strange = sorted(
+        set(sizes)
+        - {key for tree in keys.values() for key in tree.values()}
+        - {f"optim.state.{name}.step" for name in names}
+    )
+    if strange:
+        raise CheckpointError(f"{path}: {strange[0]} is of none of its trees: {METADATA} is damaged; restore it")
+    return keys
 
 
 def _keys_by_shape(path: Path, sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:

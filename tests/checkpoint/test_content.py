@@ -152,5 +152,5 @@ def test_metadata_of_a_size_that_cannot_be_is_told_in_words(content, tmp_path) -
     content.counters["updates"] = 6
     metadata = write_dcp(content, tmp_path / "dcp") / ".metadata"
     metadata.write_bytes(b"\x80\x04\x95" + b"\xff" * 8)  # a pickle with a frame of 2**64 - 1 bytes: OverflowError
-    with pytest.raises(CheckpointError, match=r"\.metadata is not read"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is not a checkpoint.s metadata"):
         open_dcp(tmp_path / "dcp")

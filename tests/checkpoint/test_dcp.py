@@ -144,6 +144,28 @@ def test_metadata_that_is_anything_else_is_refused_and_nothing_runs(tmp_path: Pa
     assert not proof.exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"state_dict_metadata\x94", b"state_dict_metadat`\x94"),  # of the metadata: an attribute
+        (b"chunks\x94", b"chunkr\x94"),  # of a tensor
+        (b"K\x00K\x00\x86", b"K\x01K\x00\x86"),  # a.weight's offsets: DCP would not fill its first row
+        (b"K\x05K\x03\x86", b"K\x04K\x03\x86"),  # its size
+        (b"model.a.bias", b"model.a.bi`s"),
+        (b"model.a.bias", b"nodel.a.bias"),  # without the check, the tensor would be left out
+    ],
+)
+def test_a_flipped_bit_in_the_metadata_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    save(saver(tmp_path), 7)
+    content = open_native(tmp_path / "step-00000007")
+    content.counters["updates"] = 6
+    metadata = write_dcp(content, tmp_path / "dcp") / ".metadata"
+    assert old in metadata.read_bytes()
+    metadata.write_bytes(metadata.read_bytes().replace(old, new, 1))
+    with pytest.raises(CheckpointError):
+        open_dcp(tmp_path / "dcp")
+
+
 def test_a_tensor_file_that_is_no_tensor_is_refused_and_nothing_runs(tmp_path: Path) -> None:
     save(saver(tmp_path), 7)
     content = open_native(tmp_path / "step-00000007")
