@@ -3,10 +3,11 @@
     latte-scale coverage --config configs/sizes_cpu.yaml data.url=runs/mine/latents --ranks 2
 
 In: a training config. Out: for every bucket of every data set, its clips, its batch size, and the clips that
-train.steps use and leave over. The trainer prints the same table and writes it to RUN/coverage.json. With --ranks, also
-the micro-batches per step on each rank, the sizes that leave ranks idle and the settings that avoid it, or why that
-many ranks cannot train the config. It reads only manifests; with data.holdout, or for whole clips of several sizes,
-also the indices. Exit code 0, or 2 with the reason.
+train.steps use and leave over; for an image set (data.images), the images that go with each bucket. The trainer prints
+the same and writes the table to RUN/coverage.json. With --ranks, also the micro-batches per step on each rank, the
+sizes that leave ranks idle and the settings that avoid it, or why that many ranks cannot train the config. It reads
+only manifests; with data.holdout, or for whole clips of several sizes, also the indices. Exit code 0, or 2 with the
+reason.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from latte_scale.arguments import add_config, output_file, verb_parser
 from latte_scale.atomic import write_text
 from latte_scale.check_data import check_data
 from latte_scale.config import Config, load_config
-from latte_scale.data.coverage import coverage, coverage_json, coverage_table
+from latte_scale.data.coverage import coverage, coverage_json, coverage_table, image_lines
 from latte_scale.data.idle import idle_lines
+from latte_scale.data.loader import open_images
 from latte_scale.data.plan import Plan
 from latte_scale.data.shares import check_ranks, step_shape
-from latte_scale.planning import open_data, plan_of
+from latte_scale.planning import image_plans_of, open_data, plan_of
 from latte_scale.store import StoreError
 
 
@@ -41,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         datasets = open_data(config)
         check_data(config, datasets)
         plan = plan_of(config, datasets)
-        rows = coverage(plan, datasets, config.train.steps)
-        print(coverage_table(rows, config.train.steps))
+        image_plans = image_plans_of(config, open_images(config.data, datasets, config.store), plan)
+        rows, steps = coverage(plan, datasets, config.train.steps), config.train.steps
+        print("\n".join([coverage_table(rows, steps), *image_lines(image_plans, plan, steps)]))
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(args.out, coverage_json(rows, config.train.steps))
+            write_text(args.out, coverage_json(rows, steps))
         if args.ranks is not None:
             print("\n".join(shapes(config, plan, args.ranks)))
     except (ValueError, StoreError, OSError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from latte_scale.config import Config
 from latte_scale.data.buckets import bucket_costs, sizes_of
+from latte_scale.data.images import image_plans
 from latte_scale.data.loader import Loader, make_plan, open_datasets
 from latte_scale.data.plan import Plan
 from latte_scale.data.samples import Dataset
@@ -30,6 +31,13 @@ def plan_of(config: Config, datasets: Sequence[Dataset]) -> Plan:
         costs=costs,
         group=config.sample_group,
     )
+
+
+def image_plans_of(config: Config, images: Dataset | None, plan: Plan) -> dict[str, Plan]:
+    """Bucket of clips -> the plan of the images that go with them; empty without an image set."""
+    if images is None:
+        return {}
+    return image_plans(images, plan, config.train.joint_images, config.data.holdout, "train", config.run.seed)
 
 
 def loader_of(

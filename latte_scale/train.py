@@ -40,7 +40,7 @@ from latte_scale.checkpoint import (
 from latte_scale.choices import attention_backends, norm_backend
 from latte_scale.conditioning import Conditioner
 from latte_scale.config import Config, load_config, unread_settings
-from latte_scale.data.coverage import coverage, coverage_json, coverage_table
+from latte_scale.data.coverage import coverage, coverage_json, coverage_table, image_lines
 from latte_scale.data.idle import idle_lines
 from latte_scale.data.loader import (
     DataSettings,
@@ -70,7 +70,7 @@ from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.latte import Latte
 from latte_scale.model.latte_t2v import LatteT2V
 from latte_scale.optim import lr_at
-from latte_scale.planning import loader_of, open_data, plan_of
+from latte_scale.planning import image_plans_of, loader_of, open_data, plan_of
 from latte_scale.resume import check_start, counters_of, resume, rewind_log
 from latte_scale.run.facts import collect_facts, describe_rank, write_facts
 from latte_scale.run.folder import DONE, FAILED, REQUEUE, STOP, Fence, RunFolder, StopRunError, has_trained
@@ -147,7 +147,7 @@ def train(
     trackers = make_trackers(config, folder, progress, last_logged)
     journal = make_journal(config, progress, folder, fence, ranks, trackers)
     announce(config, plan, datasets, engine, progress)
-    report_coverage(config, plan, datasets, engine.dp_size, folder)
+    report_coverage(config, plan, datasets, images, engine.dp_size, folder)
 
     readback, schedule = Readback(), schedule_of(config.diffusion, ranks.device)
     compilations = Compilations(config.engine.compile)
@@ -328,17 +328,25 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     )
 
 
-def report_coverage(config: Config, plan: Plan, datasets: Sequence[Dataset], dp_size: int, folder: RunFolder) -> None:
+def report_coverage(
+    config: Config,
+    plan: Plan,
+    datasets: Sequence[Dataset],
+    images: Dataset | None,
+    dp_size: int,
+    folder: RunFolder,
+) -> None:
     """Print how much of its data the whole run uses, by bucket, and write it to RUN/coverage.json (rank 0).
 
     Also prints which buckets leave the data-parallel ranks of this attempt idle.
     """
     if folder.rank != 0:
         return
-    rows = coverage(plan, datasets, config.train.steps)
-    idle = idle_lines(plan, config.train.micro_batch, dp_size, config.sample_group)
-    console.print("\n".join([coverage_table(rows, config.train.steps), *idle]), markup=False)
-    folder.write_coverage(coverage_json(rows, config.train.steps))
+    rows, steps = coverage(plan, datasets, config.train.steps), config.train.steps
+    lines = image_lines(image_plans_of(config, images, plan), plan, steps)
+    lines += idle_lines(plan, config.train.micro_batch, dp_size, config.sample_group)
+    console.print("\n".join([coverage_table(rows, steps), *lines]), markup=False)
+    folder.write_coverage(coverage_json(rows, steps))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

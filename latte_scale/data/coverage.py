@@ -7,7 +7,7 @@ the clips left over are those that the run's steps do not reach.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from latte_scale.data.buckets import num_latents
@@ -89,6 +89,19 @@ def warnings(rows: Sequence[Coverage]) -> list[str]:
             lines.append(f"warning: bucket {bucket} has no step at all; raise train.steps, or leave its size out")
         elif clips < batch:
             lines.append(f"warning: bucket {bucket} has {clips:,} clips for steps of {batch:,}: a step has some twice")
+    return lines
+
+
+def image_lines(plans: Mapping[str, Plan], clips: Plan, steps: int) -> list[str]:
+    """Lines on an image set of joint training: bucket of clips -> plan of their images (`image_plans`)."""
+    lines = []
+    for bucket, plan in plans.items():
+        drawn, num_images = plan.samples_before(clips.steps_before(steps)[bucket]), plan.num_samples
+        used = min(drawn, num_images)
+        lines.append(
+            f"data.images, with clips of bucket {bucket}: {drawn:,} drawn ({drawn / num_images:.2f} epochs) use "
+            f"{used:,} of {num_images:,} images, {num_images - used:,} left over"
+        )
     return lines
 
 

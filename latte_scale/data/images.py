@@ -68,6 +68,25 @@ def image_sizes(sizes: Sizes) -> Sizes:
     return Sizes({image_bucket(bucket): replace(policy, **still) for bucket, policy in sizes.policies.items()})
 
 
+def image_plans(images: Dataset, plan: Plan, num_images: int, holdout: float, side: Side, seed: int) -> dict[str, Plan]:
+    """A plan for each size of the clips of `plan`, over the images of that size.
+
+    Each plan counts only the steps of its own size, so that every image comes once before any comes again. Raises
+    ManifestError where data.holdout leaves a size without an image.
+    """
+    counts, plans = images.counts(holdout, side), {}
+    fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
+    for bucket in plan.buckets:
+        name = image_bucket(bucket)
+        if not counts[name].any():
+            raise ManifestError(
+                f"data.images: {images.store.url}: expected images of bucket {name} for {side}, and data.holdout="
+                f"{holdout} leaves none; add images of this size, or change data.holdout"
+            )
+        plans[bucket] = Plan([PlanData({name: counts[name]}, fingerprint)], seed, plan.batch_size(bucket) * num_images)
+    return plans
+
+
 def image_set(
     images: Dataset,
     plan: Plan,
@@ -78,25 +97,12 @@ def image_set(
     seed: int,
     place: str,
 ) -> ImageSet:
-    """The image set `images` for the clips of `plan`: one plan per size of clips, over the images of that size.
-
-    Each plan counts only the steps of its own size, so that every image comes once before any comes again. Raises
-    ManifestError where data.holdout leaves a size without an image.
-    """
-    counts = images.counts(holdout, side)
-    fingerprint = f"{images.manifest.fingerprint()}/{side}/{holdout!r}"
+    """The image set `images` for the clips of `plan`. Raises ManifestError as `image_plans`."""
     still = replace(video, frames=1, window=None, sampling="stride", more_sizes=())
-    readers = {}
-    for bucket in plan.buckets:
-        name = image_bucket(bucket)
-        if not counts[name].any():
-            raise ManifestError(
-                f"data.images: {images.store.url}: expected images of bucket {name} for {side}, and data.holdout="
-                f"{holdout} leaves none; add images of this size, or change data.holdout"
-            )
-        data = PlanData({name: counts[name]}, fingerprint)
-        image_plan = Plan([data], seed, plan.batch_size(bucket) * num_images)
-        readers[bucket] = ItemReader((images,), still, image_plan, holdout, side, seed, place)
+    readers = {
+        bucket: ItemReader((images,), still, image_plan, holdout, side, seed, place)
+        for bucket, image_plan in image_plans(images, plan, num_images, holdout, side, seed).items()
+    }
     return ImageSet(num_images, plan, readers)
 
 

@@ -4,7 +4,8 @@ import json
 from collections import Counter
 
 from latte_scale.data.buckets import bucket_costs
-from latte_scale.data.coverage import Coverage, coverage, coverage_json, coverage_table, warnings
+from latte_scale.data.coverage import Coverage, coverage, coverage_json, coverage_table, image_lines, warnings
+from latte_scale.data.images import image_plans
 from latte_scale.data.loader import DataSettings, SourceSettings, make_plan, open_datasets
 from tests.data.making import BUCKET, OTHER_BUCKET, VIDEO, make_latents
 
@@ -51,6 +52,22 @@ def test_the_table_names_data_sets_and_sums_up(tmp_path):
     assert lines[4].startswith("data 0: ") and lines[4].endswith("/images")
     used = sum(row.used for row in coverage(plan, datasets, 10))
     assert lines[-1] == f"10 steps use {used} of 65 clips, {65 - used} left over"
+
+
+def test_the_lines_on_an_image_set_are_what_the_steps_draw(tmp_path):
+    make_latents(tmp_path, num_samples=25, bucket="1x3x3")
+    settings = DataSettings(str(tmp_path))
+    (images,) = open_datasets(settings)
+    clips = make_plan(settings, [images], 0, 3)
+    plans = image_plans(images, clips, 2, 0.0, "train", 0)
+    for steps in (1, 4, 9):
+        ids = [sample for step in range(steps) for sample in plans["1x3x3"].batch(step).ids]
+        drawn, used = len(ids), len(set(ids))
+        assert image_lines(plans, clips, steps) == [
+            f"data.images, with clips of bucket 1x3x3: {drawn} drawn ({drawn / 25:.2f} epochs) use {used} of 25 "
+            f"images, {25 - used} left over"
+        ]
+    assert image_lines({}, clips, 9) == []
 
 
 def test_sizes_that_are_never_trained_or_come_twice_in_a_step_are_told():

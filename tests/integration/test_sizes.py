@@ -220,6 +220,7 @@ def test_what_does_not_fit_is_refused(latents, tmp_path, capsys):
     for overrides, words in (
         (["video.more_sizes=[]"], "video.more_sizes: expected sizes among 4 x 32 x 32, got 4 x 32 x 48"),
         (["video.more_sizes=[{frames: 8, height: 32, width: 32}]"], "8 x 32 x 32 has 8 frames; expected at most model"),
+        (["train.joint_images=1", f"data.images={tmp_path / 'none'}"], f"{tmp_path / 'none'}"),
         (["train.batch_budget=token"], "expected one of samples, tokens, got 'token'"),
     ):
         assert coverage.main(["--config", str(CONFIG), f"data.url={latents}", *overrides]) == 2
