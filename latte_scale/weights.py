@@ -299,7 +299,7 @@ def _tree_name(wanted: str, trees: list[str], where: str) -> str:
         raise ValueError(
             f"{where}: holds no EMA (ema.decays was empty); ask for the raw weights: --weights raw, or PATH#model"
         )
-    name = {"raw": "model", "ema": averages[0] if averages else ""}.get(wanted, wanted)
-    if name not in trees:
-        raise ValueError(f"{where}: expected weights {name!r}, it holds {', '.join(['model', *averages])}")
+    name, weights = {"raw": "model", "ema": averages[0] if averages else ""}.get(wanted, wanted), ["model", *averages]
+    if name not in weights:  # the optimizer's trees are none
+        raise ValueError(f"{where}: expected weights {name!r}, it holds {', '.join(weights)}; name one of these")
     return name

@@ -49,6 +49,13 @@ def test_a_run(tmp_path, architecture, source, factor):
     assert all(torch.equal(tensor, factor * state[name]) for name, tensor in weights.state_dict.items())
 
 
+@pytest.mark.parametrize("tree", ["optim/exp_avg", "ema/0.9"])
+def test_only_weights_are_taken_for_weights(tmp_path, tree):
+    save_run(tmp_path, {"model": to_mapping(TEXT), "diffusion": {}}, build_model(TEXT).state_dict())
+    with pytest.raises(ValueError, match=rf"expected weights '{tree}', it holds model, ema/0\.99; name one of these"):
+        load_weights(str(tmp_path), tree)
+
+
 def test_a_run_that_has_saved_nothing_is_told_so(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="expected a run with a checkpoint, this one has saved none yet"):
