@@ -109,6 +109,8 @@ def train(
     if config.train.deterministic:
         make_deterministic()
     checkpoints = config.checkpoint_store
+    if config.checkpoint.dir is not None:  # recorded absolutely: whoever reads the run may stand in another folder
+        config = replace(config, checkpoint=replace(config.checkpoint, dir=checkpoints.url))
     found, broken = find_newest_sound(checkpoints, ranks)
     if found is None:
         check_start(config, checkpoints, ranks)

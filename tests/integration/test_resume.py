@@ -167,6 +167,18 @@ def test_a_new_place_for_checkpoints_does_not_start_from_zero(data_sets, tmp_pat
     assert f"but this run has {place / 'step-00000022'}" in capsys.readouterr().out
 
 
+def test_a_relative_place_for_checkpoints_is_found_from_any_folder(data_sets, tmp_path, monkeypatch, capsys):
+    folder, options = tmp_path / "run", ("train.steps=1", "checkpoint.dir=place")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run_in_process(folder, data_sets.latents, *options) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert ckpt.main(["verify", str(folder)]) == 0
+    assert run_in_process(folder, data_sets.latents, *options) == 78  # and not from step 0 again
+    there = tmp_path / "place" / "step-00000001"
+    assert f"elsewhere/place holds no checkpoint, but this run has {there}" in capsys.readouterr().out
+
+
 def test_a_changed_key_is_refused_with_the_difference(data_sets, tmp_path, unbroken, capsys):
     folder = tmp_path / "run"
     shutil.copytree(unbroken.folder, folder)
