@@ -52,9 +52,14 @@ def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any
     if file is None:
         return records
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: expected a text file in UTF-8 ({error}); write it again as such") from error
+    if _is_json_array(text):
+        raise ValueError(
+            f"{file}: expected one prompt a line, or JSON lines, got a JSON array; write its elements one a line"
+        )
+    lines = text.split("\n")
     for number, line in enumerate(map(str.strip, lines), 1):
         try:
             if line:
@@ -66,6 +71,13 @@ def read_prompts(prompt: Sequence[str], file: Path | None) -> list[dict[str, Any
     if not any(map(str.strip, lines)):
         raise ValueError(f"{file} is empty: expected one prompt a line")
     return records
+
+
+def _is_json_array(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list)
+    except ValueError:
+        return False
 
 
 def check_records(

@@ -35,12 +35,17 @@ def test_files_as_other_programs_write_them(tmp_path):
     assert read_prompts([], file) == [{"text": "a red\u2028circle"}, {"text": "naïve 青い 🎬"}]
     file.write_bytes("\ufeff".encode() + b'{"text": "a"}\n')
     assert read_prompts([], file) == [{"text": "a"}]
+    file.write_bytes(b"[a] circle\n[1990s]\n")
+    assert read_prompts([], file) == [{"text": "[a] circle"}, {"text": "[1990s]"}]
     file.write_bytes("été".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prompts\.txt: expected a text file in UTF-8"):
         read_prompts([], file)
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("\n \n", "is empty"), ("a\n{b\n", "line 2")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is empty"), ("\n \n", "is empty"), ("a\n{b\n", "line 2"), ('[\n "a",\n "b"\n]\n', "got a JSON array")],
+)
 def test_files_that_hold_no_prompts(tmp_path, content, message):
     (tmp_path / "prompts.txt").write_text(content)
     with pytest.raises(ValueError, match=message):
