@@ -17,7 +17,7 @@ IDLE_SHARE = 0.1
 """Share of a step's work that is idle from which on it is reported."""
 
 
-class Launch(NamedTuple):
+class Division(NamedTuple):
     """What determines the shape of a step, in addition to its bucket."""
 
     global_batch: int
@@ -39,14 +39,14 @@ class Idle(NamedTuple):
         return 1 - self.batch / self.num_slots
 
 
-def idle_of(costs: Mapping[str, Fraction], launch: Launch) -> list[Idle]:
+def idle_of(costs: Mapping[str, Fraction], division: Division) -> list[Idle]:
     """Every bucket. Raises ValueError as `micro_batch_shape`."""
     found = []
     for bucket, cost in costs.items():
-        batch = samples_for(launch.global_batch, cost, launch.group)
-        fitting = samples_for(launch.micro_batch, cost, launch.group)
-        number, length = micro_batch_shape(batch, launch.size, fitting, launch.group)
-        found.append(Idle(bucket, batch, number * length * launch.size))
+        batch = samples_for(division.global_batch, cost, division.group)
+        fitting = samples_for(division.micro_batch, cost, division.group)
+        number, length = micro_batch_shape(batch, division.size, fitting, division.group)
+        found.append(Idle(bucket, batch, number * length * division.size))
     return found
 
 
@@ -55,14 +55,14 @@ def idle_words(plan: Plan, micro_batch: int, size: int, group: int = 1) -> tuple
 
     `size`: data-parallel ranks. Every bucket has a sample for each of them (`check_ranks`).
     """
-    launch = Launch(plan.global_batch, micro_batch, size, group)
-    wasteful = [each for each in idle_of(plan.costs, launch) if each.share >= IDLE_SHARE]
+    division = Division(plan.global_batch, micro_batch, size, group)
+    wasteful = [each for each in idle_of(plan.costs, division) if each.share >= IDLE_SHARE]
     found = [
         f"bucket {each.bucket}: {each.batch} clips a step on {size} data-parallel ranks take the time of "
         f"{each.num_slots}: {each.share:.0%} of the work is idle"
         for each in wasteful
     ]
-    return found, remedy(plan.costs, launch) if found else ""
+    return found, remedy(plan.costs, division) if found else ""
 
 
 def idle_lines(plan: Plan, micro_batch: int, size: int, group: int = 1) -> list[str]:
@@ -71,50 +71,51 @@ def idle_lines(plan: Plan, micro_batch: int, size: int, group: int = 1) -> list[
     return [*(f"warning: {each}" for each in found), *([advice] if found else [])]
 
 
-def remedy(costs: Mapping[str, Fraction], launch: Launch) -> str:
+def remedy(costs: Mapping[str, Fraction], division: Division) -> str:
     """The settings that bring every bucket below IDLE_SHARE, in words.
 
     A smaller micro-batch if that suffices, because the samples of a step stay the same; otherwise the best global batch
     from half to twice as large, and the fewest ranks that take no longer for any bucket.
     """
 
-    def best(launches: Iterable[Launch]) -> Launch | None:
-        """The first launch with the fewest idle slots, to the nearest hundredth; None if even that has too many."""
-        found = min(launches, key=lambda each: round(_worst(costs, each), 2), default=launch)
+    def best(divisions: Iterable[Division]) -> Division | None:
+        """The first division with the fewest idle slots, to the nearest hundredth; None if even that has too many."""
+        found = min(divisions, key=lambda each: round(_worst(costs, each), 2), default=division)
         return found if _worst(costs, found) < IDLE_SHARE else None
 
-    batch, group = launch.global_batch, launch.group
-    finer = best(launch._replace(micro_batch=number) for number in range(launch.micro_batch - group, 0, -group))
+    batch, group = division.global_batch, division.group
+    finer = best(division._replace(micro_batch=number) for number in range(division.micro_batch - group, 0, -group))
     if finer is not None:
         return f"set train.micro_batch={finer.micro_batch}: the samples of each step stay the same"
     candidates = sorted(
         range(-(-batch // (2 * group)) * group, 2 * batch + 1, group), key=lambda each: abs(each - batch)
     )
-    other = best(launch._replace(global_batch=number) for number in candidates)
+    other = best(division._replace(global_batch=number) for number in candidates)
     ways = [] if other is None else [f"set train.global_batch={other.global_batch} before the run begins"]
-    fewest = _fewest_ranks(costs, launch)
-    ways += [f"use {fewest} data-parallel ranks, which take no longer"] if fewest < launch.size else []
+    fewest = _fewest_ranks(costs, division)
+    ways += [f"use {fewest} data-parallel ranks, which take no longer"] if fewest < division.size else []
     return ", or ".join(ways) or "no train.global_batch from half to twice as large does better for every bucket"
 
 
-def _fewest_ranks(costs: Mapping[str, Fraction], launch: Launch) -> int:
+def _fewest_ranks(costs: Mapping[str, Fraction], division: Division) -> int:
     """The fewest ranks on which no bucket's step has more slots for each rank than now."""
 
     def slots_each(size: int) -> list[int]:
-        return [each.num_slots // size for each in idle_of(costs, launch._replace(size=size))]
+        return [each.num_slots // size for each in idle_of(costs, division._replace(size=size))]
 
-    now = slots_each(launch.size)
+    now = slots_each(division.size)
     return next(
         size
-        for size in range(1, launch.size + 1)
+        for size in range(1, division.size + 1)
         if all(new <= old for new, old in zip(slots_each(size), now, strict=True))
     )
 
 
-def _worst(costs: Mapping[str, Fraction], launch: Launch) -> float:
+def _worst(costs: Mapping[str, Fraction], division: Division) -> float:
     """The idle fraction of the worst bucket; 1 if a bucket has fewer samples than there are ranks."""
     if any(
-        samples_for(launch.global_batch, cost, launch.group) < launch.size * launch.group for cost in costs.values()
+        samples_for(division.global_batch, cost, division.group) < division.size * division.group
+        for cost in costs.values()
     ):
         return 1.0
-    return max(each.share for each in idle_of(costs, launch))
+    return max(each.share for each in idle_of(costs, division))

@@ -147,12 +147,11 @@ def make_plan(
     datasets: Sequence[Dataset],
     seed: int,
     global_batch: int,
-    side: Side = "train",
     costs: Mapping[str, Fraction] | None = None,
     group: int = 1,
 ) -> Plan:
-    """The plan of a run, or of its validation (`side="held_out"`, where one epoch is every held-out sample once)."""
-    return Plan(plan_data(settings, datasets, side), seed, global_batch, settings.shuffle_window, costs, group)
+    """The plan of a run."""
+    return Plan(plan_data(settings, datasets), seed, global_batch, settings.shuffle_window, costs, group)
 
 
 class Loader:
@@ -178,7 +177,6 @@ class Loader:
         size: int = 1,
         start_step: int = 0,
         caption_drop: float = 0.0,
-        side: Side = "train",
         pin_memory: bool = False,
         num_images: int = 0,
         images: Dataset | None = None,
@@ -195,7 +193,7 @@ class Loader:
             video,
             plan,
             settings.holdout,
-            side,
+            "train",
             seed,
             caption_drop,
             rank,

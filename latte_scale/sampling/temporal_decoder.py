@@ -20,19 +20,19 @@ CHUNK = 14
 class TemporalDecoder:
     """A frozen AutoencoderKLTemporalDecoder; only its decoder is used."""
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         """`name`: a folder with config.json and weights, one that has vae_temporal_decoder/ inside, or a hub id.
 
         Raises EncoderError if it cannot be loaded.
         """
         from diffusers import AutoencoderKLTemporalDecoder
 
-        self.name, self.device, self.dtype = name, torch.device(device), dtype
+        self.name, self.device = name, torch.device(device)
         expected = "an AutoencoderKLTemporalDecoder (config.json and weights, or a vae_temporal_decoder/ folder)"
         folder = find_folder(name, None, "vae_temporal_decoder", expected)
         with loading(name, folder, "AutoencoderKLTemporalDecoder (--temporal-decoder)"):
             self.model = AutoencoderKLTemporalDecoder.from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+                folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
             )
         self.model.eval().requires_grad_(False).to(self.device)
         config = self.model.config
@@ -59,8 +59,8 @@ class TemporalDecoder:
         clips = []
         for latents_FChw in latents_BFChw:
             frames = []
-            for chunk in (latents_FChw.to(self.device).float() / self.scale).to(self.dtype).split(CHUNK):
-                pixels = (self.model.decode(chunk, num_frames=len(chunk)).sample.float() + 1) * 127.5
+            for chunk in (latents_FChw.to(self.device).float() / self.scale).split(CHUNK):
+                pixels = (self.model.decode(chunk, num_frames=len(chunk)).sample + 1) * 127.5
                 frames.append(pixels.round().clamp(0, 255).to(torch.uint8))
             clips.append(torch.cat(frames))
         return torch.stack(clips)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latte_scale.data.idle import IDLE_SHARE, Launch, idle_lines, idle_of, idle_words, remedy
+from latte_scale.data.idle import IDLE_SHARE, Division, idle_lines, idle_of, idle_words, remedy
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.shares import slots
 from tests.data.plans import EXAMPLES, plans
@@ -22,7 +22,7 @@ def plan_of(costs: dict[str, Fraction], global_batch: int) -> Plan:
 @given(plans(), st.integers(0, 40), st.integers(1, 15), st.data())
 def test_idle_slots_are_those_that_the_ranks_run(plan, step, micro_batch, data):
     size = data.draw(st.integers(1, min(plan.batch_size(bucket) for bucket in plan.buckets)))
-    found = {each.bucket: each for each in idle_of(plan.costs, Launch(plan.global_batch, micro_batch, size))}
+    found = {each.bucket: each for each in idle_of(plan.costs, Division(plan.global_batch, micro_batch, size))}
     ranks = [slots(plan, step, rank, size, micro_batch) for rank in range(size)]
     run = [slot for rank in ranks for micro in rank for slot in micro]
     each = found[plan.bucket(step)]
@@ -41,7 +41,7 @@ def test_65_clips_on_64_ranks_are_told_with_what_to_set():
     found, advice = idle_words(plan, 8, 64)
     assert found == [f"bucket 4x16x15: 65 {words}"]
     assert advice == "set train.global_batch=127 before the run begins"
-    assert [round(each.share, 3) for each in idle_of(plan.costs, Launch(127, 8, 64))] == [0.0, 0.008]
+    assert [round(each.share, 3) for each in idle_of(plan.costs, Division(127, 8, 64))] == [0.0, 0.008]
     assert idle_lines(plan, 8, 64) == [f"warning: {found[0]}", advice]
     assert idle_lines(plan, 8, 33) == idle_lines(plan, 8, 1) == []
 
@@ -62,14 +62,14 @@ prices = st.lists(
 @given(prices, st.integers(8, 80), st.integers(1, 9), st.integers(1, 8), st.sampled_from([1, 2]))
 def test_the_advice_keeps_its_word(costs, global_batch, micro_batch, size, group):
     costs = {str(number): cost for number, cost in enumerate(costs)}
-    launch = Launch(group * global_batch, group * micro_batch, size, group)
-    words = remedy(costs, launch)
+    division = Division(group * global_batch, group * micro_batch, size, group)
+    words = remedy(costs, division)
     for key, field in (("train.micro_batch=", "micro_batch"), ("train.global_batch=", "global_batch")):
         if key in words:
             number = int(words.partition(key)[2].split()[0].rstrip(":,"))
-            changed = launch._replace(**{field: number})
+            changed = division._replace(**{field: number})
             assert max(each.share for each in idle_of(costs, changed)) < IDLE_SHARE
     if "use " in words:
-        fewer = launch._replace(size=int(words.partition("use ")[2].split()[0]))
-        for now, then in zip(idle_of(costs, launch), idle_of(costs, fewer), strict=True):
-            assert then.num_slots // fewer.size <= now.num_slots // launch.size and fewer.size < launch.size
+        fewer = division._replace(size=int(words.partition("use ")[2].split()[0]))
+        for now, then in zip(idle_of(costs, division), idle_of(costs, fewer), strict=True):
+            assert then.num_slots // fewer.size <= now.num_slots // division.size and fewer.size < division.size

@@ -16,7 +16,7 @@ from latte_scale.data.loader import DataSettings, open_datasets, open_images
 from latte_scale.data.plan import Plan, PlanData
 from latte_scale.data.schema import Manifest, ManifestError, VideoSettings, save_manifest
 from latte_scale.store import open_store
-from tests.data.loading import SEED, ids, load
+from tests.data.loading import SEED, ids, load, load_held_out
 from tests.data.making import (
     BUCKET,
     CHANNELS,
@@ -302,6 +302,6 @@ def test_a_run_without_text_takes_images_with_it(tmp_path):
 def test_the_holdout_keeps_images_too(sets):
     clips, images = sets
     train = image_numbers(load(clips, 12, images=images, num_images=3, holdout=0.3))
-    held_out = image_numbers(load(clips, 12, images=images, num_images=3, holdout=0.3, side="held_out"))
+    held_out = image_numbers(load_held_out(clips, 12, 0.3, images, num_images=3))
     train, held_out = (set(itertools.chain(*numbers.values())) for numbers in (train, held_out))
     assert train | held_out == set(range(17)) and not train & held_out

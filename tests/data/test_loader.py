@@ -30,7 +30,7 @@ from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import Manifest, ManifestError, save_manifest
 from latte_scale.data.shards import LatentSample
 from latte_scale.store import open_store
-from tests.data.loading import GLOBAL_BATCH, SEED, ids, keys, load
+from tests.data.loading import GLOBAL_BATCH, SEED, ids, keys, load, load_held_out
 from tests.data.making import (
     BUCKET,
     OTHER_BUCKET,
@@ -115,7 +115,7 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
 def test_the_two_sides_of_the_holdout_are_disjoint_and_whole(tmp_path):
     make_latents(tmp_path, num_samples=40)
     train = {key for step in keys(load(tmp_path, 12, holdout=0.3)) for key in step}
-    held_out = {key for step in keys(load(tmp_path, 12, holdout=0.3, side="held_out")) for key in step}
+    held_out = {key for step in keys(load_held_out(tmp_path, 12, 0.3)) for key in step}
     assert train | held_out == set(range(40)) and not train & held_out
     assert 4 < len(held_out) < 20
 
