@@ -78,6 +78,8 @@ class ZeroEngine:
         return self._num_updates
 
     def backward(self, loss: Tensor, last_microbatch: bool) -> None:
+        # With cpu_offload, stages 2 and 3 lose the gradient of a parameter that some micro-batches of a step use and
+        # others do not: the train loop has none, as all micro-batches of a step are of one bucket.
         self._engine.set_gradient_accumulation_boundary(last_microbatch)
         # DeepSpeed averages over ranks (stage 3 refuses a sum): exact for a power of two, one rounding otherwise.
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
