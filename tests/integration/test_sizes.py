@@ -200,7 +200,7 @@ def test_whole_clips_train_killed_on_two_ranks_and_on_one(latents, tmp_path):
     assert resumed.losses == pytest.approx(alone.losses, rel=1e-5)
 
 
-def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path):
+def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path, capsys):
     """A set of images, encoded apart, beside the clips: its weight is its share of the samples, whatever it costs."""
     shards, config = latents.parent / "shards", ROOT / "configs" / "encode_sizes.yaml"
     image = ("video.frames=1", "video.height=64", "video.width=64", "video.frame_interval=1", "video.more_sizes=[]")
@@ -214,6 +214,13 @@ def test_images_and_video_of_their_own_are_mixed_by_weight(latents, tmp_path):
         drawn[row["dataset"]] += row["drawn"]
     assert mixed.code == 0 and mixed.metrics[-1]["samples_seen"] == drawn.total()
     assert abs(drawn[str(tmp_path / "images")] / drawn.total() - 0.5) < 0.05
+
+    joint = [f"data.url={tmp_path / 'images'}", f"data.images={tmp_path / 'images'}", "train.joint_images=2"]
+    assert run(tmp_path / "joint", latents, *joint, "train.steps=1").code == 0
+    printed = capsys.readouterr().out
+    assert coverage.main(["--config", str(CONFIG), *joint, "train.steps=1"]) == 0
+    line = "data.images, with clips of bucket 1x32x32: 24 drawn (0.60 epochs) use 24 of 40 images, 16 left over"
+    assert line in printed and line in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(latents, tmp_path, capsys):
