@@ -73,6 +73,8 @@ CASES = [
          (LAYERS_4, NONE, "train.global_batch=4096")),
     Case("T2V 256, 4 pairs, selective", T2V, 1,
          (SINGLE, LAYERS_4, "engine.activation_checkpointing=selective", *PX_256, "train.global_batch=1")),
+    Case("T2V 256, 4 pairs, residual in bf16", T2V, 1,
+         (SINGLE, LAYERS_4, NONE, *PX_256, "train.residual=bf16", "train.global_batch=1")),
     Case("T2V 256, 4 pairs, fp8, fsdp2", T2V, 8,
          (LAYERS_4, NONE, *PX_256, "train.precision=fp8", "train.global_batch=8")),
     Case("T2V 512, 6 pairs, offload, fsdp2", T2V, 8,

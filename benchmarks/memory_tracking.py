@@ -34,6 +34,7 @@ from latte_scale.diffusion.loss import schedule_of
 from latte_scale.ema import Ema
 from latte_scale.engine import Ranks, activations, build_engine
 from latte_scale.losses import losses_of, share_of
+from latte_scale.model.blocks import use_residual
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
 from latte_scale.synthetic import micro_batch
@@ -305,6 +306,7 @@ def named_by_deepspeed(tracker: Tracker) -> Iterator[None]:
 
 def make_engine(config: Config, model: nn.Module, ranks: Ranks) -> Any:
     """As the trainer builds it."""
+    use_residual(model, config.train.residual)
     if config.train.precision == "fp8":
         use_fp8(model, ranks.device)
     return build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)

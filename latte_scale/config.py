@@ -21,6 +21,7 @@ from latte_scale.ema import EmaSettings
 from latte_scale.encoders import EncoderSettings, vae_downscale
 from latte_scale.engine.base import EngineSettings, Precision
 from latte_scale.model.attention_backends import AttentionSettings
+from latte_scale.model.blocks import ResidualDtype
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
 from latte_scale.model.norm_backends import NormSettings
@@ -99,6 +100,8 @@ class TrainSettings:
     warmup_steps: int = 0  # linear warm-up from 0, in applied updates
     # bf16: autocast, with fp32 master weights and reductions; fp8: the same, with the blocks' matrix products in fp8.
     precision: Precision = "fp32"
+    # bf16, with precision bf16 or fp8: what blocks add to is rounded after every layer, for less memory and traffic.
+    residual: ResidualDtype = "fp32"
     deterministic: bool = False  # use deterministic kernels (needed for bitwise resume on a GPU)
     caption_drop: float = 0.1  # fraction of captions (or labels) dropped for classifier-free guidance
     joint_images: int = 0  # images trained with each clip, from the clip itself or from data.images
@@ -115,6 +118,8 @@ class TrainSettings:
             raise ValueError(f"train.warmup_steps must lie in [0, train.steps={self.steps}], got {self.warmup_steps}")
         if self.lr <= 0:
             raise ValueError(f"train.lr must be positive, got {self.lr}")
+        if self.residual == "bf16" and self.precision == "fp32":
+            raise ValueError("train.residual=bf16 needs train.precision=bf16 or fp8, got fp32; set one of the two")
         if self.max_skipped < 0:
             raise ValueError(f"train.max_skipped must be >= 0, got {self.max_skipped}")
         if self.joint_images < 0:

@@ -64,7 +64,7 @@ from latte_scale.estimate.budget import within_memory_of
 from latte_scale.estimate.estimate import checkpointing_words
 from latte_scale.losses import cost_of, losses_of, recompute_share, share_of
 from latte_scale.model.attention import use_backends
-from latte_scale.model.blocks import use_norm
+from latte_scale.model.blocks import use_norm, use_residual
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.latte import Latte
@@ -129,6 +129,7 @@ def train(
     model = initial_model(config, ranks, is_new=found is None)
     use_backends(model, attention_backends(config, ranks, folder.path / "choices.json"))
     use_norm(model, norm_backend(config, ranks, folder.path / "choices.json"))
+    use_residual(model, config.train.residual)
     if config.train.precision == "fp8":
         use_fp8(model, ranks.device)
     engine = build_engine(config.engine, config.optim, config.train.precision, model, model.repeated_blocks(), ranks)

@@ -27,7 +27,7 @@ from latte_scale.bench.ceiling import copy_bandwidth, linear_shapes, num_tokens
 from latte_scale.bench.step import environment
 from latte_scale.choices.attention import measure, probes
 from latte_scale.choices.norm import measure_norm, norm_shape
-from latte_scale.choices.record import dtype_of
+from latte_scale.choices.record import dtype_of, residual_dtype_of
 from latte_scale.config import Config, load_config
 from latte_scale.engine.dist import one_device
 from latte_scale.model.fp8 import SIDES, linear_fp8, why_no_fp8
@@ -123,7 +123,7 @@ def operation_times(
     generator = torch.Generator(device).manual_seed(0)
     sizes = shape, [shape[0], 1, 1, shape[3]], shape
     x, row, branch = (torch.randn(size, generator=generator, device=device) for size in sizes)
-    tensors = [x.requires_grad_(), row.requires_grad_(), branch.to(dtype).requires_grad_()]
+    tensors = [each.requires_grad_() for each in (x.to(residual_dtype_of(config)), row, branch.to(dtype))]
     ways: dict[str, Callable[..., Tensor]] = {"torch eager": functools.partial(operation, "torch")}
     if config.engine.compile:
         ways["torch compiled"] = torch.compile(functools.partial(operation, "torch"), dynamic=False)
@@ -150,10 +150,11 @@ def forward_backward_ms(
 
 def least_bytes(config: Config) -> dict[str, int]:
     """Lower bound of the bytes that forward and backward move: each tensor of the size of x once in each."""
-    elements, size = math.prod(norm_shape(config)), dtype_of(config).itemsize
+    elements = math.prod(norm_shape(config))
+    of_branch, of_x = dtype_of(config).itemsize, residual_dtype_of(config).itemsize
     return {
-        "norm_ms": elements * (3 * 4 + 2 * size),  # x, the result; x, its gradient, that of the result
-        "gate_ms": elements * (3 * 4 + 3 * size),  # x, branch, the result; its gradient, the branch and its gradient
+        "norm_ms": elements * (3 * of_x + 2 * of_branch),  # x, the result; x, its gradient, that of the result
+        "gate_ms": elements * (3 * of_x + 3 * of_branch),  # and the branch, and its gradient
     }
 
 

@@ -15,6 +15,7 @@ The decision worth knowing: all start from the same weights and get the same inp
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,7 +30,7 @@ from latte_scale.engine.base import prepare
 from latte_scale.losses import losses_of, share_of
 from latte_scale.model.attention import use_backends
 from latte_scale.model.attention_backends import Backend, Site
-from latte_scale.model.blocks import use_norm
+from latte_scale.model.blocks import use_norm, use_residual
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
 from latte_scale.model.norm_backends import NormBackend
@@ -159,6 +160,7 @@ def seeded_model(
     if backends is not None:
         use_backends(model, backends)
     use_norm(model, norm)
+    use_residual(model, config.train.residual)
     if config.train.precision == "fp8":
         use_fp8(model, device)
     return model
@@ -171,7 +173,8 @@ def _plain(config: Config, device: torch.device, micro_batches: Sequence[ModelIn
 
 
 def _eager(config: Config, device: torch.device, micro_batches: Sequence[ModelInputs]) -> Plain:
-    model = seeded_model(config, device).to(device)
+    fp32 = replace(config, train=replace(config.train, precision="fp32", residual="fp32"))
+    model = seeded_model(fp32, device).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.optim.weight_decay)
     return Plain("eager", model, model, optimizer, config, micro_batches, tf32)
 

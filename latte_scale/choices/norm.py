@@ -23,6 +23,7 @@ from latte_scale.choices.record import (
     key_of,
     largest_difference,
     recorded_backends,
+    residual_dtype_of,
     why_out,
 )
 from latte_scale.config import Config
@@ -54,7 +55,8 @@ def norm_backend(config: Config, ranks: Ranks, path: Path | None) -> NormBackend
 
 def recorded_norm(config: Config, device: torch.device, path: Path | None) -> NormBackend:
     """The recorded back end, or the one measured now and recorded."""
-    key = key_of(config, device) | {"compile": config.engine.compile, "shape": norm_shape(config)}
+    key = key_of(config, device) | {"compile": config.engine.compile, "residual": config.train.residual}
+    key["shape"] = norm_shape(config)
 
     def is_there(backend: str) -> bool:
         return backend == "torch" or why_no_triton(device) is None
@@ -87,15 +89,15 @@ def measure_norm(config: Config, device: torch.device) -> Times:
 
 def _norm_time(config: Config, device: torch.device, backend: NormBackend) -> float | str:
     batch, frames, patches, width = norm_shape(config)
-    dtype = dtype_of(config)
-    small = norm_tensors([min(batch, 2), min(frames, 2), min(patches, 64), width], device)
-    expected = norm_gradients(two_layers, small, "torch", torch.float32)
-    got = norm_gradients(two_layers, small, backend, dtype)
+    dtype, of_x = dtype_of(config), residual_dtype_of(config)
+    small = [min(batch, 2), min(frames, 2), min(patches, 64), width]
+    expected = norm_gradients(two_layers, norm_tensors(small, torch.float32, device), "torch", torch.float32)
+    got = norm_gradients(two_layers, norm_tensors(small, of_x, device), backend, dtype)
     error = largest_difference(got, expected)
     if not error <= TOLERANCE[dtype]:  # true for NaN, too
         return f"off by {error:.1e} of the largest value"
     run = torch.compile(two_layers, dynamic=False) if config.engine.compile else two_layers
-    tensors = norm_tensors([batch, frames, patches, width], device)
+    tensors = norm_tensors([batch, frames, patches, width], of_x, device)
     seconds = call_time(functools.partial(norm_gradients, run, tensors, backend, dtype), device, SECONDS)
     return round(seconds * 1e3, 4)
 
@@ -108,15 +110,16 @@ def two_layers(x_BFTD: Tensor, rows_B116D: Tensor, weight_DD: Tensor, backend: N
     return x_BFTD
 
 
-def norm_tensors(shape: list[int], device: torch.device) -> list[Tensor]:
-    """x [B, F, T, D], its modulation and a weight, ready for gradients."""
+def norm_tensors(shape: list[int], of_x: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x [B, F, T, D] of that dtype, its modulation and a weight in fp32, ready for gradients."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = shape, [shape[0], 1, 1, 6, shape[3]], [shape[3], shape[3]]
     scales = 1.0, 1.0, shape[3] ** -0.5
-    return [
-        (torch.randn(each, generator=generator, device=device) * scale).requires_grad_()
+    drawn = [
+        torch.randn(each, generator=generator, device=device) * scale
         for each, scale in zip(shapes, scales, strict=True)
     ]
+    return [each.requires_grad_() for each in (drawn[0].to(of_x), *drawn[1:])]
 
 
 def norm_gradients(

@@ -106,6 +106,11 @@ def dtype_of(config: Config) -> torch.dtype:
     return torch.float32 if config.train.precision == "fp32" else torch.bfloat16
 
 
+def residual_dtype_of(config: Config) -> torch.dtype:
+    """The dtype of x between a block's layers."""
+    return torch.bfloat16 if config.train.residual == "bf16" else torch.float32
+
+
 def read_choices(path: Path | None) -> dict[str, Any]:
     """What the file holds; {} without a file. ValueError if it is damaged: a run must not choose again unnoticed."""
     if path is None or not path.exists():

@@ -173,12 +173,11 @@ def _of_zero(config: Config, cluster: Cluster, number: int) -> list[Collective]:
 
 
 def _of_sequence(config: Config, cluster: Cluster, number: int, batch: int) -> Collective:
-    """All-to-alls of tokens between spatial and temporal blocks and back, in forward and in backward, in fp32."""
+    """All-to-alls of tokens between spatial and temporal blocks and back, in forward and in backward."""
     span = cluster.ranks(config.engine.sequence_parallel)
     height, width = latent_sides(config)
     rows = config.video.frames // config.model.frames_per_token
     tokens = batch * rows * height * width // config.model.patch_size**2
+    token_bytes = config.model.width * (2 if config.train.residual == "bf16" else 4)
     blocks = len(weights_of(config.model).blocks)
-    return Collective(
-        "move tokens of clips", "all_to_all", span, 4 * tokens * config.model.width, 2 * blocks * number, "nothing"
-    )
+    return Collective("move tokens of clips", "all_to_all", span, tokens * token_bytes, 2 * blocks * number, "nothing")

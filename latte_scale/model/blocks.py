@@ -10,6 +10,8 @@ The decision worth knowing is how conditions are assigned to frames. A clip's co
 serves the first F - G + 1 frames and each further row one frame. So G = 1 is one condition for all frames, G = 1 + n a
 video and n images with their own conditions, and G = F one per frame. Rows are repeated only where they are needed.
 
+x, the residual stream, keeps its dtype through every block: the model chooses it once, before the first one.
+
 Shape legend: B batch, F frames (video, then n images), T tokens of a frame, D width, S the axis that is attended over,
 R the other one, L text length, G rows of conditions, n images, E width of a head, d several widths side by side.
 """
@@ -29,6 +31,7 @@ from latte_scale.model.norm_backends import NormBackend, gated, modulated
 Reshard = Callable[[Tensor, Axis], Tensor]
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate, each broadcasting to x
 Layout = Literal["space", "time", "sequential", "parallel"]  # what a LatteBlock attends over
+ResidualDtype = Literal["fp32", "bf16"]
 
 
 def identity_reshard(x_BFTD: Tensor, whole: Axis) -> Tensor:
@@ -51,6 +54,14 @@ def use_norm(model: nn.Module, backend: NormBackend) -> None:
     for module in model.modules():
         if isinstance(module, (T2VBlock, LatteBlock)):
             module.norm = backend
+
+
+def use_residual(model: nn.Module, dtype: ResidualDtype) -> None:
+    """Set the dtype of the residual stream; norms still compute in fp32. Must run before the blocks are compiled.
+
+    fp32 is the model as it is built, which under autocast adds bf16 outputs of layers to an fp32 stream.
+    """
+    model.residual_dtype = torch.bfloat16 if dtype == "bf16" else None
 
 
 def per_frame(rows_BG: Tensor, num_frames: int) -> Tensor:

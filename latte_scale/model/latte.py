@@ -37,6 +37,7 @@ class Latte(nn.Module):
     def __init__(self, settings: LatteSettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.settings = settings
+        self.residual_dtype: torch.dtype | None = None  # set by blocks.use_residual; None: as is
         width, tubelet, layout = settings.width, settings.tubelet_size, layout_of(settings)
         modulated = settings.injection == "s_adaln"
         self.x_embedder = PatchEmbed(tubelet * settings.in_channels, width, settings.patch_size, sample_size=None)
@@ -107,6 +108,7 @@ class Latte(nn.Module):
         time_BGD = self.t_embedder(timestep if timestep.ndim == 2 else timestep[:, None])
         label_BGD = self._embed_labels(label_B, image_label_BN)
         x_BFTD = self.x_embedder(self._stack(latents_BFCHW))
+        x_BFTD = x_BFTD.to(self.residual_dtype or x_BFTD.dtype)
         num_patches = x_BFTD.shape[2]
         if self.settings.injection == "s_adaln":
             condition_BGD = _add_rows(time_BGD, label_BGD, frames)
@@ -153,7 +155,7 @@ class Latte(nn.Module):
         if num_frames == 1:
             return video_BFTD
         if self.temp_embed is not None:
-            return video_BFTD + self.temp_embed[:, :num_frames, None]
+            return video_BFTD + self.temp_embed[:, :num_frames, None].to(video_BFTD.dtype)
         table_FD = frame_positions(num_frames, width, video_BFTD.device)
         return video_BFTD + table_FD[:, None].to(video_BFTD.dtype)
 

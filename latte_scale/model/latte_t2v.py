@@ -89,6 +89,7 @@ class LatteT2V(nn.Module):
     def __init__(self, settings: LatteT2VSettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.settings = settings
+        self.residual_dtype: torch.dtype | None = None  # set by blocks.use_residual; None: as is
         width, num_heads, layers = settings.width, settings.num_heads, range(settings.num_layers)
         self.pos_embed = PatchEmbed(settings.in_channels, width, settings.patch_size, settings.sample_size)
         self.adaln_single = AdaLNSingle(width)
@@ -160,6 +161,7 @@ class LatteT2V(nn.Module):
             check_cut(timestep.ndim == 1 and text.ndim == 3, features)
         height, width = latents_BCFHW.shape[-2:]
         x_BFTD = self.pos_embed(latents_BCFHW.transpose(1, 2))
+        x_BFTD = x_BFTD.to(self.residual_dtype or x_BFTD.dtype)
         modulation_BG6D, embedded_BGD = self.adaln_single(timestep if timestep.ndim == 2 else timestep[:, None])
         of_video_BG6D = video_rows(modulation_BG6D, num_images)
         captions = self._captions(text, mask)

@@ -31,5 +31,5 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, backend: NormBackend) -> 
 
 
 def gated(x: Tensor, branch: Tensor, gate: Tensor, backend: NormBackend) -> Tensor:
-    """x + gate branch."""
-    return gate_residual(x, branch, gate) if backend == "triton" else x + gate * branch
+    """x + gate branch, in the dtype of x."""
+    return gate_residual(x, branch, gate) if backend == "triton" else (x + gate * branch).to(x.dtype)

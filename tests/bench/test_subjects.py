@@ -57,6 +57,14 @@ def test_diffusers_is_refused_where_it_has_no_such_model(overrides) -> None:
         rival("diffusers", config, CPU, [])
 
 
+@pytest.mark.parametrize("overrides", [TINY, CLASSES], ids=["t2v", "classes"])
+def test_the_eager_rival_is_in_fp32_whatever_the_config_says(overrides) -> None:
+    config, bf16 = tiny(*overrides), tiny(*overrides, "train.precision=bf16", "train.residual=bf16")
+    inputs = step_inputs(config, CPU, 1)
+    assert losses(rival("eager", bf16, CPU, inputs)) == losses(rival("eager", config, CPU, inputs))
+    assert losses(Ours(bf16, ALONE, inputs)) != losses(Ours(config, ALONE, inputs))
+
+
 def test_checkpointing_and_bf16_reach_diffusers() -> None:
     config = tiny(*TINY, "engine.activation_checkpointing=full", "train.precision=bf16")
     inputs = step_inputs(config, CPU, 1)

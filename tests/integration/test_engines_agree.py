@@ -72,6 +72,17 @@ def test_bf16_stays_within_its_stated_tolerance(train, reference):
     assert largest_difference(two.metrics, one.metrics) < BF16_TOLERANCE
 
 
+@pytest.mark.parametrize("engine", [("engine.kind=fsdp2", "engine.activation_checkpointing=full"), ZERO[3]])
+def test_a_residual_stream_in_bf16_does_not_depend_on_the_engine(train, engine):
+    few = ("train.precision=bf16", "train.steps=8", "checkpoint.every_steps=8")
+    one, fp32 = train("one", *few, "train.residual=bf16"), train("fp32", *few)
+    two = train("two", *few, "train.residual=bf16", "train.micro_batch=3", *engine, ranks=2)
+    assert (one.code, two.code) == (0, 0), one.output + two.output
+    assert one.losses != fp32.losses and largest_difference(one.metrics, fp32.metrics) < 2e-2
+    assert two.digests == one.digests
+    assert largest_difference(two.metrics, one.metrics) < BF16_TOLERANCE
+
+
 @needs_fp8
 @pytest.mark.parametrize("engine", [("engine.kind=fsdp2", "engine.activation_checkpointing=selective"), ZERO[3]])
 def test_fp8_does_not_depend_on_who_shares_a_micro_batch(train, engine):

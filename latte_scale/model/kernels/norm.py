@@ -67,7 +67,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gate_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate branch, at the strides of x."""
+    """x + gate branch, at the strides and in the dtype of x."""
     return torch.ops.latte_scale.gate_residual(x, branch, gate)
 
 
@@ -111,7 +111,7 @@ def _gate_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     from latte_scale.model.kernels.norm_triton import gate_forward
 
     x, branch, gate = _dense_rows(x), branch.contiguous(), _dense_rows(gate)
-    groups, out = groups_of(x, gate), _like(x, branch, gate)
+    groups, out = groups_of(x, gate), torch.empty_like(x)
     strides = *x.stride()[:3], *out.stride()[:3], *_strides(gate, groups)
     _launch(gate_forward, x, (x, branch, gate, out), groups, strides)
     return out
@@ -119,7 +119,7 @@ def _gate_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 @_gate_residual.register_fake
 def _(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return _like(_dense_rows(x), branch, gate)
+    return torch.empty_like(_dense_rows(x))
 
 
 @torch.library.custom_op("latte_scale::gate_residual_backward", mutates_args=())
@@ -154,15 +154,14 @@ def _modulated_gradients(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _keep_gated(ctx: object, inputs: tuple, output: Tensor) -> None:
-    x, branch, gate = inputs
+    _, branch, gate = inputs
     ctx.save_for_backward(branch, gate)
-    ctx.dtype = x.dtype
 
 
 def _gated_gradients(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     branch, gate = ctx.saved_tensors
     grad_branch, sums = torch.ops.latte_scale.gate_residual_backward(grad, branch, gate)
-    return grad.to(ctx.dtype), grad_branch, sums.reshape(gate.shape).to(gate.dtype)
+    return grad, grad_branch, sums.reshape(gate.shape).to(gate.dtype)
 
 
 _norm_modulate.register_autograd(_modulated_gradients, setup_context=_keep_modulated)
@@ -190,11 +189,6 @@ def _strides(rows: Tensor, groups: Groups) -> tuple[int, int]:
     """Elements from clip to clip and from group to group."""
     axis = 1 if rows.shape[1] == groups.num_groups else 2
     return rows.stride(0), rows.stride(axis) if groups.num_groups > 1 else 0
-
-
-def _like(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.promote_types(branch.dtype, gate.dtype))
-    return torch.empty_like(x, dtype=dtype)
 
 
 def _partial(x: Tensor, groups: Groups, kinds: int) -> Tensor:

@@ -129,24 +129,32 @@ def block_of(device: torch.device, backend: str) -> T2VBlock:
     return block.to(device)
 
 
-def gradients_of(block: T2VBlock, device: torch.device, bf16: bool) -> list[Tensor]:
+def gradients_of(block: T2VBlock, device: torch.device, bf16: bool, of_x: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, modulation, text = (torch.randn(*s, generator=generator) for s in ((2, 2, 3, 32), (2, 1, 6, 32), (2, 5, 32)))
-    leaves = [t.to(device).requires_grad_() for t in (x, modulation, text)]
+    leaves = [t.to(device).requires_grad_() for t in (x.to(of_x), modulation, text)]
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         out = block(*leaves)
+    assert out.dtype == of_x, "the residual stream keeps its dtype"
     return [out.detach(), *torch.autograd.grad(out.square().mean(), [*leaves, *block.parameters()])]
 
 
 @pytest.mark.parametrize(
-    ("how", "bf16", "tolerance"),
-    [("eager", False, 1e-5), ("eager", True, 3e-2), ("selective", False, 1e-5), ("compiled selective", True, 3e-2)],
+    ("how", "bf16", "of_x", "tolerance"),
+    [
+        ("eager", False, torch.float32, 1e-5),
+        ("eager", True, torch.float32, 3e-2),
+        ("eager", True, torch.bfloat16, 6e-2),
+        ("selective", False, torch.float32, 1e-5),
+        ("compiled selective", True, torch.float32, 3e-2),
+        ("compiled selective", True, torch.bfloat16, 6e-2),
+    ],
 )
-def test_a_block_computes_the_same_with_them(how, bf16, tolerance, device) -> None:
+def test_a_block_computes_the_same_with_them(how, bf16, of_x, tolerance, device) -> None:
     block = block_of(device, "triton")
     if "selective" in how:
         keep_products([block])
     if "compiled" in how:
         block.compile(backend="aot_eager" if device.type == "cpu" else "inductor", fullgraph=True)
-    expected = gradients_of(block_of(device, "torch"), device, bf16)
-    assert_close(gradients_of(block, device, bf16), expected, tolerance)
+    expected = gradients_of(block_of(device, "torch"), device, bf16, of_x)
+    assert_close(gradients_of(block, device, bf16, of_x), expected, tolerance)
