@@ -34,7 +34,6 @@ BETWEEN = ("", "", "", "damage", *FORMATS)
 RUN = {
     "train.lr": ("1e-3", "1e-3", "4e-3"),
     "train.precision": (*("fp32",) * 8, "bf16", "fp8"),
-    "train.residual": ("fp32", "bf16"),
     "train.deterministic": ("false", "false", "true"),
     "train.lr_schedule": ("constant", "constant", "cosine"),
     "train.warmup_steps": (0, 1, 3),
@@ -172,8 +171,6 @@ def draw_trial(seed: int) -> Trial:
     most_ranks = draw.randint(4, 12 // group)
     options = [f"run.seed={seed}", f"train.steps={steps}", f"train.global_batch={group * most_ranks}"]
     options += [*draw_model(draw, group), *one_of_each(draw, RUN)]
-    if "train.precision=fp32" in options and "train.residual=bf16" in options:
-        options.remove("train.residual=bf16")
     start = None
     if draw.random() < 0.2:
         start = (*options, *START, *draw.choice(((), IMAGES)))
@@ -190,6 +187,8 @@ def draw_trial(seed: int) -> Trial:
         )
     if is_uniform:
         legs = [replace(leg, ranks=legs[0].ranks, options=legs[0].options) for leg in legs]
+    if "train.precision=fp32" not in options and draw.random() < 0.5:
+        options.append("train.residual=bf16")
     return Trial(seed, steps, tuple(options), tuple(legs), start)
 
 
