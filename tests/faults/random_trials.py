@@ -148,7 +148,9 @@ class Trial:
 
     @property
     def precision(self) -> str:
-        return next(option.partition("=")[2] for option in self.options if option.startswith("train.precision="))
+        """That of train.precision; bf16-residual for bf16 with a residual stream of bf16."""
+        name = next(option.partition("=")[2] for option in self.options if option.startswith("train.precision="))
+        return "bf16-residual" if name == "bf16" and "train.residual=bf16" in self.options else name
 
     @property
     def is_uniform(self) -> bool:
