@@ -314,9 +314,10 @@ def announce(config: Config, plan: Plan, datasets: Sequence[Dataset], engine: En
     name = "LatteT2V" if config.model.kind == "latte_t2v" else "Latte"
     together = f", {engine.sequence.size} ranks a clip" if engine.sequence.size > 1 else ""
     together += f", {engine.num_replicas} copies of the weights" if engine.num_replicas > 1 else ""
+    precision = config.train.precision + (", residual bf16" if config.train.residual == "bf16" else "")
     console.print(
         f"[bold]{name}[/] {parameters:,} parameters, {kind} on {engine.ranks.size} x {engine.device.type}{together}, "
-        f"{config.train.precision}, {config.diffusion.objective}, {checkpointing_words(config.engine)}; global batch "
+        f"{precision}, {config.diffusion.objective}, {checkpointing_words(config.engine)}; global batch "
         f"{config.train.global_batch}"
     )
     for unread in unread_settings(config):

@@ -29,11 +29,12 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 def title(result: dict[str, Any]) -> str:
     """Model, shape of a clip, batch, and settings of the run."""
     config, work = result["config"], result["work"]
-    engine = config["engine"]
+    engine, train = config["engine"], config["train"]
     compiled = ", compile" if engine["compile"] else ""
     shape = "x".join(map(str, work["latents"][1:]))
     captions = ", captions of all lengths" if result["settings"]["captions"] == "mixed" else ""
-    batch = f"{work['samples']} in {work['micro_batches']}, {config['train']['precision']}{captions}"
+    precision = train["precision"] + (", residual bf16" if train["residual"] == "bf16" else "")
+    batch = f"{work['samples']} in {work['micro_batches']}, {precision}{captions}"
     how = f"{engine['kind']}, checkpointing {engine['activation_checkpointing']}{compiled}"
     return f"{config['model']['kind']} {shape}, {batch}, {how}"
 
