@@ -75,7 +75,7 @@ class EngineSettings:
         if self.compile and self.kind == "zero" and self.zero_stage == 3:
             raise ValueError(
                 "engine.compile does not work with ZeRO stage 3, whose hooks gather weights inside the blocks; "
-                "use zero_stage 1 or 2, or engine.kind=fsdp2"
+                "use zero_stage 1 or 2, engine.kind=fsdp2, or engine.compile=false"
             )
         if self.sequence_parallel < 1:
             raise ValueError(f"engine.sequence_parallel must be 1 or more ranks, got {self.sequence_parallel}")
