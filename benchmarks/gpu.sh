@@ -120,7 +120,7 @@ px256="train.micro_batch=4 train.global_batch=16"
 {
     bench t2v_512 t2v_512 --against diffusers $kept $px512
     bench xl2 ffs --against eager $kept train.micro_batch=8 train.global_batch=16
-    bench t2v_512_residual t2v_512 --against diffusers $kept $px512 train.residual=bf16
+    bench t2v_512_residual t2v_512 $kept $px512 train.residual=bf16  # beside t2v_512
     for engine in single fsdp2 zero; do
         bench "overhead_$engine" t2v_256 --against plain $kept $px256 engine.kind=$engine
     done
