@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from latte_scale.atomic import write_text
 
 VARIABLES = re.compile(
@@ -66,9 +68,10 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Version of every installed distribution."""
+    """Version of every installed distribution; torch's with its build ("+cu130"), which its metadata may not name."""
     found = importlib.metadata.distributions()
-    return dict(sorted((d.metadata["Name"], d.version) for d in found if d.metadata["Name"]))
+    versions = {d.metadata["Name"]: d.version for d in found if d.metadata["Name"]}
+    return dict(sorted((versions | {"torch": str(torch.__version__)}).items()))
 
 
 def git_commit(folder: Path) -> str | None:

@@ -25,6 +25,12 @@ def test_facts_name_what_made_the_run(tmp_path, monkeypatch):
     assert [json.loads(line)["attempt"] for line in lines] == [1, 2]
 
 
+def test_the_build_of_torch_is_named(monkeypatch):
+    """The metadata of a package index's torch has no "+cu130"."""
+    monkeypatch.setattr("torch.__version__", "2.13.0+cu130")
+    assert collect_facts([], "abc")["versions"]["torch"] == "2.13.0+cu130"
+
+
 def test_no_secret_is_written():
     kept = environment(
         {
