@@ -2,7 +2,8 @@
 
     python -m latte_scale.bench.table a.json b.json
 
-In: results as step.py writes them. Out: a row for each subject of each result, and the budgets below.
+In: results as step.py writes them. Out: a row for each subject of each result, and the budgets below; with the names of
+the files, since two results can differ in a setting that no column shows.
 """
 
 import json
@@ -27,7 +28,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def title(result: dict[str, Any]) -> str:
-    """Model, shape of a clip, batch, and settings of the run."""
+    """The name, if it has one; model, shape of a clip, batch, and settings of the run."""
     config, work = result["config"], result["work"]
     engine, train = config["engine"], config["train"]
     compiled = ", compile" if engine["compile"] else ""
@@ -36,7 +37,11 @@ def title(result: dict[str, Any]) -> str:
     precision = train["precision"] + (", residual bf16" if train["residual"] == "bf16" else "")
     batch = f"{work['samples']} in {work['micro_batches']}, {precision}{captions}"
     how = f"{engine['kind']}, checkpointing {engine['activation_checkpointing']}{compiled}"
-    return f"{config['model']['kind']} {shape}, {batch}, {how}"
+    return f"{_prefix(result)}{config['model']['kind']} {shape}, {batch}, {how}"
+
+
+def _prefix(result: dict[str, Any]) -> str:
+    return f"{result['name']}: " if "name" in result else ""
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
@@ -68,18 +73,19 @@ def _budgets(result: dict[str, Any]) -> list[str]:
     for name, subject in result["subjects"].items():
         if "budget" in subject:
             shares = sorted(subject["budget"]["shares"].items(), key=lambda item: -item[1])
-            lines.append(f"- {name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares if share >= 0.005))
+            who = f"- {_prefix(result)}{name}: "
+            lines.append(who + ", ".join(f"{kind} {share:.0%}" for kind, share in shares if share >= 0.005))
     return lines
 
 
 def _ceiling(result: dict[str, Any]) -> str:
-    device, environment = result["device"], result["environment"]
+    device, environment, compiled = result["device"], result["environment"], result["compile"]
     share = "" if device["gemm_mfu"] is None else f", {device['gemm_mfu']:.1%} of the peak"
     return (
-        f"- {environment['device']}: its matrix products at the model's shapes {device['gemm']['tflops_per_s']:.4g} "
-        f"TFLOP/s{share}; copies {device['copy_bytes_per_s'] / 1e9:.4g} GB/s; torch {environment['torch']}, "
-        f"commit {environment['commit']}; graphs compiled: {result['compile']['graphs']}, while measured: "
-        f"{result['compile']['graphs_while_measured']}"
+        f"- {_prefix(result)}{environment['device']}: its matrix products at the model's shapes "
+        f"{device['gemm']['tflops_per_s']:.4g} TFLOP/s{share}; copies {device['copy_bytes_per_s'] / 1e9:.4g} GB/s; "
+        f"torch {environment['torch']}, commit {environment['commit']}; graphs compiled: {compiled['graphs']}, "
+        f"while measured: {compiled['graphs_while_measured']}"
     )
 
 
@@ -89,8 +95,8 @@ def _percent(share: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of the named files."""
-    paths = sys.argv[1:] if argv is None else argv
-    print(markdown([json.loads(Path(path).read_text()) for path in paths]))
+    paths = [Path(path) for path in (sys.argv[1:] if argv is None else argv)]
+    print(markdown([json.loads(path.read_text()) | {"name": path.stem} for path in paths]))
     return 0
 
 
