@@ -34,7 +34,8 @@ grace_s=20  # of a part whose time is up, to end by itself
 : >>"$out/summary.txt"
 
 if [ -n "$wheels" ]; then  # --no-deps: torch and what came with it stay as they are; --no-compile: saves 15 s
-    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$scratch/site" "$wheels"/*.whl || exit 2
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$scratch/site" \
+        "$wheels"/*.whl || exit 2
 fi
 info="$scratch/site/latte_scale.dist-info"  # a checkout is not installed, and manifests name the version of their tool
 mkdir -p "$info" || exit 2
@@ -42,16 +43,17 @@ printf 'Metadata-Version: 2.1\nName: latte_scale\n' >"$info/METADATA"
 sed -n 's/^version = "\(.*\)"/Version: \1/p' pyproject.toml >>"$info/METADATA"
 "$python" - <<'PY' || exit 2
 import importlib.util, os, sys
-def missing(names):
-    return " ".join(name for name in names.split() if importlib.util.find_spec(name) is None)
-if lacking := missing("deepspeed av pytest hypothesis"):
-    print(f"gpu.sh: without {lacking}: overhead_zero needs deepspeed, the tests need the others; bring their wheels")
-if lacking := missing("torch numpy yaml safetensors google_crc32c pydantic rich webdataset diffusers transformers"):
-    sys.exit(f"gpu.sh: these packages are missing: {lacking}; bring their wheels in WHEELS")
-try:  # not only what is missing itself: without a package that it needs, a part would fail after minutes
-    from diffusers import LatteTransformer3DModel
-except (ImportError, RuntimeError) as error:
-    sys.exit(f"gpu.sh: diffusers is there and cannot be imported: {error}; bring wheels of what it needs")
+if lacking := [name for name in "deepspeed av pytest hypothesis".split() if importlib.util.find_spec(name) is None]:
+    print(f"gpu.sh: without {' '.join(lacking)}: overhead_zero needs deepspeed, the tests the others; bring their wheels")
+lacking = []  # imported, not only looked for: what lacks a package of its own would fail after minutes
+needed = "torch numpy yaml safetensors google_crc32c pydantic rich webdataset transformers diffusers.models.transformers"
+for name in needed.split():
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        lacking.append(f"{name} ({error})")
+if lacking:
+    sys.exit(f"gpu.sh: cannot be imported: {', '.join(lacking)}; bring wheels of what is missing in WHEELS")
 import torch
 if not torch.cuda.is_available() and "OVERRIDES" not in os.environ:
     sys.exit(f"gpu.sh: torch {torch.__version__} sees no GPU; check nvidia-smi, or set OVERRIDES to try it on a CPU")
