@@ -13,7 +13,7 @@ from data_tools import cli, cut, verify
 from data_tools.cut import CutSettings, cut_out, piece_size, pieces
 from latte_scale.data.samples import open_dataset
 from latte_scale.data.schema import VideoSettings
-from latte_scale.data.video import VideoError, probe, read_clip, write_mp4
+from latte_scale.data.video import TAGS, VideoError, probe, read_clip, write_mp4
 from tests.data.making import frame_grey, make_clip
 from tests.data.odd_clips import SOUND
 from tests.data.test_video import rotated
@@ -130,7 +130,7 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_the_scene_detector_cannot_open_is_left_out(tmp_path: Path, capsys) -> None:
-    """It ended the command with a traceback: for a tag that is no UTF-8, in one clip of all."""
+    """A tag that is no UTF-8, in one clip of all, ended the command with a traceback. PyAV 19 reads such tags."""
     pytest.importorskip("scenedetect", exc_type=ImportError)
     for name in ("latin_tag", "wild_rate"):
         (tmp_path / "in" / f"{name}.mp4").parent.mkdir(exist_ok=True)
@@ -139,5 +139,8 @@ def test_what_the_scene_detector_cannot_open_is_left_out(tmp_path: Path, capsys)
     command = ["shard", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "cut.scenes=true"]
     assert cli.main(command) == 0
     out, err = capsys.readouterr()
+    if not TAGS:
+        assert out.startswith("done 2, skipped 0, failed 0") and "latin_tag" not in err
+        return
     assert out.startswith("done 1, skipped 0, failed 1")
     assert "failed latin_tag.mp4: corrupt: its scenes cannot be found: 'utf-8' codec" in err

@@ -14,6 +14,7 @@ import pytest
 
 from data_tools import encode, workers
 from data_tools.claims import Claims
+from data_tools.encode_shard import Encoder
 from data_tools.workers import MADE, Board, Job, KilledError, WorkerError, work
 from latte_scale.data.schema import MANIFEST, load_manifest
 from latte_scale.settings import load
@@ -38,12 +39,14 @@ def test_commands_that_share_a_folder_share_the_work(source: Path, tmp_path: Pat
     """Three at once, as on three hosts: every shard is made by exactly one of them."""
     shared = job(source, tmp_path / "out")
     boards = [Board.empty([1] * WIDE, 1) for _ in range(3)]
+    encoders = [shared.encoder(0) for _ in boards]
+    for encoder in encoders:
+        encoder.null_text()  # loads its models: threads, unlike hosts, cannot do so at the same time
 
-    def command(board: Board) -> None:
-        encoder = shared.encoder(0)
+    def command(encoder: Encoder, board: Board) -> None:
         work(encoder, Claims(encoder.store, shared.beat_s, shared.stale_s), board, 0)
 
-    threads = [threading.Thread(target=command, args=(board,)) for board in boards]
+    threads = [threading.Thread(target=command, args=each) for each in zip(encoders, boards, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
