@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -58,10 +59,31 @@ def test_what_is_compared_fits_into_one_gpu_beside_its_rival(name) -> None:
     assert estimate_of(theirs, cluster).memory.needed + held < 0.9 * cluster.device.memory_bytes
 
 
+def ran(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The script on a CPU, with these environment variables; its folders are in `folder`."""
+    environ = {"PYTHON": sys.executable, "OVERRIDES": "", "SCRATCH": str(folder / "scratch")} | environ
+    command = ["bash", str(SCRIPT), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ, check=False)
+
+
 def test_parts_without_time_left_are_named(tmp_path) -> None:
-    environ = {**os.environ, "LIMIT_S": "0", "PYTHON": sys.executable, "PARTS": "t2v_512 tests kernels_256"}
-    environ |= {"OVERRIDES": "", "SCRATCH": str(tmp_path / "scratch")}
-    done = subprocess.run(["bash", str(SCRIPT), str(tmp_path)], capture_output=True, text=True, env=environ, check=True)
+    done = ran(tmp_path, LIMIT_S="0", PARTS="t2v_512 tests kernels_256")
     expected = [f"{name} not begun: LIMIT_S=0" for name in ("t2v_512", "tests", "kernels_256")]
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "summary.txt").read_text().splitlines() == expected
     assert done.stdout.splitlines()[-3:] == expected
+
+
+def test_a_package_that_another_one_needs_is_missed_at_once(tmp_path) -> None:
+    (tmp_path / "braceexpand.py").write_text("raise ImportError('no braceexpand here')")  # webdataset needs it
+    done = ran(tmp_path, PYTHONPATH=str(tmp_path), PARTS="none")
+    assert done.returncode == 2 and "cannot be imported: webdataset (no braceexpand here); bring" in done.stderr
+
+
+def test_a_part_killed_for_memory_is_not_said_to_be_out_of_time(tmp_path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\ncase "$*" in *bench*) kill -KILL $$ ;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = ran(tmp_path, PYTHON=str(python), PARTS="t2v_512")
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(r"t2v_512 exit 137 after \d+ s\n", (tmp_path / "summary.txt").read_text())
