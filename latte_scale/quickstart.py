@@ -151,9 +151,10 @@ def kill_all(process: subprocess.Popen) -> None:
     doomed = {process.pid}
     while found := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
         doomed |= found
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: no rank sees another or its worker die and says so
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     process.wait()
 
 

@@ -1,7 +1,11 @@
 """The whole quickstart at a size that takes a minute: every stage, the kill and the resume are real."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -135,3 +139,36 @@ def test_the_recipes_leave_room_for_a_kill_between_two_checkpoints(name):
     config = load_config(ROOT / "configs" / name)
     assert config.train.steps >= 3 * config.checkpoint.every_steps
     assert config.log.every_steps * 4 <= config.checkpoint.every_steps
+
+
+TWO_RANKS = """
+import os, pathlib, sys, time
+first, second = os.pipe(), os.pipe()
+for (read, _), (_, write) in ((first, second), (second, first)):
+    if os.fork() == 0:
+        for end in {*first, *second} - {read, write}:
+            os.close(end)
+        os.read(read, 1)  # ends when the other one is gone
+        pathlib.Path(sys.argv[1]).touch()
+        os._exit(1)
+for end in (*first, *second):
+    os.close(end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_of_those_killed_together_none_sees_another_die(tmp_path, monkeypatch):
+    """A rank left for a moment wrote that a worker of its loader was killed: a failed run, and not a killed one."""
+
+    def slow_kill(pid: int, number: int, kill=os.kill) -> None:
+        kill(pid, number)
+        time.sleep(0.1)
+
+    noticed = tmp_path / "noticed"
+    command = [sys.executable, "-c", TWO_RANKS, str(noticed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "ready\n"
+        monkeypatch.setattr(os, "kill", slow_kill)
+        quickstart.kill_all(launcher)
+    assert not noticed.exists()
