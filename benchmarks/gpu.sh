@@ -126,13 +126,13 @@ px256="train.micro_batch=4 train.global_batch=16"
 {
     bench t2v_512 t2v_512 --against diffusers $kept $px512
     bench xl2 ffs --against eager $kept train.micro_batch=8 train.global_batch=16
+    # Joint images, no host waits, attention back ends, then the rest; the log has a line a test.
+    part tests 300 "$python" -m pytest -v -p no:cacheprovider tests/gpu/test_joint_images.py tests/gpu/test_step.py \
+        tests/gpu/test_attention.py tests/gpu tests/validation/test_gpu.py
     bench t2v_512_residual t2v_512 $kept $px512 train.residual=bf16  # beside t2v_512
     for engine in single fsdp2 zero; do
         bench "overhead_$engine" t2v_256 --against plain $kept $px256 engine.kind=$engine
     done
-    # No host waits, joint images, attention back ends, then the rest; the log has a line a test.
-    part tests 300 "$python" -m pytest -v -p no:cacheprovider tests/gpu/test_step.py tests/gpu/test_joint_images.py \
-        tests/gpu/test_attention.py tests/gpu tests/validation/test_gpu.py
     bench deterministic t2v_256 $kept $px256 train.deterministic=true  # beside overhead_single
     bench t2v_512_fp8 t2v_512 $kept $px512 train.precision=fp8  # beside t2v_512
     kernels kernels_512 t2v_512 $kept $px512
