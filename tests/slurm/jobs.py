@@ -113,8 +113,9 @@ def submit(
 
 def assert_same_losses(job: Job, unbroken: Run, steps: int = STEPS) -> None:
     """Every step once, in order, with losses, samples and noise of the run that nothing interrupted: bit for bit."""
-    records = job.run.metrics[:steps]
-    assert [record["step"] for record in job.run.metrics] == list(range(len(job.run.metrics)))
+    records = job.run.metrics  # read once: the job may still be writing
+    assert [record["step"] for record in records] == list(range(len(records)))
+    records = records[:steps]
     assert len(records) == steps, job.story()
     assert [record["loss"] for record in records] == unbroken.losses[:steps]
     assert [record["sample_ids_sha"] for record in records] == unbroken.digests[:steps]
