@@ -100,7 +100,7 @@ class TrainSettings:
     warmup_steps: int = 0  # linear warm-up from 0, in applied updates
     # bf16: autocast, with fp32 master weights and reductions; fp8: the same, with the blocks' matrix products in fp8.
     precision: Precision = "fp32"
-    # The residual stream between the layers of blocks. bf16, for precision bf16 or fp8, rounds it after every layer, for
+    # The residual stream between the layers of blocks. bf16, for precision bf16 or fp8, rounds it after every layer:
     # less memory and memory traffic.
     residual: ResidualDtype = "fp32"
     deterministic: bool = False  # use deterministic kernels (needed for bitwise resume on a GPU)
