@@ -24,7 +24,7 @@ from latte_scale.model.attention_backends import AttentionSettings
 from latte_scale.model.blocks import ResidualDtype
 from latte_scale.model.latte_settings import LatteSettings
 from latte_scale.model.latte_t2v import LatteT2VSettings
-from latte_scale.model.norm_backends import NormSettings
+from latte_scale.model.residual import NormSettings
 from latte_scale.optim import LrSchedule, OptimSettings
 from latte_scale.run.folder import path_of
 from latte_scale.run.tracking import LogSettings

@@ -18,12 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from latte_scale.bench.subjects import Subject
 
 # First match wins. Kernel names on a GPU: nvjet, cutlass, xmma and ampere_bf16_s16816gemm are cuBLAS; fmha and
-# pytorch_flash the SDPA kernels; modulate_* and gate_* are model/kernels/norm_triton.py.
+# pytorch_flash the SDPA kernels; residual_* are model/kernels/residual_triton.py.
 CATEGORIES = {
     "communication": r"^nccl",
     "attention": r"flash|fmha|attention|attn|softmax|sdpa",
     "gemm": r"gemm|nvjet|cutlass|xmma|cublas|wgmma|addmm|scaled_mm|::mm\b|::bmm\b|::linear\b|mkldnn|conv",
-    "norm_modulate": r"layer_?norm|welford|rms_norm|^modulate_|^gate_",
+    "norm_modulate": r"layer_?norm|welford|rms_norm|^residual_",
     "memory": r"memcpy|memset|copy|transpose|::cat\b|contiguous|CatArray",
 }
 # Kernels that torch.compile generates for the operations between matrix products and attention. Their names list the

@@ -4,9 +4,10 @@
 
 In: a training config; its data is not read. Out: a table on the console and, with --out, JSON. It has the milliseconds
 of every attention back end at each site; of the blocks' linear layers in the config's precision and in fp8; of the
-modulated norm and the gated residual in torch, torch.compile (with engine.compile=true) and Triton, with a lower bound
-of their memory bandwidth; and of two consecutive residual layers, which decide norm.backend=auto. Implementations that
-cannot run, or give wrong results, are listed with the reason. Exit code 0, or 78 for an impossible config.
+modulated norm, the gated residual and the two in one, in torch, torch.compile (with engine.compile=true) and Triton,
+with a lower bound of their memory bandwidth; and of two consecutive residual layers, which decide norm.backend=auto.
+Implementations that cannot run, or give wrong results, are listed with the reason. Exit code 0, or 78 for an impossible
+config.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from latte_scale.config import Config, load_config
 from latte_scale.engine.dist import one_device
 from latte_scale.model.fp8 import SIDES, linear_fp8, why_no_fp8
 from latte_scale.model.kernels.availability import why_no_triton
-from latte_scale.model.norm_backends import NormBackend, gated, modulated
+from latte_scale.model.residual import Layer, Modulation, NormBackend, add, add_and_read
 from latte_scale.plain_json import write_json
 from latte_scale.run.folder import STOP
 from latte_scale.settings import to_mapping
@@ -73,11 +74,19 @@ def measured(config: Config, device: torch.device) -> dict[str, Any]:
     if config.engine.compile:
         layers["compiled"] = measure_norm(config, device)
 
-    def norm(backend: NormBackend, x: Tensor, row: Tensor, _: Tensor) -> Tensor:
-        return modulated(x, row, row, backend).to(dtype)  # as the next linear layer rounds it
+    def norm(backend: NormBackend, x: Tensor, row: Tensor, _: Tensor) -> list[Tensor]:
+        out, read = add_and_read(x, None, None, reading(row), backend)
+        return [out, read.to(dtype)]  # as the next linear layer rounds it
 
-    def gate(backend: NormBackend, x: Tensor, row: Tensor, branch: Tensor) -> Tensor:
-        return gated(x, branch, row, backend)
+    def gate(backend: NormBackend, x: Tensor, row: Tensor, branch: Tensor) -> list[Tensor]:
+        return [add(x, branch, row, backend)]
+
+    def gate_and_norm(backend: NormBackend, x: Tensor, row: Tensor, branch: Tensor) -> list[Tensor]:
+        out, read = add_and_read(x, branch, row, reading(row), backend)
+        return [out, read.to(dtype)]
+
+    def reading(row: Tensor) -> Layer:
+        return Layer(lambda read: read, Modulation(row, row, row))
 
     return {
         "environment": environment(device, 1),
@@ -86,6 +95,7 @@ def measured(config: Config, device: torch.device) -> dict[str, Any]:
         "attention_ms": {site: measure(probe, config, device) for site, probe in sites.items()},
         "norm_ms": operation_times(norm, config, device),
         "gate_ms": operation_times(gate, config, device),
+        "gate_and_norm_ms": operation_times(gate_and_norm, config, device),
         "linear_ms": linear_times(config, device),
         "two_layers_ms": {f"{who}, {how}": value for how, times in layers.items() for who, value in times.items()},
         "least_bytes": least_bytes(config),
@@ -116,7 +126,7 @@ def _linear_times(tokens: int, inner: int, outer: int, config: Config, device: t
 
 
 def operation_times(
-    operation: Callable[[NormBackend, Tensor, Tensor, Tensor], Tensor], config: Config, device: torch.device
+    operation: Callable[[NormBackend, Tensor, Tensor, Tensor], list[Tensor]], config: Config, device: torch.device
 ) -> Times:
     """Milliseconds of forward and backward of operation(backend, x, a row of modulation, a branch), by back end."""
     shape, dtype = norm_shape(config), dtype_of(config)
@@ -124,7 +134,7 @@ def operation_times(
     sizes = shape, [shape[0], 1, 1, shape[3]], shape
     x, row, branch = (torch.randn(size, generator=generator, device=device) for size in sizes)
     tensors = [each.requires_grad_() for each in (x.to(residual_dtype_of(config)), row, branch.to(dtype))]
-    ways: dict[str, Callable[..., Tensor]] = {"torch eager": functools.partial(operation, "torch")}
+    ways: dict[str, Callable[..., list[Tensor]]] = {"torch eager": functools.partial(operation, "torch")}
     if config.engine.compile:
         ways["torch compiled"] = torch.compile(functools.partial(operation, "torch"), dynamic=False)
     reason = why_no_triton(device)
@@ -135,16 +145,17 @@ def operation_times(
 
 
 def forward_backward_ms(
-    run: Callable[..., Tensor], tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+    run: Callable[..., Tensor | list[Tensor]], tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype
 ) -> float:
     """Milliseconds of run(*tensors), under autocast unless the dtype is fp32, and of its gradients."""
 
-    def forward() -> Tensor:
+    def forward() -> Tensor | list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32, cache_enabled=False):
             return run(*tensors)
 
-    grad = torch.randn_like(forward())
-    call = functools.partial(torch.autograd.grad, inputs=tensors, grad_outputs=grad, allow_unused=True)
+    out = forward()
+    grads = [torch.randn_like(each) for each in (out if isinstance(out, list) else [out])]
+    call = functools.partial(torch.autograd.grad, inputs=tensors, grad_outputs=grads, allow_unused=True)
     return round(call_time(lambda: call(forward()), device, SECONDS) * 1e3, 4)
 
 
@@ -153,8 +164,9 @@ def least_bytes(config: Config) -> dict[str, int]:
     elements = math.prod(norm_shape(config))
     of_branch, of_x = dtype_of(config).itemsize, residual_dtype_of(config).itemsize
     return {
-        "norm_ms": elements * (3 * of_x + 2 * of_branch),  # x, the result; x, its gradient, that of the result
-        "gate_ms": elements * (3 * of_x + 3 * of_branch),  # and the branch, and its gradient
+        "norm_ms": elements * (4 * of_x + 2 * of_branch),  # x, what is read; x, its gradient, those of both results
+        "gate_ms": elements * (3 * of_x + 3 * of_branch),  # x, the branch, the sum; its gradient, the branch and its
+        "gate_and_norm_ms": elements * (5 * of_x + 5 * of_branch),
     }
 
 
@@ -163,7 +175,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = ["| what | who | ms forward and backward | GB/s at least |", "| --- | --- | ---: | ---: |"]
     groups = {f"attention, {site}": times for site, times in result["attention_ms"].items()}
     groups |= {f"linear, {sides}": times for sides, times in result["linear_ms"].items()}
-    groups |= {name: result[name] for name in ("norm_ms", "gate_ms", "two_layers_ms")}
+    groups |= {name: result[name] for name in ("norm_ms", "gate_ms", "gate_and_norm_ms", "two_layers_ms")}
     for name, times in groups.items():
         ran = [value for value in times.values() if not isinstance(value, str)]
         for who, value in times.items():

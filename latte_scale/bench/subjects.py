@@ -33,7 +33,7 @@ from latte_scale.model.attention_backends import Backend, Site
 from latte_scale.model.blocks import use_norm, use_residual
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
-from latte_scale.model.norm_backends import NormBackend
+from latte_scale.model.residual import NormBackend
 from latte_scale.model.transformer_folder import transformer_config
 from latte_scale.optim import make_adamw
 

@@ -28,9 +28,8 @@ from latte_scale.choices.record import (
 )
 from latte_scale.config import Config
 from latte_scale.engine.dist import Ranks
-from latte_scale.model.blocks import residual
 from latte_scale.model.kernels.availability import why_no_triton
-from latte_scale.model.norm_backends import NormBackend
+from latte_scale.model.residual import Layer, Modulation, NormBackend, run_layers
 from latte_scale.timing import call_time
 
 SITE = "blocks"
@@ -105,9 +104,8 @@ def _norm_time(config: Config, device: torch.device, backend: NormBackend) -> fl
 def two_layers(x_BFTD: Tensor, rows_B116D: Tensor, weight_DD: Tensor, backend: NormBackend) -> Tensor:
     """Two residual layers of one product each, as a block has them."""
     rows = rows_B116D.unbind(-2)
-    for modulation in (rows[:3], rows[3:]):
-        x_BFTD = residual(x_BFTD, lambda h: F.linear(h, weight_DD), modulation, backend)
-    return x_BFTD
+    modulations = Modulation(*rows[:3]), Modulation(*rows[3:])
+    return run_layers(x_BFTD, [Layer(lambda h: F.linear(h, weight_DD), each) for each in modulations], backend)
 
 
 def norm_tensors(shape: list[int], of_x: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The blocks of both models, composed of the same parts.
 
-A block is a sequence of residual layers: `residual(x, layer, modulation)`. What can differ is
+A block is a sequence of residual layers (residual.py). What can differ is
   - the layers: attention over space, over time, one after the other or by halves of the heads (attention.py),
     cross-attention to a caption, the MLP;
   - where shift, scale and gate come from: a linear layer of the block (adaLN-Zero: `LatteBlock`), a table of the block
@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from latte_scale.model.attention import Attention, Axis, Linear, SelfAttention, SplitAttention
 from latte_scale.model.attention_backends import Padding
 from latte_scale.model.layers import FeedForward, Mlp, modulate, normalise
-from latte_scale.model.norm_backends import NormBackend, gated, modulated
+from latte_scale.model.residual import Layer, Modulation, NormBackend, run_layers
 
 Reshard = Callable[[Tensor, Axis], Tensor]
-Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate, each broadcasting to x
 Layout = Literal["space", "time", "sequential", "parallel"]  # what a LatteBlock attends over
 ResidualDtype = Literal["fp32", "bf16"]
 
@@ -37,16 +36,6 @@ ResidualDtype = Literal["fp32", "bf16"]
 def identity_reshard(x_BFTD: Tensor, whole: Axis) -> Tensor:
     """The default `reshard`: one device holds whole clips, so nothing moves."""
     return x_BFTD
-
-
-def residual(
-    x: Tensor, layer: Callable[[Tensor], Tensor], modulation: Modulation | None, norm: NormBackend = "torch"
-) -> Tensor:
-    """x + gate layer(norm(x) (1 + scale) + shift), or x + layer(norm(x)) without modulation."""
-    if modulation is None:
-        return x + layer(normalise(x))
-    shift, scale, gate = modulation
-    return gated(x, layer(modulated(x, shift, scale, norm)), gate, norm)
 
 
 def use_norm(model: nn.Module, backend: NormBackend) -> None:
@@ -128,17 +117,14 @@ class T2VBlock(nn.Module):
         modulation_BG6D: the shared modulation, G being 1 or F. The clip's caption serves all frames, or all but the
         last n if image_text_BnLD gives each of these its own.
         """
-        rows_BG16D = (self.scale_shift_table + modulation_BG6D)[:, :, None]
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_BG16D.unbind(-2)
-        x_BFTD = residual(x_BFTD, self._attend, (shift_msa, scale_msa, gate_msa), self.norm)
-        if self.attn2 is not None and image_text_BnLD is None:
-            x_BFTD = x_BFTD + self._read(x_BFTD, text_BLD, padding)
-        elif self.attn2 is not None:
-            num_frames = x_BFTD.shape[1] - image_text_BnLD.shape[1]
-            of_video = self._read(x_BFTD[:, :num_frames], text_BLD, padding)
-            of_images = self._read_each(x_BFTD[:, num_frames:], image_text_BnLD, image_padding)
-            x_BFTD = x_BFTD + torch.cat([of_video, of_images], dim=1)
-        return residual(x_BFTD, self.ff, (shift_mlp, scale_mlp, gate_mlp), self.norm)
+        rows_BG16D = (self.scale_shift_table + modulation_BG6D)[:, :, None].unbind(-2)
+        layers = [Layer(self._attend, Modulation(*rows_BG16D[:3]), over_time=self.attn1.site == "time")]
+        if self.attn2 is not None:
+            captions = {"text_BLD": text_BLD, "padding": padding}
+            of_images = {"image_text_BnLD": image_text_BnLD, "image_padding": image_padding}
+            layers.append(Layer(partial(self._read, **captions, **of_images), None, normed=False))
+        layers.append(Layer(self.ff, Modulation(*rows_BG16D[3:])))
+        return run_layers(x_BFTD, layers, self.norm)
 
     def _attend(self, h_BFTD: Tensor) -> Tensor:
         if self.attn1.site == "time":
@@ -148,7 +134,23 @@ class T2VBlock(nn.Module):
     def _attend_rows(self, h_BRSD: Tensor) -> Tensor:
         return self.attn1(h_BRSD.flatten(0, 1)).view_as(h_BRSD)
 
-    def _read(self, x_BFTD: Tensor, text_BLD: Tensor, padding: Padding | None) -> Tensor:
+    def _read(
+        self,
+        x_BFTD: Tensor,
+        text_BLD: Tensor,
+        padding: Padding | None,
+        image_text_BnLD: Tensor | None,
+        image_padding: Padding | None,
+    ) -> Tensor:
+        """Cross-attention of the video's frames to the clip's caption, and of each image to its own."""
+        if image_text_BnLD is None:
+            return self._read_shared(x_BFTD, text_BLD, padding)
+        num_frames = x_BFTD.shape[1] - image_text_BnLD.shape[1]
+        of_video = self._read_shared(x_BFTD[:, :num_frames], text_BLD, padding)
+        of_images = self._read_each(x_BFTD[:, num_frames:], image_text_BnLD, image_padding)
+        return torch.cat([of_video, of_images], dim=1)
+
+    def _read_shared(self, x_BFTD: Tensor, text_BLD: Tensor, padding: Padding | None) -> Tensor:
         """Cross-attention of frames that share a caption: frames fold into the queries, so keys are computed once."""
         return self.attn2(x_BFTD.flatten(1, 2), text_BLD, padding).view_as(x_BFTD)
 
@@ -197,12 +199,13 @@ class LatteBlock(nn.Module):
         return on_video(x_BFTD, num_images, lambda video_BFTD: self._run(video_BFTD, rows_BGD, rotary_2FE, 0))
 
     def _run(self, x_BFTD: Tensor, condition_BGD: Tensor | None, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
+        attention, layers = {"rotary_2FE": rotary_2FE, "num_images": num_images}, []
         modulations = self._modulations(condition_BGD, x_BFTD.shape[1], num_images)
         for attn in (self.attn, self.temporal_attn):
             if attn is not None:
-                run = partial(attn, rotary_2FE=rotary_2FE, num_images=num_images)
-                x_BFTD = residual(x_BFTD, run, modulations.pop(0), self.norm)
-        return residual(x_BFTD, self.mlp, modulations.pop(0), self.norm)
+                over_time = isinstance(attn, SelfAttention) and attn.axis == "time"
+                layers.append(Layer(partial(attn, **attention), modulations.pop(0), over_time=over_time))
+        return run_layers(x_BFTD, [*layers, Layer(self.mlp, modulations.pop(0))], self.norm)
 
     def _modulations(self, condition_BGD: Tensor | None, num_frames: int, num_images: int) -> list[Modulation | None]:
         """Shift, scale and gate of each layer, [B, F or 1, 1, D]; in the order of the layers."""
@@ -210,7 +213,7 @@ class LatteBlock(nn.Module):
             return [None] * self.num_layers
         rows_BGd = apply_separately(self.adaLN_modulation, condition_BGD, num_images)
         chunks = per_frame(rows_BGd, num_frames)[:, :, None].chunk(3 * self.num_layers, dim=-1)
-        return [chunks[first : first + 3] for first in range(0, len(chunks), 3)]
+        return [Modulation(*chunks[first : first + 3]) for first in range(0, len(chunks), 3)]
 
 
 class FinalLayer(nn.Module):

@@ -68,24 +68,28 @@ def test_a_damaged_record_is_named(tmp_path) -> None:
 
 
 def test_one_that_is_wrong_is_not_chosen(monkeypatch) -> None:
-    from latte_scale.model import norm_backends
+    from latte_scale.model.kernels import residual
+
+    def without_norm(x, branch, gate, shift, scale, swapped):
+        out = x if branch is None else x + gate * branch
+        return out, out * (1 + scale) + shift
 
     monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
-    monkeypatch.setattr(norm_backends, "norm_modulate", lambda x, shift, scale: x + shift + scale)
-    monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch)
+    monkeypatch.setattr(residual, "add_and_read", without_norm)
+    monkeypatch.setattr(residual, "add", lambda x, branch, gate: x + gate * branch)
     assert "off by" in measure_norm(tiny(), CPU)["triton"]
-    monkeypatch.setattr(norm_backends, "gate_residual", lambda x, branch, gate: x + gate * branch * float("nan"))
+    monkeypatch.setattr(residual, "add", lambda x, branch, gate: x + gate * branch * float("nan"))
     assert "off by nan" in measure_norm(tiny(), CPU)["triton"]
 
 
 def test_whatever_a_kernel_raises_it_is_out(monkeypatch) -> None:
-    from latte_scale.model import norm_backends
+    from latte_scale.model.kernels import residual
 
-    def cannot(x, shift, scale):
+    def cannot(*_: object, **__: object) -> None:
         raise type("OutOfResources", (Exception,), {})("out of resource: shared memory")  # triton.runtime.errors has it
 
     monkeypatch.setattr(norm, "why_no_triton", lambda device: None)
-    monkeypatch.setattr(norm_backends, "norm_modulate", cannot)
+    monkeypatch.setattr(residual, "add_and_read", cannot)
     times = measure_norm(tiny(), CPU)
     assert times["triton"] == "out of resource: shared memory" and times["torch"] > 0
 

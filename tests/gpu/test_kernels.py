@@ -6,7 +6,7 @@ import torch
 from tests.model.test_kernels import passes
 
 
-@pytest.mark.parametrize("name", ["norm", "small_attention"])
+@pytest.mark.parametrize("name", ["residual", "small_attention"])
 def test_on_a_gpu(name, tmp_path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU here: torch.cuda.is_available() is False")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latte_scale.model.attention_backends import padding_of
-from latte_scale.model.blocks import LatteBlock, T2VBlock, apply_separately, on_video, per_frame, residual, video_rows
+from latte_scale.model.blocks import LatteBlock, T2VBlock, apply_separately, on_video, per_frame, video_rows
 
 WIDTH, HEADS = 16, 2
 
@@ -23,14 +23,6 @@ def randomised(block: torch.nn.Module) -> torch.nn.Module:
 
 def latte_block(layout: str, modulated: bool = True) -> LatteBlock:
     return randomised(LatteBlock(WIDTH, HEADS, hidden=40, layout=layout, modulated=modulated))
-
-
-def test_residual_with_and_without_modulation() -> None:
-    x = random(2, 3, 8)
-    normed = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
-    shift, scale, gate = torch.tensor(0.5), torch.tensor(2.0), torch.tensor(-1.0)
-    torch.testing.assert_close(residual(x, torch.square, (shift, scale, gate)), x - (normed * 3 + 0.5) ** 2)
-    torch.testing.assert_close(residual(x, torch.square, None), x + normed**2)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def passes(name: str, tmp_path: Path, **environ: str) -> None:
     assert done.returncode == 0 and "passed" in last[0] and "skipped" not in last[0], done.stdout[-6000:] + done.stderr
 
 
-@pytest.mark.parametrize("name", ["norm", "small_attention"])
+@pytest.mark.parametrize("name", ["residual", "small_attention"])
 def test_in_the_interpreter(name, tmp_path) -> None:
     passes(name, tmp_path, TRITON_INTERPRET="1")
 

@@ -2,8 +2,8 @@
 
 In: q, k, v [B, N, S, E] at any strides but the last, which is 1, with S up to MAX_LENGTH and E up to MAX_HEAD_DIM; no
 padding. Out: [B, N, S, E], a view of [B, S, N, E] memory, as the output projection needs it. Forward and backward read
-and write every element once, and neither sums over programs, so results are bitwise reproducible. As in norm.py these
-are opaque operators of torch.library, and Triton is imported when one runs. Their names contain "attention", so
+and write every element once, and neither sums over programs, so results are bitwise reproducible. As in residual.py
+these are opaque operators of torch.library, and Triton is imported when one runs. Their names contain "attention", so
 selective checkpointing keeps the result.
 """
 

@@ -12,26 +12,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from latte_scale.model.kernels import norm_triton, small_attention_triton
+from latte_scale.model.kernels import residual_triton, small_attention_triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WIDTH = {"D": 1152, "BLOCK": 2048}
-FP32 = dict.fromkeys(("x", "shift", "scale", "gate", "grad_x", "partial"), "*fp32")
+FP32 = dict.fromkeys(("x", "out", "shift", "scale", "gate", "grad_out", "grad_x", "partial"), "*fp32")
+HALF = dict.fromkeys(("branch", "read", "grad_read", "grad_branch"), "*bf16")
+BETWEEN = FP32 | HALF | {"eps": "fp32"}
 HEADS = {"S": 16, "E": 72, "BLOCK_S": 16, "BLOCK_E": 128}
 BF16 = dict.fromkeys(("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"), "*bf16") | {"scale": "fp32"}
+USES = {  # as a block uses the kernels: with a branch, with a gate, what is read
+    "sum": (1, 1, 0),
+    "first_read": (0, 0, 2),
+    "sum_and_read": (1, 1, 2),
+    "plain_sum_and_read": (1, 0, 2),
+    "sum_read_as_it_is": (1, 1, 1),
+}
 CASES = {  # name -> kernel, types of its arguments, what it is compiled for, number of warps
-    "modulate_forward": (norm_triton.modulate_forward, FP32 | {"out": "*bf16", "eps": "fp32"}, WIDTH, 8),
-    "modulate_backward": (norm_triton.modulate_backward, FP32 | {"grad": "*bf16", "eps": "fp32"}, WIDTH, 8),
-    "gate_forward": (norm_triton.gate_forward, FP32 | {"branch": "*bf16", "out": "*fp32"}, WIDTH, 8),
-    "gate_backward": (
-        norm_triton.gate_backward,
-        FP32 | {"grad": "*fp32", "branch": "*bf16", "grad_branch": "*bf16"},
-        WIDTH,
-        8,
-    ),
     "attention_forward": (small_attention_triton.attention_forward, BF16, HEADS, 1),
     "attention_backward": (small_attention_triton.attention_backward, BF16, HEADS, 1),
 }
+for use, flags in USES.items():
+    constants = WIDTH | dict(zip(("BRANCH", "GATED", "READS"), flags, strict=True))
+    CASES[f"{use}_forward"] = residual_triton.residual_forward, BETWEEN, constants, 8
+    kinds = {"KINDS": 2 * (flags[2] == 2) + flags[1]}
+    CASES[f"{use}_backward"] = residual_triton.residual_backward, BETWEEN, constants | kinds, 8
 
 
 # Triton compiles anew for integers that are 1, as in chunks of one row.
