@@ -1,11 +1,10 @@
 """What a block does between two of its layers, in one pass over the tokens, forward and backward, on a GPU.
 
 In: x as [B, R, S, D] at any strides, the output of the layer before (a branch) or none, and shift, scale, gate as a
-block has them: [B, 1, 1, D], [B, R, 1, D] or [B, 1, S, D]. Out: out = x + gate branch, and what the next layer
-reads: norm(out) (1 + scale) + shift, or out itself, in autocast's dtype. They work with autograd, torch.compile and
-activation checkpointing. The decision worth knowing: backward takes the gradients of both together, so it, too, reads
-and writes each tensor once, sums over tokens included. These have two stages and no atomics: the same
-bits every time.
+block has them: [B, 1, 1, D], [B, R, 1, D] or [B, 1, S, D]. Out: out = x + gate branch, and what the next layer reads:
+norm(out) (1 + scale) + shift, or out itself, in autocast's dtype. They work with autograd, torch.compile and activation
+checkpointing. The decision worth knowing: backward takes the gradients of both together, so it, too, reads and writes
+each tensor once, sums over tokens included. These have two stages and no atomics: the same bits every time.
 
 These are opaque operators of torch.library, so Triton is imported only when one runs, a compiled block calls them like
 a matrix product, and selective checkpointing recomputes them in backward.
