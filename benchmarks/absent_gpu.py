@@ -131,6 +131,7 @@ def _pretended() -> Iterator[None]:
         for name, answer in of_interface.items():
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(_always(answer))))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", _always(None)))
+        stack.enter_context(mock.patch.object(Tensor, "copy_", _always(None)))  # it would ask the device; all is fake
         stack.enter_context(mock.patch.object(torch._inductor.scheduler, "has_triton", _always(True)))
         stack.enter_context(_target())
         yield
