@@ -1,25 +1,30 @@
-"""Bytes that a config's compiled blocks read and write in a GPU's memory, counted without a GPU.
+"""Bytes that a config's blocks read and write in a GPU's memory, compiled or not, counted without a GPU.
 
-    PYTHONPATH=.venv/triton python -m benchmarks.traffic --config configs/t2v_512.yaml
-    PYTHONPATH=.venv/triton python -m benchmarks.traffic --config configs/t2v_512.yaml norm.backend=triton
+    python -m benchmarks.traffic --config configs/t2v_512.yaml norm.backend=triton
+    PYTHONPATH=.venv/triton python -m benchmarks.traffic --config configs/t2v_512.yaml engine.compile=true
 
-In: a config and overrides; Triton, which a CUDA build of torch brings along. Out: Markdown, bytes per token and channel
-of two consecutive blocks, in forward and in backward: of matrix products and attention, and of everything between them,
-which decides what fusion is worth. Counted on the kernels that torch.compile schedules for an H200 (absent_gpu.py), and
-on our own, each reading and writing its arguments once. Left out is what does not have a number for every token and
-channel: weights and their casts, sums over tokens.
+In: a config and overrides; for compiled blocks Triton, which a CUDA build of torch brings along. Out: Markdown, bytes
+per token and channel of two consecutive blocks, in forward and in backward: of matrix products and attention, and of
+everything between them, which decides what fusion is worth. Counted on the operators that torch runs, or with
+engine.compile=true on the kernels that torch.compile schedules for an H200 (absent_gpu.py), each reading and writing
+its arguments once. Left out is what does not have a number for every token and channel: weights and their casts, sums
+over tokens.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.absent_gpu import backend
 from latte_scale.arguments import add_config
@@ -67,36 +72,92 @@ def traffic(config: Config) -> dict[tuple[str, str], float]:
             f"expected a micro-batch of more than {8 * width} tokens, of which a tensor is larger than any weight of "
             f"{width} x {4 * width} in fp32, got {tokens}; raise train.micro_batch or video.height"
         )
-    model = replace(config.model, **({"num_layers": 1} if config.model.kind == "latte_t2v" else {"depth": 2}))
-    config = replace(config, model=model, engine=replace(config.engine, kind="single", compile=False))
     config = replace(config, encoders=replace(config.encoders, text_max_length=CAPTION))
-    return {key: moved / (tokens * width) for key, moved in counted(config, 2 * tokens * width).items()}
+    least = 2 * tokens * width  # bytes of a tensor with a number for every token and channel
+    moved = scheduled(config, least) if config.engine.compile else executed(config, least)
+    return {key: size / (tokens * width) for key, size in moved.items()}
 
 
-def counted(config: Config, least: int) -> Moved:
-    """Bytes of one forward and backward of the trainer's loss through the compiled blocks, in tensors of `least` bytes
-    or more."""
+def scheduled(config: Config, least: int) -> Moved:
+    """What the kernels of two compiled blocks move, in tensors of `least` bytes or more."""
     moved: Moved = Counter()
+
+    def count(graph: GraphLowering) -> None:
+        name = "backward" if graph.is_backward else "forward"
+        for node in graph.scheduler.nodes:
+            operator = str(getattr(node.node, "op_overload", "")) if node.is_extern() else "fused"
+            accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+            moved[name, kind_of(operator)] += sum(size for size in accesses.values() if size >= least)
+
+    def compiled(blocks: Sequence[torch.nn.Module]) -> None:
+        compile_blocks(blocks, backend=backend(count))
+
     torch.compiler.reset()
+    step(config, 1, compiled)()()
+    return moved
+
+
+def executed(config: Config, least: int) -> Moved:
+    """What the operators of two blocks move, in tensors of `least` bytes or more: two pairs of blocks less one."""
+    counted = []
+    for pairs in (1, 2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            forward = step(config, pairs, lambda blocks: None)
+            with Operators(least) as operators:
+                backward = forward()
+                operators.name = "backward"
+                backward()
+        counted.append(operators.moved)
+    return Counter({key: size - counted[0][key] for key, size in counted[1].items()})
+
+
+class Operators(TorchDispatchMode):
+    """Counts what torch's operators read and write."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.moved: Moved = Counter()
+        self.name = "forward"
+        self._least = least
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "prim" and not func.is_view and func._schema.name not in ALIASES:
+            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+            sizes = [each.numel() * each.element_size() for each in tensors if 0 not in each.stride()]
+            self.moved[self.name, kind_of(str(func))] += sum(size for size in sizes if size >= self._least)
+        return out
+
+
+ALIASES = "aten::_unsafe_view", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided", "aten::detach"
+"""Operators that touch no memory, besides views."""
+
+
+def kind_of(operator: str) -> str:
+    """products: matrix products and attention; between: what torch.compile has fused, and other operators."""
+    return KINDS[0] if any(word in operator for word in ("mm", "attention", "convolution")) else KINDS[1]
+
+
+def step(
+    config: Config, pairs: int, prepared: Callable[[Sequence[torch.nn.Module]], None]
+) -> Callable[[], Callable[[], None]]:
+    """The trainer's forward pass, which returns its backward; `prepared` is called on so many pairs of blocks."""
+    depth = {"num_layers": pairs} if config.model.kind == "latte_t2v" else {"depth": 2 * pairs}
+    engine = replace(config.engine, kind="single", compile=False)
+    config = replace(config, model=replace(config.model, **depth), engine=engine)
     norm = "torch" if config.norm.backend == "auto" else config.norm.backend
     model = seeded_model(config, CPU, norm=norm)
     use_residual(model, config.train.residual)
     prepare(model, model.repeated_blocks(), config.engine, config.train.precision, "cpu")
-    compile_blocks(model.repeated_blocks(), backend=backend(lambda graph: count(graph, least, moved)))
+    prepared(model.repeated_blocks())
     inputs = micro_batch(config, CPU, torch.Generator().manual_seed(0), "full")
-    with mock.patch.dict(BACKENDS, sdpa=opaque_attention):
-        share_of(config, inputs, *losses_of(config, model, schedule_of(config.diffusion), inputs)).backward()
-    return moved
 
+    def forward() -> Callable[[], None]:
+        with mock.patch.dict(BACKENDS, sdpa=opaque_attention):
+            losses = losses_of(config, model, schedule_of(config.diffusion), inputs)
+        return share_of(config, inputs, *losses).backward
 
-def count(graph: GraphLowering, least: int, moved: Moved) -> None:
-    """Add what every kernel that torch.compile schedules reads and writes."""
-    name = "backward" if graph.is_backward else "forward"
-    for node in graph.scheduler.nodes:
-        ours = "latte_scale.residual" in str(getattr(node.node, "op_overload", ""))
-        kind = "products" if node.is_extern() and not ours else "between"
-        accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
-        moved[name, kind] += sum(size for size in accesses.values() if size >= least)
+    return forward
 
 
 def opaque_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding | None) -> Tensor:

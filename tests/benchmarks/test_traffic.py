@@ -15,30 +15,39 @@ pytestmark = where_triton_is
 TINY = ["model.num_heads=4", "model.head_dim=8", "video.height=96", "video.width=96"]
 
 
+SPACE = {  # bytes between the layers of a block: x, sums and their gradients have 4, what layers read and return 2
+    "first read": (4 + 2, 4 + 2 + 4 + 4),  # x, the read; x, gradients of the read and of the sum, that of x
+    "gated sum, read as it is": (4 + 2 + 4 + 2, 4 + 2 + 2 + 4 + 2),
+    "sum and read": (4 + 2 + 4 + 2, 4 + 4 + 2 + 4 + 2),
+    "GELU": (8 + 8, 8 + 8 + 8),  # four times as wide
+    "last sum": (4 + 2 + 4, 4 + 2 + 2),
+    "biases": (0, 8 + 2 * 7),  # gradients again: the MLP has two, attention four, that to the caption two as large
+}
+TIME = SPACE | {
+    "gated sum, read as it is": (0, 0),
+    "sum and read": (4 + 2 + 4 + 2, 4 + 4 + 2 + 2 + 4 + 2),
+    "biases": (0, 8 + 2 * 5),
+}
+GRADIENTS_OF_QKV = 2 * (2 + 2 + 2 + 2)  # added by one kernel; two operators need 2 * (2 + 2 + 2)
+
+
 def counted(*overrides: str) -> list[float]:
     """Products forward and backward, the rest forward and backward."""
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:], str(FOLDER)])}
     command = [sys.executable, "-m", "benchmarks.traffic", "--config", "configs/t2v_512.yaml", *TINY]
-    command += ["engine.activation_checkpointing=none", *overrides]
+    command += ["engine.activation_checkpointing=none", "norm.backend=triton", *overrides]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return [float(number) for number in re.findall(r"\d+\.\d", done.stdout)]
 
 
-def test_our_kernels_touch_every_tensor_once() -> None:
-    """x, its sums and their gradients have 4 bytes, what layers read and return 2; the MLP is four times as wide."""
-    products_forward, products_backward, forward, backward = counted("norm.backend=triton")
-    first_read, sum_and_read, last_sum, gelu = 4 + 2, 4 + 2 + 4 + 2, 4 + 2 + 4, 8 + 8
-    over_space = first_read + 2 * sum_and_read + gelu + last_sum
-    over_time = first_read + sum_and_read + gelu + last_sum
-    assert forward == over_space + over_time
-    of_first_read, of_sum_and_read, of_last_sum = 4 + 2 + 4 + 4, 4 + 4 + 2 + 2 + 4 + 2, 4 + 2 + 2
-    to_read, of_read = 4 + 4 + 2 + 4 + 2, 4 + 2 + 2 + 4 + 2  # the caption's sum has no gate, its read no norm
-    of_gelu = 8 + 8 + 8 + 8  # by torch; the last 8 and the next 10: gradients are read again for biases
-    again = 2 * 5 + 6 + 2  # and those of q, k and v are added
-    over_space = of_first_read + of_read + to_read + of_last_sum + of_gelu + again + 2 * 2
-    over_time = of_first_read + of_sum_and_read + of_last_sum + of_gelu + again
-    assert backward == pytest.approx(over_space + over_time, abs=0.5)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_our_kernels_touch_every_tensor_once(compiled) -> None:
+    products_forward, products_backward, forward, backward = counted(f"engine.compile={str(compiled).lower()}")
+    assert forward == sum(part[0] for block in (SPACE, TIME) for part in block.values())
+    by_hand = sum(part[1] for block in (SPACE, TIME) for part in block.values())
+    by_hand += GRADIENTS_OF_QKV if compiled else 2 * 2 * (2 + 2 + 2)
+    assert backward == pytest.approx(by_hand, abs=0.5)
     assert products_backward == pytest.approx(2 * products_forward, rel=0.03)
 
 
