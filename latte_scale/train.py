@@ -34,6 +34,7 @@ from latte_scale.checkpoint import (
     OutOfReachError,
     UnusableStoreError,
     find_newest_sound,
+    on_rank_0,
     part_of_copies,
     state_trees,
 )
@@ -111,6 +112,7 @@ def train(
     checkpoints = config.checkpoint_store
     if config.checkpoint.dir is not None:  # recorded absolutely: whoever reads the run may stand in another folder
         config = replace(config, checkpoint=replace(config.checkpoint, dir=checkpoints.url))
+    on_rank_0(ranks, lambda: folder.claim(checkpoints, fence))
     found, broken = find_newest_sound(checkpoints, ranks)
     if found is None:
         check_start(config, checkpoints, ranks)
@@ -144,7 +146,7 @@ def train(
     folder.write_config(config)
     note_facts(folder, ranks, fingerprint)
     set_aside = [url for url, _ in broken]
-    checkpointer = Checkpointer(checkpoints, config.checkpoint, ranks, set_aside, fence.check, folder.run_id)
+    checkpointer = Checkpointer(checkpoints, config.checkpoint, ranks, set_aside, fence.check_place, folder.run_id)
     saved = part_of_copies(trees, engine.replica, engine.num_replicas)
     checkpointer.check_room(saved)
     trackers = make_trackers(config, folder, progress, last_logged)

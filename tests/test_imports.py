@@ -39,7 +39,7 @@ MAY_IMPORT = {
     # Seconds of a call; what is chosen by measurement before a run's first step (attention; norm and gate).
     "timing": set(),
     "choices": {"choices", "config", "engine.dist", "model", "plain_json", "timing"},
-    "run": {"run", "atomic", "settings"},
+    "run": {"run", "atomic", "settings", "store"},  # store: a claim lies where the checkpoints go
     "run.metrics": {"atomic", "plain_json"},
     "run.profile": {"engine.dist", "plain_json"},  # one table of all ranks
     "run.journal": {"conditioning", "diffusion", "engine.base", "engine.dist", "plain_json", "run", "store"},

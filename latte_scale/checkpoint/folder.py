@@ -26,6 +26,7 @@ from latte_scale.checkpoint.format import (
     encode_manifest,
     folder_name,
 )
+from latte_scale.store import TEMPORARY as UNFINISHED
 from latte_scale.store import LocalStore, Store
 
 TEMPORARY = re.compile(rf"{STEP_FOLDER.pattern}\.(tmp|old)-[0-9a-f]+")
@@ -127,9 +128,14 @@ class Folder:
     def clean(self) -> list[str]:
         if not self.path.is_dir():
             return []
-        left = sorted(path for path in self.path.iterdir() if TEMPORARY.fullmatch(path.name))
+        left = sorted(
+            path for path in self.path.iterdir() if TEMPORARY.fullmatch(path.name) or UNFINISHED.search(path.name)
+        )
         for path in left:
-            disk.remove_tree(path)
+            if path.is_dir():
+                disk.remove_tree(path)
+            else:
+                disk.remove_file(path)
         return [path.name for path in left]
 
     def set_aside(self, url: str) -> str:

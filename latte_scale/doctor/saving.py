@@ -1,4 +1,4 @@
-"""Where checkpoints go: free space, a test write like a save's, the holder of the run folder, time for a last save.
+"""Where checkpoints go: free space, a test write like a save's, who holds run.dir and checkpoint.dir, time for a save.
 
 In: a Config. Out: lines. The decision worth knowing: the write test uses the functions that write checkpoints (to a
 folder) or the store (s3://), so it fails where a save would fail; it leaves nothing behind.
@@ -22,6 +22,7 @@ from latte_scale.checkpoint import disk, list_steps
 from latte_scale.config import Config
 from latte_scale.doctor.lines import Line, fault_of
 from latte_scale.model.build import build_model
+from latte_scale.run.claim import writer_of
 from latte_scale.run.folder import read_exit
 from latte_scale.run.lease import holder_of, process_start, this_machine
 from latte_scale.store import StoreError, local_path, open_store
@@ -61,7 +62,7 @@ def saving_lines(config: Config, environ: Mapping[str, str]) -> list[Line]:
             lines += clock_lines(ahead_s, place)
     except (OSError, StoreError, ValueError) as error:
         return [*lines, write_fault(place, error, "checkpoint.dir")]
-    return lines + grace_lines(config, environ, needed / rate)
+    return lines + writer_lines(config) + grace_lines(config, environ, needed / rate)
 
 
 def write_fault(place: str, error: Exception, key: str) -> Line:
@@ -151,6 +152,21 @@ def holder_lines(run: Path) -> list[Line]:
         return []
     found = f"{run} is held by process {holder.pid} on {holder.host}, job {holder.job_id or 'none'}"
     return [Line("warning", "run folder", found, "if it lives, training stops with code 78: stop it or wait")]
+
+
+def writer_lines(config: Config) -> list[Line]:
+    """Whether another run saves where this one would, in which case training refuses to start (run/claim.py)."""
+    place = config.checkpoint_store
+    writer = writer_of(place)
+    if writer is None or writer.run_dir == str(config.run.folder.absolute()):
+        return []
+    found, holder = f"{writer} saves to {place.url}", writer.attempt
+    remedy = "set another checkpoint.dir, or stop that run to go on from its checkpoints"
+    if not holder.machine or holder.machine != this_machine():
+        return [Line("warning", "checkpoint.dir", found, f"if it lives, training stops with code 78: {remedy}")]
+    if process_start(holder.pid) != holder.started:
+        return []  # dead: its claim is taken over at once
+    return [Line("fault", "checkpoint.dir", f"{found} and is alive", remedy)]
 
 
 def grace_lines(config: Config, environ: Mapping[str, str], estimated_s: float) -> list[Line]:

@@ -23,7 +23,9 @@ from typing import Any
 
 from latte_scale import settings
 from latte_scale.atomic import write_text
+from latte_scale.run.claim import Claim, ClaimError, Writer
 from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_process
+from latte_scale.store import Store
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; any failure; stopped and saved, requeue; do not requeue without a change."""
@@ -102,6 +104,17 @@ class RunFolder:
 
         self._attempt, self.run_id = from_rank_0(begin)
         return Fence(lease)
+
+    def claim(self, place: Store, fence: "Fence") -> None:
+        """Claim the place of the checkpoints on rank 0, to be kept by the fence.
+
+        Raises StopRunError if another run saves there, or StoreError.
+        """
+        writer = Writer(str(self.path.absolute()), self.run_id, self._attempt)
+        try:
+            fence.keep(Claim(place, writer, tell=lambda words: print(words, flush=True)))
+        except ClaimError as error:
+            raise StopRunError(str(error)) from error
 
     def _read_or_make_id(self) -> str:
         """The run's id; only the holder of the lease calls this."""
@@ -190,7 +203,8 @@ def read_exit(folder: Path) -> dict[str, Any]:
 
 
 class Fence:
-    """Whether this attempt may still write: its launcher is alive and, on rank 0, it holds the lease of the folder.
+    """Whether this attempt may still write: its launcher is alive and, on rank 0, it holds the lease of the folder and
+    the claim to the place of its checkpoints.
 
     A rank does not die with its launcher (torchrun starts ranks in their own sessions), and must not continue alongside
     the attempt that replaces it.
@@ -198,7 +212,12 @@ class Fence:
 
     def __init__(self, lease: Lease | None) -> None:
         self._lease = lease
+        self._claim: Claim | None = None
         self._launcher = os.getppid() if "RANK" in os.environ else None
+
+    def keep(self, claim: Claim) -> None:
+        """Check and release this claim, too."""
+        self._claim = claim
 
     def check(self) -> None:
         """Raise StopRunError unless this attempt may still write. Reads at most one small file."""
@@ -207,7 +226,18 @@ class Fence:
         try:
             if self._lease is not None:
                 self._lease.check()
-        except LeaseError as error:
+            if self._claim is not None:
+                self._claim.check()
+        except (LeaseError, ClaimError) as error:
+            raise StopRunError(str(error)) from error
+
+    def check_place(self) -> None:
+        """The same before anything is committed or removed where the checkpoints are; also raises StoreError."""
+        self.check()
+        try:
+            if self._claim is not None:
+                self._claim.look()
+        except ClaimError as error:
             raise StopRunError(str(error)) from error
 
     def is_lost(self) -> bool:
@@ -220,7 +250,9 @@ class Fence:
         return False
 
     def release(self) -> None:
-        """Release the folder."""
+        """Release the folder and the place."""
+        if self._claim is not None:
+            self._claim.release()
         if self._lease is not None:
             self._lease.release()
 

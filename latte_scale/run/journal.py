@@ -177,8 +177,8 @@ class Journal:
         self._began_at_s.pop(step)
         if values["lost"]:
             raise StopRunError(
-                f"stopped at step {step} without a save: the run folder was taken over by another attempt, or the "
-                "launcher of these processes is gone"
+                f"stopped at step {step} without a save: the run folder or the place of the checkpoints was taken over "
+                "by another attempt or run, or the launcher of these processes is gone"
             )
         if values["digest_apart"]:
             raise RuntimeError(

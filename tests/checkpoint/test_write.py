@@ -1,6 +1,7 @@
 """The background part of a save: what is removed, what never is, and who may no longer write."""
 
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,9 @@ def test_an_attempt_that_was_taken_over_leaves_the_draft_of_the_other(tmp_path: 
     with pytest.raises(RuntimeError, match="taken over"):
         saver(tmp_path, fence=Fallen(0))
     assert draft.is_dir()
-    assert saver(tmp_path).removed == [draft.name]
+    unfinished = tmp_path / f"writer.json.tmp-{uuid.uuid4().hex}"  # of the run's claim, in which its writer died
+    unfinished.touch()
+    assert saver(tmp_path).removed == [draft.name, unfinished.name]
 
 
 def test_a_removal_that_fails_does_not_undo_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from latte_scale.doctor import saving
 from latte_scale.doctor.stored import world_lines
 from latte_scale.engine import shutdown
 from latte_scale.model.build import build_model
+from latte_scale.run.claim import Writer
 from latte_scale.run.lease import this_process
 from latte_scale.settings import to_mapping
 from tests.conftest import ROOT
@@ -156,6 +157,24 @@ def test_who_holds_the_run_folder(tmp_path, monkeypatch, holder, level):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     (tmp_path / "lease.json").write_text(json.dumps(asdict(this_process()) | holder))
     assert [line.level for line in saving.holder_lines(tmp_path)] == ([] if level is None else [level])
+
+
+@pytest.mark.parametrize(
+    ("run", "holder", "level"),
+    [
+        ("other", {}, "fault"),
+        ("run", {}, None),  # of this run: holder_lines judges it
+        ("other", {"pid": 2**22 + 1}, None),
+        ("other", {"machine": "another"}, "warning"),
+    ],
+    ids=["alive", "this run", "dead", "other machine"],
+)
+def test_who_saves_to_the_place_of_the_checkpoints(tmp_path, run, holder, level):
+    config = load_config(CONFIG, [f"run.dir={tmp_path}/run", f"checkpoint.dir={tmp_path}/place"])
+    attempt = replace(this_process(), **holder)
+    record = asdict(Writer(f"{tmp_path}/{run}", "0123456789ab", attempt))
+    config.checkpoint_store.write("writer.json", json.dumps(record).encode())
+    assert [line.level for line in saving.writer_lines(config)] == ([] if level is None else [level])
 
 
 def test_a_disk_that_is_too_small(ask, tmp_path):

@@ -125,6 +125,32 @@ def test_ranks_whose_launcher_was_killed_stop_and_a_second_attempt_waits_for_nob
     assert train("run", "engine.kind=fsdp2", f"train.steps={last}", ranks=2).code == 0
 
 
+def test_a_second_run_in_the_same_place_for_checkpoints_is_refused_until_the_first_is_dead(train, data_sets, tmp_path):
+    """Each would remove the other's checkpoints. Once the first was killed, its work may go on in another folder."""
+    place = ("checkpoint.every_steps=5", f"checkpoint.dir={tmp_path / 'place'}")
+    config, folder = ROOT / "configs" / "tiny_cpu.yaml", tmp_path / "first"
+    command = train_command(config, folder, data_sets.latents, (*place, "train.steps=100000"), 1, "torchrun")
+    first = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while len(read_metrics(folder / "metrics.jsonl")) < 12:
+        time.sleep(0.01)
+        assert first.poll() is None
+    second = train("second", *place, "checkpoint.keep_last=1")
+    assert second.code == 78 and not second.metrics
+    assert (
+        f"the run in {folder} (process {first.pid} on " in second.output and "is alive; choose another" in second.output
+    )
+    steps = len(read_metrics(folder / "metrics.jsonl"))
+    while len(read_metrics(folder / "metrics.jsonl")) < steps + 12:  # past another save
+        time.sleep(0.01)
+        assert first.poll() is None, "the first run was disturbed"
+    kill_all(first)
+    saved = checkpoint.list_steps(tmp_path / "place")
+    newest = int(saved[-1].url[-8:])
+    second = train("second", *place, f"train.steps={newest + 5}")
+    assert second.code == 0 and f"resumed at step {newest}" in second.output
+    assert sorted(path.name[:5] for path in (tmp_path / "place").iterdir()) == ["step-"] * 3
+
+
 def test_a_broken_checkpoint_is_named_set_aside_and_the_older_one_used(data_sets, tmp_path, unbroken):
     folder = tmp_path / "run"
     shutil.copytree(unbroken.folder, folder)
