@@ -25,7 +25,7 @@ from latte_scale import settings
 from latte_scale.atomic import write_text
 from latte_scale.run.claim import Claim, ClaimError, Writer
 from latte_scale.run.lease import Holder, Lease, LeaseError, holder_of, this_process
-from latte_scale.store import Store
+from latte_scale.store import Store, StoreError
 
 DONE, FAILED, REQUEUE, STOP = 0, 1, 75, 78
 """Exit codes of a rank: finished; any failure; stopped and saved, requeue; do not requeue without a change."""
@@ -115,6 +115,8 @@ class RunFolder:
             fence.keep(Claim(place, writer, tell=lambda words: print(words, flush=True)))
         except ClaimError as error:
             raise StopRunError(str(error)) from error
+        except StoreError as error:
+            raise type(error)(f"checkpoint.dir: {error}") from error
 
     def _read_or_make_id(self) -> str:
         """The run's id; only the holder of the lease calls this."""
