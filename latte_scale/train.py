@@ -146,7 +146,9 @@ def train(
     folder.write_config(config)
     note_facts(folder, ranks, fingerprint)
     set_aside = [url for url, _ in broken]
-    checkpointer = Checkpointer(checkpoints, config.checkpoint, ranks, set_aside, fence.check_place, folder.run_id)
+    checkpointer = Checkpointer(
+        checkpoints, config.checkpoint, ranks, set_aside, fence.check_place, folder.run_id, warn_user
+    )
     saved = part_of_copies(trees, engine.replica, engine.num_replicas)
     checkpointer.check_room(saved)
     trackers = make_trackers(config, folder, progress, last_logged)
@@ -298,6 +300,12 @@ def learning_rate(config: Config, updates: int) -> float:
         warmup_steps=config.train.warmup_steps,
         total_steps=config.train.steps,
     )
+
+
+def warn_user(words: str) -> None:
+    """Log a warning and print it."""
+    logger.warning("%s", words)
+    console.print(f"warning: {words}", markup=False)
 
 
 def note_facts(folder: RunFolder, ranks: Ranks, fingerprint: str) -> None:

@@ -43,6 +43,7 @@ class Checkpointer:
         broken: Sequence[str] = (),
         fence: Callable[[], None] = lambda: None,
         run_id: str = "",
+        tell: Callable[[str], None] = logger.warning,
     ) -> None:
         """A collective.
 
@@ -53,9 +54,10 @@ class Checkpointer:
             broken: damaged checkpoints from find_newest_sound, set aside so that their steps can be saved.
             fence: raises once this attempt may no longer write; called before a commit and any removal.
             run_id: of the run whose lease is held; identifies what its dead attempts left in a bucket.
+            tell: called on rank 0 with a message if a save leaves behind old checkpoints that it should have removed.
         """
         self._depot = open_depot(where, run_id)
-        self._settings, self._ranks, self._fence = settings, ranks, fence
+        self._settings, self._ranks, self._fence, self._tell = settings, ranks, fence, tell
         self._job: Job | None = None
         self._saved: set[int] = set()
         self._failures: list[CheckpointError] = []  # of the saves since the last successful one, the same on all ranks
@@ -136,7 +138,9 @@ class Checkpointer:
             config=config,
             data_fingerprint=data_fingerprint,
         )
-        self._job = Job(self._depot, draft, manifest, trees, self._ranks, self._settings, needed, self._fence)
+        self._job = Job(
+            self._depot, draft, manifest, trees, self._ranks, self._settings, needed, self._fence, self._tell
+        )
         self._job.thread.start()
         if not self._settings.asynchronous:
             self._settle()

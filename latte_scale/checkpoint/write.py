@@ -60,6 +60,7 @@ class Job:
         settings: CheckpointSettings,
         needed: int,
         fence: Callable[[], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.draft, self.manifest = draft, manifest
         self.error: CheckpointError | None = None
@@ -69,7 +70,7 @@ class Job:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"save step {manifest.step}", daemon=True)
         self._depot, self._trees, self._ranks, self._settings = depot, trees, ranks, settings
-        self._needed, self._fence = needed, fence
+        self._needed, self._fence, self._tell = needed, fence, tell
 
     def _run(self) -> None:
         try:
@@ -125,11 +126,12 @@ class Job:
         self.draft.commit(self.manifest, self._fence)
 
     def _retain(self) -> None:
-        """Remove what is too old. The checkpoint exists by now, so a failure here is logged and does not undo it."""
+        """Remove what is too old. The checkpoint exists by now, so a failure here is told and does not undo it."""
         try:
             retain(self._depot, self._settings, self._fence, self.hurry)
         except Exception as error:
-            logger.warning("old checkpoints in %s were not removed: %r", self._depot.url, error)
+            why = str(error) if isinstance(error, CheckpointError | StoreError) else repr(error)
+            self._tell(f"the checkpoint is saved, but older ones in {self._depot.url} were not removed: {why}")
 
 
 def discard_draft(draft: Draft) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints in a real S3 service: committed by their manifest, read in few requests, removed manifest first."""
 
+import dataclasses
+import json
 import re
 import threading
 import weakref
@@ -334,6 +336,31 @@ def test_who_may_not_list_unfinished_uploads_can_save(s3, caplog, status: int, c
     assert writer.removed == [] and f"{status} {code}" in caplog.text and "s3:ListBucketMultipartUploads" in caplog.text
     save(writer, 1)
     assert newest(s3.store()) == 1
+
+
+def test_permission_to_delete_that_is_withdrawn_stops_no_save_and_is_told_with_each(s3) -> None:
+    """By a real policy. Old checkpoints stay; when it is given back, the next save removes them."""
+    store, told = s3.store(), []
+    client = store.connection.client
+    writer = Checkpointer(store, dataclasses.replace(KEEP_ONE, max_failed=0), RANKS, run_id="mine", tell=told.append)
+    save(writer, 1)
+    what = {"Action": "s3:DeleteObject", "Resource": f"arn:aws:s3:::{store.bucket}/{store.prefix}/*"}
+    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Deny", "Principal": "*", **what}]}
+    client.put_bucket_policy(Bucket=store.bucket, Policy=json.dumps(policy))
+    try:
+        for step in (2, 3):
+            save(writer, step)
+        writer.finish()
+    finally:
+        client.delete_bucket_policy(Bucket=store.bucket)
+    assert steps(store) == [1, 2, 3] and values(store.below("step-00000003")) == 3.0
+    assert len(told) == 2 and all("is saved, but older ones in" in words for words in told)
+    assert all("step-00000001/manifest.json: deleting it failed: access is denied" in words for words in told)
+    save(writer, 4)
+    writer.finish()
+    assert steps(store) == [4] and len(told) == 2
+    saver(store, run_id="mine")  # the next start finds the reports of steps 2 and 3, of which nothing else is left
+    assert len(store.list()) == 5
 
 
 def test_a_damaged_manifest_keeps_its_files(s3) -> None:
