@@ -193,12 +193,19 @@ def _client(settings: StoreSettings) -> tuple[Any, Any, bool]:
         )
         return boto.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
 
-    known = settings.endpoint_url is not None and settings.addressing == "auto"
-    client = make("path" if known and not _is_amazon(settings.endpoint_url) else settings.addressing)
+    style = _style_of_config(session) if settings.addressing == "auto" else settings.addressing
+    known = settings.endpoint_url is not None and style == "auto"
+    client = make("path" if known and not _is_amazon(settings.endpoint_url) else style)
     check_endpoint(client.meta.endpoint_url, "the endpoint of the environment")
-    if not known and settings.addressing == "auto" and not _is_amazon(client.meta.endpoint_url):
+    if not known and style == "auto" and not _is_amazon(client.meta.endpoint_url):
         client = make("path")  # few self-hosted services have a host name for every bucket
     return session, client, is_anonymous
+
+
+def _style_of_config(session: Any) -> str:
+    """The addressing_style of ~/.aws/config; "auto" without one."""
+    of_s3 = session.get_scoped_config().get("s3")
+    return of_s3.get("addressing_style", "auto") if isinstance(of_s3, dict) else "auto"
 
 
 def _is_amazon(endpoint: str) -> bool:

@@ -34,7 +34,10 @@ Kind = Literal[
     "other",
 ]
 
+_ADDRESSING_CODES = ("SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess")
+"""How Alibaba OSS, Tencent COS and Volcengine TOS refuse a bucket in the path."""
 _KINDS: dict[str, Kind] = {
+    **dict.fromkeys(_ADDRESSING_CODES, "setup"),
     "NoSuchKey": "missing",
     "404": "missing",
     "NotFound": "missing",
@@ -105,6 +108,14 @@ _REGION_CODES = (
     "307",
 )
 NOT_S3 = "an answer that is not S3's: is it the right port, and http or https?"
+_ADDRESSING = (
+    "this service wants the bucket in the host name; set store.addressing=virtual or, for all commands, "
+    "addressing_style = virtual below s3 = in ~/.aws/config"
+)
+_TWICE = (
+    "this is how an object is answered, not a listing: does the endpoint name the bucket, too? Leave it out of "
+    "store.endpoint_url or AWS_ENDPOINT_URL, as s3://BUCKET has it"
+)
 _CLOCK = "the clock of this machine is wrong: set it, then run the same command again"
 
 
@@ -225,6 +236,10 @@ def store_error(fault: Fault, url: str, doing: str, endpoint: str, tries: int = 
     advice = _ADVICE[fault.kind]
     if "RequestTimeTooSkewed" in fault.reason:
         advice = _CLOCK
+    elif any(code in fault.reason for code in _ADDRESSING_CODES):
+        advice = _ADDRESSING
+    elif fault.kind == "missing" and doing == "listing":
+        advice = _TWICE
     elif fault.kind == "other" and any(code in fault.reason for code in _REGION_CODES):
         advice = _REGION
     if not fault.retryable:

@@ -17,6 +17,8 @@ from pathlib import Path
 from tests.processes import free_port
 
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
+HOST = "s3.test"
+"""The service's name, which no name server knows: a request to BUCKET.s3.test names its bucket there."""
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool")
 
 _CONFIG = """
@@ -67,6 +69,7 @@ rgw_run_sync_thread = false
 rgw_dynamic_resharding = false
 rgw_override_bucket_index_max_shards = 1
 rgw_enable_apis = s3, admin
+rgw_dns_name = {host}
 """
 
 
@@ -121,7 +124,13 @@ class Ceph:
     def _start(self) -> None:
         for name in ("mon", "osd", "log", "run"):
             (self.root / name).mkdir(parents=True)
-        values = {"root": self.root, "port": self.port, "mon_port": free_port(), "size_bytes": self.size_bytes}
+        values = {
+            "host": HOST,
+            "root": self.root,
+            "port": self.port,
+            "mon_port": free_port(),
+            "size_bytes": self.size_bytes,
+        }
         self._config.write_text(_CONFIG.format(fsid=uuid.uuid4(), **values))
         self._make_monitor(values["mon_port"])
         self._daemon("ceph-mon", "-i", "a")

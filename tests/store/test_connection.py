@@ -1,8 +1,10 @@
 """What a process shares: one client, and nothing that reveals credentials."""
 
+import dataclasses
 import json
 import logging
 import multiprocessing
+import socket
 import threading
 import time
 import traceback
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from latte_scale.store import (
+    CredentialsError,
     NeverAllowedError,
     NeverReachedError,
     StoreError,
@@ -21,6 +24,7 @@ from latte_scale.store import (
     open_store,
 )
 from latte_scale.store.connection import connection_for
+from tests.store.ceph import HOST
 
 pytest.importorskip("boto3")
 SECRET, TOKEN = "never-to-be-seen", "no-token-either"
@@ -120,6 +124,48 @@ def test_a_service_of_ones_own_is_addressed_by_path(settings, style, monkeypatch
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     assert connection_for(settings).client.meta.config.s3["addressing_style"] == style
+
+
+@pytest.mark.parametrize("told_by", ["the setting", "the AWS config"])
+def test_a_service_that_wants_the_bucket_in_the_host_name(s3, told_by, tmp_path, monkeypatch):
+    """Of the names BUCKET.s3.test no name server knows, so they are looked up here; the service is radosgw's own."""
+    look_up = socket.getaddrinfo
+
+    def of_tests(host, *more, **options):
+        return look_up("127.0.0.1" if str(host).endswith(HOST) else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", of_tests)
+    settings = dataclasses.replace(s3.settings(), endpoint_url=f"http://{HOST}:{s3.proxy.port}")
+    if told_by == "the setting":
+        settings = dataclasses.replace(settings, addressing="virtual")
+    else:
+        (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    store = open_store(s3.url, settings)
+    store.write("a", b"0123")
+    assert store.read("a") == b"0123" and store.read("a", 1, 2) == b"12" and store.list() == ["a"]
+    store.delete("a")
+    asked = [(seen.headers["host"], seen.line.split()[1]) for seen in s3.proxy.seen]
+    assert len(asked) >= 5
+    for host, path in asked:
+        assert host.partition(":")[0] == f"{store.bucket}.{HOST}" and not path.startswith(f"/{store.bucket}")
+
+
+@pytest.mark.parametrize("code", ["SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess"])
+def test_a_service_that_refuses_the_bucket_in_the_path_says_what_to_set(s3, code):
+    s3.fail("answer", status=403, code=code, times=4)
+    for ask in (lambda store: store.read("x"), lambda store: store.list()):
+        with pytest.raises(CredentialsError, match=rf"bucket in the host name; set store.addressing=virtual .*{code}"):
+            ask(s3.store())
+
+
+def test_an_endpoint_that_names_the_bucket_too_is_told(s3):
+    """Some services show such an address for each bucket; by the path, a listing then asks for an object."""
+    store = open_store(s3.url, dataclasses.replace(s3.settings(), endpoint_url=f"{s3.proxy.url}/{s3.store().bucket}"))
+    with pytest.raises(
+        StoreError, match=r"does the endpoint name the bucket, too\? Leave it out of store.endpoint_url"
+    ):
+        store.list()
 
 
 def test_credentials_are_in_no_log_and_no_error(s3, monkeypatch, caplog):
