@@ -126,7 +126,9 @@ case $said in
 78) stop 78 "$reason" ;;
 esac
 [[ $code == 0 ]] && code=1
-if [[ -z $said && $restart -eq 0 ]] && ! grep -q "\"job_id\": \"$SLURM_JOB_ID\", \"restart\": 0," "$run/lease.json" 2>/dev/null; then
+if [[ -z $said && ($code == 138 || $code == 143) ]]; then # USR1 or TERM, while they imported: no setting is wrong
+    reason="stopped by a signal before the ranks listened to it $reason"
+elif [[ -z $said && $restart -eq 0 ]] && ! grep -q "\"job_id\": \"$SLURM_JOB_ID\", \"restart\": 0," "$run/lease.json" 2>/dev/null; then
     stop "$code" "the ranks ended before they held the run folder, or another attempt holds it: $reason"
 fi # a restart has been started well before: it is tried again, as after any other failure
 resumed_at=$(tail -n 1 "$run/logs/restarts.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\).*/\1/p')

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from latte_scale.run.metrics import read_metrics
-from tests.slurm.jobs import STEPS, assert_same_losses
+from tests.slurm.jobs import SITE, STEPS, assert_same_losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -221,3 +221,57 @@ def test_a_job_that_fails_again_and_again_stops(train, cluster):
     assert job.wait_end() == "FAILED" and job.restarts == 2, job.story()
     assert "3 failures in a row from step 0" in job.log
     report("a rank killed in every attempt before a checkpoint", began_s, job)
+
+
+# ------------------------------------------------------------------------------------------ before the ranks listen
+
+
+@pytest.fixture
+def slow_start(tmp_path):
+    """A python whose ranks take their time before they import anything, as on a busy shared disk, until `release`."""
+    python, hold = tmp_path / "python", tmp_path / "hold"
+    words = f"[[ -n $RANK && -e {hold} ]] && touch {tmp_path}/asleep-$RANK && sleep 60"
+    python.write_text(f'#!/bin/bash\n{words}\nexec {SITE["LATTE_PYTHON"]} "$@"\n')
+    python.chmod(0o755)
+    hold.touch()
+    return python, hold
+
+
+def submit_asleep(train, slow_start, *overrides):
+    """A job whose two ranks sleep; and no more once it is started again."""
+    python, hold = slow_start
+    job = train("run", *overrides, LATTE_PYTHON=str(python))
+    job.wait(lambda: len(list(python.parent.glob("asleep-*"))) == 2, "the ranks to start")
+    hold.unlink()
+    return job
+
+
+@pytest.mark.parametrize("whom", ["the ranks", "the script"])
+def test_usr1_before_the_ranks_listen_is_no_failure_of_a_setting(train, cluster, slow_start, unbroken, whom):
+    """Nothing is lost yet, and the job runs again."""
+    began_s = time.monotonic()
+    job = submit_asleep(train, slow_start)
+    cluster.call("scancel", *(["--batch"] if whom == "the script" else []), "--signal=USR1", job.id)
+    assert job.wait_end() == "COMPLETED" and job.restarts == 1, job.story()
+    assert "stopped by a signal before the ranks listened to it" in job.log, job.log
+    assert_same_losses(job, unbroken.run)
+    report(f"USR1 to {whom} before they listen", began_s, job)
+
+
+def test_preempted_before_the_ranks_listen(train, cluster, slow_start, unbroken):
+    began_s = time.monotonic()
+    job = submit_asleep(train, slow_start)
+    cluster.call("scontrol", "requeue", job.id)
+    assert job.wait_end() == "COMPLETED" and job.restarts == 1, job.story()
+    assert_same_losses(job, unbroken.run)
+    report("scontrol requeue before they listen", began_s, job)
+
+
+def test_cancelled_before_the_ranks_listen(train, cluster, slow_start):
+    began_s = time.monotonic()
+    job = submit_asleep(train, slow_start)
+    cluster.call("scancel", job.id)
+    assert job.wait_end() == "CANCELLED"
+    time.sleep(10)
+    assert job.state == "CANCELLED" and job.restarts == 0, job.story()
+    report("scancel before they listen", began_s, job)
