@@ -80,12 +80,15 @@ def _chosen(
 ) -> list[str]:
     """The files that are clips, by their names; the reasons why others are not go to `found`."""
     missing = f"no .txt with a caption beside it, and no list ({', '.join(LISTS)}) in the folder"
+    unread = {} if listed else {PurePosixPath(name).stem: name for name in sorted(there) if name.endswith(".json")}
     chosen = []
     for name in wanted:
         if name in again:
             found.skipped.append(f"{name}: the same as {again[name]}, by a link")
         elif name not in lines:
-            found.skipped.append(f"{name}: {f'not in {listed}' if listed else missing}")
+            about = unread.get(PurePosixPath(name).stem)
+            hint = f"; {about} is not read: write its caption into a {LISTS[0]}" if about else ""
+            found.skipped.append(f"{name}: {f'not in {listed}' if listed else missing}{hint}")
         elif extension_of(name) not in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS:
             found.failed.append(f"{name}: {Path(name).suffix or 'no extension'} is not a known video container")
         elif name not in there:
@@ -139,10 +142,10 @@ def _in_tars(found: Found, store: Store, tars: list[str], others: list[str]) -> 
     with ThreadPoolExecutor(NUM_READERS) as pool:
         look = partial(tar_clips, store, failed=found.failed, is_ours=is_ours)
         for clips in pool.map(look, [tar for tar in tars if tar not in again]):
-            for tar, member, captions, label, cut_from in clips:
+            for tar, member, captions, label, cut_from, why_none in clips:
                 source = f"{tar}/{member.name}"
                 if not captions:
-                    found.skipped.append(f"{source}: no caption in a .txt or .json beside it")
+                    found.skipped.append(f"{source}: {why_none}")
                     continue
                 if names is not None and (label is None or not 0 <= label < len(names)):
                     found.failed.append(

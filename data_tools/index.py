@@ -131,4 +131,5 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     yield from (f"skipped {name}" for name in outcome.skipped)
     yield from (f"{column} is not read" for column in sorted(outcome.unread))
     if outcome.num_without_caption:
-        yield f"{outcome.num_without_caption} samples have no caption and get an empty one"
+        named = 'a .txt, or a text "caption" in the .json'
+        yield f"{outcome.num_without_caption} samples have no caption ({named}) and get an empty one"

@@ -18,6 +18,7 @@ from latte_scale.data.tar import Member, TarError, split_name, walk
 from latte_scale.store import Store
 
 MAX_TEXT_BYTES = 16 << 20  # of a .txt or .json: a larger one is not read
+NUM_KEYS_SHOWN = 12  # of a .json without a caption
 
 
 class TarClip(NamedTuple):
@@ -25,9 +26,10 @@ class TarClip(NamedTuple):
 
     tar: str
     member: Member
-    captions: tuple[str, ...]  # empty if there are none
+    captions: tuple[str, ...]  # empty if there are none: then `why_none` says what was looked for
     label: int | None
     cut_from: str | None  # as latte_scale.data.shards.cut_from
+    why_none: str = ""
 
 
 @dataclass
@@ -75,8 +77,8 @@ def tar_clips(store: Store, tar: str, failed: list[str], is_ours: bool = False) 
 
 def _facts(
     store: Store, tar: str, key: str, texts: dict[str, Member], is_ours: bool
-) -> tuple[tuple[str, ...], int | None, str | None]:
-    """Captions, label, cut_from: the caption is from the .txt, otherwise the .json; for ours, all from the .json."""
+) -> tuple[tuple[str, ...], int | None, str | None, str]:
+    """Captions, label, cut_from, why_none: a caption is from the .txt, otherwise the .json; for ours, all from that."""
     first, about = None, {}
     for kind in ("txt", "json"):
         member = texts.get(kind)
@@ -96,7 +98,10 @@ def _facts(
         several, label = about.get("captions"), about.get("label")
         if isinstance(several, list) and several[:1] == [first] and all(isinstance(each, str) for each in several):
             captions = [tidy(each) for each in several]
-    return tuple(captions), label if type(label) is int else None, cut_from(key, about)
+    why_none = 'no caption beside it: expected a .txt, or a .json with a text "caption"'
+    if "json" in texts:
+        why_none += f", got a .json with {', '.join(map(repr, list(about)[:NUM_KEYS_SHOWN])) or 'nothing to read'}"
+    return tuple(captions), label if type(label) is int else None, cut_from(key, about), why_none
 
 
 def _read(store: Store, tar: str, offset: int, size: int) -> bytes:

@@ -279,3 +279,29 @@ def test_two_captions_of_one_key_in_a_tar_are_not_mixed_up(tmp_path: Path, capsy
     assert out.startswith("done 1, skipped 0, failed 4")
     assert err.count("x.tar/0.mp4: its key has two .txt or .json in the tar") == 2
     assert "x.tar/.3.mp4: webdataset passes over such names; rename it" in err
+
+
+def test_captions_where_they_are_not_looked_for_are_named(tmp_path: Path, capsys) -> None:
+    """As cosmos-curate writes them: one for each window of a clip, in a .json of its own folder, or beside the clip."""
+    clip, about = make_clip(3), json.dumps({"span_uuid": "u", "windows": [{"qwen_caption": "a cat"}]}).encode()
+    folder = tmp_path / "split"
+    for name, data in {"clips/u.mp4": clip, "metas/v0/u.json": about, "clips/other.mp4": clip}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    assert shard(folder, tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    missing = (
+        "no .txt with a caption beside it, and no list (captions.jsonl, captions.csv, captions.parquet) in the folder"
+    )
+    assert (
+        f"skipped clips/u.mp4: {missing}; metas/v0/u.json is not read: write its caption into a captions.jsonl\n" in err
+    )
+    assert f"skipped clips/other.mp4: {missing}\n" in err
+    (tmp_path / "tars").mkdir()
+    write_tar(
+        tmp_path / "tars" / "x.tar", {"u.mp4": clip, "u.json": about, "v.mp4": clip, "w.mp4": clip, "w.json": b"["}
+    )
+    assert shard(tmp_path / "tars", tmp_path / "out") == 1
+    err, expected = capsys.readouterr().err, 'no caption beside it: expected a .txt, or a .json with a text "caption"'
+    assert f"x.tar/u.mp4: {expected}, got a .json with 'span_uuid', 'windows'\n" in err
+    assert f"x.tar/v.mp4: {expected}\n" in err and f"x.tar/w.mp4: {expected}, got a .json with nothing to read\n" in err
