@@ -74,6 +74,7 @@ COVERED = {
         "checkpoint/test_write.py::test_an_attempt_that_was_taken_over_commits_nothing_and_removes_nothing",
         "checkpoint/test_bucket.py::test_an_attempt_that_was_taken_over_puts_no_manifest",
         "run/test_lease.py::test_a_second_attempt_beside_a_living_one_is_refused",
+        "run/test_claim.py::test_a_second_run_is_refused_while_the_first_is_alive_and_goes_on_after_it",
     ],
     "F23": [
         "faults/test_kills.py::test_f23_a_killed_run_leaves_nothing_that_the_next_one_needs",
