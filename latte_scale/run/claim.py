@@ -87,10 +87,11 @@ class Claim:
     def look(self) -> None:
         """The same after a look at the store; call it before anything there is committed or removed.
 
-        A claim that somebody removed is still ours: the next heartbeat stores it again. Also raises StoreError.
+        A claim that somebody removed is still ours: the next heartbeat stores it again. That of another attempt of this
+        run is, too: which of them may go on is for the lease to say. Also raises StoreError.
         """
         current = writer_of(self._place)
-        if current is not None and current.attempt.token != self._writer.attempt.token:
+        if current is not None and not current.is_of(self._writer):
             self._lost = f"{self._place.url} was taken over by {current}: this run saves and removes nothing there"
         self.check()
 
@@ -110,9 +111,9 @@ class Claim:
                 return  # `check` raises before the next step
             except StoreError as error:
                 logger.info("%s got no heartbeat: %s", self._place.join(NAME), error)
-        with suppress(ClaimError, StoreError):  # what is left of a claim is found dead by the next run
-            self.look()
-            self._place.delete(NAME)
+        with suppress(StoreError):  # what is left of a claim is found dead by the next run
+            if writer_of(self._place) == self._writer:
+                self._place.delete(NAME)
 
     def _wait_for_holder(self, tell: Callable[[str], None]) -> None:
         """Return once the holder is known to be dead or of this run. Raises ClaimError if it is alive."""

@@ -104,13 +104,21 @@ def test_a_heartbeat_finds_that_the_place_was_taken_and_the_end_leaves_it_alone(
 
 def test_the_same_run_folder_waits_for_nobody_but_a_copy_of_it_does(place):
     first = run("first", machine="node7")
-    Claim(place, first)
+    old = Claim(place, first)
     again = dataclasses.replace(first, attempt=this_process())
     with pytest.raises(ClaimError, match=r"the run in /runs/first .* is alive"):
         Claim(place, dataclasses.replace(again, run_dir="/runs/copy"))
     began_s = time.monotonic()
-    Claim(place, again, tell=pytest.fail).look()
+    second = Claim(place, again, tell=pytest.fail)
     assert time.monotonic() - began_s < 30
+    for _ in range(10):  # both send heartbeats for a moment, and neither stops: the lease of the folder decides
+        old.look()
+        second.look()
+        time.sleep(BEAT_S / 2)
+    freeze(second)
+    place.write(NAME, second._content())
+    old.release()
+    assert token_at(place) == again.attempt.token
 
 
 def test_a_killed_run_of_this_machine_is_taken_over_at_once(place):
