@@ -112,7 +112,7 @@ def train(
     checkpoints = config.checkpoint_store
     if config.checkpoint.dir is not None:  # recorded absolutely: whoever reads the run may stand in another folder
         config = replace(config, checkpoint=replace(config.checkpoint, dir=checkpoints.url))
-    on_rank_0(ranks, lambda: folder.claim(checkpoints, fence))
+        on_rank_0(ranks, lambda: folder.claim(checkpoints, fence))  # the lease covers only the run folder
     found, broken = find_newest_sound(checkpoints, ranks)
     if found is None:
         check_start(config, checkpoints, ranks)

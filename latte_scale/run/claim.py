@@ -1,9 +1,10 @@
 """The right to save to a place of checkpoints: `writer.json` in it, held by one run at a time.
 
 In: the store of the checkpoints, the run folder with its id, and this attempt. Out: a claim, or ClaimError with the
-reason. The lease keeps two attempts out of one run folder, but says nothing about a second run whose checkpoint.dir is
-the same: that would remove the first one's checkpoints and what it is writing. The claim of a dead run is taken over,
-so that a run whose folder is lost or copied goes on elsewhere.
+reason. Runs whose checkpoint.dir is set need it, since the lease says nothing about a place outside of the run folder:
+a second run that saves there would remove the first one's checkpoints and what it is writing. The claim of a dead run
+is taken over, so that a run whose folder is lost or copied goes on elsewhere.
+
 The decision worth knowing: a bucket has no file times to touch and the first run's folder may be out of sight, so, as
 in data_tools/claims.py, the holder increments a count every BEAT_S, and another run watches for WATCH_S whether it
 changes. On the same machine it looks for the process instead, and an attempt of the same run folder, whose lease

@@ -18,9 +18,8 @@ class StoreSettings:
 
     endpoint_url: str | None = None  # null: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or ~/.aws/config, else Amazon S3
     region: str | None = None  # null: AWS_REGION or ~/.aws/config
-    addressing: Literal["auto", "path", "virtual"] = (
-        "auto"  # bucket in path or host; auto: ~/.aws/config, else path unless Amazon
-    )
+    # Bucket in the path or in the host name; auto: as ~/.aws/config says, else in the path unless it is Amazon's.
+    addressing: Literal["auto", "path", "virtual"] = "auto"
     cache_dir: str | None = None  # local folder that caches what was read; null: no cache
     cache_bytes: int = 64 << 30  # maximum size of the cache, over all processes that share it
     # Fetch shuffled samples in blocks of this size (a multiple of 1 MiB) through the cache: fewer requests, more local
