@@ -31,7 +31,7 @@ from latte_scale.engine.activations import MIN_BYTES
 from latte_scale.engine.base import prepare
 from latte_scale.engine.parallel.sequence import SequenceGroup
 from latte_scale.losses import losses_of, share_of
-from latte_scale.model.blocks import use_residual
+from latte_scale.model.blocks import use_norm, use_residual
 from latte_scale.model.build import build_model
 from latte_scale.model.fp8 import use_fp8
 from latte_scale.synthetic import micro_batch
@@ -60,6 +60,8 @@ def record(config: Config, batch: int) -> list[Entry]:
     """One forward and backward of `batch` clips through the config's model, as one rank of its sequence group."""
     with FakeTensorMode():
         model = build_model(config.model, torch.Generator().manual_seed(0))
+        if config.norm.backend == "triton":  # auto, which may choose it, counts as torch, which keeps more
+            use_norm(model, "triton")
         use_residual(model, config.train.residual)
         if config.train.precision == "fp8":
             use_fp8(model, torch.device("cpu"))
