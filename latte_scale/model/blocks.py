@@ -120,9 +120,8 @@ class T2VBlock(nn.Module):
         rows_BG16D = (self.scale_shift_table + modulation_BG6D)[:, :, None].unbind(-2)
         layers = [Layer(self._attend, Modulation(*rows_BG16D[:3]), over_time=self.attn1.site == "time")]
         if self.attn2 is not None:
-            captions = {"text_BLD": text_BLD, "padding": padding}
-            of_images = {"image_text_BnLD": image_text_BnLD, "image_padding": image_padding}
-            layers.append(Layer(partial(self._read, **captions, **of_images), None, normed=False))
+            captions = text_BLD, padding, image_text_BnLD, image_padding
+            layers.append(Layer(lambda x_BFTD: self._read(x_BFTD, *captions), None, normed=False))
         layers.append(Layer(self.ff, Modulation(*rows_BG16D[3:])))
         return run_layers(x_BFTD, layers, self.norm)
 
@@ -199,12 +198,12 @@ class LatteBlock(nn.Module):
         return on_video(x_BFTD, num_images, lambda video_BFTD: self._run(video_BFTD, rows_BGD, rotary_2FE, 0))
 
     def _run(self, x_BFTD: Tensor, condition_BGD: Tensor | None, rotary_2FE: Tensor | None, num_images: int) -> Tensor:
-        attention, layers = {"rotary_2FE": rotary_2FE, "num_images": num_images}, []
-        modulations = self._modulations(condition_BGD, x_BFTD.shape[1], num_images)
+        modulations, layers = self._modulations(condition_BGD, x_BFTD.shape[1], num_images), []
         for attn in (self.attn, self.temporal_attn):
             if attn is not None:
+                run = partial(attn, rotary_2FE=rotary_2FE, num_images=num_images)
                 over_time = isinstance(attn, SelfAttention) and attn.axis == "time"
-                layers.append(Layer(partial(attn, **attention), modulations.pop(0), over_time=over_time))
+                layers.append(Layer(run, modulations.pop(0), over_time=over_time))
         return run_layers(x_BFTD, [*layers, Layer(self.mlp, modulations.pop(0))], self.norm)
 
     def _modulations(self, condition_BGD: Tensor | None, num_frames: int, num_images: int) -> list[Modulation | None]:
