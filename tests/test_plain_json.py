@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_FIGURES = {
     "checkpoint/content.py", "checkpoint/format.py", "checkpoint/write.py", "data/coverage.py", "data/index.py",
     "data/mds.py", "data/plan.py", "data/schema.py", "data/shards.py", "engine/launch.py", "evaluation/clips.py",
-    "export.py", "keys.py", "model/transformer_folder.py", "plain_json.py", "quickstart.py", "run/facts.py",
-    "run/folder.py", "run/lease.py", "sample.py", "sampling/videos.py", "settings.py", "validation/prompts.py",
+    "export.py", "keys.py", "model/transformer_folder.py", "plain_json.py", "quickstart.py", "run/claim.py",
+    "run/facts.py", "run/folder.py", "run/lease.py", "sample.py", "sampling/videos.py", "settings.py",
+    "validation/prompts.py",
 }  # fmt: skip
 
 
