@@ -12,6 +12,7 @@ over tokens.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config(parser)
     args = parser.parse_args(argv)
     try:
-        moved = traffic(load_config(args.config, args.overrides))
+        config = load_config(args.config, args.overrides)
+        if config.engine.compile and importlib.util.find_spec("triton") is None:
+            raise ValueError(
+                "engine.compile=true needs Triton to schedule kernels, and it is not installed; set "
+                "PYTHONPATH=.venv/triton, where `make venv` puts it"
+            )
+        moved = traffic(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print("| Bytes per token and channel, two blocks | forward | backward |\n| --- | ---: | ---: |")

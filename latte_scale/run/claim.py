@@ -93,7 +93,10 @@ class Claim:
         """
         current = writer_of(self._place)
         if current is not None and not current.is_of(self._writer):
-            self._lost = f"{self._place.url} was taken over by {current}: this run saves and removes nothing there"
+            self._lost = (
+                f"checkpoint.dir {self._place.url} was taken over by {current}: nothing more is saved or removed "
+                "there; stop that run, or set another checkpoint.dir"
+            )
         self.check()
 
     def release(self) -> None:

@@ -150,18 +150,9 @@ def _residual(
     return out, read
 
 
-@_residual.register_fake
-def _(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    reads: int,
-    swapped: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(_dense_rows(x), branch, reads, swapped, dtype)
+_residual.register_fake(
+    lambda x, branch, gate, shift, scale, reads, swapped, dtype: _outputs(_dense_rows(x), branch, reads, swapped, dtype)
+)
 
 
 @torch.library.custom_op("latte_scale::residual_backward", mutates_args=())
@@ -212,6 +203,7 @@ def _(
 
 
 def _outputs(x: Tensor, branch: Tensor | None, reads: int, swapped: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for out and what is read; empty where nothing is written."""
     out = x.new_empty(0) if branch is None else torch.empty_like(x)
     if reads == NOTHING:
         return out, x.new_empty(0, dtype=dtype)
@@ -251,7 +243,7 @@ def _launch(
 ) -> None:
     """One program for each group and chunk of its rows; nothing for an x without elements.
 
-    What is absent or empty is passed as some other tensor, with strides of 0: the flags say that it is not read.
+    What is absent is passed as some other tensor: the flags say that it is not read.
     """
     some = next(each for each in tokens if each is not None and each.ndim == 4)
     if some.numel() == 0:
@@ -273,6 +265,7 @@ def _dense_rows(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(tokens: Tensor | None) -> tuple[int, ...]:
+    """Elements along B, R and S; 0 for what is absent or empty."""
     return (0, 0, 0) if tokens is None or tokens.ndim != 4 else tokens.stride()[:3]
 
 
